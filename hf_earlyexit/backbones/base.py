@@ -1,0 +1,74 @@
+"""How to walk a network layer by layer: the only thing that differs between families."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one call needs besides the hidden states `[B, T, H]`.
+
+    Attributes:
+        mask: prepared for the attention in use: `[B, 1, T, T]`, `[B, T]`, or `None` where nothing is masked.
+        tokens: True at real tokens `[B, T]`; `None` if no row is padded.
+        lengths: on the host, position after the last real token of each row; `None` if no row is padded.
+        options: keyword arguments for every layer, the same for all rows.
+    """
+
+    mask: Tensor | None
+    tokens: Tensor | None
+    lengths: tuple[int, ...] | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Context]:
+        """Keep some rows and cut the columns that are padding for all of them.
+
+        Args:
+            hidden: `[B, T, H]`.
+            rows: their positions, on the host.
+            index: the same positions, on the device.
+        """
+        hidden = hidden.index_select(0, index)
+        if self.tokens is None or self.lengths is None:
+            mask = None if self.mask is None else self.mask.index_select(0, index)
+            return hidden, replace(self, mask=mask)
+        lengths = tuple(self.lengths[row] for row in rows)
+        width = max(lengths)
+        mask = self.mask
+        if mask is not None:
+            mask = mask.index_select(0, index)
+            mask = mask[:, :width] if mask.ndim == 2 else mask[:, :, :width, :width]
+        tokens = self.tokens.index_select(0, index)[:, :width]
+        return hidden[:, :width], replace(self, mask=mask, tokens=tokens, lengths=lengths)
+
+
+class Backbone(ABC):
+    """A family of networks, as the steps that an exit loop needs. Holds no state."""
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The layers, in order."""
+
+    @abstractmethod
+    def begin(self, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Context]:
+        """Hidden states before the first layer `[B, T, H]`, and the context of all layers.
+
+        Args:
+            model: the stock backbone, such as a `BertModel`.
+            inputs: the model's own inputs.
+            options: keyword arguments for every layer.
+        """
+
+    @abstractmethod
+    def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after one layer."""
+
+    @abstractmethod
+    def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """The stock model's pooled state of these hidden states, `[B, H]`."""

@@ -1,0 +1,202 @@
+"""Choose thresholds on held-back rows, with no model in sight."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CalibrationError, UsageError
+from ..policies.base import POLICIES, ExitPolicy
+from ..problems import majority_quality, row_quality
+from ..trace import ExitTrace
+from .result import CalibrationResult, ExitReport
+from .search import Array, Curve, per_exit_curve, single_threshold_curve
+from .targets import MaxDrop, Target, parse_target
+
+CURVE_POINTS = 400
+
+
+def calibrate(
+    trace: ExitTrace,
+    policy: str | ExitPolicy = "beem-a",
+    target: str | Target = MaxDrop(0.0),
+    *,
+    per_exit: bool | None = None,
+    options: dict[str, Any] | None = None,
+    keep_weak_exits: bool = False,
+    min_leavers: int = 10,
+    learning_share: float = 0.3,
+    seed: int = 0,
+) -> CalibrationResult:
+    """Choose a policy's thresholds so that a target is met on the rows of a trace.
+
+    Exits that are no better than always giving the most frequent answer are closed and muted: they would agree with each
+    other without knowing anything. Policies that learn numbers of their own do so on other rows than those that choose
+    the thresholds. Candidate thresholds are all observed scores; the sweep over them is exact.
+
+    Args:
+        trace: labelled rows the exits were not trained on, from `collect_trace`.
+        policy: a registered name, made for this trace, or a policy whose own numbers are kept.
+        target: `MaxDrop`, `SpeedUp`, `LayerBudget`, `FinalLayerError`, or words such as "max-drop:0.01".
+        per_exit: one threshold per exit instead of one for all; by default as the target prefers.
+        options: fields of the policy or of its `learn`, such as `{"layer_cost": 0.4}`; with a name only.
+        keep_weak_exits: leave exits open that are no better than the most frequent answer.
+        min_leavers: with `per_exit`, the fewest rows an exit must take to be opened.
+        learning_share: share of the rows a policy learns its own numbers from, in `(0, 1)`.
+        seed: of the split between learning rows and threshold rows.
+
+    Returns:
+        The policy with thresholds, and what they did on the rows that chose them. Report figures on other rows.
+
+    Raises:
+        CalibrationError: for an empty or train-tagged trace, or a target that cannot be met.
+        UnknownNameError: for an unknown policy or target.
+        PolicyError: for options the policy refuses, or a problem type it cannot serve.
+    """
+    target = parse_target(target) if isinstance(target, str) else target
+    _check(trace, target)
+    per_exit = target.per_exit if per_exit is None else per_exit
+    if not per_exit and not target.serves_single_threshold:
+        raise CalibrationError(f"{target} sets each exit's own threshold; use per_exit=True.", field="per_exit")
+    weak = () if keep_weak_exits else trace.dead_exits()
+    rule, rows, learned_from = _make_policy(trace, policy, options, weak, learning_share, seed)
+
+    scores, answers = rule.scan(rows)
+    quality = row_quality(answers, rows.labels, rows.problem_type).numpy()
+    cost = np.asarray(rows.costs)
+    visible = scores.double().numpy().copy()
+    visible[:, list(rule.muted)] = -np.inf
+    if per_exit:
+        rules = target.rules(quality, min_leavers)
+        curve = per_exit_curve(visible, quality, cost, rules, rule.lowest_threshold, rule.counts)
+    else:
+        curve = single_threshold_curve(visible, quality, cost, rule.lowest_threshold, rule.counts)
+    chosen = target.pick(curve, trace.exit_layers[-1])
+    rule = rule.with_thresholds(_as_thresholds(curve.thresholds[chosen]))
+    return _result(rule, rows, scores, quality, curve, target, weak, learned_from, seed)
+
+
+def _check(trace: ExitTrace, target: Target) -> None:
+    if not isinstance(target, Target):
+        raise CalibrationError(f"target is {target!r}; expected a Target such as MaxDrop(0.01).", field="target", value=target)
+    if trace.num_rows == 0:
+        raise CalibrationError("The trace has no rows; collect it on held-back data first.", field="trace")
+    if trace.split == "train":
+        raise CalibrationError(
+            "The trace is tagged 'train': on rows the exits were trained on, every exit looks better than it is. "
+            "Collect a trace on rows held back from training.",
+            field="split",
+            value=trace.split,
+        )
+
+
+def _make_policy(
+    trace: ExitTrace,
+    policy: str | ExitPolicy,
+    options: dict[str, Any] | None,
+    weak: tuple[int, ...],
+    learning_share: float,
+    seed: int,
+) -> tuple[ExitPolicy, ExitTrace, int]:
+    """The policy without thresholds, the rows that will choose them, and how many rows taught it."""
+    if isinstance(policy, ExitPolicy):
+        if options:
+            raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")
+        if policy.num_exits != trace.num_exits:
+            raise CalibrationError(
+                f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",
+                field="policy",
+            )
+        return policy, trace, 0
+    cls = POLICIES.get(policy)
+    given = {"muted": weak, **(options or {})}
+    if not cls.learns:
+        return cls.from_trace(trace, **given), trace, 0
+    if not 0 < learning_share < 1:
+        raise CalibrationError(
+            f"learning_share is {learning_share!r}; expected a share between 0 and 1.", field="learning_share"
+        )
+    order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(seed))
+    count = round(learning_share * trace.num_rows)
+    if count == 0 or count == trace.num_rows:
+        raise CalibrationError(
+            f"{trace.num_rows} rows cannot be split into learning rows and threshold rows; collect more.", field="trace"
+        )
+    return cls.from_trace(trace.select(order[:count]), **given), trace.select(order[count:]), count
+
+
+def _as_thresholds(vector: Array) -> tuple[float | None, ...]:
+    return tuple(None if math.isnan(value) else float(value) for value in vector)
+
+
+def _result(
+    policy: ExitPolicy,
+    rows: ExitTrace,
+    scores: torch.Tensor,
+    quality: Array,
+    curve: Curve,
+    target: Target,
+    weak: tuple[int, ...],
+    learned_from: int,
+    seed: int,
+) -> CalibrationResult:
+    taken = policy.decide(scores).numpy()
+    layers = np.asarray(rows.exit_layers)
+    early = quality[np.arange(len(taken)), taken]
+    mean_layers = float(layers[taken].mean())
+    thin = np.unique(np.linspace(0, len(curve.cost) - 1, CURVE_POINTS).round().astype(int))
+    return CalibrationResult(
+        policy=policy,
+        target=str(target),
+        quality=float(early.mean()),
+        full_quality=float(quality[:, -1].mean()),
+        standard_error=float((early - quality[:, -1]).std() / math.sqrt(len(early))),
+        mean_layers=mean_layers,
+        mean_cost=float(np.asarray(rows.costs)[taken].mean()),
+        layer_speed_up=float(layers[-1] / mean_layers),
+        exits=tuple(_exit_report(policy, rows, quality, taken, index) for index in range(rows.num_exits)),
+        curve=tuple(
+            (float(curve.cost[k]), float(curve.quality[k]), _as_thresholds(curve.thresholds[k])) for k in thin
+        ),
+        num_rows=rows.num_rows,
+        num_learning_rows=learned_from,
+        seed=seed,
+        split=rows.split,
+        dtype=str(rows.meta.get("dtype", "unknown")),
+        fingerprint=rows.fingerprint,
+        versions={name: version(name) for name in ("hf_earlyexit", "torch")},
+        notes=tuple(_notes(policy, rows, scores, taken, weak)),
+    )
+
+
+def _exit_report(policy: ExitPolicy, rows: ExitTrace, quality: Array, taken: np.ndarray, index: int) -> ExitReport:
+    here = taken == index
+    return ExitReport(
+        layer=rows.exit_layers[index],
+        threshold=policy.thresholds[index] if index < rows.num_exits - 1 else None,
+        share=float(here.mean()),
+        quality=float(quality[:, index].mean()),
+        quality_of_leavers=float(quality[here, index].mean()) if here.any() else None,
+        last_quality_of_leavers=float(quality[here, -1].mean()) if here.any() else None,
+    )
+
+
+def _notes(
+    policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, taken: np.ndarray, weak: tuple[int, ...]
+) -> list[str]:
+    notes = []
+    if weak:
+        layers = ", ".join(str(rows.exit_layers[index]) for index in weak)
+        constant = majority_quality(rows.labels, rows.problem_type)
+        notes.append(
+            f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
+        )
+    if (taken == rows.num_exits - 1).all() and rows.num_exits > 1:
+        looked = scores[:, :-1][torch.isfinite(scores[:, :-1])]
+        seen = f"scores run from {float(looked.min()):.4g} to {float(looked.max()):.4g}" if looked.numel() else "no exit is open"
+        notes.append(f"no row leaves early: {seen}, and no threshold among them meets the target on these rows")
+    return notes

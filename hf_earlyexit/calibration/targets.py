@@ -1,0 +1,214 @@
+"""What thresholds are chosen for."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import CalibrationError
+from ..registry import Registry
+from .search import Array, Curve, LeaverRule
+
+TARGETS: Registry[type[Target]] = Registry("target")
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A wish that picks one point of a curve."""
+
+    per_exit: ClassVar[bool] = False  # whether thresholds are chosen exit by exit unless the caller says otherwise
+
+    @property
+    def serves_single_threshold(self) -> bool:
+        """Whether the wish makes sense for one threshold shared by all exits."""
+        return True
+
+    @abstractmethod
+    def pick(self, curve: Curve, num_layers: int) -> int:
+        """Index of the point of `curve` that fulfils the wish best; point 0 is the full model.
+
+        Raises:
+            CalibrationError: if no point does.
+        """
+
+    def rules(self, quality: Array, min_leavers: int) -> list[LeaverRule]:
+        """Ever laxer rules for per-exit thresholds; `pick` chooses among the outcomes.
+
+        Args:
+            quality: `[N, E]`.
+            min_leavers: fewest rows an exit must have taken to be opened.
+        """
+        slacks = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 160)]) * max(float(np.ptp(quality)), 1e-12)
+        return [LeaverRule(None, slack=float(slack), min_leavers=min_leavers) for slack in slacks]
+
+    def __str__(self) -> str:
+        numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
+        return f"{type(self).__name__}({', '.join(numbers)})"
+
+
+@TARGETS.register("max-drop")
+@dataclass(frozen=True)
+class MaxDrop(Target):
+    """The cheapest point that loses at most `drop` of the full model's quality on the calibration rows.
+
+    Args:
+        drop: in the unit of quality: 0.01 is one point of accuracy; 0 or more.
+
+    Note:
+        This is what the calibration rows showed, not a promise about others: see the standard error in the result.
+    """
+
+    drop: float
+
+    def __post_init__(self) -> None:
+        _require("drop", self.drop, 0.0)
+
+    def pick(self, curve: Curve, num_layers: int) -> int:
+        return _cheapest(curve, curve.quality >= curve.quality[0] - self.drop - 1e-12)
+
+
+@TARGETS.register("speed-up")
+@dataclass(frozen=True)
+class SpeedUp(Target):
+    """The best point at which layers over mean cost is at least `ratio`.
+
+    Args:
+        ratio: layer speed-up, from 1.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _require("ratio", self.ratio, 1.0)
+
+    def pick(self, curve: Curve, num_layers: int) -> int:
+        return _best_within(curve, num_layers / self.ratio, f"a layer speed-up of {self.ratio:g}")
+
+
+@TARGETS.register("layer-budget")
+@dataclass(frozen=True)
+class LayerBudget(Target):
+    """The best point whose mean cost is at most `layers`.
+
+    Args:
+        layers: mean layers per row, above 0.
+    """
+
+    layers: float
+
+    def __post_init__(self) -> None:
+        _require("layers", self.layers, 1e-9)
+
+    def pick(self, curve: Curve, num_layers: int) -> int:
+        return _best_within(curve, self.layers, f"a budget of {self.layers:g} layers")
+
+
+@TARGETS.register("final-layer-error")
+@dataclass(frozen=True)
+class FinalLayerError(Target):
+    """No exit does worse than the last layer on the rows it takes (BEEM's condition, exit by exit).
+
+    The largest error rate q allowed at exit i follows from the last layer's error rate p by
+    q / (1 - q) = a_i / b_i^(i-1) * p / (1 - p). Exits that cannot satisfy it are closed.
+
+    Args:
+        paired: `True` compares each exit's leavers with the last layer's errors on the same rows. `False` is the paper's
+            literal rule, p over all rows; since leavers are the easy rows it allows far more errors than the last layer
+            makes on them, and loses accuracy.
+        a, b: optional constants, one per exit but the last; 1 by default.
+        sigmas: standard errors to keep in reserve.
+
+    Paper: BEEM (https://arxiv.org/abs/2502.00745), Theorem 3.1 and section 3.4; `paired` and `sigmas` are ours.
+    """
+
+    paired: bool = True
+    a: Sequence[float] | None = None
+    b: Sequence[float] | None = None
+    sigmas: float = 0.0
+
+    per_exit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require("sigmas", self.sigmas, 0.0)
+        if self.paired and (self.a is not None or self.b is not None):
+            raise CalibrationError(
+                "The constants a and b belong to the literal rule; pass paired=False with them.", field="paired", value=True
+            )
+
+    def bound(self, last_error: float, num_exits: int) -> Array:
+        """The largest error rate each exit's leavers may have, `[E - 1]`.
+
+        Args:
+            last_error: p, in `[0, 1]`.
+            num_exits: E.
+        """
+        index = np.arange(num_exits - 1)
+        a, b = (_constants(name, values, num_exits - 1) for name, values in (("a", self.a), ("b", self.b)))
+        odds = a / b**index * last_error / max(1 - last_error, 1e-12)
+        return odds / (1 + odds)
+
+    def rules(self, quality: Array, min_leavers: int) -> list[LeaverRule]:
+        if self.paired:
+            return [LeaverRule(None, sigmas=self.sigmas, min_leavers=min_leavers)]
+        if quality.min() < 0:
+            raise CalibrationError("The literal rule needs error rates; on regression use FinalLayerError(paired=True).")
+        bound = self.bound(1 - float(quality[:, -1].mean()), quality.shape[1])
+        return [LeaverRule(bound, sigmas=self.sigmas, min_leavers=min_leavers)]
+
+    @property
+    def serves_single_threshold(self) -> bool:
+        return self.paired
+
+    def pick(self, curve: Curve, num_layers: int) -> int:
+        if self.paired:
+            return _cheapest(curve, curve.quality >= curve.quality[0] - 1e-12)
+        return len(curve.cost) - 1  # what its own rule gave
+
+
+def parse_target(text: str) -> Target:
+    """A target from words, such as `max-drop:0.01`, `speed-up:2`, `layer-budget:5`, `final-layer-error`.
+
+    Raises:
+        UnknownNameError: for an unknown name.
+        CalibrationError: for a missing or impossible number.
+    """
+    name, _, number = text.partition(":")
+    cls = TARGETS.get(name)
+    try:
+        return cls(float(number)) if number else cls()  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"Target {text!r}: {error}; write it like `{name}:0.01`.", field="target", value=text) from error
+
+
+def _require(field: str, value: float, lowest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value) or value < lowest:
+        raise CalibrationError(f"{field} is {value!r}; expected a number of at least {lowest:g}.", field=field, value=value)
+
+
+def _constants(name: str, values: Sequence[float] | None, count: int) -> Array:
+    array = np.ones(count) if values is None else np.asarray(values, dtype=float)
+    if array.shape != (count,) or not np.isfinite(array).all() or (array <= 0).any():
+        raise CalibrationError(f"{name} is {values!r}; expected {count} numbers above 0.", field=name, value=values)
+    return array
+
+
+def _cheapest(curve: Curve, allowed: np.ndarray) -> int:
+    cost = np.where(allowed, curve.cost, np.inf)
+    return int(np.lexsort((-curve.quality, cost))[0])
+
+
+def _best_within(curve: Curve, most: float, wish: str) -> int:
+    allowed = curve.cost <= most + 1e-9
+    if not allowed.any():
+        raise CalibrationError(
+            f"No threshold reaches {wish}: the cheapest setting still costs {curve.cost.min():.2f} layers a row. "
+            "Ask for less, add earlier exits, or keep weak exits open with keep_weak_exits=True.",
+            field="target",
+        )
+    quality = np.where(allowed, curve.quality, -np.inf)
+    return int(np.lexsort((curve.cost, -quality))[0])

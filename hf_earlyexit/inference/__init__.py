@@ -1,0 +1,1 @@
+"""Running models: the exit loop, traces, throughput."""

@@ -1,0 +1,88 @@
+"""One full pass over labelled rows, every exit's signals kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import DataError, UsageError
+from ..modeling.classifier import label_problem_type
+from ..modeling.fingerprint import heads_fingerprint
+from ..trace import ExitTrace
+from .batching import encode_rows, evaluation_mode, sorted_batches
+
+LABEL_NAMES = ("labels", "label")
+
+
+def collect_trace(
+    model: Any,
+    rows: Any,
+    *,
+    tokenizer: Any = None,
+    labels: Sequence[Any] | None = None,
+    split: str = "held-back",
+    max_batch_tokens: int = 4096,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> ExitTrace:
+    """Run every exit on every row and keep the logits.
+
+    Args:
+        model: a model with exits.
+        rows: a data set with texts or token ids and a label column, or a sequence of texts or text pairs.
+        tokenizer: needed for texts.
+        labels: one a row, where `rows` has no label column.
+        split: where the rows come from; "train" for rows the exits were trained on, which `calibrate` refuses.
+        max_batch_tokens: padded tokens in a batch.
+        max_length: cut longer texts; the tokenizer's own limit by default.
+        progress: show a bar.
+
+    Returns:
+        A trace in the order of the rows.
+
+    Raises:
+        DataError: for no rows, no labels, or labels out of range.
+    """
+    encoded = encode_rows(rows, tokenizer, max_length)
+    labels = _labels_of(rows, labels)
+    if not encoded or len(labels) != len(encoded):
+        raise DataError(f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows")
+    truth = torch.as_tensor(labels)
+    problem_type = label_problem_type(model.config, truth)
+    chunks, order = [], []
+    batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
+    with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
+        for indices, batch in batches:
+            output = model(**batch.to(model.device), early_exit=False)
+            chunks.append(output.exit_logits.float().cpu())
+            order += indices
+            bar.update(len(indices))
+    logits = torch.empty_like(torch.cat(chunks))
+    logits[torch.tensor(order)] = torch.cat(chunks)
+    return ExitTrace(
+        logits=logits.clone(),
+        labels=truth,
+        exit_layers=model.exit_layers,
+        problem_type=problem_type,
+        split=split,
+        cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
+        fingerprint=heads_fingerprint(model),
+        meta={
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
+        },
+    )
+
+
+def _labels_of(rows: Any, labels: Iterable[Any] | None) -> list[Any]:
+    if labels is not None:
+        return list(labels)
+    columns = getattr(rows, "column_names", ())
+    for name in LABEL_NAMES:
+        if name in columns:
+            return list(rows[name])
+    raise UsageError(f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_NAMES)}.", field="labels")

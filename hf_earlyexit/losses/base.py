@@ -1,0 +1,107 @@
+"""What an objective is: a loss for every exit, and how the exits' losses become one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import TrainingError
+from ..problems import MULTI_LABEL, REGRESSION
+from ..registry import Registry
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+
+
+class ObjectiveValue(NamedTuple):
+    """The loss to minimise (scalar) and each exit's own loss `[E]`, float32."""
+
+    loss: Tensor
+    per_exit: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A loss over all exits.
+
+    Args:
+        weights: "linear" (an exit weighs its layer's number, the papers' choice), "uniform", or one number per exit.
+            They are divided by their sum.
+
+    Raises:
+        TrainingError: for weights that cannot work.
+    """
+
+    weights: str | Sequence[float] = "linear"
+
+    freezes_backbone: ClassVar[bool] = False  # True: only what the exits added is trained
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, str):
+            if self.weights not in ("linear", "uniform"):
+                raise TrainingError(
+                    f"weights is {self.weights!r}; expected 'linear', 'uniform' or one number per exit.",
+                    field="weights",
+                    value=self.weights,
+                )
+            return
+        numbers = torch.as_tensor(list(self.weights), dtype=torch.float64)
+        if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()) or float(numbers.sum()) <= 0:
+            raise TrainingError(
+                f"weights is {self.weights!r}; expected finite numbers, none below 0 and not all 0.",
+                field="weights",
+                value=self.weights,
+            )
+
+    @abstractmethod
+    def exit_losses(self, exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        """Mean loss of each exit over the rows.
+
+        Args:
+            exit_logits: `[B, E, C]`, float32.
+            labels: `[B]` or `[B, C]`.
+            problem_type: what the labels mean.
+
+        Returns:
+            `[E]`.
+        """
+
+    def exit_weights(self, exit_layers: Sequence[int]) -> Tensor:
+        """Weight of each exit, `[E]`, summing to 1."""
+        if self.weights == "linear":
+            raw = torch.tensor(exit_layers, dtype=torch.float32)
+        elif self.weights == "uniform":
+            raw = torch.ones(len(exit_layers))
+        else:
+            raw = torch.tensor([float(weight) for weight in self.weights])
+            if len(raw) != len(exit_layers):
+                raise TrainingError(
+                    f"weights has {len(raw)} numbers for {len(exit_layers)} exits; expected one per exit.", field="weights"
+                )
+        return raw / raw.sum()
+
+    def __call__(
+        self, exit_logits: Tensor, labels: Tensor, problem_type: str, exit_layers: Sequence[int]
+    ) -> ObjectiveValue:
+        """The weighted sum of the exits' losses, in float32."""
+        losses = self.exit_losses(exit_logits.float(), labels, problem_type)
+        return ObjectiveValue((self.exit_weights(exit_layers).to(losses.device) * losses).sum(), losses)
+
+
+def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Mean loss of answers `[B, C]`: cross entropy (label -100 is left out), binary cross entropy or squared error."""
+    if problem_type == REGRESSION:
+        return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(logits.squeeze(-1).shape))
+    if problem_type == MULTI_LABEL:
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return functional.cross_entropy(logits, labels)
+
+
+def label_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """`task_loss` of every exit: `[B, E, C]` to `[E]`."""
+    return torch.stack([task_loss(logits, labels, problem_type) for logits in exit_logits.unbind(1)])

@@ -1,0 +1,1 @@
+"""Models with exits: thin doors on transformers' stock classes."""

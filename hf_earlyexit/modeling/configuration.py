@@ -1,0 +1,139 @@
+"""What a model with exits is told by its config.json: where the exits are, what they look like, when a row leaves."""
+
+# No `from __future__ import annotations` here: it would turn the type checks of strict configs off without a word.
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+from transformers.utils import logging
+
+from ..errors import EarlyExitConfigError
+from ..policies import ExitPolicy
+from ..problems import REGRESSION, SINGLE_LABEL
+from .heads import HEADS
+
+FORMAT_VERSION = "1.0"
+MOST_LAYERS = 1024
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class EarlyExitConfig:
+    """Fields that every early-exit config adds to its stock config.
+
+    Args:
+        exit_layers: layers (1-based, ascending, the last one included) after which rows may leave; all by default.
+        exit_head: kind of the exits before the last: "linear-mean", "linear", "pooler" or "linear-cls".
+        exit_policy: `policy.to_dict()`; `None` for a model that always runs in full.
+        exit_cost: cost of leaving at each exit in layers, ascending; `None` for the layers' numbers.
+        early_exit_version: format of the saved folder; `None` until a model with exits has been saved.
+
+    Raises:
+        EarlyExitConfigError: naming the field, its value and what is allowed.
+        PolicyError, UnknownNameError: for an impossible policy.
+    """
+
+    exit_layers: list[int] | None = None
+    exit_head: str = "linear-mean"
+    exit_policy: dict | None = None
+    exit_cost: list[float | int] | None = None
+    early_exit_version: str | None = None
+
+    stock_model_type: ClassVar[str]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.exit_layers is None and _is_count(self.num_hidden_layers):
+            self.exit_layers = list(range(1, self.num_hidden_layers + 1))
+        self.check_exits()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """As in transformers; a plain checkpoint of the same family is a legitimate place to start from."""
+        values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if values.get("model_type") == cls.stock_model_type:
+            values = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+        return values, rest
+
+    @property
+    def resolved_problem_type(self) -> str:
+        """`problem_type`, or what the stock model would infer from the number of labels."""
+        return self.problem_type or (REGRESSION if self.num_labels == 1 else SINGLE_LABEL)
+
+    def check_exits(self) -> None:
+        """Refuse fields that cannot work, before anything is allocated. Called by the config and again by the model."""
+        count = self.num_hidden_layers
+        if not _is_count(count):
+            raise _wrong("num_hidden_layers", count, f"a whole number from 1 to {MOST_LAYERS}")
+        layers = self.exit_layers
+        right = isinstance(layers, list) and layers and all(_is_count(layer, count) for layer in layers)
+        if not right or sorted(set(layers)) != layers or layers[-1] != count:
+            raise _wrong("exit_layers", layers, f"layer numbers from 1 to {count}, ascending, each once, ending at {count}")
+        if self.exit_cost is not None:
+            ascending = all(low < high for low, high in zip(self.exit_cost, self.exit_cost[1:], strict=False))
+            if len(self.exit_cost) != len(layers) or not ascending or not 0 < self.exit_cost[0] < float("inf"):
+                raise _wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
+        HEADS.get(self.exit_head)
+        if len(self.label2id or {}) != self.num_labels:
+            raise _wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
+        self._check_version()
+        if self.exit_policy is not None:
+            self.check_policy(ExitPolicy.from_dict(self.exit_policy))
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Refuse a policy made for other exits or another problem type."""
+        if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
+            raise _wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
+        if policy.num_exits != len(self.exit_layers):
+            raise _wrong(
+                "exit_policy", list(policy.thresholds), f"{len(self.exit_layers) - 1} thresholds, one per exit but the last"
+            )
+        if policy.problem_type != self.resolved_problem_type:
+            raise _wrong("exit_policy", policy.problem_type, f"a policy for {self.resolved_problem_type}")
+
+    def _check_version(self) -> None:
+        version = self.early_exit_version
+        if version is None:
+            return
+        if not re.fullmatch(r"\d+\.\d+", version):
+            raise _wrong("early_exit_version", version, "a version such as '1.0'")
+        (major, minor), (own_major, own_minor) = ([int(x) for x in v.split(".")] for v in (version, FORMAT_VERSION))
+        if major > own_major:
+            raise _wrong(
+                "early_exit_version", version, f"at most {own_major}.x; upgrade: pip install --upgrade hf_earlyexit"
+            )
+        if (major, minor) > (own_major, own_minor):
+            logger.warning_once(
+                f"The model was saved in format {version}; this library knows {FORMAT_VERSION} and ignores what is newer."
+            )
+
+
+@strict
+class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
+    """Configuration of a BERT with exits: `BertConfig` and the fields of `EarlyExitConfig`.
+
+    Example:
+        >>> import hf_earlyexit as ee
+        >>> ee.EarlyExitBertConfig(num_hidden_layers=6, exit_layers=[2, 4, 6]).exit_head
+        'linear-mean'
+    """
+
+    model_type = "early_exit_bert"
+    stock_model_type = "bert"
+    keys_to_ignore_at_inference = ("exit_logits", "exit_layer", "exit_score", "hidden_states", "attentions")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.is_decoder:
+            raise _wrong("is_decoder", True, "False: this class classifies with an encoder")
+
+
+def _is_count(value: Any, most: int = MOST_LAYERS) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _wrong(field: str, value: Any, expected: str) -> EarlyExitConfigError:
+    return EarlyExitConfigError(f"{field} is {value!r}; expected {expected}.", field=field, value=value)

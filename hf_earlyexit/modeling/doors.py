@@ -1,0 +1,39 @@
+"""The named classes: one config and one model per family and task."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
+
+from ..backbones import BertBackbone
+from .classifier import EarlyExitClassifier
+from .configuration import EarlyExitBertConfig
+
+
+class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenceClassification):
+    """`BertForSequenceClassification` with exits.
+
+    Loads any plain BERT checkpoint (bare, masked language model or classifier) and keeps its final answers to the bit;
+    the stock class reads the folders it saves and gives the full model's answers.
+
+    Example:
+        >>> import hf_earlyexit as ee
+        >>> config = ee.EarlyExitBertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> ee.EarlyExitBertForSequenceClassification(config).exit_layers
+        (1, 2, 3, 4)
+    """
+
+    config_class = EarlyExitBertConfig
+    config: EarlyExitBertConfig
+    backbone = BertBackbone()
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self._stock_pool(hidden)))
+
+
+def register_auto_classes() -> None:
+    """Make the Auto classes know the doors; harmless when repeated."""
+    config, model = EarlyExitBertConfig, EarlyExitBertForSequenceClassification
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        auto.register(config, model, exist_ok=True)

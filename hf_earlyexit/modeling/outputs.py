@@ -1,0 +1,30 @@
+"""What a model gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class EarlyExitClassifierOutput(ModelOutput):
+    """Answers of a classifier with exits; what was not computed is `None`.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: the answers `[B, C]`: each row's early answer, or the last exit's.
+        exit_logits: every exit's logits `[B, E, C]`; only when all exits ran.
+        exit_layer: the layer each row left after `[B]`, 1 to L.
+        exit_score: the score each row left with `[B]`, float32; only with early exit. The last exit takes whoever is left.
+        hidden_states, attentions: as in the stock model; only when all exits ran.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    exit_logits: torch.FloatTensor | None = None
+    exit_layer: torch.LongTensor | None = None
+    exit_score: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None

@@ -1,0 +1,26 @@
+"""Exit policies: one file per rule, known by name. Importing this package does not import transformers."""
+
+from .base import POLICIES, ExitPolicy, ExitSignal, ExitStep, Scan, register_policy
+from .beem import BeemAccuracyPolicy, BeemCostPolicy, BeemPolicy
+from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
+from .laws import check_exit_policy
+from .patience import PatiencePolicy
+from .static import StaticPolicy
+
+__all__ = [
+    "POLICIES",
+    "BeemAccuracyPolicy",
+    "BeemCostPolicy",
+    "BeemPolicy",
+    "ConfidencePolicy",
+    "EntropyPolicy",
+    "ExitPolicy",
+    "ExitSignal",
+    "ExitStep",
+    "MarginPolicy",
+    "PatiencePolicy",
+    "Scan",
+    "StaticPolicy",
+    "check_exit_policy",
+    "register_policy",
+]

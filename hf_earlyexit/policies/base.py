@@ -1,0 +1,296 @@
+"""What an exit policy is: a pure function from the stream of exits to one score per row and exit.
+
+A row leaves at the first exit whose score reaches that exit's threshold; the comparison is written once, in
+`ExitPolicy.leaves`. Serving steps a policy exit by exit, calibration folds the very same `update` over a cached trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..problems import PROBLEM_TYPES, SINGLE_LABEL
+from ..registry import Registry
+
+POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
+
+
+class ExitSignal(NamedTuple):
+    """What one exit tells about the rows that reached it.
+
+    Attributes:
+        logits: the exit head's output `[B, C]`, any float dtype.
+        gate: a learned leave logit `[B]`, where the model has gates.
+    """
+
+    logits: Tensor
+    gate: Tensor | None = None
+
+
+class ExitStep(NamedTuple):
+    """Outcome of one exit: the next state, score `[B]`, answer `[B, C]` and who leaves `[B]` (bool)."""
+
+    state: Any
+    score: Tensor
+    answer: Tensor
+    leave: Tensor
+
+
+class Scan(NamedTuple):
+    """A policy folded over a trace: scores `[N, E]` (float32, -inf at muted exits) and answers `[N, E, C]`."""
+
+    scores: Tensor
+    answers: Tensor
+
+
+class SignalSource(Protocol):
+    """Anything that holds every exit's signals for a set of rows, such as an `ExitTrace`."""
+
+    @property
+    def num_exits(self) -> int: ...
+
+    def signal(self, exit_index: int) -> ExitSignal: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitPolicy(ABC):
+    """A rule that says when a row is decided.
+
+    Subclass it, fill `init_state` and `update`, and register it by name; `check_exit_policy` then tells whether the
+    subclass keeps the laws that serving and calibration rely on.
+
+    Args:
+        thresholds: one per exit but the last; a row leaves where its score is at or above the threshold; `None` closes
+            the exit. In `[lowest_threshold, highest_threshold]`.
+        muted: indices (0-based) of exits that are not looked at: no score, no vote. They must be closed.
+        problem_type: `single_label_classification`, `multi_label_classification` or `regression`.
+        exit_layers: layers (1-based) of all exits the thresholds were made for; `None` if unknown.
+
+    Raises:
+        PolicyError: for numbers out of range, or a problem type the rule cannot serve.
+    """
+
+    thresholds: tuple[float | None, ...]
+    muted: tuple[int, ...] = ()
+    problem_type: str = SINGLE_LABEL
+    exit_layers: tuple[int, ...] | None = None
+
+    problem_types: ClassVar[frozenset[str]] = frozenset(PROBLEM_TYPES)
+    uses_history: ClassVar[bool] = True  # False: a score depends on its own exit alone, so closed exits are skipped
+    uses_gate: ClassVar[bool] = False
+    learns: ClassVar[bool] = False  # True: `learn` fits numbers to labelled rows
+    counts: ClassVar[bool] = False  # True: scores are whole numbers, and so are thresholds
+    lowest_threshold: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # JSON brings lists
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        self.validate()
+
+    # --- what a rule fills in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Any:
+        """The state before the first exit: a NamedTuple of tensors, each with the rows first."""
+
+    @abstractmethod
+    def update(self, state: Any, signal: ExitSignal, exit_index: int) -> tuple[Any, Tensor, Tensor]:
+        """One exit, pure and per row.
+
+        Args:
+            state: as returned by `init_state` or the last `update`.
+            signal: of the rows in `state`.
+            exit_index: 0-based.
+
+        Returns:
+            The next state, score `[B]` (float32, bigger is surer, never below 0), answer `[B, C]`.
+        """
+
+    @property
+    def highest_threshold(self) -> float:
+        """No score is ever above this; `inf` where scores have no bound."""
+        return math.inf
+
+    @classmethod
+    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
+        """Fields of the policy fitted to the rows of `trace` (an `ExitTrace`); `options` win over defaults."""
+        return options
+
+    # --- what every rule shares -----------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name the policy class is registered under."""
+        for name in POLICIES.names():
+            if POLICIES.get(name) is type(self):
+                return name
+        raise PolicyError(f"{type(self).__name__} is not registered; decorate it with `@register_policy(name)`.")
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits E, the last one included."""
+        return len(self.thresholds) + 1
+
+    @classmethod
+    def from_trace(cls, trace: Any, **options: Any) -> Self:
+        """The policy for the exits of `trace`, its own numbers learned from it, every exit still closed."""
+        given = {"thresholds": (None,) * (trace.num_exits - 1), "problem_type": trace.problem_type}
+        learned = cls.learn(trace, **options)
+        _refuse_unknown(cls, set(learned), {field.name for field in dataclasses.fields(cls)} - set(given))
+        return cls(**{"exit_layers": tuple(trace.exit_layers), **given, **learned})
+
+    def leaves(self, score: Tensor, exit_index: int) -> Tensor:
+        """Who leaves at this exit, `[B]` booleans. The only place where a score meets a threshold."""
+        if exit_index == len(self.thresholds):
+            return torch.ones_like(score, dtype=torch.bool)
+        threshold = self.thresholds[exit_index]
+        return torch.zeros_like(score, dtype=torch.bool) if threshold is None else score >= threshold
+
+    def step(self, state: Any, signal: ExitSignal, exit_index: int) -> ExitStep:
+        """`update`, and who leaves."""
+        state, score, answer = self.update(state, signal, exit_index)
+        return ExitStep(state, score, answer, self.leaves(score, exit_index))
+
+    def wants(self, exit_index: int) -> bool:
+        """Whether serving must compute this exit's signal at all."""
+        if exit_index == len(self.thresholds):
+            return True
+        if exit_index in self.muted:
+            return False
+        return self.uses_history or self.thresholds[exit_index] is not None
+
+    def scan(self, trace: SignalSource) -> Scan:
+        """Fold `update` over all exits of a trace.
+
+        Returns:
+            Scores `[N, E]` and answers `[N, E, C]`.
+        """
+        scores, answers, state = [], [], None
+        for exit_index in range(trace.num_exits):
+            signal = trace.signal(exit_index)
+            if exit_index in self.muted:
+                scores.append(torch.full(signal.logits.shape[:1], -math.inf))
+                answers.append(signal.logits)
+                continue
+            if state is None:
+                state = self.init_state(*signal.logits.shape, signal.logits.device)
+            state, score, answer = self.update(state, signal, exit_index)
+            scores.append(score)
+            answers.append(answer)
+        return Scan(torch.stack(scores, 1), torch.stack(answers, 1))
+
+    def decide(self, scores: Tensor) -> Tensor:
+        """Exit index of each row, `[N]`, from scores `[N, E]`."""
+        leave = torch.stack([self.leaves(scores[:, index], index) for index in range(scores.shape[1])], 1)
+        return leave.int().argmax(1)
+
+    def with_thresholds(self, thresholds: float | None | tuple[float | None, ...]) -> Self:
+        """The same policy with other thresholds; a single number serves every exit that is not muted."""
+        if thresholds is None or isinstance(thresholds, (int, float)):
+            thresholds = tuple(None if i in self.muted else thresholds for i in range(len(self.thresholds)))
+        return dataclasses.replace(self, thresholds=tuple(thresholds))
+
+    # --- as plain numbers -----------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: the name and every field. Doubles survive JSON exactly; a closed exit is `null`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ExitPolicy:
+        """The policy that `to_dict` described.
+
+        Raises:
+            UnknownNameError: for a name no registry holds.
+            PolicyError: for unknown, missing or impossible fields.
+        """
+        if not isinstance(values, dict) or "name" not in values:
+            raise PolicyError(
+                f"An exit policy is a dict with a 'name' and its numbers, as `policy.to_dict()` writes it; got {values!r}.",
+                field="exit_policy",
+                value=values,
+            )
+        cls = POLICIES.get(values["name"])
+        given = {key: value for key, value in values.items() if key != "name"}
+        _refuse_unknown(cls, set(given), {field.name for field in dataclasses.fields(cls)})
+        if "thresholds" not in given:
+            raise PolicyError(f"The {values['name']} policy needs thresholds, one per exit but the last.", field="thresholds")
+        return cls(**given)
+
+    def validate(self) -> None:
+        """Check every number.
+
+        Raises:
+            PolicyError: naming field, value and what is allowed.
+        """
+        if self.problem_type not in PROBLEM_TYPES:
+            raise PolicyError(
+                f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
+                field="problem_type",
+                value=self.problem_type,
+            )
+        if self.problem_type not in self.problem_types:
+            able = [name for name in POLICIES.names() if self.problem_type in POLICIES.get(name).problem_types]
+            raise PolicyError(
+                f"The {self.name} policy cannot serve {self.problem_type}; these can: {', '.join(able)}.",
+                field="problem_type",
+                value=self.problem_type,
+            )
+        if not isinstance(self.thresholds, tuple):
+            raise PolicyError(
+                f"thresholds is {self.thresholds!r}; expected a list with one number or null per exit but the last.",
+                field="thresholds",
+                value=self.thresholds,
+            )
+        for index, threshold in enumerate(self.thresholds):
+            if threshold is not None:
+                require_number(f"thresholds[{index}]", threshold, self.lowest_threshold, self.highest_threshold)
+        for index in self.muted:
+            inside = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(self.thresholds)
+            if not inside or self.thresholds[index] is not None:
+                raise PolicyError(
+                    f"muted holds {index!r}; expected indices 0 to {len(self.thresholds) - 1} of exits whose threshold is null.",
+                    field="muted",
+                    value=self.muted,
+                )
+        if self.exit_layers is not None and len(self.exit_layers) != self.num_exits:
+            raise PolicyError(
+                f"thresholds has {len(self.thresholds)} entries for {len(self.exit_layers)} exits; "
+                f"expected {len(self.exit_layers) - 1}, one per exit but the last.",
+                field="thresholds",
+                value=self.thresholds,
+            )
+
+
+def require_number(field: str, value: Any, lowest: float, highest: float = math.inf) -> None:
+    """Refuse anything but a finite real number in `[lowest, highest]`.
+
+    Raises:
+        PolicyError: naming the field, the value and the range.
+    """
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not lowest <= value <= highest:
+        raise PolicyError(
+            f"{field} is {value!r}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
+        )
+
+
+def _refuse_unknown(cls: type[ExitPolicy], given: set[str], known: set[str]) -> None:
+    if unknown := given - known:
+        raise PolicyError(
+            f"{cls.__name__} has no field {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}.",
+            field=sorted(unknown)[0],
+        )
+
+
+def register_policy(name: str) -> Any:
+    """Class decorator that makes a policy known by name to `calibrate`, configs and the command line."""
+    return POLICIES.register(name)

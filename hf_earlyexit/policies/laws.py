@@ -1,0 +1,225 @@
+"""What every exit policy must keep, as checks that anybody can run on their own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..problems import REGRESSION
+from .base import ExitPolicy, ExitSignal, Scan
+
+ROWS = 64
+
+
+class _Signals(NamedTuple):
+    """Random exits that often agree, as a signal source: logits `[N, E, C]`, gates `[N, E]`."""
+
+    logits: Tensor
+    gates: Tensor
+
+    @property
+    def num_exits(self) -> int:
+        return self.logits.shape[1]
+
+    def signal(self, exit_index: int) -> ExitSignal:
+        return ExitSignal(self.logits[:, exit_index], self.gates[:, exit_index])
+
+    def rows(self, rows: Tensor | slice) -> _Signals:
+        return _Signals(self.logits[rows], self.gates[rows])
+
+    @classmethod
+    def random(cls, policy: ExitPolicy, seed: int = 0) -> _Signals:
+        generator = torch.Generator().manual_seed(seed)
+        classes = 1 if policy.problem_type == REGRESSION else 3
+        steps = torch.randn(ROWS, policy.num_exits, classes, generator=generator)
+        return cls(steps.cumsum(1), torch.randn(ROWS, policy.num_exits, generator=generator))
+
+
+def serve(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tuple[Tensor, Tensor]:
+    """Step a policy as serving does: rows leave at their exit and are dropped.
+
+    Returns:
+        Exit index `[N]` and the score each row left with `[N]`.
+    """
+    rows = torch.arange(signals.logits.shape[0])
+    exits, scores = torch.full_like(rows, -1), torch.zeros(len(rows))
+    state = policy.init_state(len(rows), signals.logits.shape[-1], signals.logits.device)
+    for index in range(policy.num_exits):
+        if not policy.wants(index):
+            continue
+        state, score, _, leave = policy.step(state, signals.rows(rows).signal(index), index)
+        fresh = leave & (exits[rows] < 0)
+        exits[rows[fresh]], scores[rows[fresh]] = index, score[fresh]
+        if drop_rows:
+            rows = rows[~leave]
+            state = type(state)(*(part[~leave] for part in state))
+    return exits, scores
+
+
+def _same(first: Scan, second: Scan) -> bool:
+    return torch.equal(first.scores, second.scores) and torch.equal(first.answers, second.answers)
+
+
+def _looked_at(policy: ExitPolicy, scores: Tensor) -> Tensor:
+    return scores[:, [index for index in range(policy.num_exits) if index not in policy.muted]]
+
+
+def serving_equals_scan(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    scores = policy.scan(signals).scores
+    exits, at_exit = serve(policy, signals)
+    return torch.equal(exits, policy.decide(scores)) and torch.equal(at_exit, scores[torch.arange(ROWS), exits])
+
+
+def dropping_rows_changes_nothing(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    return torch.equal(serve(policy, signals)[0], serve(policy, signals, drop_rows=False)[0])
+
+
+def rows_do_not_see_each_other(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    whole = policy.scan(signals)
+    alone = [policy.scan(signals.rows(slice(i, i + 1))) for i in range(ROWS)]
+    return _same(whole, Scan(*(torch.cat(parts) for parts in zip(*alone, strict=True))))
+
+
+def order_of_rows_is_free(policy: ExitPolicy) -> bool:
+    signals, order = _Signals.random(policy), torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    whole = policy.scan(signals)
+    return _same(Scan(whole.scores[order], whole.answers[order]), policy.scan(signals.rows(order)))
+
+
+def same_input_same_output(policy: ExitPolicy) -> bool:
+    return _same(policy.scan(_Signals.random(policy)), policy.scan(_Signals.random(policy)))
+
+
+def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
+    signals, before = _Signals.random(policy), copy.deepcopy(policy)
+    kept = _Signals(signals.logits.clone(), signals.gates.clone())
+    policy.scan(signals)
+    return policy == before and all(torch.equal(a, b) for a, b in zip(signals, kept, strict=True))
+
+
+def state_is_tensors_with_rows_first(policy: ExitPolicy) -> bool:
+    state = policy.init_state(5, 3, "cpu")
+    return isinstance(state, tuple) and all(isinstance(part, Tensor) and part.shape[0] == 5 for part in state)
+
+
+def shapes_and_dtype_are_right(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    scores, answers = policy.scan(signals)
+    return scores.shape == signals.logits.shape[:2] and scores.dtype == torch.float32 and answers.shape == signals.logits.shape
+
+
+def scores_are_finite_and_not_negative(policy: ExitPolicy) -> bool:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for scale in (1.0, 100.0, 1e4):
+            base = _Signals.random(policy)
+            logits = (base.logits / base.logits.abs().max() * scale).to(dtype)
+            scores = _looked_at(policy, policy.scan(_Signals(logits, base.gates.to(dtype))).scores)
+            if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
+                return False
+    return True
+
+
+def json_round_trip_is_exact(policy: ExitPolicy) -> bool:
+    return ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False))) == policy
+
+
+def last_exit_always_leaves(policy: ExitPolicy) -> bool:
+    closed = policy.with_thresholds((None,) * (policy.num_exits - 1))
+    signals = _Signals.random(policy)
+    decided = closed.decide(closed.scan(signals).scores)
+    return bool((decided == policy.num_exits - 1).all()) and bool((serve(closed, signals)[0] >= 0).all())
+
+
+def higher_thresholds_never_leave_earlier(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    scores = policy.scan(signals).scores
+    levels = [x for x in _looked_at(policy, scores).unique().tolist() if x >= policy.lowest_threshold]
+    exits = [policy.with_thresholds(level).decide(scores) for level in levels]
+    return all(bool((low <= high).all()) for low, high in zip(exits, exits[1:], strict=False))
+
+
+def score_at_the_threshold_leaves(policy: ExitPolicy) -> bool:
+    score = torch.tensor([policy.lowest_threshold])
+    return policy.num_exits == 1 or bool(_open_first(policy).leaves(score, _first_open(policy)).all())
+
+
+def empty_batches_and_single_rows_work(policy: ExitPolicy) -> bool:
+    signals = _Signals.random(policy)
+    sizes = [policy.scan(signals.rows(slice(0, n))).scores.shape for n in (0, 1)]
+    return sizes == [(0, policy.num_exits), (1, policy.num_exits)] and serve(policy, signals.rows(slice(0, 0)))[0].shape == (0,)
+
+
+def a_single_exit_works(policy: ExitPolicy) -> bool:
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    last = {k: v[-1:] for k, v in fields.items() if isinstance(v, tuple) and len(v) == policy.num_exits}
+    single = dataclasses.replace(policy, **{**last, "thresholds": (), "muted": ()})
+    return bool((serve(single, _Signals.random(single))[0] == 0).all())
+
+
+def _first_open(policy: ExitPolicy) -> int:
+    return next(index for index in range(policy.num_exits) if index not in policy.muted)
+
+
+def _open_first(policy: ExitPolicy) -> ExitPolicy:
+    first = _first_open(policy)
+    return policy.with_thresholds(tuple(policy.lowest_threshold if i == first else None for i in range(len(policy.thresholds))))
+
+
+LAWS: tuple[Callable[[ExitPolicy], bool], ...] = (
+    serving_equals_scan,
+    dropping_rows_changes_nothing,
+    rows_do_not_see_each_other,
+    order_of_rows_is_free,
+    same_input_same_output,
+    inputs_and_policy_stay_untouched,
+    state_is_tensors_with_rows_first,
+    shapes_and_dtype_are_right,
+    scores_are_finite_and_not_negative,
+    json_round_trip_is_exact,
+    last_exit_always_leaves,
+    higher_thresholds_never_leave_earlier,
+    score_at_the_threshold_leaves,
+    empty_batches_and_single_rows_work,
+    a_single_exit_works,
+)
+
+
+def check_exit_policy(policy: ExitPolicy) -> list[str]:
+    """Run every law on a policy, yours or ours, with random exits that often agree.
+
+    Args:
+        policy: a registered policy with thresholds for at least two exits, some of them open.
+
+    Returns:
+        Names of the laws that were checked.
+
+    Raises:
+        PolicyError: naming the law that does not hold.
+
+    Example:
+        >>> import hf_earlyexit as ee
+        >>> len(ee.check_exit_policy(ee.ConfidencePolicy(thresholds=[0.9, 0.8]))) > 10
+        True
+    """
+    for law in LAWS:
+        try:
+            kept = law(policy)
+        except Exception as error:
+            raise PolicyError(f"{type(policy).__name__} breaks the law '{_words(law)}': {error}", field=law.__name__) from error
+        if not kept:
+            raise PolicyError(f"{type(policy).__name__} breaks the law '{_words(law)}'.", field=law.__name__)
+    return [law.__name__ for law in LAWS]
+
+
+def _words(law: Callable[[ExitPolicy], bool]) -> str:
+    return law.__name__.replace("_", " ")

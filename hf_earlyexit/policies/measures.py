@@ -1,0 +1,54 @@
+"""How sure one exit is of each row, from its logits alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..problems import MULTI_LABEL
+
+
+def max_probability(log_probs: Tensor) -> Tensor:
+    """Probability of the most likely class, `[..., C]` to `[...]`, in `[1/C, 1]`."""
+    return log_probs.amax(-1).exp()
+
+
+def margin(log_probs: Tensor) -> Tensor:
+    """Probability of the first class minus that of the second, in `[0, 1]`."""
+    top = log_probs.topk(2, dim=-1).values.exp()
+    return top[..., 0] - top[..., 1]
+
+
+def certainty(log_probs: Tensor) -> Tensor:
+    """One minus the entropy over its maximum log C, in `[0, 1]`; finite also where probabilities vanish."""
+    entropy = torch.special.entr(log_probs.exp()).sum(-1)
+    return (1 - entropy / math.log(log_probs.shape[-1])).clamp_min(0)
+
+
+def log_odds(log_probs: Tensor) -> Tensor:
+    """Log-odds of the first class against the second, at or above 0 and without upper bound."""
+    top = log_probs.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+def measure(logits: Tensor, how: Callable[[Tensor], Tensor], problem_type: str) -> Tensor:
+    """Apply a measure to the rows of one exit in float32.
+
+    With many labels each label is a two-class problem of its own and the row is as sure as its least sure label.
+
+    Args:
+        logits: `[B, C]`, any float dtype.
+        how: a function of log-probabilities above.
+        problem_type: single or multi label.
+
+    Returns:
+        `[B]`, float32.
+    """
+    logits = logits.float()
+    if problem_type == MULTI_LABEL:
+        pairs = torch.stack([logits, torch.zeros_like(logits)], -1)  # [B, C, 2]
+        return how(pairs.log_softmax(-1)).amin(-1)
+    return how(logits.log_softmax(-1))

@@ -1,0 +1,57 @@
+"""Leave when enough exits in a row have said the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..problems import REGRESSION
+from .agreement import Chain
+from .base import ExitPolicy, ExitSignal, register_policy, require_number
+
+
+@register_policy("patience")
+@dataclass(frozen=True, kw_only=True)
+class PatiencePolicy(ExitPolicy):
+    """Leave when the prediction has stayed the same for `threshold` exits after the first.
+
+    The score counts agreements with the exit before; it is back at 0 after a change of mind.
+
+    Args:
+        tolerance: for regression, the largest change between two exits that counts as agreement, in label units.
+
+    Paper: PABEE (https://arxiv.org/abs/2006.04152). The released code takes agreement over the whole batch and so needs
+    batches of one row; here every row counts for itself.
+    """
+
+    tolerance: float = 0.0
+
+    counts: ClassVar[bool] = True
+    lowest_threshold: ClassVar[float] = 1.0
+
+    @property
+    def highest_threshold(self) -> float:
+        return float(max(len(self.thresholds), 1))
+
+    def validate(self) -> None:
+        super().validate()
+        require_number("tolerance", self.tolerance, 0)
+        if self.problem_type == REGRESSION and self.tolerance == 0:
+            raise PolicyError(
+                "patience on regression needs a tolerance above 0: the change between two exits that counts as agreement.",
+                field="tolerance",
+                value=self.tolerance,
+            )
+
+    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
+        return Chain.empty(batch_size, num_classes, device)
+
+    def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
+        logits = signal.logits.float()
+        agrees = state.agrees(logits, self.problem_type, self.tolerance)
+        count = torch.where(agrees, state.total + 1, 0.0)
+        return state.follow(logits, count), count, signal.logits

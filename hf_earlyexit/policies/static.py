@@ -1,0 +1,43 @@
+"""Leave every row at the same exit: the yardstick of all other rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .base import ExitPolicy, ExitSignal, register_policy
+from .confidence import NoState
+
+
+@register_policy("static")
+@dataclass(frozen=True, kw_only=True)
+class StaticPolicy(ExitPolicy):
+    """Leave at a fixed exit, whatever the row.
+
+    The score is the exit's number (1 to E), so the threshold k means "leave at the k-th exit".
+    """
+
+    uses_history: ClassVar[bool] = False
+    counts: ClassVar[bool] = True
+    lowest_threshold: ClassVar[float] = 1.0
+
+    @property
+    def highest_threshold(self) -> float:
+        return float(self.num_exits)
+
+    @classmethod
+    def at(cls, exit_index: int, num_exits: int, **fields: object) -> Self:
+        """The policy that leaves at `exit_index` (0-based) of `num_exits`."""
+        closed = (None,) * (num_exits - 1)
+        opened = tuple(float(index + 1) if index == exit_index else None for index in range(num_exits - 1))
+        return cls(thresholds=opened if exit_index < num_exits - 1 else closed, **fields)  # type: ignore[arg-type]
+
+    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
+        return NoState()
+
+    def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
+        number = torch.full(signal.logits.shape[:1], float(exit_index + 1), device=signal.logits.device)
+        return state, number, signal.logits

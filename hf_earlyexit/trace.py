@@ -1,0 +1,140 @@
+"""Every exit's signals for a set of rows: what calibration reads instead of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError, DataError
+from .policies.base import ExitSignal
+from .problems import SINGLE_LABEL, majority_quality, row_quality
+
+FORMAT = "hf_earlyexit.trace/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitTrace:
+    """Signals of N rows at E exits, from one full pass through a model.
+
+    Args:
+        logits: `[N, E, C]`, float32.
+        labels: `[N]` class numbers, or `[N, C]` values for many labels and regression.
+        exit_layers: layer (1-based) of each exit, ascending; the last is the number of layers.
+        problem_type: what the labels mean.
+        split: the rows' origin, such as "held-back"; "train" marks rows the exits were trained on.
+        gates: leave logits `[N, E - 1]` or `None`.
+        cost: cost of leaving at each exit, in layers; `None` for the layers' numbers.
+        fingerprint: of the exit heads that made the logits; empty if unknown.
+        meta: anything else worth keeping, JSON values (dtype, model name, library versions).
+
+    Raises:
+        DataError: if the shapes do not fit each other, or a logit is not finite.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    exit_layers: tuple[int, ...]
+    problem_type: str = SINGLE_LABEL
+    split: str = "held-back"
+    gates: Tensor | None = None
+    cost: tuple[float, ...] | None = None
+    fingerprint: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        if self.logits.ndim != 3 or self.logits.shape[1] != len(self.exit_layers):
+            raise DataError(
+                f"logits has shape {list(self.logits.shape)}; expected [rows, {len(self.exit_layers)} exits, classes].",
+                field="logits",
+            )
+        if self.labels.shape[0] != self.num_rows:
+            raise DataError(f"{self.labels.shape[0]} labels for {self.num_rows} rows; expected one a row.", field="labels")
+        if not bool(torch.isfinite(self.logits).all()):
+            row = int((~torch.isfinite(self.logits)).flatten(1).any(1).nonzero()[0])
+            raise DataError(f"Row {row} has a logit that is not finite; check the model's weights and dtype.", field="logits")
+        if self.problem_type == SINGLE_LABEL and self.num_rows:
+            low, high = int(self.labels.min()), int(self.labels.max())
+            if low < 0 or high >= self.logits.shape[-1]:
+                raise DataError(
+                    f"Labels run from {low} to {high}; expected 0 to {self.logits.shape[-1] - 1}.", field="labels"
+                )
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.logits.shape[0]
+
+    @property
+    def num_exits(self) -> int:
+        """E, the last exit included."""
+        return self.logits.shape[1]
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Cost of leaving at each exit, in layers."""
+        return tuple(float(layer) for layer in self.exit_layers) if self.cost is None else self.cost
+
+    @property
+    def quality(self) -> Tensor:
+        """Quality of each exit on each row, `[N, E]`: see `problems.row_quality`."""
+        return row_quality(self.logits, self.labels, self.problem_type)
+
+    def signal(self, exit_index: int) -> ExitSignal:
+        """What exit `exit_index` (0-based) told about every row."""
+        gate = None if self.gates is None or exit_index == self.num_exits - 1 else self.gates[:, exit_index]
+        return ExitSignal(self.logits[:, exit_index], gate)
+
+    def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
+        """The trace of some rows, in the given order."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        gates = None if self.gates is None else self.gates[index]
+        return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], "gates": gates})
+
+    def dead_exits(self, sigmas: float = 1.645) -> tuple[int, ...]:
+        """Exits (0-based, the last excepted) that are no better than always giving the most frequent answer.
+
+        Args:
+            sigmas: how many standard errors of its mean quality an exit must be above the constant answer to count as alive.
+        """
+        constant = majority_quality(self.labels, self.problem_type)
+        quality = self.quality[:, :-1]
+        noise = quality.std(0, correction=0) / max(self.num_rows, 1) ** 0.5
+        return tuple((quality.mean(0) <= constant + sigmas * noise).nonzero().flatten().tolist())
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file."""
+        tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
+        if self.gates is not None:
+            tensors["gates"] = self.gates.contiguous()
+        plain = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor) and name != "gates"}
+        save_file(tensors, path, metadata={"format": FORMAT, "trace": json.dumps(plain)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ExitTrace:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is damaged or not a trace.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({error}); collect the trace again.", path=path) from error
+        if meta.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} is not an exit trace: its format is {meta.get('format')!r}, expected {FORMAT!r}.", path=path
+            )
+        plain = json.loads(meta["trace"])
+        plain["cost"] = None if plain["cost"] is None else tuple(plain["cost"])
+        return cls(**plain, **tensors)

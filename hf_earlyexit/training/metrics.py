@@ -1,0 +1,76 @@
+"""What evaluations log for every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..problems import MULTI_LABEL, REGRESSION
+from ..registry import Registry
+
+EXIT_METRICS: Registry[Callable[[np.ndarray, np.ndarray], float]] = Registry("exit metric")
+
+
+def default_exit_metric(problem_type: str) -> str:
+    """The metric a problem type is usually judged by."""
+    return {REGRESSION: "spearman", MULTI_LABEL: "f1"}.get(problem_type, "accuracy")
+
+
+def exit_metrics(exit_logits: np.ndarray, labels: np.ndarray, exit_layers: list[int], metric: str) -> dict[str, float]:
+    """One number per exit, keyed `exit_<layer>_<metric>`.
+
+    Args:
+        exit_logits: `[N, E, C]`.
+        labels: `[N]` or `[N, C]`; rows labelled -100 are left out.
+        exit_layers: layer of each exit.
+        metric: a name of `EXIT_METRICS`.
+    """
+    counted = labels != -100 if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else slice(None)
+    compute = EXIT_METRICS.get(metric)
+    return {
+        f"exit_{layer}_{metric}": compute(exit_logits[counted, index], labels[counted])
+        for index, layer in enumerate(exit_layers)
+    }
+
+
+def _classes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return logits > 0 if labels.ndim == 2 else logits.argmax(-1)
+
+
+@EXIT_METRICS.register("accuracy")
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of right answers; with many labels, of right labels."""
+    return float((_classes(logits, labels) == labels).mean())
+
+
+@EXIT_METRICS.register("f1")
+def f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1 for two classes, micro-averaged for many labels, macro-averaged otherwise."""
+    from sklearn.metrics import f1_score
+
+    average = "micro" if labels.ndim == 2 else "binary" if logits.shape[-1] == 2 else "macro"
+    return float(f1_score(labels, _classes(logits, labels), average=average, zero_division=0))
+
+
+@EXIT_METRICS.register("matthews")
+def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation of classes."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, _classes(logits, labels)))
+
+
+@EXIT_METRICS.register("spearman")
+def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Rank correlation of values; 0 where an exit says the same of every row."""
+    from scipy.stats import spearmanr
+
+    values = logits.reshape(len(labels), -1)[:, 0]
+    return 0.0 if np.ptp(values) == 0 else float(spearmanr(values, labels.reshape(-1)).statistic)
+
+
+@EXIT_METRICS.register("mse")
+def mse(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean squared error."""
+    return float(np.square(logits.reshape(labels.shape) - labels).mean())
