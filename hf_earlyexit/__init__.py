@@ -1,18 +1,57 @@
 """Early exiting for Hugging Face transformers: rows leave the network at the layer where they are decided.
 
-Importing the package registers its models with the Auto classes and does nothing else.
+Importing the package registers its models with the Auto classes and does nothing else; every other name is loaded when it
+is first used.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
-from .calibration import CalibrationResult, FinalLayerError, LayerBudget, MaxDrop, SpeedUp, calibrate
-from .errors import EarlyExitError
-from .inference.collect import collect_trace
-from .modeling.configuration import EarlyExitBertConfig
-from .modeling.doors import EarlyExitBertForSequenceClassification, register_auto_classes
-from .policies import *
-from .trace import ExitTrace
-from .training import EarlyExitTrainer, EarlyExitTrainingArguments
+from .modeling.doors import register_auto_classes
 
 __version__ = version("hf_earlyexit")
+
+_HOMES = {
+    "EarlyExitBertConfig": "modeling.configuration",
+    "EarlyExitBertForSequenceClassification": "modeling.doors",
+    "EarlyExitTrainer": "training.trainer",
+    "EarlyExitTrainingArguments": "training.arguments",
+    "ExitTrace": "trace",
+    "collect_trace": "inference.collect",
+    "calibrate": "calibration.choose",
+    "replay": "calibration.replay",
+    "CalibrationResult": "calibration.result",
+    "FinalLayerError": "calibration.targets",
+    "LayerBudget": "calibration.targets",
+    "MaxDrop": "calibration.targets",
+    "SpeedUp": "calibration.targets",
+    "ExitPolicy": "policies.base",
+    "ExitSignal": "policies.base",
+    "register_policy": "policies.base",
+    "ConfidencePolicy": "policies.confidence",
+    "EntropyPolicy": "policies.confidence",
+    "MarginPolicy": "policies.confidence",
+    "PatiencePolicy": "policies.patience",
+    "BeemPolicy": "policies.beem",
+    "StaticPolicy": "policies.static",
+    "check_exit_policy": "policies.laws",
+    "pipeline": "pipelines",
+    "predict": "inference.predict",
+    "explain": "inference.explain",
+    "EarlyExitError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
 register_auto_classes()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

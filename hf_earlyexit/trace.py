@@ -60,7 +60,9 @@ class ExitTrace:
             raise DataError(f"{self.labels.shape[0]} labels for {self.num_rows} rows; expected one a row.", field="labels")
         if not bool(torch.isfinite(self.logits).all()):
             row = int((~torch.isfinite(self.logits)).flatten(1).any(1).nonzero()[0])
-            raise DataError(f"Row {row} has a logit that is not finite; check the model's weights and dtype.", field="logits")
+            raise DataError(
+                f"Row {row} has a logit that is not finite; check the model's weights and dtype.", field="logits"
+            )
         if self.problem_type == SINGLE_LABEL and self.num_rows:
             low, high = int(self.labels.min()), int(self.labels.max())
             if low < 0 or high >= self.logits.shape[-1]:
@@ -128,9 +130,12 @@ class ExitTrace:
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except Exception as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error}); collect the trace again.", path=path) from error
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors ({error}); collect the trace again.", path=path
+            ) from error
         if meta.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} is not an exit trace: its format is {meta.get('format')!r}, expected {FORMAT!r}.", path=path

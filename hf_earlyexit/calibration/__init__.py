@@ -1,7 +1,8 @@
 """Choosing thresholds: targets, exact search, results. Imports no model and no transformers."""
 
 from .choose import calibrate
-from .result import CalibrationResult, ExitReport
+from .replay import ExitReport, Replay, replay
+from .result import CalibrationResult
 from .targets import TARGETS, FinalLayerError, LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "FinalLayerError",
     "LayerBudget",
     "MaxDrop",
+    "Replay",
     "SpeedUp",
     "Target",
     "calibrate",
     "parse_target",
+    "replay",
 ]

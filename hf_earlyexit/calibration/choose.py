@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
@@ -13,9 +14,10 @@ from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy
 from ..problems import majority_quality, row_quality
 from ..trace import ExitTrace
-from .result import CalibrationResult, ExitReport
+from .replay import replay
+from .result import CalibrationResult
 from .search import Array, Curve, per_exit_curve, single_threshold_curve
-from .targets import MaxDrop, Target, parse_target
+from .targets import Target, parse_target
 
 CURVE_POINTS = 400
 
@@ -23,7 +25,7 @@ CURVE_POINTS = 400
 def calibrate(
     trace: ExitTrace,
     policy: str | ExitPolicy = "beem-a",
-    target: str | Target = MaxDrop(0.0),
+    target: str | Target = "max-drop:0",
     *,
     per_exit: bool | None = None,
     options: dict[str, Any] | None = None,
@@ -77,12 +79,14 @@ def calibrate(
         curve = single_threshold_curve(visible, quality, cost, rule.lowest_threshold, rule.counts)
     chosen = target.pick(curve, trace.exit_layers[-1])
     rule = rule.with_thresholds(_as_thresholds(curve.thresholds[chosen]))
-    return _result(rule, rows, scores, quality, curve, target, weak, learned_from, seed)
+    return _result(rule, rows, scores, curve, target, weak, learned_from, seed)
 
 
 def _check(trace: ExitTrace, target: Target) -> None:
     if not isinstance(target, Target):
-        raise CalibrationError(f"target is {target!r}; expected a Target such as MaxDrop(0.01).", field="target", value=target)
+        raise CalibrationError(
+            f"target is {target!r}; expected a Target such as MaxDrop(0.01).", field="target", value=target
+        )
     if trace.num_rows == 0:
         raise CalibrationError("The trace has no rows; collect it on held-back data first.", field="trace")
     if trace.split == "train":
@@ -137,31 +141,20 @@ def _result(
     policy: ExitPolicy,
     rows: ExitTrace,
     scores: torch.Tensor,
-    quality: Array,
     curve: Curve,
     target: Target,
     weak: tuple[int, ...],
     learned_from: int,
     seed: int,
 ) -> CalibrationResult:
-    taken = policy.decide(scores).numpy()
-    layers = np.asarray(rows.exit_layers)
-    early = quality[np.arange(len(taken)), taken]
-    mean_layers = float(layers[taken].mean())
+    outcome = {field.name: getattr(done, field.name) for done in [replay(policy, rows)] for field in fields(done)}
+    del outcome["exit_layer"]
     thin = np.unique(np.linspace(0, len(curve.cost) - 1, CURVE_POINTS).round().astype(int))
     return CalibrationResult(
+        **outcome,
         policy=policy,
         target=str(target),
-        quality=float(early.mean()),
-        full_quality=float(quality[:, -1].mean()),
-        standard_error=float((early - quality[:, -1]).std() / math.sqrt(len(early))),
-        mean_layers=mean_layers,
-        mean_cost=float(np.asarray(rows.costs)[taken].mean()),
-        layer_speed_up=float(layers[-1] / mean_layers),
-        exits=tuple(_exit_report(policy, rows, quality, taken, index) for index in range(rows.num_exits)),
-        curve=tuple(
-            (float(curve.cost[k]), float(curve.quality[k]), _as_thresholds(curve.thresholds[k])) for k in thin
-        ),
+        curve=tuple((float(curve.cost[k]), float(curve.quality[k]), _as_thresholds(curve.thresholds[k])) for k in thin),
         num_rows=rows.num_rows,
         num_learning_rows=learned_from,
         seed=seed,
@@ -169,25 +162,11 @@ def _result(
         dtype=str(rows.meta.get("dtype", "unknown")),
         fingerprint=rows.fingerprint,
         versions={name: version(name) for name in ("hf_earlyexit", "torch")},
-        notes=tuple(_notes(policy, rows, scores, taken, weak)),
+        notes=tuple(_notes(policy, rows, scores, weak)),
     )
 
 
-def _exit_report(policy: ExitPolicy, rows: ExitTrace, quality: Array, taken: np.ndarray, index: int) -> ExitReport:
-    here = taken == index
-    return ExitReport(
-        layer=rows.exit_layers[index],
-        threshold=policy.thresholds[index] if index < rows.num_exits - 1 else None,
-        share=float(here.mean()),
-        quality=float(quality[:, index].mean()),
-        quality_of_leavers=float(quality[here, index].mean()) if here.any() else None,
-        last_quality_of_leavers=float(quality[here, -1].mean()) if here.any() else None,
-    )
-
-
-def _notes(
-    policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, taken: np.ndarray, weak: tuple[int, ...]
-) -> list[str]:
+def _notes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, weak: tuple[int, ...]) -> list[str]:
     notes = []
     if weak:
         layers = ", ".join(str(rows.exit_layers[index]) for index in weak)
@@ -195,8 +174,12 @@ def _notes(
         notes.append(
             f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
         )
-    if (taken == rows.num_exits - 1).all() and rows.num_exits > 1:
+    if bool((policy.decide(scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
         looked = scores[:, :-1][torch.isfinite(scores[:, :-1])]
-        seen = f"scores run from {float(looked.min()):.4g} to {float(looked.max()):.4g}" if looked.numel() else "no exit is open"
+        seen = (
+            f"scores run from {float(looked.min()):.4g} to {float(looked.max()):.4g}"
+            if looked.numel()
+            else "no exit is open"
+        )
         notes.append(f"no row leaves early: {seen}, and no threshold among them meets the target on these rows")
     return notes

@@ -11,29 +11,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..policies.base import ExitPolicy
+from .replay import ExitReport
 
 FORMAT = "hf_earlyexit.calibration/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitReport:
-    """What one exit did on the calibration rows.
-
-    Attributes:
-        layer: its layer, 1-based.
-        threshold: chosen; `None` if closed.
-        share: share of all rows that left here.
-        quality: of this exit on all rows.
-        quality_of_leavers: of this exit on the rows that left here; `None` if nobody did.
-        last_quality_of_leavers: of the last exit on the same rows.
-    """
-
-    layer: int
-    threshold: float | None
-    share: float
-    quality: float
-    quality_of_leavers: float | None
-    last_quality_of_leavers: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,13 @@ class Curve(NamedTuple):
         thresholds: `[K, E - 1]`, nan where an exit is closed.
         cost: mean cost in layers, `[K]`.
         quality: mean quality of the answers given, `[K]`.
+        standard_error: of the difference in quality to the full model, on the same rows, `[K]`.
     """
 
     thresholds: Array
     cost: Array
     quality: Array
+    standard_error: Array
 
 
 def sweep(scores: Array, values: Sequence[Array], thresholds: Array) -> list[Array]:
@@ -61,8 +64,9 @@ def candidates(scores: Array, lowest: float, counts: bool) -> Array:
         counts: whether scores are whole numbers.
     """
     seen = np.unique(scores[np.isfinite(scores)])
-    cuts = seen if counts or len(seen) < 2 else np.concatenate([seen[:1], [cut_between(*p) for p in zip(seen, seen[1:])]])
-    return np.unique(cuts[cuts >= lowest])
+    if not counts:
+        seen = np.concatenate([seen[:1], [cut_between(*pair) for pair in pairwise(seen)]])
+    return np.unique(seen[seen >= lowest])
 
 
 def cut_between(lower: float, upper: float) -> float:
@@ -80,16 +84,22 @@ def single_threshold_curve(scores: Array, quality: Array, cost: Array, lowest: f
         cost: `[E]`: cost of leaving there.
         lowest, counts: see `candidates`.
     """
-    cuts = candidates(scores[:, :-1], lowest, counts)[::-1]
-    costs, qualities = sweep(scores, [np.broadcast_to(cost, scores.shape), quality], cuts[::-1])
+    cuts = candidates(scores[:, :-1], lowest, counts)
+    gain = quality - quality[:, -1:]
+    costs, gains, squares = sweep(scores, [np.broadcast_to(cost, scores.shape), gain, gain**2], cuts)
     open_exits = np.isfinite(scores[:, :-1]).any(0)
-    closed = np.full((1, scores.shape[1] - 1), np.nan)
     vectors = np.where(open_exits, cuts[:, None], np.nan)
+    closed = np.full((1, scores.shape[1] - 1), np.nan)
     return Curve(
-        np.concatenate([closed, vectors]),
-        np.concatenate([cost[-1:], costs[::-1]]),
-        np.concatenate([[quality[:, -1].mean()], qualities[::-1]]),
+        np.concatenate([closed, vectors[::-1]]),
+        np.append(costs, cost[-1])[::-1],
+        np.append(gains, 0.0)[::-1] + quality[:, -1].mean(),
+        np.append(_standard_error(gains, squares, len(scores)), 0.0)[::-1],
     )
+
+
+def _standard_error(means: Array, squares: Array, count: int) -> Array:
+    return np.sqrt((squares - means**2).clip(0) / count)
 
 
 class LeaverRule(NamedTuple):
@@ -165,10 +175,12 @@ def per_exit_curve(
     vectors += [per_exit_thresholds(scores, 1 - quality, rule, lowest, counts) for rule in rules]
     exits = [exits_taken(scores, vector) for vector in vectors]
     rows = np.arange(len(scores))
+    gains = np.stack([quality[rows, taken] - quality[:, -1] for taken in exits])  # [K, N]
     return Curve(
         np.stack(vectors),
         np.array([cost[taken].mean() for taken in exits]),
-        np.array([quality[rows, taken].mean() for taken in exits]),
+        gains.mean(1) + quality[:, -1].mean(),
+        gains.std(1) / np.sqrt(len(scores)),
     )
 
 
@@ -176,4 +188,4 @@ def exits_taken(scores: Array, thresholds: Array) -> NDArray[np.int64]:
     """Exit index of each row `[N]`, for thresholds `[E - 1]` with nan for closed exits."""
     leave = np.ones(scores.shape, dtype=bool)
     leave[:, :-1] = scores[:, :-1] >= thresholds  # nan compares false
-    return leave.argmax(1)
+    return np.asarray(leave.argmax(1), dtype=np.int64)

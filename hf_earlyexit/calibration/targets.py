@@ -58,18 +58,23 @@ class MaxDrop(Target):
 
     Args:
         drop: in the unit of quality: 0.01 is one point of accuracy; 0 or more.
+        sigmas: standard errors of the difference to keep in reserve. The cheapest point that just meets the target does
+            so partly by luck; 1 takes most of that back.
 
     Note:
         This is what the calibration rows showed, not a promise about others: see the standard error in the result.
     """
 
     drop: float
+    sigmas: float = 0.0
 
     def __post_init__(self) -> None:
         _require("drop", self.drop, 0.0)
+        _require("sigmas", self.sigmas, 0.0)
 
     def pick(self, curve: Curve, num_layers: int) -> int:
-        return _cheapest(curve, curve.quality >= curve.quality[0] - self.drop - 1e-12)
+        spare = self.sigmas * curve.standard_error
+        return _cheapest(curve, curve.quality - spare >= curve.quality[0] - self.drop - 1e-12)
 
 
 @TARGETS.register("speed-up")
@@ -182,7 +187,9 @@ def parse_target(text: str) -> Target:
     try:
         return cls(float(number)) if number else cls()  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise CalibrationError(f"Target {text!r}: {error}; write it like `{name}:0.01`.", field="target", value=text) from error
+        raise CalibrationError(
+            f"Target {text!r}: {error}; write it like `{name}:0.01`.", field="target", value=text
+        ) from error
 
 
 def _require(field: str, value: float, lowest: float) -> None:

@@ -50,7 +50,9 @@ def collect_trace(
     encoded = encode_rows(rows, tokenizer, max_length)
     labels = _labels_of(rows, labels)
     if not encoded or len(labels) != len(encoded):
-        raise DataError(f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows")
+        raise DataError(
+            f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows"
+        )
     truth = torch.as_tensor(labels)
     problem_type = label_problem_type(model.config, truth)
     chunks, order = [], []
@@ -85,4 +87,6 @@ def _labels_of(rows: Any, labels: Iterable[Any] | None) -> list[Any]:
     for name in LABEL_NAMES:
         if name in columns:
             return list(rows[name])
-    raise UsageError(f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_NAMES)}.", field="labels")
+    raise UsageError(
+        f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_NAMES)}.", field="labels"
+    )

@@ -85,9 +85,7 @@ class Objective(ABC):
                 )
         return raw / raw.sum()
 
-    def __call__(
-        self, exit_logits: Tensor, labels: Tensor, problem_type: str, exit_layers: Sequence[int]
-    ) -> ObjectiveValue:
+    def __call__(self, exit_logits: Tensor, labels: Tensor, problem_type: str, exit_layers: Sequence[int]) -> ObjectiveValue:
         """The weighted sum of the exits' losses, in float32."""
         losses = self.exit_losses(exit_logits.float(), labels, problem_type)
         return ObjectiveValue((self.exit_weights(exit_layers).to(losses.device) * losses).sum(), losses)

@@ -2,6 +2,7 @@
 
 from .base import POLICIES, ExitPolicy, ExitSignal, ExitStep, Scan, register_policy
 from .beem import BeemAccuracyPolicy, BeemCostPolicy, BeemPolicy
+from .calibrated import CalibratedBeemPolicy
 from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
 from .laws import check_exit_policy
 from .patience import PatiencePolicy
@@ -12,6 +13,7 @@ __all__ = [
     "BeemAccuracyPolicy",
     "BeemCostPolicy",
     "BeemPolicy",
+    "CalibratedBeemPolicy",
     "ConfidencePolicy",
     "EntropyPolicy",
     "ExitPolicy",

@@ -90,8 +90,7 @@ class ExitPolicy(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON brings lists
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         self.validate()
 
     # --- what a rule fills in -------------------------------------------------------------------------------------
@@ -180,7 +179,8 @@ class ExitPolicy(ABC):
                 answers.append(signal.logits)
                 continue
             if state is None:
-                state = self.init_state(*signal.logits.shape, signal.logits.device)
+                rows, classes = signal.logits.shape
+                state = self.init_state(rows, classes, signal.logits.device)
             state, score, answer = self.update(state, signal, exit_index)
             scores.append(score)
             answers.append(answer)
@@ -191,7 +191,7 @@ class ExitPolicy(ABC):
         leave = torch.stack([self.leaves(scores[:, index], index) for index in range(scores.shape[1])], 1)
         return leave.int().argmax(1)
 
-    def with_thresholds(self, thresholds: float | None | tuple[float | None, ...]) -> Self:
+    def with_thresholds(self, thresholds: float | tuple[float | None, ...] | None) -> Self:
         """The same policy with other thresholds; a single number serves every exit that is not muted."""
         if thresholds is None or isinstance(thresholds, (int, float)):
             thresholds = tuple(None if i in self.muted else thresholds for i in range(len(self.thresholds)))
@@ -201,8 +201,7 @@ class ExitPolicy(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the name and every field. Doubles survive JSON exactly; a closed exit is `null`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        return {"name": self.name, **{f.name: _thawed(getattr(self, f.name)) for f in dataclasses.fields(self)}}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> ExitPolicy:
@@ -222,7 +221,9 @@ class ExitPolicy(ABC):
         given = {key: value for key, value in values.items() if key != "name"}
         _refuse_unknown(cls, set(given), {field.name for field in dataclasses.fields(cls)})
         if "thresholds" not in given:
-            raise PolicyError(f"The {values['name']} policy needs thresholds, one per exit but the last.", field="thresholds")
+            raise PolicyError(
+                f"The {values['name']} policy needs thresholds, one per exit but the last.", field="thresholds"
+            )
         return cls(**given)
 
     def validate(self) -> None:
@@ -257,7 +258,7 @@ class ExitPolicy(ABC):
             inside = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(self.thresholds)
             if not inside or self.thresholds[index] is not None:
                 raise PolicyError(
-                    f"muted holds {index!r}; expected indices 0 to {len(self.thresholds) - 1} of exits whose threshold is null.",
+                    f"muted holds {index!r}; expected indices 0 to {len(self.thresholds) - 1} of exits with threshold null.",
                     field="muted",
                     value=self.muted,
                 )
@@ -281,6 +282,14 @@ def require_number(field: str, value: Any, lowest: float, highest: float = math.
         raise PolicyError(
             f"{field} is {value!r}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
         )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _thawed(value: Any) -> Any:
+    return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _refuse_unknown(cls: type[ExitPolicy], given: set[str], known: set[str]) -> None:

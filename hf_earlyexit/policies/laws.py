@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,7 @@ def _looked_at(policy: ExitPolicy, scores: Tensor) -> Tensor:
 
 
 def serving_equals_scan(policy: ExitPolicy) -> bool:
+    """Rows leave in serving where the scan over all exits says, with the same scores."""
     signals = _Signals.random(policy)
     scores = policy.scan(signals).scores
     exits, at_exit = serve(policy, signals)
@@ -79,11 +81,13 @@ def serving_equals_scan(policy: ExitPolicy) -> bool:
 
 
 def dropping_rows_changes_nothing(policy: ExitPolicy) -> bool:
+    """Who has left matters to nobody who stays."""
     signals = _Signals.random(policy)
     return torch.equal(serve(policy, signals)[0], serve(policy, signals, drop_rows=False)[0])
 
 
 def rows_do_not_see_each_other(policy: ExitPolicy) -> bool:
+    """A row alone scores what it scores in company."""
     signals = _Signals.random(policy)
     whole = policy.scan(signals)
     alone = [policy.scan(signals.rows(slice(i, i + 1))) for i in range(ROWS)]
@@ -91,16 +95,19 @@ def rows_do_not_see_each_other(policy: ExitPolicy) -> bool:
 
 
 def order_of_rows_is_free(policy: ExitPolicy) -> bool:
+    """Shuffled rows give shuffled scores."""
     signals, order = _Signals.random(policy), torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
     whole = policy.scan(signals)
     return _same(Scan(whole.scores[order], whole.answers[order]), policy.scan(signals.rows(order)))
 
 
 def same_input_same_output(policy: ExitPolicy) -> bool:
+    """Nothing is random, nothing is remembered between calls."""
     return _same(policy.scan(_Signals.random(policy)), policy.scan(_Signals.random(policy)))
 
 
 def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
+    """Neither the signals nor the policy are written to."""
     signals, before = _Signals.random(policy), copy.deepcopy(policy)
     kept = _Signals(signals.logits.clone(), signals.gates.clone())
     policy.scan(signals)
@@ -108,17 +115,22 @@ def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
 
 
 def state_is_tensors_with_rows_first(policy: ExitPolicy) -> bool:
+    """The state can be cut row by row."""
     state = policy.init_state(5, 3, "cpu")
     return isinstance(state, tuple) and all(isinstance(part, Tensor) and part.shape[0] == 5 for part in state)
 
 
 def shapes_and_dtype_are_right(policy: ExitPolicy) -> bool:
+    """Scores are float32 `[N, E]`, answers `[N, E, C]`."""
     signals = _Signals.random(policy)
     scores, answers = policy.scan(signals)
-    return scores.shape == signals.logits.shape[:2] and scores.dtype == torch.float32 and answers.shape == signals.logits.shape
+    return (
+        scores.shape == signals.logits.shape[:2] and scores.dtype == torch.float32 and answers.shape == signals.logits.shape
+    )
 
 
 def scores_are_finite_and_not_negative(policy: ExitPolicy) -> bool:
+    """So it is for logits up to 1e4 in float32, bfloat16 and float16."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for scale in (1.0, 100.0, 1e4):
             base = _Signals.random(policy)
@@ -130,10 +142,12 @@ def scores_are_finite_and_not_negative(policy: ExitPolicy) -> bool:
 
 
 def json_round_trip_is_exact(policy: ExitPolicy) -> bool:
+    """`to_dict` through JSON and `from_dict` give an equal policy."""
     return ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict(), allow_nan=False))) == policy
 
 
 def last_exit_always_leaves(policy: ExitPolicy) -> bool:
+    """With every exit closed, all rows take the last one."""
     closed = policy.with_thresholds((None,) * (policy.num_exits - 1))
     signals = _Signals.random(policy)
     decided = closed.decide(closed.scan(signals).scores)
@@ -141,28 +155,34 @@ def last_exit_always_leaves(policy: ExitPolicy) -> bool:
 
 
 def higher_thresholds_never_leave_earlier(policy: ExitPolicy) -> bool:
+    """A more careful threshold never sends a row out sooner."""
     signals = _Signals.random(policy)
     scores = policy.scan(signals).scores
-    levels = [x for x in _looked_at(policy, scores).unique().tolist() if x >= policy.lowest_threshold]
+    levels = [x for x in sorted(set(_looked_at(policy, scores).flatten().tolist())) if x >= policy.lowest_threshold]
     exits = [policy.with_thresholds(level).decide(scores) for level in levels]
-    return all(bool((low <= high).all()) for low, high in zip(exits, exits[1:], strict=False))
+    return all(bool((low <= high).all()) for low, high in pairwise(exits))
 
 
 def score_at_the_threshold_leaves(policy: ExitPolicy) -> bool:
+    """Reaching the threshold is enough."""
     score = torch.tensor([policy.lowest_threshold])
     return policy.num_exits == 1 or bool(_open_first(policy).leaves(score, _first_open(policy)).all())
 
 
 def empty_batches_and_single_rows_work(policy: ExitPolicy) -> bool:
+    """No row and one row give outputs of that size."""
     signals = _Signals.random(policy)
     sizes = [policy.scan(signals.rows(slice(0, n))).scores.shape for n in (0, 1)]
-    return sizes == [(0, policy.num_exits), (1, policy.num_exits)] and serve(policy, signals.rows(slice(0, 0)))[0].shape == (0,)
+    return sizes == [(0, policy.num_exits), (1, policy.num_exits)] and serve(policy, signals.rows(slice(0, 0)))[0].shape == (
+        0,
+    )
 
 
 def a_single_exit_works(policy: ExitPolicy) -> bool:
-    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    """A model whose only exit is its last layer can be served."""
+    fields: dict[str, Any] = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     last = {k: v[-1:] for k, v in fields.items() if isinstance(v, tuple) and len(v) == policy.num_exits}
-    single = dataclasses.replace(policy, **{**last, "thresholds": (), "muted": ()})
+    single = type(policy)(**{**fields, **last, "thresholds": (), "muted": ()})
     return bool((serve(single, _Signals.random(single))[0] == 0).all())
 
 
@@ -172,7 +192,9 @@ def _first_open(policy: ExitPolicy) -> int:
 
 def _open_first(policy: ExitPolicy) -> ExitPolicy:
     first = _first_open(policy)
-    return policy.with_thresholds(tuple(policy.lowest_threshold if i == first else None for i in range(len(policy.thresholds))))
+    return policy.with_thresholds(
+        tuple(policy.lowest_threshold if i == first else None for i in range(len(policy.thresholds)))
+    )
 
 
 LAWS: tuple[Callable[[ExitPolicy], bool], ...] = (
@@ -215,7 +237,9 @@ def check_exit_policy(policy: ExitPolicy) -> list[str]:
         try:
             kept = law(policy)
         except Exception as error:
-            raise PolicyError(f"{type(policy).__name__} breaks the law '{_words(law)}': {error}", field=law.__name__) from error
+            raise PolicyError(
+                f"{type(policy).__name__} breaks the law '{_words(law)}': {error}", field=law.__name__
+            ) from error
         if not kept:
             raise PolicyError(f"{type(policy).__name__} breaks the law '{_words(law)}'.", field=law.__name__)
     return [law.__name__ for law in LAWS]

@@ -24,7 +24,7 @@ def margin(log_probs: Tensor) -> Tensor:
 
 def certainty(log_probs: Tensor) -> Tensor:
     """One minus the entropy over its maximum log C, in `[0, 1]`; finite also where probabilities vanish."""
-    entropy = torch.special.entr(log_probs.exp()).sum(-1)
+    entropy: Tensor = torch.special.entr(log_probs.exp()).sum(-1)
     return (1 - entropy / math.log(log_probs.shape[-1])).clamp_min(0)
 
 

@@ -1,0 +1,131 @@
+"""What must hold for a trained model on real rows: calibrated = served, counted layers, rows that never see each other.
+
+    python benchmarks/hold.py build/glue/sst2-0 --rows 2000 --pairs 5000
+
+checks every policy, prints the counts, writes benchmarks/results/hold.json and exits with 1 if anything is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tasks import TASKS, load_rows
+from transformers import AutoTokenizer
+
+import hf_earlyexit as ee
+from hf_earlyexit.inference.batching import encode_rows, pad_batch
+from hf_earlyexit.policies import POLICIES
+
+NEAR = 1e-5
+
+
+class LayerCount:
+    """Rows that passed through all layers together, counted by hooks on the layers while the block runs."""
+
+    def __init__(self, model) -> None:
+        self.layers, self.rows = model.bert.encoder.layer, 0
+
+    def __enter__(self) -> LayerCount:
+        self.hooks = [layer.register_forward_hook(self.count) for layer in self.layers]
+        return self
+
+    def count(self, module, inputs, output) -> None:
+        self.rows += output.shape[0]
+
+    def __exit__(self, *error) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def served_as_calibrated(model, encoded, policy) -> dict:
+    """Exit layers of the engine against `scan` on the full pass of the same batches; layers counted by hooks."""
+    differences, flips, counted, served = 0, 0, 0, []
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
+    for start in range(0, len(order), 32):
+        batch = pad_batch([encoded[row] for row in order[start : start + 32]])
+        with LayerCount(model) as count:
+            layers = model(**batch, early_exit=True).exit_layer
+        served.append(layers)
+        counted += count.rows
+        scores = policy.scan(full_trace(model, batch)).scores
+        wrong = layers != torch.tensor(model.exit_layers)[policy.decide(scores)]
+        near = near_ties(policy, scores)
+        differences += int((wrong & ~near).sum())
+        flips += int((wrong & near).sum())
+    return {
+        "rows": len(encoded),
+        "differences": differences,
+        "near_tie_flips": flips,
+        "mean_layers_reported": float(torch.cat(served).double().mean()),
+        "mean_layers_counted_by_hooks": counted / len(encoded),
+        "layers_used": sorted(set(torch.cat(served).tolist())),
+    }
+
+
+def full_trace(model, batch) -> ee.ExitTrace:
+    logits = model(**batch, early_exit=False).exit_logits
+    return ee.ExitTrace(logits=logits, labels=torch.zeros(len(logits), dtype=torch.long), exit_layers=model.exit_layers)
+
+
+def near_ties(policy, scores: torch.Tensor) -> torch.Tensor:
+    """Rows with any open exit whose score is within NEAR of its threshold, `[N]`."""
+    thresholds = torch.tensor([torch.inf if t is None else t for t in policy.thresholds])
+    return ((scores[:, :-1] - thresholds).abs() < NEAR).any(1)
+
+
+def rows_apart(model, encoded, policy, pairs: int, seed: int = 0) -> dict:
+    """Each row alone against the same row in random batches."""
+    alone = [model(**pad_batch([row]), early_exit=True) for row in encoded]
+    labels = torch.stack([output.logits[0].argmax() for output in alone])
+    layers = torch.cat([output.exit_layer for output in alone])
+    near = torch.cat([near_ties(policy, policy.scan(full_trace(model, pad_batch([row]))).scores) for row in encoded])
+    rng, changed, flips, seen = np.random.default_rng(seed), 0, 0, 0
+    while seen < pairs:
+        rows = rng.choice(len(encoded), int(rng.integers(2, 33)), replace=False)
+        output = model(**pad_batch([encoded[row] for row in rows]), early_exit=True)
+        off = (output.exit_layer != layers[rows]) | (output.logits.argmax(-1) != labels[rows])
+        changed += int((off & ~near[rows]).sum())
+        flips += int((off & near[rows]).sum())
+        seen += len(rows)
+    return {"pairs": seen, "changed": changed, "near_tie_flips": flips, "rows_near_a_threshold": int(near.sum())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=5000)
+    parser.add_argument("--pool", type=int, default=200, help="rows that the pairs are drawn from")
+    args = parser.parse_args()
+    recipe = json.loads((args.model / "train.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(args.model).eval()
+    held = ee.ExitTrace.load(args.model / "held-back.safetensors")
+    splits = load_rows(TASKS[recipe["task"]])
+    report = encode_rows(splits["report"], tokenizer)
+    rows = (report + encode_rows(splits["held-back"], tokenizer))[: args.rows]
+    results = {}
+    with torch.inference_mode():
+        for name in POLICIES.names():
+            options = {"weights": [1.0] * 12} if name == "beem" else {}
+            policy = ee.calibrate(held, name, ee.LayerBudget(6), options=options).policy
+            model.set_exit_policy(policy)
+            results[name] = served_as_calibrated(model, rows, policy) | rows_apart(
+                model, report[: args.pool], policy, args.pairs
+            )
+            print(name, results[name], flush=True)
+    out = Path(__file__).parent / "results" / "hold.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps({"model": recipe, "near": NEAR, "policies": results}, indent=1) + "\n")
+    for name, found in results.items():
+        counted = abs(found["mean_layers_reported"] - found["mean_layers_counted_by_hooks"])
+        if found["differences"] or found["changed"] or counted > 1e-9:
+            raise SystemExit(f"{name} does not hold: {found}")
+
+
+if __name__ == "__main__":
+    main()

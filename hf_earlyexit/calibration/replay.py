@@ -1,0 +1,99 @@
+"""What a policy does on the rows of a trace, without running a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..policies.base import ExitPolicy
+from ..problems import row_quality
+from ..trace import ExitTrace
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitReport:
+    """What one exit did.
+
+    Attributes:
+        layer: its layer, 1-based.
+        threshold: `None` if closed.
+        share: share of all rows that left here.
+        quality: of this exit on all rows.
+        quality_of_leavers: of this exit on the rows that left here; `None` if nobody did.
+        last_quality_of_leavers: of the last exit on the same rows.
+    """
+
+    layer: int
+    threshold: float | None
+    share: float
+    quality: float
+    quality_of_leavers: float | None
+    last_quality_of_leavers: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """A policy's outcome on N rows.
+
+    Attributes:
+        quality: of the early answers; full_quality: of the last exit. Accuracy for one label.
+        standard_error: of the difference of the two.
+        mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
+        exits: one report per exit.
+        exit_layer: layer each row left after, `[N]`.
+    """
+
+    quality: float
+    full_quality: float
+    standard_error: float
+    mean_layers: float
+    mean_cost: float
+    layer_speed_up: float
+    exits: tuple[ExitReport, ...]
+    exit_layer: np.ndarray
+
+
+def replay(policy: ExitPolicy, trace: ExitTrace) -> Replay:
+    """Let every row of a trace leave where the policy says.
+
+    Serving gives the same layers: the engine steps the very `update` that is folded here.
+
+    Args:
+        policy: with thresholds for the trace's exits.
+        trace: labelled rows; for figures to report, rows that neither trained nor chose anything.
+
+    Returns:
+        Quality, layers and what each exit did.
+    """
+    scores, answers = policy.scan(trace)
+    taken = policy.decide(scores).numpy()
+    quality = row_quality(answers, trace.labels, trace.problem_type).numpy()
+    full = row_quality(trace.logits[:, -1], trace.labels, trace.problem_type).numpy()
+    early = quality[np.arange(len(taken)), taken]
+    layers = np.asarray(trace.exit_layers)[taken]
+    return Replay(
+        quality=float(early.mean()),
+        full_quality=float(full.mean()),
+        standard_error=float((early - full).std() / math.sqrt(len(early))),
+        mean_layers=float(layers.mean()),
+        mean_cost=float(np.asarray(trace.costs)[taken].mean()),
+        layer_speed_up=float(trace.exit_layers[-1] / layers.mean()),
+        exits=tuple(_exit_report(policy, trace, quality, full, taken, index) for index in range(trace.num_exits)),
+        exit_layer=layers,
+    )
+
+
+def _exit_report(
+    policy: ExitPolicy, trace: ExitTrace, quality: np.ndarray, full: np.ndarray, taken: np.ndarray, index: int
+) -> ExitReport:
+    here = taken == index
+    return ExitReport(
+        layer=trace.exit_layers[index],
+        threshold=policy.thresholds[index] if index < trace.num_exits - 1 else None,
+        share=float(here.mean()),
+        quality=float(quality[:, index].mean()),
+        quality_of_leavers=float(quality[here, index].mean()) if here.any() else None,
+        last_quality_of_leavers=float(full[here].mean()) if here.any() else None,
+    )

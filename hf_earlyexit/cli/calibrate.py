@@ -1,0 +1,66 @@
+"""Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..calibration import calibrate
+from ..errors import UsageError
+from ..inference.collect import collect_trace
+from ..trace import ExitTrace
+from ..training.data import load_splits, require_split
+from .train import TRACE_FILE
+
+
+@dataclass
+class CalibrateArguments:
+    """Which policy, for what, on which rows."""
+
+    model: str = field(metadata={"help": "folder of a trained model with exits"})
+    policy: str = field(default="beem-a", metadata={"help": "name of an exit policy"})
+    target: str = field(default="max-drop:0", metadata={"help": "max-drop:X, speed-up:X, layer-budget:X, final-layer-error"})
+    per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
+    options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})
+    dataset: str | None = field(default=None, metadata={"help": f"rows to choose on; by default the model's {TRACE_FILE}"})
+    split: str = field(default="validation", metadata={"help": "split of the data set"})
+    keep_weak_exits: bool = field(default=False, metadata={"help": "do not close exits no better than a constant answer"})
+    seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
+
+
+ARGUMENTS = (CalibrateArguments,)
+
+
+def run(args: CalibrateArguments) -> None:
+    """Calibrate, print, save."""
+    folder = Path(args.model)
+    if not folder.is_dir():
+        raise UsageError(f"{args.model} is no folder; calibrate writes into one. Download the model first.", path=folder)
+    try:
+        options = json.loads(args.options)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    if args.dataset is not None:
+        rows = require_split(load_splits(args.dataset), args.split, args.dataset)
+        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(folder), split=args.split)
+    elif (folder / TRACE_FILE).is_file():
+        trace = ExitTrace.load(folder / TRACE_FILE)
+    else:
+        raise UsageError(f"{folder} has no {TRACE_FILE}; name rows with --dataset and --split.", field="dataset")
+    result = calibrate(
+        trace,
+        args.policy,
+        args.target,
+        per_exit=args.per_exit,
+        options=options,
+        keep_weak_exits=args.keep_weak_exits,
+        seed=args.seed,
+    )
+    model.set_exit_policy(result)
+    model.save_pretrained(folder)
+    result.save(folder / "calibration.json")
+    print(result)

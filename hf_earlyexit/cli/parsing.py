@@ -1,0 +1,50 @@
+"""Flags over YAML over defaults, for the dataclasses of a command."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import UsageError
+
+
+def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str, about: str | None) -> tuple[Any, ...]:
+    """One object for each dataclass.
+
+    Args:
+        classes: dataclasses whose fields are the flags.
+        words: the command line after the command; `--config FILE` names a YAML file of the same fields.
+        command: for the usage line.
+        about: shown by `--help`.
+
+    Raises:
+        UsageError: for a recipe that cannot be read, or that holds a name no flag has.
+    """
+    parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about)
+    parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
+    words = list(words)
+    if "--config" in words[:-1]:
+        _use_as_defaults(parser, words[words.index("--config") + 1])
+    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[: len(classes)]
+
+
+def _use_as_defaults(parser: HfArgumentParser, path: str) -> None:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}", field="config", path=path) from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"{path} holds {type(recipe).__name__}; expected `name: value` lines.", field="config", path=path)
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in recipe.items():
+        if name not in actions:
+            near = difflib.get_close_matches(str(name), actions, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{path} has an unknown name {name!r}.{hint}", field=str(name), path=path)
+        actions[name].required = False
+        actions[name].default = value

@@ -1,0 +1,67 @@
+"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..inference.batching import text_columns
+from ..inference.predict import predict
+from ..problems import SINGLE_LABEL
+from ..training.data import READERS, load_splits, require_split
+
+
+@dataclass
+class PredictArguments:
+    """Which model on which texts."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    input: str = field(metadata={"help": "text file with one text a line, '-' for standard input, or a data set"})
+    split: str = field(default="test", metadata={"help": "split of the data set"})
+    output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
+    early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
+    max_batch_tokens: int = field(default=2048, metadata={"help": "padded tokens in a batch"})
+
+
+ARGUMENTS = (PredictArguments,)
+
+
+def run(args: PredictArguments) -> None:
+    """Read, classify, write."""
+    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = _texts(args)
+    answers = predict(
+        model,
+        texts,
+        tokenizer=tokenizer,
+        max_batch_tokens=args.max_batch_tokens,
+        early_exit=args.early_exit,
+        progress=args.output != "-",
+    )
+    single = model.config.resolved_problem_type == SINGLE_LABEL
+    with nullcontext(sys.stdout) if args.output == "-" else open(args.output, "w", encoding="utf-8") as file:
+        for text, logits, layer in zip(texts, answers.logits, answers.exit_layer.tolist(), strict=True):
+            if single:
+                score, label = logits.softmax(-1).max(-1)
+                told = {"label": model.config.id2label[int(label)], "score": float(score)}
+            else:
+                told = {"logits": logits.tolist()}
+            file.write(json.dumps({"text": text, **told, "exit_layer": layer}, ensure_ascii=False) + "\n")
+
+
+def _texts(args: PredictArguments) -> list:
+    if args.input == "-":
+        return sys.stdin.read().splitlines()
+    path = Path(args.input)
+    if path.is_file() and path.suffix not in READERS:
+        return path.read_text(encoding="utf-8").splitlines()
+    splits = load_splits(args.input)
+    rows = require_split(splits, "train" if path.is_file() else args.split, args.input)
+    columns = [list(rows[name]) for name in text_columns(rows.column_names)]
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))

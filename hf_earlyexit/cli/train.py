@@ -1,0 +1,63 @@
+"""Fine-tune a model with exits on a data set.
+
+Rows held back from training are run through the trained model once; the trace is saved beside it for `calibrate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, set_seed
+
+from ..inference.collect import collect_trace
+from ..modeling.doors import EarlyExitBertForSequenceClassification
+from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
+from ..training.data import encode, hold_back, label_names, load_splits, require_split
+
+TRACE_FILE = "held-back.safetensors"
+
+
+@dataclass
+class TrainArguments:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a BERT checkpoint"})
+    dataset: str = field(metadata={"help": "folder with one file per split, a file, or a Hub id"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    held_back: str = field(default="0.1", metadata={"help": "share of the train split, or name of a split, for thresholds"})
+    exit_layers: list[int] | None = field(default=None, metadata={"help": "layers with an exit; all by default"})
+    exit_head: str = field(default="linear-mean", metadata={"help": "linear-mean, linear, pooler or linear-cls"})
+    max_length: int = field(default=128, metadata={"help": "tokens of a text"})
+
+
+ARGUMENTS = (TrainArguments, EarlyExitTrainingArguments)
+
+
+def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> None:
+    """Train, save, trace."""
+    splits = load_splits(args.dataset)
+    train = require_split(splits, args.train_split, args.dataset)
+    if args.held_back.replace(".", "", 1).isdigit():
+        train, held = hold_back(train, float(args.held_back), training.seed)
+    else:
+        held = require_split(splits, args.held_back, args.dataset)
+    names = label_names(train)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    set_seed(training.seed)
+    labels = {"num_labels": 1} if names is None else {
+        "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}
+    }  # fmt: skip
+    model = EarlyExitBertForSequenceClassification.from_pretrained(
+        args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels
+    )
+    train, held = (encode(rows, tokenizer, args.max_length) for rows in (train, held))
+    trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    collect_trace(model, held, tokenizer=tokenizer).save(Path(training.output_dir) / TRACE_FILE)
+    metrics = trainer.evaluate()
+    for name in sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2])):
+        print(f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}")
+    print(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}")

@@ -1,0 +1,32 @@
+"""The text-classification pipeline, with the layer each answer came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import TextClassificationPipeline
+
+
+class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
+    """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`."""
+
+    def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
+        answer = super().postprocess(model_outputs, **kwargs)
+        layer, score = model_outputs["exit_layer"], model_outputs.get("exit_score")
+        told = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}
+        return [{**one, **told} for one in answer] if isinstance(answer, list) else {**answer, **told}
+
+
+def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any) -> Any:
+    """`transformers.pipeline` for models with exits: answers also tell where they left.
+
+    Args:
+        task: "text-classification".
+        model: a model with exits, or the folder or Hub id of one.
+        kwargs: as in `transformers.pipeline`.
+
+    Returns:
+        A pipeline; call it with a text or a list of texts.
+    """
+    return transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)

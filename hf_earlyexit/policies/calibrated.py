@@ -1,0 +1,109 @@
+"""BEEM whose votes are calibrated: each exit says how likely leaving does no harm, and a chain averages what it heard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..problems import SINGLE_LABEL, row_quality
+from .agreement import Chain
+from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from .measures import log_odds, measure
+
+
+@register_policy("beem-calibrated")
+@dataclass(frozen=True, kw_only=True)
+class CalibratedBeemPolicy(ExitPolicy):
+    """Leave when the estimated probability that leaving does no harm reaches the threshold, in `[0, 1]`.
+
+    Harm means that the last exit would be right where this one is wrong. An exit's vote is the log-odds of no harm, a
+    straight line in the log-odds of its two best classes, with an offset for the class it predicts. While exits agree the
+    score keeps `memory` of what came before; neighbours are strongly correlated, so votes are averaged, not summed.
+
+    Args:
+        slopes: one per exit.
+        offsets: for each exit, one per class.
+        memory: share of the running score kept while exits agree, in `[0, 1)`; 0 looks at one exit at a time.
+
+    Paper: after BEEM (https://arxiv.org/abs/2502.00745), whose probabilities are never below 1/C, so that long chains count
+    by their length; the calibrated vote, the average and the skipping of weak exits are ours.
+    """
+
+    slopes: tuple[float, ...]
+    offsets: tuple[tuple[float, ...], ...]
+    memory: float = 0.25
+
+    problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
+    learns: ClassVar[bool] = True
+
+    @property
+    def highest_threshold(self) -> float:
+        return 1.0
+
+    def validate(self) -> None:
+        for name, values in (("slopes", self.slopes), ("offsets", self.offsets)):
+            if not isinstance(values, tuple) or len(values) != self.num_exits:
+                raise PolicyError(
+                    f"{name} is {values!r}; expected {self.num_exits} entries, one per exit.", field=name, value=values
+                )
+        for index, (slope, row) in enumerate(zip(self.slopes, self.offsets, strict=True)):
+            for number in (slope, *row):
+                require_number(f"slopes or offsets of exit {index}", number, -1e6, 1e6)
+        require_number("memory", self.memory, 0, 1)
+        super().validate()
+
+    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
+        return Chain.empty(batch_size, num_classes, device)
+
+    def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
+        logits = signal.logits.float()
+        offsets = logits.new_tensor(self.offsets[exit_index])
+        vote = offsets[logits.argmax(-1)] + self.slopes[exit_index] * measure(logits, log_odds, self.problem_type)
+        agrees = state.agrees(logits, self.problem_type)
+        running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
+        probability = 1 / (1 + torch.exp(-running))  # unlike sigmoid, the same to the bit in every batch size
+        return state.follow(logits, running), probability, signal.logits
+
+    @classmethod
+    def learn(cls, trace: Any, ridge: float = 1.0, **options: Any) -> dict[str, Any]:
+        """One logistic regression per exit.
+
+        Args:
+            trace: labelled rows, not those that choose the thresholds; a few hundred are enough.
+            ridge: penalty on slope and offsets, above 0.
+            options: other fields of the policy.
+        """
+        require_number("ridge", ridge, 1e-6)
+        right = row_quality(trace.logits, trace.labels, trace.problem_type) > 0
+        harmless = ~(right[:, -1:] & ~right)
+        lines = [_fit_line(trace.logits[:, index].float(), harmless[:, index], ridge) for index in range(trace.num_exits)]
+        return {"slopes": tuple(slope for slope, _ in lines), "offsets": tuple(offsets for _, offsets in lines), **options}
+
+
+def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tuple[float, ...]]:
+    """Slope and offsets of one exit from logits `[N, C]` and whether leaving was harmless `[N]`, by Newton's method.
+
+    One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain.
+    """
+    num_classes = logits.shape[-1]
+    lead = log_odds(logits.log_softmax(-1)).double()[:, None]
+    says = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).double()
+    features = torch.cat([torch.ones_like(lead), lead, says], 1)
+    features = torch.cat([features, features.mean(0, keepdim=True)])
+    target = torch.cat([harmless.double(), torch.zeros(1, dtype=torch.float64)])
+    penalty = torch.full((num_classes + 2,), ridge, dtype=torch.float64)
+    penalty[0] = 1e-6  # the common offset is free
+    weights = torch.zeros(num_classes + 2, dtype=torch.float64)
+    for _ in range(50):
+        chance = (features @ weights).clamp(-30, 30).sigmoid()
+        slope = features.T @ (target - chance) - penalty * weights
+        curvature = (features.T * (chance * (1 - chance) + 1e-6)) @ features + penalty.diag()
+        step = torch.linalg.solve(curvature, slope)
+        weights = weights + step
+        if float(step.abs().max()) < 1e-8:
+            break
+    return float(weights[1]), tuple((weights[0] + weights[2:]).tolist())

@@ -1,0 +1,250 @@
+"""The vectorised sweeps against loops that anybody can check."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_earlyexit.calibration.search import (
+    LeaverRule,
+    candidates,
+    cut_between,
+    exits_taken,
+    per_exit_curve,
+    per_exit_thresholds,
+    single_threshold_curve,
+    sweep,
+)
+
+SEEDS = st.integers(0, 10_000)
+SIZES = {"rows": st.integers(1, 30), "exits": st.integers(1, 6)}
+
+
+def case(seed, rows, exits, counts=False, ties=False, muted=()):
+    """Scores, quality and cost; float32 values as policies give them."""
+    random = np.random.default_rng(seed)
+    scores = random.random((rows, exits)).astype(np.float32).astype(float)
+    if ties:
+        scores = np.round(scores * 4) / 4
+    if counts:
+        scores = random.integers(0, 4, (rows, exits)).astype(float)
+    for index in muted:
+        if index < exits - 1:
+            scores[:, index] = -np.inf
+    return scores, random.integers(0, 2, (rows, exits)).astype(float), np.cumsum(random.random(exits) + 0.1)
+
+
+def naive_exit(row, threshold):
+    """Thresholds: a number, or one per exit with nan for closed ones."""
+    thresholds = np.broadcast_to(threshold, len(row) - 1)
+    for index, wanted in enumerate(thresholds):
+        if row[index] >= wanted:
+            return index
+    return len(row) - 1
+
+
+def naive_means(scores, values, threshold):
+    taken = [naive_exit(row, threshold) for row in scores]
+    return np.mean([value[exit_index] for value, exit_index in zip(values, taken, strict=True)])
+
+
+@given(seed=SEEDS, **SIZES, ties=st.booleans(), muted=st.sets(st.integers(0, 4)))
+def test_the_sweep_is_the_naive_loop(seed, rows, exits, ties, muted):
+    scores, quality, cost = case(seed, rows, exits, ties=ties, muted=muted)
+    thresholds = np.unique(np.append(np.random.default_rng(seed).random(7), scores[np.isfinite(scores)][:9]))
+    costs = np.broadcast_to(cost, scores.shape)
+    swept_cost, swept_quality = sweep(scores, [costs, quality], thresholds)
+    assert swept_cost == pytest.approx([naive_means(scores, costs, t) for t in thresholds])
+    assert swept_quality == pytest.approx([naive_means(scores, quality, t) for t in thresholds])
+
+
+def test_a_sweep_by_hand():
+    # three rows, three exits; leaving costs 1, 2, 3
+    scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.5, 0.0], [0.1, 0.2, 0.0]])
+    costs = np.broadcast_to([1.0, 2.0, 3.0], (3, 3))
+    # at .15: row 1 leaves at 1, row 2 at 1, row 3 at 2 -> 4/3;  at .5: 1, 2, 3 -> 2;  at .95: 3, 3, 3 -> 3
+    assert sweep(scores, [costs], np.array([0.15, 0.5, 0.95]))[0] == pytest.approx([4 / 3, 2.0, 3.0])
+
+
+def test_a_score_equal_to_the_threshold_leaves_in_the_sweep():
+    scores, costs = np.array([[0.5, 0.0]]), np.array([[1.0, 2.0]])
+    assert sweep(scores, [costs], np.array([0.5, np.nextafter(0.5, 1)]))[0].tolist() == [1.0, 2.0]
+
+
+@given(seed=SEEDS, **SIZES, counts=st.booleans(), ties=st.booleans(), muted=st.sets(st.integers(0, 4)))
+def test_the_curve_of_one_threshold_holds_every_outcome_there_is(seed, rows, exits, counts, ties, muted):
+    scores, quality, cost = case(seed, rows, exits, counts, ties, muted)
+    lowest = 1.0 if counts else 0.0
+    curve = single_threshold_curve(scores, quality, cost, lowest, counts)
+    early = scores[:, :-1]
+    every = [t for t in np.unique(early[np.isfinite(early)]) if t >= lowest][::-1]
+    assert len(curve.cost) == len(every) + 1
+    assert curve.cost == pytest.approx([cost[-1], *(naive_means(scores, np.tile(cost, (rows, 1)), t) for t in every)])
+    assert curve.quality == pytest.approx([quality[:, -1].mean(), *(naive_means(scores, quality, t) for t in every)])
+
+
+@given(seed=SEEDS, **SIZES, counts=st.booleans(), ties=st.booleans(), muted=st.sets(st.integers(0, 4)))
+def test_the_curves_own_thresholds_give_the_curves_numbers(seed, rows, exits, counts, ties, muted):
+    scores, quality, cost = case(seed, rows, exits, counts, ties, muted)
+    lowest = 1.0 if counts else 0.0
+    rules = [LeaverRule(None, slack=slack) for slack in (0.0, 0.1, 0.5)]
+    for curve in (
+        single_threshold_curve(scores, quality, cost, lowest, counts),
+        per_exit_curve(scores, quality, cost, rules, lowest, counts),
+    ):
+        index = np.arange(rows)
+        for vector, mean_cost, mean_quality, error in zip(*curve, strict=True):
+            taken = np.array([naive_exit(row, vector) for row in scores])
+            gain = quality[index, taken] - quality[:, -1]
+            assert exits_taken(scores, vector).tolist() == taken.tolist()
+            assert mean_cost == pytest.approx(cost[taken].mean())
+            assert mean_quality == pytest.approx(quality[index, taken].mean())
+            assert error == pytest.approx(gain.std() / np.sqrt(rows), abs=1e-9)
+            assert not (vector < lowest).any()
+            assert np.array_equal(vector[np.isfinite(vector)], vector[np.isfinite(vector)].astype(np.float32))
+
+
+def test_muted_columns_get_no_threshold_and_take_no_row():
+    scores, quality, cost = case(1, 20, 4, muted=(0, 2))
+    curve = single_threshold_curve(scores, quality, cost, 0.0, False)
+    assert np.isnan(curve.thresholds[:, [0, 2]]).all()
+    assert np.isfinite(curve.thresholds[1:, 1]).all()
+    assert set(exits_taken(scores, curve.thresholds[-1]).tolist()) == {1}
+
+
+def test_with_every_exit_muted_the_curve_is_the_full_model():
+    scores, quality, cost = case(1, 20, 3, muted=(0, 1))
+    for curve in (
+        single_threshold_curve(scores, quality, cost, 0.0, False),
+        per_exit_curve(scores, quality, cost, [LeaverRule(None, slack=1.0)], 0.0, False),
+    ):
+        assert np.isnan(curve.thresholds).all()
+        assert curve.cost == pytest.approx([cost[-1]] * len(curve.cost))
+        assert curve.quality == pytest.approx([quality[:, -1].mean()] * len(curve.cost))
+
+
+@given(scores=st.lists(st.floats(0, 2, width=32), max_size=12), lowest=st.sampled_from([0.0, 0.5, 1.0]))
+def test_candidates_tell_every_two_allowed_scores_apart(scores, lowest):
+    cuts = candidates(np.array([*scores, -np.inf]), lowest, counts=False)
+    allowed = sorted({score for score in scores if score >= lowest})
+    assert len(cuts) == len(allowed)
+    for cut, score, below in zip(cuts, allowed, [-1.0, *allowed], strict=False):
+        assert max(below, lowest) <= cut <= score
+        assert cut > below
+
+
+def test_a_candidate_is_not_lost_when_halfway_is_below_the_lowest_threshold():
+    # halfway between .2 and .6 is .4, below the lowest threshold .5; the score .6 must still be reachable alone
+    cuts = candidates(np.array([0.2, 0.6]), 0.5, counts=False)
+    assert cuts.tolist() == [0.5]
+
+
+def test_candidates_of_counts_stay_whole():
+    assert candidates(np.array([[0.0, 3.0], [1.0, -np.inf]]), 1.0, counts=True).tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"), [(0.25, 0.75), (0.0, float(np.nextafter(np.float32(0), np.float32(1)))), (0.1, 0.1 + 1e-12)]
+)
+def test_a_cut_is_above_the_lower_and_at_most_the_upper(lower, upper):
+    assert lower < cut_between(lower, upper) <= upper
+    assert cut_between(0.25, 0.75) == 0.5
+
+
+def naive_per_exit(scores, errors, allowed, min_leavers, lowest):
+    """For each exit in order, the lowest observed score at which its leavers satisfy `allowed`, or nan."""
+    staying, chosen = list(range(len(scores))), []
+    for index in range(scores.shape[1] - 1):
+        best = np.nan
+        for threshold in sorted({scores[row, index] for row in staying if scores[row, index] >= lowest}):
+            leavers = [row for row in staying if scores[row, index] >= threshold]
+            if len(leavers) >= min_leavers and allowed(errors[leavers, index], errors[leavers, -1], index):
+                best = threshold
+                break
+        chosen.append(best)
+        staying = [row for row in staying if not scores[row, index] >= best]
+    return np.array(chosen)
+
+
+@given(
+    seed=SEEDS,
+    **SIZES,
+    ties=st.booleans(),
+    counts=st.booleans(),
+    muted=st.sets(st.integers(0, 4)),
+    slack=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    sigmas=st.sampled_from([0.0, 0.5, 2.0]),
+    least=st.integers(1, 5),
+    paired=st.booleans(),
+)
+def test_thresholds_per_exit_take_the_rows_of_the_slow_reference(
+    seed, rows, exits, ties, counts, muted, slack, sigmas, least, paired
+):
+    scores, quality, _ = case(seed, rows, exits, counts, ties, muted)
+    errors, lowest = 1 - quality, 1.0 if counts else 0.0
+    bound = np.random.default_rng(seed + 1).random(exits - 1)
+
+    def allowed(mine, last, index):
+        if paired:
+            excess = mine - last
+            return excess.sum() + sigmas * np.sqrt((excess**2).sum()) <= slack * len(mine) + 1e-9
+        rate = mine.mean()
+        return rate + sigmas * np.sqrt(rate * (1 - rate) / len(mine)) < bound[index] + slack
+
+    rule = LeaverRule(None if paired else bound, slack=slack, sigmas=sigmas, min_leavers=least)
+    found = per_exit_thresholds(scores, errors, rule, lowest, counts)
+    wanted = naive_per_exit(scores, errors, allowed, least, lowest)
+    assert np.isnan(found).tolist() == np.isnan(wanted).tolist()
+    assert exits_taken(scores, found).tolist() == exits_taken(scores, wanted).tolist()
+    if counts:
+        assert np.array_equal(found, wanted, equal_nan=True)
+
+
+def test_an_exit_whose_error_is_not_monotone_takes_all_it_may():
+    # errors in order of leaving 1 0 0 0: rates 1, 1/2, 1/3, 1/4; only all four together are below .3
+    scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.7, 0.0], [0.6, 0.0]])
+    errors = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    found = per_exit_thresholds(scores, errors, LeaverRule(np.array([0.3])), 0.0, False)
+    assert found == pytest.approx([0.6])
+
+
+def test_equal_scores_leave_together_or_not_at_all():
+    # two rows share the score .8 and one of them errs: 1/2 is above the bound, so nobody leaves at .8
+    scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.8, 0.0]])
+    errors = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    found = per_exit_thresholds(scores, errors, LeaverRule(np.array([0.2])), 0.0, False)
+    assert 0.8 < found[0] <= 0.9
+
+
+def loop(scores, cost, quality, thresholds):
+    rows, means = np.arange(len(scores)), []
+    for threshold in thresholds:
+        leave = scores >= threshold
+        leave[:, -1] = True
+        taken = leave.argmax(1)
+        means.append((cost[taken].mean(), quality[rows, taken].mean()))
+    return np.array(means)
+
+
+def test_two_thousand_thresholds_cost_far_less_than_a_loop_over_them():
+    scores, quality, cost = case(0, 10_000, 12)
+    thresholds = np.sort(np.random.default_rng(1).random(2000))
+    some = np.arange(0, 2000, 100)
+
+    looped = (
+        min(timed(lambda: loop(scores, cost, quality, thresholds[some])) for _ in range(3)) * len(thresholds) / len(some)
+    )
+    values = [np.broadcast_to(cost, scores.shape), quality]
+    swept = min(timed(lambda: sweep(scores, values, thresholds)) for _ in range(5))
+
+    found = np.stack(sweep(scores, values, thresholds), 1)
+    assert found[some] == pytest.approx(loop(scores, cost, quality, thresholds[some]))
+    assert looped / swept >= 20, f"the loop took {looped:.3f} s, the sweep {swept:.3f} s"
+
+
+def timed(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

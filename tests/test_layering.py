@@ -1,0 +1,122 @@
+"""Imports point one way, files stay short, and the pure parts load without transformers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_earlyexit"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What a part (a folder, or a file beside them) may import from the others. A new part needs a line here.
+BASE = {"errors", "registry", "problems"}
+PURE = BASE | {"policies", "trace", "losses", "metrics", "cost", "calibration"}
+ALLOWED = {
+    "errors": set(),
+    "registry": {"errors"},
+    "problems": {"errors"},
+    "policies": BASE,
+    "trace": BASE | {"policies"},
+    "metrics": BASE,
+    "cost": BASE,
+    "losses": BASE,
+    "calibration": BASE | {"policies", "trace", "metrics", "cost"},
+    "backbones": BASE,
+    "modeling": PURE | {"backbones"},
+    "inference": PURE | {"backbones", "modeling"},
+    "training": PURE | {"backbones", "modeling", "inference"},
+    "hub": PURE | {"backbones", "modeling", "inference", "training"},
+    "reports": PURE | {"backbones", "modeling", "inference", "training"},
+    "pipelines": PURE | {"backbones", "modeling", "inference", "training"},
+    "cli": PURE | {"backbones", "modeling", "inference", "training", "hub", "reports", "pipelines", "__init__"},
+}
+UPWARD = {("modeling/classifier.py", "inference.engine")}  # the loop, by a local import
+OUTSIDE = {"torch", "numpy", "safetensors"}  # all that the pure parts may need, beside the standard library
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def own_imports(path: Path):
+    """Modules of this package that a file imports, as dotted names below the package; "" is the package itself."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) + 1 - node.level], *(node.module.split(".") if node.module else ()))
+            names = [base] if base else [(alias.name,) for alias in node.names]
+            yield from (".".join(name) for name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hf_earlyexit":
+            yield node.module.partition(".")[2]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == "hf_earlyexit")
+
+
+def outside_imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").split(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+def test_every_part_has_its_line_in_the_table():
+    parts = {part_of(path) for path in MODULES} - {"__init__", "__main__"}
+    assert parts <= set(ALLOWED), f"say in ALLOWED what {sorted(parts - set(ALLOWED))} may import"
+    assert {"errors", "policies", "trace", "calibration", "losses", "modeling", "inference"} <= parts
+
+
+def test_the_table_has_no_circle():
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        ready = [part for part in ALLOWED if part not in order and ALLOWED[part] - {"__init__"} <= set(order)]
+        assert ready, f"in a circle: {sorted(set(ALLOWED) - set(order))}"
+        order += ready
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path):
+    part, name = part_of(path), path.relative_to(PACKAGE).as_posix()
+    if part in ("__init__", "__main__"):
+        return
+    for module in own_imports(path):
+        target = module.split(".")[0] or "__init__"
+        if target != part and (name, module) not in UPWARD:
+            assert target in ALLOWED[part], f"{name} imports {module}; {part} may import {sorted(ALLOWED[part])}"
+
+
+def test_the_only_import_upwards_is_local_and_there():
+    for name, module in UPWARD:
+        path = PACKAGE / name
+        assert module in set(own_imports(path)), f"{name} no longer needs its exception"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert not any((node.module or "").endswith(module) for node in top), f"{name}: {module} must be imported locally"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in PURE], ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
+def test_pure_parts_need_torch_numpy_and_safetensors_only(path):
+    foreign = set(outside_imports(path)) - sys.stdlib_module_names - OUTSIDE
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_file_comes_near_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_the_pure_parts_load_without_transformers():
+    parts = sorted(PURE & {part_of(path) for path in MODULES})
+    code = f"""
+import importlib, sys
+for part in {parts!r}:
+    importlib.import_module("hf_earlyexit." + part)
+    loaded = {{"transformers", "datasets", "sklearn"}} & set(sys.modules)
+    assert not loaded, "importing hf_earlyexit." + part + " loads " + ", ".join(sorted(loaded))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
