@@ -63,4 +63,13 @@ class Registry(Generic[T]):
         group, self._group = self._group, None
         if group is not None:
             for point in entry_points(group=group):
-                self.register(point.name)(point.load())
+                try:
+                    item = point.load()
+                except Exception as error:
+                    raise UnknownNameError(
+                        f"The {self.kind} {point.name!r} of a plugin cannot be loaded from {point.value} ({error}); "
+                        "fix or uninstall it.",
+                        field="name",
+                        value=point.name,
+                    ) from error
+                self.register(point.name)(item)

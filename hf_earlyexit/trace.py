@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -15,12 +17,12 @@ from torch import Tensor
 
 from .errors import CheckpointError, DataError
 from .policies.base import ExitSignal
-from .problems import SINGLE_LABEL, majority_quality, row_quality
+from .problems import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 
 FORMAT = "hf_earlyexit.trace/1"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExitTrace:
     """Signals of N rows at E exits, from one full pass through a model.
 
@@ -56,6 +58,28 @@ class ExitTrace:
                 f"logits has shape {list(self.logits.shape)}; expected [rows, {len(self.exit_layers)} exits, classes].",
                 field="logits",
             )
+        if self.problem_type not in PROBLEM_TYPES:
+            raise DataError(
+                f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
+                field="problem_type",
+                value=self.problem_type,
+            )
+        if not all(low < high for low, high in pairwise((0, *self.exit_layers))):
+            raise DataError(
+                f"exit_layers is {self.exit_layers}; expected layer numbers from 1, ascending.",
+                field="exit_layers",
+                value=self.exit_layers,
+            )
+        if self.cost is not None and (len(self.cost) != self.num_exits or not all(map(math.isfinite, self.cost))):
+            raise DataError(
+                f"cost is {self.cost}; expected {self.num_exits} finite numbers, one per exit.",
+                field="cost",
+                value=self.cost,
+            )
+        if self.gates is not None and self.gates.shape != (self.num_rows, self.num_exits - 1):
+            raise DataError(
+                f"gates has shape {list(self.gates.shape)}; expected [{self.num_rows}, {self.num_exits - 1}].", field="gates"
+            )
         if self.labels.shape[0] != self.num_rows:
             raise DataError(f"{self.labels.shape[0]} labels for {self.num_rows} rows; expected one a row.", field="labels")
         if not bool(torch.isfinite(self.logits).all()):
@@ -63,6 +87,14 @@ class ExitTrace:
             raise DataError(
                 f"Row {row} has a logit that is not finite; check the model's weights and dtype.", field="logits"
             )
+        if self.problem_type != SINGLE_LABEL and self.labels.numel() != self.num_rows * self.logits.shape[-1]:
+            raise DataError(
+                f"labels has shape {list(self.labels.shape)}; expected [{self.num_rows}, {self.logits.shape[-1]}].",
+                field="labels",
+            )
+        if not bool(torch.isfinite(self.labels).all()):
+            row = int((~torch.isfinite(self.labels)).reshape(self.num_rows, -1).any(1).nonzero()[0])
+            raise DataError(f"Row {row} has a label that is not finite; leave it out.", field="labels")
         if self.problem_type == SINGLE_LABEL and self.num_rows:
             low, high = int(self.labels.min()), int(self.labels.max())
             if low < 0 or high >= self.logits.shape[-1]:
@@ -97,7 +129,8 @@ class ExitTrace:
 
     def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
         """The trace of some rows, in the given order."""
-        index = torch.as_tensor(rows, dtype=torch.long)
+        index = torch.as_tensor(rows)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
         gates = None if self.gates is None else self.gates[index]
         return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], "gates": gates})
 
@@ -107,6 +140,8 @@ class ExitTrace:
         Args:
             sigmas: how many standard errors of its mean quality an exit must be above the constant answer to count as alive.
         """
+        if self.num_exits == 1:
+            return ()
         constant = majority_quality(self.labels, self.problem_type)
         quality = self.quality[:, :-1]
         noise = quality.std(0, correction=0) / max(self.num_rows, 1) ** 0.5
@@ -140,6 +175,11 @@ class ExitTrace:
             raise CheckpointError(
                 f"{path} is not an exit trace: its format is {meta.get('format')!r}, expected {FORMAT!r}.", path=path
             )
-        plain = json.loads(meta["trace"])
-        plain["cost"] = None if plain["cost"] is None else tuple(plain["cost"])
-        return cls(**plain, **tensors)
+        try:
+            plain = json.loads(meta["trace"])
+            plain["cost"] = None if plain["cost"] is None else tuple(plain["cost"])
+            return cls(**plain, **tensors)
+        except (KeyError, TypeError, ValueError) as error:  # JSON and data errors are ValueErrors
+            raise CheckpointError(
+                f"{path} lacks what a trace needs ({error}); collect the trace again.", path=path
+            ) from error

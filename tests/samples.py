@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_earlyexit.policies import ExitPolicy, ExitSignal, Scan
-from hf_earlyexit.problems import MULTI_LABEL, SINGLE_LABEL
+from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.trace import ExitTrace
 
 
@@ -29,6 +29,13 @@ def learned_trace(
         logits = labels[:, None] + noise / depth
     layers = tuple(range(1, exits + 1))
     return ExitTrace(logits=logits, labels=labels, exit_layers=layers, problem_type=problem_type, **fields)
+
+
+def options_for(name, problem_type=SINGLE_LABEL, exits=4) -> dict:
+    """What a policy must be told to be made from a trace of so many exits."""
+    if name == "beem":
+        return {"weights": tuple(0.5 + index for index in range(exits))}
+    return {"tolerance": 0.2} if name == "patience" and problem_type == REGRESSION else {}
 
 
 def sst2_trace(data_path, heads: str, part: str = "heldback") -> ExitTrace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -77,7 +77,7 @@ def calibrate(
         curve = per_exit_curve(visible, quality, cost, rules, rule.lowest_threshold, rule.counts)
     else:
         curve = single_threshold_curve(visible, quality, cost, rule.lowest_threshold, rule.counts)
-    chosen = target.pick(curve, trace.exit_layers[-1])
+    chosen = target.pick(curve)
     rule = rule.with_thresholds(_as_thresholds(curve.thresholds[chosen]))
     return _result(rule, rows, scores, curve, target, weak, learned_from, seed)
 
@@ -115,9 +115,23 @@ def _make_policy(
                 f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",
                 field="policy",
             )
-        return policy, trace, 0
+        if policy.problem_type != trace.problem_type:
+            raise CalibrationError(
+                f"The policy serves {policy.problem_type}, the trace is {trace.problem_type}; they must be of one model.",
+                field="problem_type",
+            )
+        if policy.exit_layers not in (None, trace.exit_layers):
+            raise CalibrationError(
+                f"The policy is for exits after layers {policy.exit_layers}, the trace has {trace.exit_layers}; "
+                "they must be of one model.",
+                field="exit_layers",
+            )
+        muted = tuple(sorted({*policy.muted, *weak}))
+        closed = (None,) * (trace.num_exits - 1)
+        return replace(policy, thresholds=closed, muted=muted, exit_layers=trace.exit_layers), trace, 0
     cls = POLICIES.get(policy)
-    given = {"muted": weak, **(options or {})}
+    given = dict(options or {})
+    given["muted"] = tuple(sorted({*given.get("muted", ()), *weak}))
     if not cls.learns:
         return cls.from_trace(trace, **given), trace, 0
     if not 0 < learning_share < 1:

@@ -81,7 +81,10 @@ class CalibrationResult:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CalibrationResult:
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+            raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
 
     def __str__(self) -> str:
         rows = f"{self.num_rows} rows of {self.split!r}"

@@ -64,9 +64,9 @@ def candidates(scores: Array, lowest: float, counts: bool) -> Array:
         counts: whether scores are whole numbers.
     """
     seen = np.unique(scores[np.isfinite(scores)])
-    if not counts:
-        seen = np.concatenate([seen[:1], [cut_between(*pair) for pair in pairwise(seen)]])
-    return np.unique(seen[seen >= lowest])
+    cuts = seen if counts else np.concatenate([seen[:1], [cut_between(*pair) for pair in pairwise(seen)]])
+    allowed: Array = np.maximum(cuts[seen >= lowest], lowest)
+    return allowed
 
 
 def cut_between(lower: float, upper: float) -> float:

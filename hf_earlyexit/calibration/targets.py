@@ -29,7 +29,7 @@ class Target(ABC):
         return True
 
     @abstractmethod
-    def pick(self, curve: Curve, num_layers: int) -> int:
+    def pick(self, curve: Curve) -> int:
         """Index of the point of `curve` that fulfils the wish best; point 0 is the full model.
 
         Raises:
@@ -72,7 +72,7 @@ class MaxDrop(Target):
         _require("drop", self.drop, 0.0)
         _require("sigmas", self.sigmas, 0.0)
 
-    def pick(self, curve: Curve, num_layers: int) -> int:
+    def pick(self, curve: Curve) -> int:
         spare = self.sigmas * curve.standard_error
         return _cheapest(curve, curve.quality - spare >= curve.quality[0] - self.drop - 1e-12)
 
@@ -80,7 +80,7 @@ class MaxDrop(Target):
 @TARGETS.register("speed-up")
 @dataclass(frozen=True)
 class SpeedUp(Target):
-    """The best point at which layers over mean cost is at least `ratio`.
+    """The best point at which the full model's cost over the mean cost is at least `ratio`.
 
     Args:
         ratio: layer speed-up, from 1.
@@ -91,8 +91,8 @@ class SpeedUp(Target):
     def __post_init__(self) -> None:
         _require("ratio", self.ratio, 1.0)
 
-    def pick(self, curve: Curve, num_layers: int) -> int:
-        return _best_within(curve, num_layers / self.ratio, f"a layer speed-up of {self.ratio:g}")
+    def pick(self, curve: Curve) -> int:
+        return _best_within(curve, float(curve.cost[0]) / self.ratio, f"a layer speed-up of {self.ratio:g}")
 
 
 @TARGETS.register("layer-budget")
@@ -109,7 +109,7 @@ class LayerBudget(Target):
     def __post_init__(self) -> None:
         _require("layers", self.layers, 1e-9)
 
-    def pick(self, curve: Curve, num_layers: int) -> int:
+    def pick(self, curve: Curve) -> int:
         return _best_within(curve, self.layers, f"a budget of {self.layers:g} layers")
 
 
@@ -169,7 +169,7 @@ class FinalLayerError(Target):
     def serves_single_threshold(self) -> bool:
         return self.paired
 
-    def pick(self, curve: Curve, num_layers: int) -> int:
+    def pick(self, curve: Curve) -> int:
         if self.paired:
             return _cheapest(curve, curve.quality >= curve.quality[0] - 1e-12)
         return len(curve.cost) - 1  # what its own rule gave
@@ -185,6 +185,8 @@ def parse_target(text: str) -> Target:
     name, _, number = text.partition(":")
     cls = TARGETS.get(name)
     try:
+        if number and not any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
+            raise CalibrationError(f"{name} takes no number")
         return cls(float(number)) if number else cls()  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise CalibrationError(
@@ -193,12 +195,16 @@ def parse_target(text: str) -> Target:
 
 
 def _require(field: str, value: float, lowest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value) or value < lowest:
+    real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not real or not np.isfinite(value) or value < lowest:
         raise CalibrationError(f"{field} is {value!r}; expected a number of at least {lowest:g}.", field=field, value=value)
 
 
 def _constants(name: str, values: Sequence[float] | None, count: int) -> Array:
-    array = np.ones(count) if values is None else np.asarray(values, dtype=float)
+    try:
+        array = np.ones(count) if values is None else np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        array = np.empty(0)
     if array.shape != (count,) or not np.isfinite(array).all() or (array <= 0).any():
         raise CalibrationError(f"{name} is {values!r}; expected {count} numbers above 0.", field=name, value=values)
     return array

@@ -47,4 +47,5 @@ def _use_as_defaults(parser: HfArgumentParser, path: str) -> None:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"{path} has an unknown name {name!r}.{hint}", field=str(name), path=path)
         actions[name].required = False
-        actions[name].default = value
+        # argparse reads text as it reads the command line, so "3e-5" and 0.1 both become what the flag wants
+        actions[name].default = str(value) if isinstance(value, (int, float)) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,12 @@ class DistillationObjective(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0 or not self.strength >= 0:
-            raise TrainingError(
-                f"temperature is {self.temperature!r} and strength {self.strength!r}; expected above 0, and at least 0.",
-                field="temperature",
-                value=self.temperature,
-            )
+        for field, value, lowest in (("temperature", self.temperature, 1e-3), ("strength", self.strength, 0)):
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not real or not lowest <= value < math.inf:
+                raise TrainingError(
+                    f"{field} is {value!r}; expected a finite number of at least {lowest}.", field=field, value=value
+                )
         if self.direction not in DIRECTIONS:
             raise TrainingError(
                 f"direction is {self.direction!r}; expected one of {', '.join(DIRECTIONS)}.",

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import TrainingError
 from .base import OBJECTIVES
 from .distillation import DistillationObjective
 
@@ -33,4 +34,10 @@ class TwoStageObjective(DistillationObjective):
         if len(weights) == 1:
             return weights
         early = torch.cat([weights[:-1], weights.new_zeros(1)])  # the last exit cannot learn
+        if not float(early.sum()) > 0:
+            raise TrainingError(
+                f"weights is {self.weights!r}; the last exit is frozen here, so an earlier one must weigh more than 0.",
+                field="weights",
+                value=self.weights,
+            )
         return early / early.sum()

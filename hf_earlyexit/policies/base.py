@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -91,6 +92,7 @@ class ExitPolicy(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON brings lists
             object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
+        self._validate_frame()
         self.validate()
 
     # --- what a rule fills in -------------------------------------------------------------------------------------
@@ -226,12 +228,8 @@ class ExitPolicy(ABC):
             )
         return cls(**given)
 
-    def validate(self) -> None:
-        """Check every number.
-
-        Raises:
-            PolicyError: naming field, value and what is allowed.
-        """
+    def _validate_frame(self) -> None:
+        """Check what every rule has, so that `validate` can rely on it."""
         if self.problem_type not in PROBLEM_TYPES:
             raise PolicyError(
                 f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
@@ -251,9 +249,10 @@ class ExitPolicy(ABC):
                 field="thresholds",
                 value=self.thresholds,
             )
-        for index, threshold in enumerate(self.thresholds):
-            if threshold is not None:
-                require_number(f"thresholds[{index}]", threshold, self.lowest_threshold, self.highest_threshold)
+        if not isinstance(self.muted, tuple) or len(set(self.muted)) < len(self.muted):
+            raise PolicyError(
+                f"muted is {self.muted!r}; expected a list of indices, each once.", field="muted", value=self.muted
+            )
         for index in self.muted:
             inside = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(self.thresholds)
             if not inside or self.thresholds[index] is not None:
@@ -262,13 +261,38 @@ class ExitPolicy(ABC):
                     field="muted",
                     value=self.muted,
                 )
-        if self.exit_layers is not None and len(self.exit_layers) != self.num_exits:
+        if self.exit_layers is None:
+            return
+        layers = self.exit_layers
+        whole = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
+        if not whole or not all(low < high for low, high in pairwise((0, *layers))):
+            raise PolicyError(
+                f"exit_layers is {layers!r}; expected layer numbers from 1, ascending.", field="exit_layers", value=layers
+            )
+        if len(layers) != self.num_exits:
             raise PolicyError(
                 f"thresholds has {len(self.thresholds)} entries for {len(self.exit_layers)} exits; "
                 f"expected {len(self.exit_layers) - 1}, one per exit but the last.",
                 field="thresholds",
                 value=self.thresholds,
             )
+
+    def validate(self) -> None:
+        """Check the rule's own numbers and the thresholds.
+
+        Raises:
+            PolicyError: naming field, value and what is allowed.
+        """
+        for index, threshold in enumerate(self.thresholds):
+            if threshold is None:
+                continue
+            require_number(f"thresholds[{index}]", threshold, self.lowest_threshold, self.highest_threshold)
+            if self.counts and threshold != int(threshold):
+                raise PolicyError(
+                    f"thresholds[{index}] is {threshold!r}; the {self.name} policy counts, so expected a whole number.",
+                    field=f"thresholds[{index}]",
+                    value=threshold,
+                )
 
 
 def require_number(field: str, value: Any, lowest: float, highest: float = math.inf) -> None:

@@ -52,7 +52,9 @@ class BeemPolicy(ExitPolicy):
 
     @property
     def highest_threshold(self) -> float:
-        return math.inf if self.vote == "log-odds" else float(sum(self.weights))
+        if self.vote == "log-odds":
+            return math.inf
+        return float(sum(self.weights)) * (1 + 1e-6)  # scores are summed in float32, which may round up
 
     def validate(self) -> None:
         if not isinstance(self.weights, tuple) or len(self.weights) != self.num_exits:

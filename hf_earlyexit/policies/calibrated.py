@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,10 +51,15 @@ class CalibratedBeemPolicy(ExitPolicy):
                 raise PolicyError(
                     f"{name} is {values!r}; expected {self.num_exits} entries, one per exit.", field=name, value=values
                 )
+        for index, row in enumerate(self.offsets):
+            if not isinstance(row, tuple):
+                raise PolicyError(
+                    f"offsets[{index}] is {row!r}; expected one number per class.", field="offsets", value=self.offsets
+                )
         for index, (slope, row) in enumerate(zip(self.slopes, self.offsets, strict=True)):
             for number in (slope, *row):
                 require_number(f"slopes or offsets of exit {index}", number, -1e6, 1e6)
-        require_number("memory", self.memory, 0, 1)
+        require_number("memory", self.memory, 0, math.nextafter(1, 0))
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:

@@ -87,11 +87,13 @@ def dropping_rows_changes_nothing(policy: ExitPolicy) -> bool:
 
 
 def rows_do_not_see_each_other(policy: ExitPolicy) -> bool:
-    """A row alone scores what it scores in company."""
+    """A row alone scores what it scores in company, and leaves where it leaves in company."""
     signals = _Signals.random(policy)
     whole = policy.scan(signals)
     alone = [policy.scan(signals.rows(slice(i, i + 1))) for i in range(ROWS)]
-    return _same(whole, Scan(*(torch.cat(parts) for parts in zip(*alone, strict=True))))
+    together = Scan(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
+    decided = torch.cat([policy.decide(one.scores) for one in alone])
+    return _same(whole, together) and torch.equal(policy.decide(whole.scores), decided)
 
 
 def order_of_rows_is_free(policy: ExitPolicy) -> bool:
@@ -107,10 +109,18 @@ def same_input_same_output(policy: ExitPolicy) -> bool:
 
 
 def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
-    """Neither the signals nor the policy are written to."""
+    """Neither the signals nor the state nor the policy are written to."""
     signals, before = _Signals.random(policy), copy.deepcopy(policy)
     kept = _Signals(signals.logits.clone(), signals.gates.clone())
-    policy.scan(signals)
+    state = policy.init_state(ROWS, signals.logits.shape[-1], "cpu")
+    for index in range(policy.num_exits):
+        if index in policy.muted:
+            continue
+        given = copy.deepcopy(state)
+        after, *_ = policy.update(state, signals.signal(index), index)
+        if not all(torch.equal(a, b) for a, b in zip(state, given, strict=True)):
+            return False
+        state = after
     return policy == before and all(torch.equal(a, b) for a, b in zip(signals, kept, strict=True))
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..errors import PolicyError
 from .base import ExitPolicy, ExitSignal, register_policy
 from .confidence import NoState
 
@@ -30,7 +31,15 @@ class StaticPolicy(ExitPolicy):
 
     @classmethod
     def at(cls, exit_index: int, num_exits: int, **fields: object) -> Self:
-        """The policy that leaves at `exit_index` (0-based) of `num_exits`."""
+        """The policy that leaves at `exit_index` (0-based) of `num_exits`.
+
+        Raises:
+            PolicyError: for an exit that is not there.
+        """
+        if not 0 <= exit_index < num_exits:
+            raise PolicyError(
+                f"exit_index is {exit_index!r}; expected 0 to {num_exits - 1}.", field="exit_index", value=exit_index
+            )
         closed = (None,) * (num_exits - 1)
         opened = tuple(float(index + 1) if index == exit_index else None for index in range(num_exits - 1))
         return cls(thresholds=opened if exit_index < num_exits - 1 else closed, **fields)  # type: ignore[arg-type]

@@ -46,13 +46,13 @@ CURVE = Curve(
     ids=str,
 )
 def test_a_target_picks_the_point_worked_out_by_hand(target, point):
-    assert target.pick(CURVE, 12) == point
+    assert target.pick(CURVE) == point
 
 
 @pytest.mark.parametrize("target", [LayerBudget(3.9), SpeedUp(3.1)], ids=str)
 def test_a_target_out_of_reach_says_what_is_reachable_and_what_to_do(target):
     with pytest.raises(CalibrationError, match=r"cheapest setting still costs 4\.00 layers.*keep_weak_exits") as caught:
-        target.pick(CURVE, 12)
+        target.pick(CURVE)
     assert caught.value.field == "target"
 
 

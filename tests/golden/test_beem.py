@@ -66,7 +66,7 @@ def test_the_highest_score_of_the_released_weights(layers, cost, most):
     # .1 * (0 + 1 + ... + 23) = .1 * 276 = 27.6;   .4 * (0 + 1 + ... + 11) = .4 * 66 = 26.4
     weights = tuple(cost * index for index in range(layers))
     policy = BeemPolicy(weights=weights, thresholds=(None,) * (layers - 1))
-    assert policy.highest_threshold == pytest.approx(most)
+    assert policy.highest_threshold == pytest.approx(most, rel=1e-5)
     certain = torch.tensor([[1e4, -1e4]]).expand(1, layers, 2)
     assert scores(policy, certain)[-1] == pytest.approx(most, rel=1e-6)
     with pytest.raises(PolicyError, match=f"from 0 to {most:g}"):

@@ -137,24 +137,27 @@ def test_early_exit_with_hidden_states_is_refused(model, random_batch, flag):
         run(model, random_batch(4))
 
 
-def test_a_forward_pass_writes_nothing_on_any_module(model, random_batch):
+@pytest.mark.parametrize("early", [True, False])
+def test_a_forward_pass_writes_nothing_on_any_module(tiny_model, model, random_batch, early):
+    fresh = tiny_model()  # never called, so that a first write shows
+    fresh.set_exit_policy(model.exit_policy)
+
     def everything():
         return {
             name: {k: (v, len(v) if isinstance(v, (dict, list, set)) else 0) for k, v in vars(part).items()}
-            for name, part in model.named_modules()
+            for name, part in fresh.named_modules()
         }
 
-    config, before = copy.deepcopy(model.config.to_dict()), everything()
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    for early in (True, False):
-        run(model, random_batch(8), early_exit=early)
+    config, before = copy.deepcopy(fresh.config.to_dict()), everything()
+    weights = {name: value.clone() for name, value in fresh.state_dict().items()}
+    run(fresh, random_batch(8), early_exit=early)
     after = everything()
     assert before.keys() == after.keys()
     for name, values in before.items():
         assert values.keys() == after[name].keys(), name
         assert all(values[key][0] is after[name][key][0] and values[key][1] == after[name][key][1] for key in values), name
-    assert model.config.to_dict() == config
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert fresh.config.to_dict() == config
+    assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
 
 
 # --- labels and losses --------------------------------------------------------------------------------------------------

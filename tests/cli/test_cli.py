@@ -1,0 +1,126 @@
+"""train, calibrate, predict: from a folder of texts to answers that leave early."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertModel
+
+import hf_earlyexit as ee
+from hf_earlyexit.cli.main import main
+from tests.conftest import SHAPE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_config, tokenizer, random_texts):
+    """A plain checkpoint, texts whose first word decides their label, and a recipe."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    BertModel(tiny_config(num_labels=2)).save_pretrained(folder / "bert")
+    (folder / "bert" / "config.json").write_text(
+        json.dumps({**SHAPE, "num_labels": 2, "model_type": "bert", "architectures": ["BertModel"]})
+    )
+    tokenizer.save_pretrained(folder / "bert")
+    data = folder / "data"
+    data.mkdir()
+    for split, count, seed in (("train", 400, 0), ("test", 40, 1)):
+        texts = random_texts(count, seed=seed, longest=3)
+        lines = ["text,label", *(f"{text},{int(int(text.split()[0][1:]) > 50)}" for text in texts)]
+        (data / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (folder / "recipe.yaml").write_text(
+        f"model: {folder / 'bert'}\ndataset: {data}\noutput_dir: {folder / 'out'}\nheld_back: 0.25\nnum_train_epochs: 6\n"
+        "learning_rate: 3.0e-3\nper_device_train_batch_size: 20\nsave_strategy: 'no'\nreport_to: []\nuse_cpu: true\n"
+        "exit_layers: [1, 2, 3, 4]\ndisable_tqdm: true\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    assert main(["train", "--config", str(folder / "recipe.yaml")]) == 0
+    return folder / "out"
+
+
+def test_training_leaves_a_model_and_a_trace_of_rows_it_never_saw(trained):
+    trace = ee.ExitTrace.load(trained / "held-back.safetensors")
+    assert trace.num_rows == 100
+    assert trace.split == "held-back"
+    assert float(trace.quality[:, -1].mean()) > 0.8
+
+
+def test_calibration_puts_the_policy_into_the_folder(trained, capsys):
+    words = ["calibrate", "--model", str(trained), "--policy", "confidence", "--target", "max-drop:0.02"]
+    assert main(words) == 0
+    assert "layer speed-up" in capsys.readouterr().out
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(trained)
+    result = ee.CalibrationResult.load(trained / "calibration.json")
+    assert model.exit_policy == result.policy
+    assert result.layer_speed_up > 1
+
+
+def test_prediction_writes_a_line_for_every_text_in_order(trained, folder, tmp_path, tokenizer):
+    main(["calibrate", "--model", str(trained), "--policy", "confidence", "--target", "max-drop:0.02"])
+    texts = ["w9 w80", "w90", "w10 w11 w12"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    out = tmp_path / "answers.jsonl"
+    assert main(["predict", "--model", str(trained), "--input", str(tmp_path / "texts.txt"), "--output", str(out)]) == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["text"] for answer in answers] == texts
+    assert [answer["label"] for answer in answers] == ["LABEL_0", "LABEL_1", "LABEL_0"]
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(trained)
+    layers = ee.predict(model, texts, tokenizer=tokenizer).exit_layer.tolist()
+    assert [answer["exit_layer"] for answer in answers] == layers
+
+
+def test_a_data_set_can_be_classified(trained, folder, capsys):
+    assert main(["predict", "--model", str(trained), "--input", str(folder / "data"), "--split", "test"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 40
+
+
+def test_flags_win_over_the_recipe(folder, tmp_path):
+    words = ["train", "--config", str(folder / "recipe.yaml"), "--output_dir", str(tmp_path), "--max_steps", "1"]
+    assert main([*words, "--exit_layers", "2", "4"]) == 0
+    assert ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path).exit_layers == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["calibrate", "--model", "{out}", "--policy", "beam"], "Did you mean 'beem"),
+        (["calibrate", "--model", "{out}", "--target", "max-dorp:1"], "Did you mean 'max-drop'"),
+        (["calibrate", "--model", "{out}", "--options", "{{"], "expected JSON"),
+        (["calibrate", "--model", "nowhere"], "no folder"),
+        (["calibrate", "--model", "{out}", "--dataset", "{data}", "--split", "dev"], "it has test, train"),
+        (["predict", "--model", "{out}", "--input", "{bert}"], "holds no"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, message, trained, folder, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"out": trained, "data": folder / "data", "bert": empty}
+    assert main([word.format(**places) for word in words]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[-1]
+    assert not any("Traceback" in line for line in told)
+
+
+def test_a_recipe_with_an_unknown_name_is_refused(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("modle: x\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "Did you mean 'model'" in capsys.readouterr().err
+
+
+def test_python_objects_in_a_recipe_are_not_made(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("model: !!python/object/apply:os.getcwd []\n")
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "not YAML" in capsys.readouterr().err
+
+
+def test_help_lists_commands_and_flags(capsys):
+    assert main(["--help"]) == 0
+    assert "calibrate" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["calibrate", "--help"])
+    assert stop.value.code == 0
+    assert "--target" in capsys.readouterr().out

@@ -1,0 +1,46 @@
+"""BEEM with calibrated votes, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from hf_earlyexit.policies import CalibratedBeemPolicy
+from hf_earlyexit.trace import ExitTrace
+from tests.samples import learned_trace, scan, two_class_row
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_votes_are_lines_and_agreeing_votes_are_averaged():
+    policy = CalibratedBeemPolicy(thresholds=[0.9, 0.9, 0.9], slopes=[1, 2, 0.5, 1], offsets=[[0.1, -0.3]] * 4, memory=0.25)
+    row = two_class_row((0.65, 0.8, 0.9, 0.95), (1, 1, 0, 0))
+    lead = [math.log(p / (1 - p)) for p in (0.65, 0.8, 0.9, 0.95)]
+    first = -0.3 + 1 * lead[0]
+    second = 0.75 * (-0.3 + 2 * lead[1]) + 0.25 * first  # the same class: keeps a quarter
+    third = 0.1 + 0.5 * lead[2]  # another class: starts afresh
+    fourth = 0.75 * (0.1 + 1 * lead[3]) + 0.25 * third
+    expected = [sigmoid(x) for x in (first, second, third, fourth)]
+    assert scan(policy, row).scores[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_fit_recovers_how_often_leaving_does_harm():
+    generator = torch.Generator().manual_seed(0)
+    lead = 4 * torch.rand(20_000, generator=generator)
+    harmless = torch.rand(20_000, generator=generator) < (0.5 + 1.5 * lead).sigmoid()
+    early = torch.stack([lead, torch.zeros_like(lead)], -1)  # always says 0
+    labels = (~harmless).long()  # where leaving harms, the last exit knows better
+    last = torch.nn.functional.one_hot(labels, 2).float()
+    trace = ExitTrace(logits=torch.stack([early, last], 1), labels=labels, exit_layers=(1, 2))
+    learned = CalibratedBeemPolicy.learn(trace)
+    assert learned["slopes"][0] == pytest.approx(1.5, abs=0.15)
+    assert learned["offsets"][0][0] == pytest.approx(0.5, abs=0.15)
+
+
+def test_an_exit_that_never_harmed_is_still_not_certain():
+    trace = learned_trace(rows=100, exits=2)
+    same = ExitTrace(logits=trace.logits[:, -1:].repeat(1, 2, 1), labels=trace.labels, exit_layers=(1, 2))
+    policy = CalibratedBeemPolicy.from_trace(same)
+    assert float(policy.scan(same).scores.max()) < 1

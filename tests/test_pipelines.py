@@ -1,0 +1,77 @@
+"""The stock pipeline exits early; ours also tells where."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+
+import hf_earlyexit as ee
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_model, tokenizer, open_policy):
+    model = tiny_model()
+    model.set_exit_policy(open_policy(model, "beem-a"))
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def layers_run():
+    """Rows that passed each layer of a model, counted by hooks."""
+
+    def attach(model):
+        counts = [0] * 4
+        for index, layer in enumerate(model.bert.encoder.layer):
+            layer.register_forward_hook(lambda m, i, o, index=index: counts.__setitem__(index, counts[index] + len(o)))
+        return counts
+
+    return attach
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_auto_classes_bring_model_and_policy_back(auto, saved):
+    model = auto.from_pretrained(saved)
+    assert type(model) is ee.EarlyExitBertForSequenceClassification
+    assert model.exit_policy.name == "beem-a"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_stock_pipeline_runs_no_layer_after_a_row_has_left(batch_size, saved, random_texts, layers_run):
+    pipe = pipeline("text-classification", model=str(saved), batch_size=batch_size)
+    ours = ee.pipeline(model=str(saved), batch_size=batch_size)
+    counts, texts = layers_run(pipe.model), random_texts(24)
+    answers, told = pipe(texts), ours(texts)
+    assert [(a["label"], a["score"]) for a in answers] == [(t["label"], t["score"]) for t in told]
+    layers = [answer["exit_layer"] for answer in told]
+    assert len(set(layers)) >= 3
+    assert counts == [sum(layer >= depth for layer in layers) for depth in range(1, 5)]
+
+
+def test_batch_size_changes_no_answer(saved, random_texts):
+    pipe, texts = ee.pipeline(model=str(saved)), random_texts(24, seed=1)
+    alone, together = pipe(texts), pipe(texts, batch_size=8)
+    assert [(a["label"], a["exit_layer"]) for a in alone] == [(t["label"], t["exit_layer"]) for t in together]
+    assert [a["exit_score"] for a in alone] == pytest.approx([t["exit_score"] for t in together], abs=1e-5)
+
+
+def test_every_label_of_top_k_tells_the_layer(saved, random_texts):
+    answer = ee.pipeline(model=str(saved))(random_texts(1), top_k=None)[0]
+    assert len(answer) == 3
+    assert len({one["exit_layer"] for one in answer}) == 1
+    assert sum(one["score"] for one in answer) == pytest.approx(1)
+
+
+def test_a_model_without_policy_tells_its_last_layer_and_no_score(tiny_model, tokenizer, random_texts):
+    answer = ee.pipeline(model=tiny_model(), tokenizer=tokenizer)(random_texts(1))[0]
+    assert answer["exit_layer"] == 4
+    assert answer["exit_score"] is None
+
+
+def test_pipeline_logits_are_those_of_the_model(saved, random_texts, tokenizer):
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(saved)
+    text = random_texts(1, seed=3)[0]
+    with torch.inference_mode():
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)
+    assert pipeline("text-classification", model=str(saved))(text)[0]["score"] == pytest.approx(float(probabilities.max()))
