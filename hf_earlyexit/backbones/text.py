@@ -18,6 +18,12 @@ class BertBackbone(Backbone):
         return model.encoder.layer
 
     def begin(self, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Context]:
+        if model.config._attn_implementation == "flex_attention":  # before its mask, which takes a compilation
+            raise UsageError(
+                "Attention 'flex_attention' has no plain mask, so finished rows cannot be dropped; "
+                "load the model with attn_implementation='sdpa' or 'eager'.",
+                field="attn_implementation",
+            )
         given, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (given is None) == (embedded is None):
             raise UsageError("Give exactly one of input_ids and inputs_embeds.", field="input_ids")
@@ -38,12 +44,6 @@ class BertBackbone(Backbone):
             inputs_embeds=embedded,
         )
         mask = create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=attention_mask)
-        if mask is not None and not isinstance(mask, Tensor):
-            raise UsageError(
-                f"Attention {model.config._attn_implementation!r} has no plain mask, so finished rows cannot be dropped; "
-                "load the model with attn_implementation='sdpa' or 'eager'.",
-                field="attn_implementation",
-            )
         padded = attention_mask is not None and attention_mask.ndim == 2 and mask is not None
         tokens = attention_mask.bool() if padded else None
         return hidden, Context(mask, tokens, None if tokens is None else _lengths(tokens), options)

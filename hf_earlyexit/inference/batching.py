@@ -49,17 +49,24 @@ def encode_rows(rows: Any, tokenizer: Any, max_length: int | None = None) -> lis
         return [{name: list(row[name]) for name in keep} for row in rows.select_columns(keep)]
     if tokenizer is None:
         raise UsageError("Texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).", field="tokenizer")
-    if columns is not None:
-        texts = [list(rows[name]) for name in text_columns(columns)]
-    elif rows and not isinstance(rows[0], str):
-        texts = [list(part) for part in zip(*rows, strict=True)]
-    else:
-        texts = [list(rows)]
+    texts = _texts(list(rows)) if columns is None else [list(rows[name]) for name in text_columns(columns)]
     if not texts[0]:
         return []
     limit = None if max_length is None and tokenizer.model_max_length > 1e9 else max_length or tokenizer.model_max_length
     encoded = tokenizer(*texts, truncation=limit is not None, max_length=limit)
     return [{name: encoded[name][row] for name in encoded if name in MODEL_COLUMNS} for row in range(len(texts[0]))]
+
+
+def _texts(rows: list[Any]) -> list[list[str]]:
+    """One list of texts, or two of pairs."""
+    if all(isinstance(row, str) for row in rows):
+        return [rows]
+    for place, row in enumerate(rows):
+        if not (isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(part, str) for part in row)):
+            raise DataError(
+                f"Row {place} is {row!r}; expected a text, or a pair of texts in every row.", field="rows", value=row
+            )
+    return [list(part) for part in zip(*rows, strict=True)]
 
 
 def sorted_batches(

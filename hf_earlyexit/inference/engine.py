@@ -80,12 +80,14 @@ def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Te
     result.score[leaving] = score[leave]
 
 
-def run_all(walker: Walker, hidden: Tensor, context: Context) -> Tensor:
+def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) -> Tensor:
     """Run every layer and every exit.
 
     Returns:
         Logits of all exits, `[B, E, C]`.
     """
+    if not hidden.shape[0]:  # stock attention cannot reshape an empty batch
+        return hidden.new_zeros(0, len(walker.exit_layers), num_classes)
     logits = []
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     for layer in range(1, walker.exit_layers[-1] + 1):

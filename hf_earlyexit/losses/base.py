@@ -97,7 +97,8 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(logits.squeeze(-1).shape))
     if problem_type == MULTI_LABEL:
         return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return functional.cross_entropy(logits, labels)
+    # a batch whose labels are all ignored has loss 0, not 0 / 0
+    return functional.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp_min(1)
 
 
 def label_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:

@@ -148,15 +148,16 @@ class EarlyExitClassifier:
                 logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
             )
         else:
-            exit_logits = run_all(self, hidden, context)
+            exit_logits = run_all(self, hidden, context, self.num_labels)
             depth = torch.full(hidden.shape[:1], self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(logits=exit_logits[:, -1], exit_logits=exit_logits, exit_layer=depth)
         if labels is not None:
             problem_type = label_problem_type(self.config, labels)
             if self.training:
-                output.loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
+                loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
             else:
-                output.loss = task_loss(output.logits, labels, problem_type)
+                loss = task_loss(output.logits, labels, problem_type)
+            output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         return output
 
     def _choose_policy(self, early_exit: bool | None, kwargs: dict[str, Any]) -> ExitPolicy | None:
@@ -245,15 +246,14 @@ def _check_loaded(model: Any, info: Any, path: Any, init_missing: bool, any_size
             field=name,
             path=path,
         )
-    stray = [name for name in unexpected if name.startswith("exit_heads.")]
-    if model.config.early_exit_version is not None and not init_missing and (missing or stray):
-        listed = "; ".join(
-            f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("surplus", stray)) if names
-        )
+    stray = [name for name in unexpected if name.startswith("exit_heads.") and not init_missing]
+    lost = [name for name in missing if not (init_missing and name.startswith("exit_heads."))]
+    if model.config.early_exit_version is not None and (lost or stray):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (("missing", lost), ("surplus", stray)) if names)
         raise CheckpointError(
             f"{path} says it holds a model with exits, but its tensors do not fit the config ({listed}). Restore the "
             "folder, or pass init_missing_exits=True to train those exits anew.",
-            field=(missing or stray)[0],
+            field=(lost or stray)[0],
             path=path,
         )
     for name, tensor in model.named_parameters():

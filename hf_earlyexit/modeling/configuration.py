@@ -74,7 +74,8 @@ class EarlyExitConfig:
             raise _wrong("exit_layers", layers, f"layer numbers from 1 to {count}, ascending, each once, ending at {count}")
         if self.exit_cost is not None:
             ascending = all(low < high for low, high in zip(self.exit_cost, self.exit_cost[1:], strict=False))
-            if len(self.exit_cost) != len(layers) or not ascending or not 0 < self.exit_cost[0] < float("inf"):
+            inside = self.exit_cost and 0 < self.exit_cost[0] <= self.exit_cost[-1] < float("inf")
+            if len(self.exit_cost) != len(layers) or not ascending or not inside:
                 raise _wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
         HEADS.get(self.exit_head)
         if len(self.label2id or {}) != self.num_labels:
@@ -123,7 +124,14 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
 
     model_type = "early_exit_bert"
     stock_model_type = "bert"
-    keys_to_ignore_at_inference = ("exit_logits", "exit_layer", "exit_score", "hidden_states", "attentions")
+    # a list, as Trainer adds another to it
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "exit_logits",
+        "exit_layer",
+        "exit_score",
+        "hidden_states",
+        "attentions",
+    ]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

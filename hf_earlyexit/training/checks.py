@@ -31,6 +31,12 @@ def check_data_set(rows: Any, name: str, num_labels: int, problem_type: str | No
     labels = _labels(rows)
     if labels is None:
         return
+    if problem_type is None and num_labels > 1 and (labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating)):
+        problem_type = MULTI_LABEL  # as the model will take them
+    if np.issubdtype(labels.dtype, np.floating):
+        bad = np.flatnonzero(~np.isfinite(labels).reshape(len(labels), -1).all(1))
+        if len(bad):
+            raise DataError(f"Row {bad[0]} of {name} has a label that is not finite.", field="labels")
     if problem_type == MULTI_LABEL:
         if labels.ndim != 2 or labels.shape[1] != num_labels or not np.issubdtype(labels.dtype, np.floating):
             raise DataError(
@@ -40,9 +46,6 @@ def check_data_set(rows: Any, name: str, num_labels: int, problem_type: str | No
             )
         return
     if problem_type == REGRESSION or np.issubdtype(labels.dtype, np.floating):
-        bad = np.flatnonzero(~np.isfinite(labels.astype(float)).reshape(len(labels), -1).all(1))
-        if len(bad):
-            raise DataError(f"Row {bad[0]} of {name} has a label that is not finite.", field="labels")
         return
     if num_labels == 1:
         raise DataError(

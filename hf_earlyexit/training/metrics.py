@@ -63,11 +63,11 @@ def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @EXIT_METRICS.register("spearman")
 def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Rank correlation of values; 0 where an exit says the same of every row."""
+    """Rank correlation of values; 0 where the exit or the labels say the same of every row."""
     from scipy.stats import spearmanr
 
     values = logits.reshape(len(labels), -1)[:, 0]
-    return 0.0 if np.ptp(values) == 0 else float(spearmanr(values, labels.reshape(-1)).statistic)
+    return 0.0 if np.ptp(values) == 0 or np.ptp(labels) == 0 else float(spearmanr(values, labels.reshape(-1)).statistic)
 
 
 @EXIT_METRICS.register("mse")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,11 @@ class EarlyExitTrainer(Trainer):
                 if part is not None:
                     check_data_set(part, name, config.num_labels, config.problem_type)
         if self.objective.freezes_backbone:
+            if len(config.exit_layers) == 1:
+                raise TrainingError(
+                    f"The {args.objective} objective trains early exits only, and the model has none; set exit_layers.",
+                    field="objective",
+                )
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.startswith("exit_heads."))
 
@@ -133,9 +139,10 @@ class EarlyExitTrainer(Trainer):
 
 
 def _on_last_exit(compute: Any) -> Any:
+    @wraps(compute)  # Trainer looks at the signature
     def wrapped(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
-        prediction.predictions = prediction.predictions[0]
-        return compute(prediction, **kwargs)
+        plain = EvalPrediction(prediction.predictions[0], prediction.label_ids, prediction.inputs, prediction.losses)
+        return compute(plain, **kwargs)
 
     return wrapped
 
