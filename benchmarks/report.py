@@ -144,8 +144,8 @@ def page(results: dict) -> str:
             f"{', '.join(map(str, first['weak_exits'])) or 'none'}. Oracle: {first['oracle']['accuracy']:.4f} at "
             f"{first['oracle']['mean_layers']:.2f} layers.",
             "",
-            "| policy | no loss: change | speed-up | one sigma kept: change | speed-up | per exit, paired: change | speed-up "
-            "| per exit, literal: change | speed-up | area | over confidence |",
+            "| policy | no loss: change | speed-up | one sigma kept: change | speed-up | per exit, paired: change "
+            "| speed-up | per exit, literal: change | speed-up | area | over confidence |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name in SETTINGS:
@@ -162,8 +162,40 @@ def page(results: dict) -> str:
                 f"| {name} | {' | '.join(cells)} | {area:.4f} | {100 * over:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}) |"
             )
         lines.append("")
+    lines += forms_section()
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return "\n".join([*lines, f"Made with {versions} on {results['machine']}.", ""])
+
+
+def forms_section() -> list[str]:
+    """The table of beem_forms.py, if it has been run."""
+    path = ROOT / "results" / "beem_forms.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    lines = [
+        "## Forms of BEEM on SST-2",
+        "",
+        f"One threshold without loss on held-back rows (`benchmarks/beem_forms.py`). "
+        f"*Halves*: {found['halves']} random halves of all rows, chosen on one and judged on the other, which is steadier than the report rows alone (standard error of the "
+        "mean in brackets; halves overlap, so it is on the low side).",
+        "",
+    ]
+    for source, table in found["sources"].items():
+        lines += [
+            f"**{source}** ({table['rows_held_back']:,} held back, {table['rows_reported']:,} reported)",
+            "",
+            "| form | area | change | speed-up | halves: change | halves: speed-up |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, form in table["forms"].items():
+            halves = f"{100 * form['halves_change']:+.2f} ({100 * form['halves_change_error']:.2f})"
+            lines.append(
+                f"| {name} | {form['area']:.4f} | {100 * form['change']:+.2f} | {form['layer_speed_up']:.2f}x | {halves} "
+                f"| {form['halves_speed_up']:.2f}x |"
+            )
+        lines.append("")
+    return lines
 
 
 def main() -> None:

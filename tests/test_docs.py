@@ -1,0 +1,157 @@
+"""The documentation is true: its code runs, its commands exist, and nothing public is left out."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+import hf_earlyexit as ee
+from hf_earlyexit.calibration import TARGETS
+from hf_earlyexit.cli.main import COMMANDS
+from hf_earlyexit.cli.parsing import parse_arguments
+from hf_earlyexit.losses import OBJECTIVES
+from hf_earlyexit.modeling.heads import HEADS
+from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.training.metrics import EXIT_METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+README = ROOT / "README.md"
+FENCE = re.compile(r"^```([a-z]*)([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+PUBLIC = [name for name in ee.__all__ if name != "__version__"]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str):
+    """Line number, rest of the opening fence, and text of every block of a language."""
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        if found[1] == language:
+            yield text.count("\n", 0, found.start(3)), found[2].strip(), found[3]
+
+
+def commands():
+    for page in [README, *PAGES]:
+        for line, _, text in blocks(page, "bash"):
+            for offset, command in enumerate(text.splitlines()):
+                if "hf-earlyexit " in command:
+                    yield pytest.param(page, command, id=f"{name_of(page)}:{line + offset + 1}")
+
+
+@pytest.fixture
+def clean_registries(monkeypatch):
+    """What a page registers is forgotten afterwards."""
+    POLICIES.names()
+    monkeypatch.setattr(POLICIES, "_items", dict(POLICIES._items))
+
+
+@pytest.fixture
+def page_module(monkeypatch, tmp_path):
+    """An empty module to run a page in, beside docs/toy.py, in a folder of its own."""
+    module = ModuleType("page_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    monkeypatch.syspath_prepend(str(DOCS))
+    monkeypatch.chdir(tmp_path)
+    yield module
+    sys.modules.pop("toy", None)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # torch's advice to every Trainer that finds no GPU
+@pytest.mark.parametrize("page", [p for p in [README, *PAGES] if list(blocks(p, "python"))], ids=name_of)
+def test_python_blocks_run(page, page_module, clean_registries):
+    for line, _, text in blocks(page, "python"):
+        code = compile("\n" * line + text, str(page), "exec")  # so that a traceback names the page and its line
+        exec(code, vars(page_module))
+
+
+def test_pages_that_teach_show_code():
+    guides = [page for page in (DOCS / "how-to").glob("*.md") if page.name != "command-line.md"]
+    assert not [page for page in [README, DOCS / "index.md", *guides] if not list(blocks(page, "python"))]
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_commands_use_flags_that_exist(page, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for _, info, text in blocks(page, "yaml"):
+        for title in re.findall(r'title="([^"]+)"', info):
+            Path(title).write_text(text, encoding="utf-8")
+    words = shlex.split(command[command.index("hf-earlyexit ") :], comments=True)
+    assert words[1] in COMMANDS.names()
+    arguments = import_module(f"hf_earlyexit.cli.{words[1]}").ARGUMENTS
+    assert parse_arguments(arguments, words[2:], words[1], None)
+
+
+def test_commands_are_shown():
+    shown = {command.split("hf-earlyexit ")[1].split()[0] for _, command in (case.values for case in commands())}
+    assert set(COMMANDS.names()) <= shown
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented(name):
+    thing = getattr(ee, name)
+    assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
+    paths = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = [path for path in paths if path.rpartition(".")[2] == name]
+    assert found, f"{name} is not in docs/api.md"
+    home, _, attribute = found[0].rpartition(".")
+    assert getattr(import_module(home), attribute) is thing
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_of_docstrings_run(name, clean_registries):
+    thing = getattr(ee, name)
+    home = sys.modules[thing.__module__]
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder().find(thing, name, module=home):
+        assert runner.run(test).failed == 0, f"the example of {test.name} is wrong"
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entry):
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages(nav)) == [page.relative_to(DOCS).as_posix() for page in sorted(PAGES)]
+
+
+@pytest.mark.parametrize(
+    ("registry", "page"),
+    [(POLICIES, "papers.md"), (POLICIES, "how-to/calibrate.md"), (OBJECTIVES, "how-to/train.md"),
+     (HEADS, "how-to/train.md"), (TARGETS, "how-to/calibrate.md"), (EXIT_METRICS, "how-to/train.md")],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)  # fmt: skip
+def test_every_registered_name_is_explained(registry, page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    own = [name for name in registry.names() if registry.get(name).__module__.startswith("hf_earlyexit.")]
+    missing = [name for name in own if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)]
+    assert not missing, f"docs/{page} does not say what {missing} are"
+
+
+def test_the_readme_names_every_policy_and_its_problem_types():
+    words = {"single_label_classification": "one label", "multi_label_classification": "many labels"}
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| ([^|]+) \|$", README.read_text(encoding="utf-8"), re.MULTILINE))
+    for name in POLICIES.names():
+        types = POLICIES.get(name).problem_types
+        expected = "all" if len(types) == 3 else ", ".join(word for kind, word in words.items() if kind in types)
+        assert rows[name].strip() == expected
+
+
+def test_pages_name_no_place_of_one_machine():
+    for page in [README, *PAGES, ROOT / "mkdocs.yml"]:
+        found = re.findall(r"/(?:work|home|root|tmp|mnt|Users)/|localhost|127\.0\.0\.1", page.read_text(encoding="utf-8"))
+        assert not found, f"{name_of(page)} mentions {found}"

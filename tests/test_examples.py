@@ -1,0 +1,47 @@
+"""Examples run from beginning to end, and what they print is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertModel
+
+import hf_earlyexit as ee
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 80
+
+
+@pytest.mark.slow
+def test_the_demo_tells_the_truth(tmp_path, tiny_config, tokenizer, random_texts):
+    """On a tiny model and made-up texts; `make demo` runs it on real ones."""
+    BertModel(tiny_config()).save_pretrained(tmp_path / "bert")
+    config = (tmp_path / "bert" / "config.json").read_text().replace("early_exit_bert", "bert")
+    (tmp_path / "bert" / "config.json").write_text(re.sub(r'\s*"early_exit_version": "[^"]*",?', "", config))
+    tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "data").mkdir()
+    for seed, (split, count) in enumerate((("train", 300), ("validation", 200), ("test", 100))):
+        lines = [f"{text},{int(int(text.split()[0][1:]) > 50)}" for text in random_texts(count, seed=seed, longest=4)]
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    words = ["--model", tmp_path / "bert", "--dataset", tmp_path / "data", "--out", tmp_path / "out", "--epochs", "2"]
+    command = [sys.executable, EXAMPLES / "demo.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    for name in ("full model", "confidence", "patience", "beem-a", "beem-c", "beem-calibrated", "static"):
+        assert name in table
+    assert table["full model"].split()[4] == "1.00x"
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "out")
+    texts = [line.rsplit(",", 1)[0] for line in (tmp_path / "data" / "test.csv").read_text().splitlines()[1:]]
+    answers = ee.predict(model, texts, tokenizer=tokenizer)
+    mean = float(answers.exit_layer.double().mean())
+    told = re.search(r"^beem-calibrated\s+(\S+)\s+(\S+)", done.stdout, re.MULTILINE)
+    assert float(told[2]) == pytest.approx(mean, abs=0.02)
+    layers = [int(line.split()[1]) for line in done.stdout.splitlines() if re.match(r"layer \d", line)]
+    assert layers == answers.exit_layer[:5].tolist()
