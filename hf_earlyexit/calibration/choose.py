@@ -31,7 +31,7 @@ def calibrate(
     options: dict[str, Any] | None = None,
     keep_weak_exits: bool = False,
     min_leavers: int = 10,
-    learning_share: float = 0.3,
+    learning_share: float = 0.2,
     seed: int = 0,
 ) -> CalibrationResult:
     """Choose a policy's thresholds so that a target is met on the rows of a trace.

@@ -43,8 +43,9 @@ class Target(ABC):
             quality: `[N, E]`.
             min_leavers: fewest rows an exit must have taken to be opened.
         """
-        slacks = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 160)]) * max(float(np.ptp(quality)), 1e-12)
-        return [LeaverRule(None, slack=float(slack), min_leavers=min_leavers) for slack in slacks]
+        careful = [LeaverRule(None, sigmas=float(sigmas), min_leavers=min_leavers) for sigmas in np.linspace(3, 0, 25)]
+        slacks = np.geomspace(1e-4, 1.0, 160) * max(float(np.ptp(quality)), 1e-12)
+        return careful + [LeaverRule(None, slack=float(slack), min_leavers=min_leavers) for slack in slacks]
 
     def __str__(self) -> str:
         numbers = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
