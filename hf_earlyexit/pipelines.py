@@ -7,6 +7,9 @@ from typing import Any
 import transformers
 from transformers import TextClassificationPipeline
 
+from .errors import UsageError
+from .modeling.classifier import EarlyExitClassifier
+
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`."""
@@ -28,5 +31,13 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
 
     Returns:
         A pipeline; call it with a text or a list of texts.
+
+    Raises:
+        UsageError: for a model without exits.
     """
-    return transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)
+    pipe = transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)
+    if not isinstance(pipe.model, EarlyExitClassifier):
+        raise UsageError(
+            f"{type(pipe.model).__name__} has no exits; use transformers.pipeline, or give it exits first.", field="model"
+        )
+    return pipe

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, pipeline
 
 import hf_earlyexit as ee
+from tests.conftest import SHAPE
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,9 @@ def test_pipeline_logits_are_those_of_the_model(saved, random_texts, tokenizer):
     with torch.inference_mode():
         probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)
     assert pipeline("text-classification", model=str(saved))(text)[0]["score"] == pytest.approx(float(probabilities.max()))
+
+
+def test_a_model_without_exits_is_refused(tiny_config, tokenizer):
+    plain = BertForSequenceClassification(BertConfig(**SHAPE))
+    with pytest.raises(ee.EarlyExitError, match="has no exits"):
+        ee.pipeline(model=plain, tokenizer=tokenizer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..problems import row_quality
 from ..trace import ExitTrace
@@ -66,7 +67,16 @@ def replay(policy: ExitPolicy, trace: ExitTrace) -> Replay:
 
     Returns:
         Quality, layers and what each exit did.
+
+    Raises:
+        CalibrationError: for no rows, or a policy of other exits.
     """
+    if policy.num_exits != trace.num_exits or trace.num_rows == 0:
+        raise CalibrationError(
+            f"The policy has {policy.num_exits} exits, the trace {trace.num_exits} and {trace.num_rows} rows; "
+            "expected the exits of one model, and rows.",
+            field="trace",
+        )
     scores, answers = policy.scan(trace)
     taken = policy.decide(scores).numpy()
     quality = row_quality(answers, trace.labels, trace.problem_type).numpy()

@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = import_module(f".{words[0]}", __package__)
         logging.set_verbosity_warning()
         command.run(*parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__))
+    except ModuleNotFoundError as error:
+        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train]"', file=sys.stderr)
+        return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,19 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
     """
     parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about)
     parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
-    words = list(words)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
         _use_as_defaults(parser, words[words.index("--config") + 1])
-    return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[: len(classes)]
+    *objects, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise _unknown_flag(parser, unknown[0])
+    return tuple(objects[: len(classes)])
+
+
+def _unknown_flag(parser: HfArgumentParser, word: str) -> UsageError:
+    near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" See {parser.prog} --help."
+    return UsageError(f"Unknown word {word!r}.{hint}", field=word)
 
 
 def _use_as_defaults(parser: HfArgumentParser, path: str) -> None:
@@ -48,4 +58,6 @@ def _use_as_defaults(parser: HfArgumentParser, path: str) -> None:
             raise UsageError(f"{path} has an unknown name {name!r}.{hint}", field=str(name), path=path)
         actions[name].required = False
         # argparse reads text as it reads the command line, so "3e-5" and 0.1 both become what the flag wants
+        if isinstance(value, dict) and actions[name].type is str:
+            value = json.dumps(value)
         actions[name].default = str(value) if isinstance(value, (int, float)) else value

@@ -43,6 +43,8 @@ def encode_rows(rows: Any, tokenizer: Any, max_length: int | None = None) -> lis
         tokenizer: needed for texts.
         max_length: cut longer texts; the tokenizer's own limit by default.
     """
+    if isinstance(rows, str):
+        raise UsageError("rows is one text; expected a list of texts: pass [text].", field="rows", value=rows)
     columns = getattr(rows, "column_names", None)
     if columns is not None and "input_ids" in columns:
         keep = [name for name in MODEL_COLUMNS if name in columns]

@@ -77,6 +77,12 @@ class EarlyExitClassifier:
                 )
             policy = policy.policy
         if policy is not None:
+            if not isinstance(policy, ExitPolicy):
+                raise UsageError(
+                    f"policy is {policy!r}; expected an ExitPolicy or what `calibrate` returned.",
+                    field="policy",
+                    value=policy,
+                )
             self.config.check_policy(policy)
         self.config.exit_policy = None if policy is None else policy.to_dict()
 

@@ -65,6 +65,8 @@ def hold_back(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets
 
 def label_names(rows: datasets.Dataset) -> list[str] | None:
     """Names of the classes, from the label feature or a `label_text` column; `None` for values."""
+    if "label" not in rows.features:
+        raise DataError(f"No column 'label' among {', '.join(rows.features)}; rename the column of labels.", field="label")
     feature = rows.features["label"]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)

@@ -14,7 +14,7 @@ LEARNERS = [name for name in POLICIES.names() if POLICIES.get(name).learns]
 OTHERS = [name for name in POLICIES.names() if not POLICIES.get(name).learns]
 
 
-def threshold_rows(trace, seed, share=0.3):
+def threshold_rows(trace, seed, share=0.2):
     """The rows that a learning policy leaves to its thresholds, as documented: a seeded permutation, learning rows first."""
     order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(seed))
     return trace.select(order[round(share * trace.num_rows) :])

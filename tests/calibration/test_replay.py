@@ -28,3 +28,10 @@ def test_costs_other_than_layers_are_counted():
     trace = learned_trace(rows=50, exits=3, cost=(1.0, 1.5, 4.0))
     done = ee.replay(ee.StaticPolicy.at(1, 3), trace)
     assert (done.mean_cost, done.mean_layers) == (1.5, 2.0)
+
+
+@pytest.mark.parametrize(("exits", "rows"), [(4, 10), (3, 0)])
+def test_other_exits_and_no_rows_are_refused(exits, rows):
+    trace = learned_trace(rows=10, exits=3).select(range(rows))
+    with pytest.raises(ee.EarlyExitError, match="expected the exits of one model, and rows"):
+        ee.replay(ee.StaticPolicy.at(0, exits), trace)

@@ -124,3 +124,21 @@ def test_help_lists_commands_and_flags(capsys):
         main(["calibrate", "--help"])
     assert stop.value.code == 0
     assert "--target" in capsys.readouterr().out
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest(capsys):
+    assert main(["calibrate", "--model", "x", "--polcy", "beem-a"]) == 2
+    assert "Did you mean --policy" in capsys.readouterr().err
+
+
+def test_a_recipe_may_be_joined_to_its_flag_and_hold_mappings(trained, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"model: {trained}\npolicy: beem-c\noptions:\n  layer_cost: 0.4\n")
+    assert main(["calibrate", f"--config={tmp_path / 'recipe.yaml'}"]) == 0
+    policy = ee.EarlyExitBertForSequenceClassification.from_pretrained(trained).exit_policy
+    assert policy.weights == pytest.approx((0.4, 0.8, 1.2, 1.6))
+
+
+def test_data_without_a_label_column_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("text,labels\nw5,0\nw6,1\n")
+    assert main(["train", "--config", str(folder / "recipe.yaml"), "--dataset", str(tmp_path), "--held_back", "0.5"]) == 2
+    assert "No column 'label' among text, labels" in capsys.readouterr().err

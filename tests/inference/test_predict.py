@@ -67,3 +67,8 @@ def test_training_mode_comes_back(tiny_model, tokenizer, random_texts):
     model = tiny_model().train()
     ee.predict(model, random_texts(2), tokenizer=tokenizer)
     assert model.training
+
+
+def test_a_single_text_is_not_taken_for_its_letters(model, tokenizer):
+    with pytest.raises(ee.EarlyExitError, match=r"pass \[text\]"):
+        ee.predict(model, "w5 w6", tokenizer=tokenizer)

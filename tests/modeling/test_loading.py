@@ -333,3 +333,8 @@ def test_thresholds_of_other_heads_are_refused(tiny_model, random_batch):
     assert second.exit_policy is None
     first.set_exit_policy(None)
     assert first.exit_policy is None
+
+
+def test_a_policy_by_name_alone_is_refused(tiny_model):
+    with pytest.raises(ee.EarlyExitError, match="expected an ExitPolicy"):
+        tiny_model().set_exit_policy("beem-a")
