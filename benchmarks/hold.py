@@ -59,7 +59,7 @@ def served_as_calibrated(model, encoded, policy) -> dict:
     return {
         "rows": len(encoded),
         "differences": differences,
-        "near_tie_flips": flips,
+        "differences_at_near_ties": flips,
         "mean_layers_reported": float(torch.cat(served).double().mean()),
         "mean_layers_counted_by_hooks": counted / len(encoded),
         "layers_used": sorted(set(torch.cat(served).tolist())),
@@ -91,7 +91,7 @@ def rows_apart(model, encoded, policy, pairs: int, seed: int = 0) -> dict:
         changed += int((off & ~near[rows]).sum())
         flips += int((off & near[rows]).sum())
         seen += len(rows)
-    return {"pairs": seen, "changed": changed, "near_tie_flips": flips, "rows_near_a_threshold": int(near.sum())}
+    return {"pairs": seen, "changed": changed, "changed_at_near_ties": flips, "rows_near_a_threshold": int(near.sum())}
 
 
 def main() -> None:
