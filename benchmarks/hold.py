@@ -41,29 +41,35 @@ class LayerCount:
             hook.remove()
 
 
-def served_as_calibrated(model, encoded, policy) -> dict:
+def served_as_calibrated(model, batches, policy) -> dict:
     """Exit layers of the engine against `scan` on the full pass of the same batches; layers counted by hooks."""
     differences, flips, counted, served = 0, 0, 0, []
-    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
-    for start in range(0, len(order), 32):
-        batch = pad_batch([encoded[row] for row in order[start : start + 32]])
+    for batch, trace in batches:
         with LayerCount(model) as count:
             layers = model(**batch, early_exit=True).exit_layer
         served.append(layers)
         counted += count.rows
-        scores = policy.scan(full_trace(model, batch)).scores
+        scores = policy.scan(trace).scores
         wrong = layers != torch.tensor(model.exit_layers)[policy.decide(scores)]
         near = near_ties(policy, scores)
         differences += int((wrong & ~near).sum())
         flips += int((wrong & near).sum())
+    rows = sum(len(layers) for layers in served)
     return {
-        "rows": len(encoded),
+        "rows": rows,
         "differences": differences,
         "differences_at_near_ties": flips,
         "mean_layers_reported": float(torch.cat(served).double().mean()),
-        "mean_layers_counted_by_hooks": counted / len(encoded),
+        "mean_layers_counted_by_hooks": counted / rows,
         "layers_used": sorted(set(torch.cat(served).tolist())),
     }
+
+
+def with_traces(model, encoded, size: int) -> list:
+    """Batches of rows of similar length, each with its full pass."""
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
+    batches = [pad_batch([encoded[row] for row in order[start : start + size]]) for start in range(0, len(order), size)]
+    return [(batch, full_trace(model, batch)) for batch in batches]
 
 
 def full_trace(model, batch) -> ee.ExitTrace:
@@ -77,12 +83,12 @@ def near_ties(policy, scores: torch.Tensor) -> torch.Tensor:
     return ((scores[:, :-1] - thresholds).abs() < NEAR).any(1)
 
 
-def rows_apart(model, encoded, policy, pairs: int, seed: int = 0) -> dict:
+def rows_apart(model, encoded, traces, policy, pairs: int, seed: int = 0) -> dict:
     """Each row alone against the same row in random batches."""
     alone = [model(**pad_batch([row]), early_exit=True) for row in encoded]
     labels = torch.stack([output.logits[0].argmax() for output in alone])
     layers = torch.cat([output.exit_layer for output in alone])
-    near = torch.cat([near_ties(policy, policy.scan(full_trace(model, pad_batch([row]))).scores) for row in encoded])
+    near = torch.cat([near_ties(policy, policy.scan(trace).scores) for trace in traces])
     rng, changed, flips, seen = np.random.default_rng(seed), 0, 0, 0
     while seen < pairs:
         rows = rng.choice(len(encoded), int(rng.integers(2, 33)), replace=False)
@@ -108,15 +114,16 @@ def main() -> None:
     splits = load_rows(TASKS[recipe["task"]])
     report = encode_rows(splits["report"], tokenizer)
     rows = (report + encode_rows(splits["held-back"], tokenizer))[: args.rows]
-    results = {}
+    pool, results = report[: args.pool], {}
     with torch.inference_mode():
-        for name in POLICIES.names():
+        batches = with_traces(model, rows, 32)
+        traces = [full_trace(model, pad_batch([row])) for row in pool]
+        for name in sorted(set(POLICIES.names()) - {"gate"}):  # the model has no gates
             options = {"weights": [1.0] * 12} if name == "beem" else {}
             policy = ee.calibrate(held, name, ee.LayerBudget(6), options=options).policy
             model.set_exit_policy(policy)
-            results[name] = served_as_calibrated(model, rows, policy) | rows_apart(
-                model, report[: args.pool], policy, args.pairs
-            )
+            apart = rows_apart(model, pool, traces, policy, args.pairs)
+            results[name] = served_as_calibrated(model, batches, policy) | apart
             print(name, results[name], flush=True)
     out = Path(__file__).parent / "results" / "hold.json"
     out.parent.mkdir(exist_ok=True)

@@ -36,11 +36,11 @@ class Task:
 
 TASKS = {
     "sst2": Task("sst2", 3000, "dev", 2),
-    "rte": Task("rte", 0.1, "dev", 6, batch_size=16),
-    "mrpc": Task("mrpc", 0.1, "dev", 5, batch_size=16),
-    "cola": Task("cola", 0.1, "dev", 4),
+    "rte": Task("rte", 0.1, "dev", 4, batch_size=16),
+    "mrpc": Task("mrpc", 0.1, "dev", 3, batch_size=16),
+    "cola": Task("cola", 0.1, "dev", 3),
     "mcid": Task("mcid", "dev", "test", 20, batch_size=16, learning_rate=1e-4),
-    "stackoverflow": Task("stackoverflow", "dev", "test", 3),
+    "stackoverflow": Task("stackoverflow", "dev", "test", 2),
     "trec": Task("trec", 0.1, "test", 5),
 }
 

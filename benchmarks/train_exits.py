@@ -21,7 +21,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.inference.batching import text_columns
 
 
-def train(name: str, task: Task, seed: int, out: Path, objective: str, options: dict) -> None:
+def train(name: str, task: Task, seed: int, out: Path, objective: str, options: dict, bf16: bool) -> None:
     rows = load_rows(task)
     tokenizer = AutoTokenizer.from_pretrained(DATA / BACKBONE)
     columns = text_columns(rows["train"].column_names)
@@ -50,6 +50,7 @@ def train(name: str, task: Task, seed: int, out: Path, objective: str, options: 
         save_strategy="no",
         report_to=[],
         seed=seed,
+        bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = ee.EarlyExitTrainer(model=model, args=args, train_dataset=encoded["train"], processing_class=tokenizer)
@@ -64,7 +65,7 @@ def train(name: str, task: Task, seed: int, out: Path, objective: str, options: 
         "task": name, "seed": seed, "backbone": BACKBONE, "objective": objective, "objective_options": options,
         "epochs": task.epochs, "batch_size": task.batch_size, "learning_rate": task.learning_rate,
         "exit_head": model.config.exit_head, "train_rows": len(rows["train"]), "held_back_rows": len(rows["held-back"]),
-        "report_rows": len(rows["report"]), "report_split": task.report, "minutes": round(minutes, 1),
+        "report_rows": len(rows["report"]), "report_split": task.report, "autocast": "bfloat16" if bf16 else None, "minutes": round(minutes, 1),
     }  # fmt: skip
     (out / "train.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
@@ -76,12 +77,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the task's own")
     parser.add_argument("--objective", default="distillation")
     parser.add_argument("--objective-options", type=json.loads, default={})
+    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast; traces are float32 all the same")
     args = parser.parse_args()
     for name in args.tasks:
         for seed in args.seeds or TASKS[name].seeds:
             out = args.out / f"{name}-{seed}"
             if not (out / "train.json").exists():
-                train(name, TASKS[name], seed, out, args.objective, args.objective_options)
+                train(name, TASKS[name], seed, out, args.objective, args.objective_options, args.bf16)
 
 
 if __name__ == "__main__":
