@@ -65,7 +65,8 @@ def train(name: str, task: Task, seed: int, out: Path, objective: str, options: 
         "task": name, "seed": seed, "backbone": BACKBONE, "objective": objective, "objective_options": options,
         "epochs": task.epochs, "batch_size": task.batch_size, "learning_rate": task.learning_rate,
         "exit_head": model.config.exit_head, "train_rows": len(rows["train"]), "held_back_rows": len(rows["held-back"]),
-        "report_rows": len(rows["report"]), "report_split": task.report, "autocast": "bfloat16" if bf16 else None, "minutes": round(minutes, 1),
+        "report_rows": len(rows["report"]), "report_split": task.report,
+        "autocast": "bfloat16" if bf16 else None, "minutes": round(minutes, 1),
     }  # fmt: skip
     (out / "train.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
