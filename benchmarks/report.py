@@ -25,7 +25,7 @@ from hf_earlyexit.training.metrics import EXIT_METRICS
 ROOT = Path(__file__).parent
 TASK_METRIC = {"cola": "matthews", "mrpc": "f1"}
 BUDGETS = np.linspace(1, 12, 111)
-BOOTSTRAPS = 500
+BOOTSTRAPS = 200
 
 # name in the tables -> policy, its options, target, threshold per exit or one for all
 SETTINGS = {
@@ -92,7 +92,7 @@ def one_run(folder: Path) -> dict:
     rng = np.random.default_rng(0)
     resampled = {name: [] for name in SETTINGS}
     built = {name: ee.calibrate(held, p, ee.MaxDrop(0.0), options=o).policy for name, (p, o) in SETTINGS.items()}
-    for _ in range(BOOTSTRAPS if report.num_rows < 2000 else 100):
+    for _ in range(BOOTSTRAPS):
         rows = report.select(rng.integers(0, report.num_rows, report.num_rows))
         base = curve_on(built["confidence"], rows).mean()
         for name in SETTINGS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -64,15 +63,15 @@ def candidates(scores: Array, lowest: float, counts: bool) -> Array:
         counts: whether scores are whole numbers.
     """
     seen = np.unique(scores[np.isfinite(scores)])
-    cuts = seen if counts else np.concatenate([seen[:1], [cut_between(*pair) for pair in pairwise(seen)]])
+    cuts = seen if counts else np.concatenate([seen[:1], cut_between(seen[:-1], seen[1:])])
     allowed: Array = np.maximum(cuts[seen >= lowest], lowest)
     return allowed
 
 
-def cut_between(lower: float, upper: float) -> float:
-    """A float32 number in `(lower, upper]`, halfway where there is room."""
-    middle = float(np.float32((lower + upper) / 2))
-    return middle if lower < middle <= upper else float(upper)
+def cut_between(lower: Array, upper: Array) -> Array:
+    """Float32 numbers in `(lower, upper]`, halfway where there is room, element by element."""
+    middle = np.float32((lower + upper) / 2).astype(np.float64)
+    return np.where((lower < middle) & (middle <= upper), middle, upper)
 
 
 def single_threshold_curve(scores: Array, quality: Array, cost: Array, lowest: float, counts: bool) -> Curve:
