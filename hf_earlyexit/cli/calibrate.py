@@ -1,4 +1,7 @@
-"""Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config."""
+"""Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config.
+
+hf-earlyexit calibrate --model bert-with-exits --policy beem-a --target max-drop:0.01
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,10 @@ for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("evaluate", "quality, layers and measured time on a labelled data set"),
+    ("explain", "tell why a text leaves where it does"),
+    ("report", "compare all policies on held-back rows in one HTML file"),
+    ("env", "print versions, threads and devices"),
 ):
     COMMANDS.register(_name)(_help)
 
@@ -44,6 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("hf_earlyexit"):
+            raise
+        print(
+            f"hf-earlyexit {words[0]}: needs {error.name}; run `pip install 'hf_earlyexit[train,report]'`", file=sys.stderr
+        )
         return 2
     except (EarlyExitError, OSError) as error:
         print(f"hf-earlyexit {words[0]}: {error}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after."""
+"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after.
+
+hf-earlyexit predict --model bert-with-exits --input texts.txt --output answers.jsonl
+"""
 
 from __future__ import annotations
 
