@@ -9,7 +9,7 @@ import evaluate
 import numpy as np
 from evaluate import TextClassificationEvaluator
 
-from .errors import DataError
+from .errors import DataError, UsageError
 
 DESCRIPTION = "Accuracy of a classifier with exits, and how many of its layers a row takes."
 INPUTS = """
@@ -70,13 +70,26 @@ class EarlyExitMetric(evaluate.Metric):
 class EarlyExitEvaluator(TextClassificationEvaluator):
     """The stock text-classification evaluator, which also hands the layers of `hf_earlyexit.pipeline` to the metric.
 
+    evaluate 0.4.6 asks every pipeline whether it is a class that transformers 5 no longer has; this evaluator does not.
+
     Args:
         num_layers: of the full model.
+
+    Raises:
+        UsageError: by `compute`, for anything but a pipeline with exits.
     """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
         self.METRIC_KWARGS = {"num_layers": num_layers}
+
+    def prepare_pipeline(self, model_or_pipeline: Any, **kwargs: Any) -> Any:
+        if getattr(model_or_pipeline, "task", None) != self.task:
+            raise UsageError(
+                f"Got {type(model_or_pipeline).__name__}; expected a pipeline from hf_earlyexit.pipeline(model=...).",
+                field="model_or_pipeline",
+            )
+        return model_or_pipeline
 
     def predictions_processor(self, predictions: Any, label_mapping: Any) -> dict[str, Any]:
         told = super().predictions_processor(predictions, label_mapping)

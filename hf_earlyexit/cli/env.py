@@ -1,6 +1,8 @@
 """Print what a bug report needs: versions, threads and devices. Nothing in it names you or your machine.
 
-hf-earlyexit env
+    hf-earlyexit env
+
+Paste it under what went wrong.
 """
 
 from __future__ import annotations

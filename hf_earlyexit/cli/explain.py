@@ -1,6 +1,8 @@
 """Tell why a text leaves where it does: a few sentences, and every exit's prediction, score and threshold.
 
-hf-earlyexit explain --model bert-with-exits --text "not bad at all"
+    hf-earlyexit explain --model bert-with-exits --text "not bad at all"
+
+All layers are run for it, also those that serving skips.
 """
 
 from __future__ import annotations

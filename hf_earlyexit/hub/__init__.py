@@ -1,1 +1,1 @@
-"""What goes to the Hub beside weights and config."""
+"""Sharing models: one folder that tells all, and one commit that carries it."""

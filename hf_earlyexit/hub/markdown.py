@@ -41,10 +41,11 @@ def _unblocked(start: re.Match[str]) -> str:
 
 def without_private(text: str) -> str:
     """The text without tokens, absolute paths, the home folder and this machine's name."""
+    text = PATH.sub(LEFT_OUT, TOKEN.sub(LEFT_OUT, text))
     for secret in (str(Path.home()), socket.gethostname()):
         if len(secret) > 3:
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", LEFT_OUT, text)
-    return PATH.sub(LEFT_OUT, TOKEN.sub(LEFT_OUT, text))
+    return text
 
 
 def hub_id(name: str | None) -> str | None:

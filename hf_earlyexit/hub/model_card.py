@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -22,7 +23,6 @@ from ..problems import REGRESSION, SINGLE_LABEL, quality_name
 from .citations import citations
 from .markdown import escape, hub_id, without_private
 
-POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
 MOST_LABELS = 20
 
@@ -46,7 +46,7 @@ def model_card_files(
 
     Args:
         model: with exits; its config gives layers, labels and the policy in service.
-        calibration: how the thresholds of each operating point were chosen, by its name (letters, digits, `-`, `_`).
+        calibration: how the thresholds of each operating point were chosen, by its name; a card without any says so.
         repo_id: where the card goes, for the examples in it.
         base_model: Hub id of the checkpoint the exits were put on; left out if it is a local path.
         datasets: Hub ids of the data; local paths are left out.
@@ -57,18 +57,20 @@ def model_card_files(
         timings: measured speed against the full model, by name of the operating point.
 
     Returns:
-        Contents by path: `README.md`; for each evaluation on named data `.eval_results/<point>.yaml`; and, where
-        matplotlib is installed, `plots/pareto.svg` and `plots/exits.svg`.
+        Contents by path: `README.md`; for each accuracy on named data `.eval_results/<point>.yaml`; and, with a calibration
+        and where matplotlib is installed, `plots/pareto.svg` and `plots/exits.svg`.
 
     Raises:
-        UsageError: for no operating point, a name that cannot be a file name, or figures of a point that is not there.
+        UsageError: for figures of an operating point that calibration does not have.
     """
     evaluations, timings = dict(evaluations or {}), dict(timings or {})
     _check_points(calibration, evaluations, timings)
     known = [name for name in map(hub_id, datasets) if name is not None]
     data_name = hub_id(evaluated_on) or (known[0] if len(known) == 1 else None)
-    problem = next(iter(calibration.values())).policy.problem_type
-    policies = list(dict.fromkeys(result.policy.name for result in calibration.values()))
+    problem = model.config.resolved_problem_type
+    served = model.exit_policy
+    rules = [result.policy for result in calibration.values()] + ([] if served is None else [served])
+    policies = list(dict.fromkeys(rule.name for rule in rules))
     meta = ModelCardData(
         library_name="transformers",  # any other value makes `pipeline(model=...)` refuse the model
         pipeline_tag="text-classification",
@@ -92,7 +94,8 @@ def model_card_files(
         more_labels=max(len(labels) - MOST_LABELS, 0),
         measure=quality_name(problem),
         points=calibration,
-        served=[name for name, result in calibration.items() if result.policy == model.exit_policy],
+        served=[name for name, result in calibration.items() if result.policy == served],
+        callable_points=[Markup(json.dumps(name)) for name in getattr(model.config, "exit_operating_points", None) or {}],
         evaluations=evaluations,
         data_name=data_name,
         timings=timings,
@@ -100,27 +103,27 @@ def model_card_files(
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
         citations=[Markup(text) for text in citations(policies)],
     ).encode()
-    for name, done in evaluations.items():
-        if data_name is not None:
-            files[f".eval_results/{name}.yaml"] = _eval_result(name, done, data_name).encode()
+    if data_name is not None and problem == SINGLE_LABEL:
+        for name, done in evaluations.items():
+            path = f".eval_results/{file_name(name)}.yaml"
+            if path in files:
+                raise UsageError(f"Two operating points would both be written to {path}; rename {name!r}.", value=name)
+            files[path] = _eval_result(name, done, data_name).encode()
     return files
 
 
+def file_name(point: str) -> str:
+    """The name of an operating point as a file name: letters, digits, `-` and `_`, whatever the point is called."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", point).strip("-") or "point"
+
+
 def _check_points(calibration: Mapping[str, Any], evaluations: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
-    if not calibration:
-        raise UsageError("No operating point: pass calibration={name: result}, from `calibrate`.", field="calibration")
-    for name in calibration:
-        if not isinstance(name, str) or not POINT_NAME.fullmatch(name):
-            raise UsageError(
-                f"The operating point {name!r} names a file; expected letters, digits, '-' and '_'.",
-                field="calibration",
-                value=name,
-            )
+    known = ", ".join(calibration) or "none"
     for field, given in (("evaluations", evaluations), ("timings", timings)):
         for name in given:
             if name not in calibration:
                 raise UsageError(
-                    f"{field} has {name!r}; expected operating points of calibration: {', '.join(calibration)}.",
+                    f"{field} has {name!r}; expected operating points of calibration: {known}.",
                     field=field,
                     value=name,
                 )
@@ -154,6 +157,8 @@ def _eval_result(name: str, done: Replay, data_name: str) -> str:
 def _plots(
     model: Any, calibration: Mapping[str, CalibrationResult], evaluations: Mapping[str, Replay], measure: str
 ) -> dict[str, bytes]:
+    if not calibration:
+        return {}
     if find_spec("matplotlib") is None:
         logger.warning_once("The card has no plots: they need matplotlib. Run `pip install 'hf_earlyexit[report]'`.")
         return {}
@@ -164,7 +169,7 @@ def _plots(
         points = tuple(sorted((cost, quality) for cost, quality, _ in result.curve))
         lines.setdefault((result.policy.name, points), []).append(name)
     drawn = [
-        Line(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points])
+        Line(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points], "bold")
         for (policy, points), names in lines.items()
     ]
     shown = [Mark(name, result.mean_cost, result.quality) for name, result in calibration.items()]

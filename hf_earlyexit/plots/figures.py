@@ -59,13 +59,15 @@ def pareto_svg(lines: Sequence[Line], marks: Sequence[Mark], full: Mark, measure
                 },
             }
             axes.plot(line.layers, line.quality, label=line.name, **looks[line.look])
-        for mark in marks:
+        for number, mark in enumerate(marks):
+            place, side = ((7, -13), "left") if number % 2 == 0 else ((-7, 6), "right")  # neighbours do not cover each other
             axes.plot([mark.layers], [mark.quality], "o", markersize=6, color=COLOURS["ink"], zorder=5)
             axes.annotate(
                 mark.name,
                 (mark.layers, mark.quality),
-                (7, -12),
+                place,
                 textcoords="offset points",
+                ha=side,
                 fontweight="bold",
                 zorder=6,
                 bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.8, "alpha": 0.85},

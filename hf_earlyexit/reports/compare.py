@@ -127,7 +127,7 @@ def _curve_on(chosen: CalibrationResult, judging: ExitTrace) -> Curve:
     quality = row_quality(answers, judging.labels, judging.problem_type).numpy()
     layers, rows = np.asarray(judging.exit_layers), np.arange(judging.num_rows)
     settings = set()
-    for _, _, thresholds in chosen.curve:
+    for thresholds in (chosen.policy.thresholds, *(point[2] for point in chosen.curve)):  # a curve leaves settings out
         taken = chosen.policy.with_thresholds(thresholds).decide(scores).numpy()
         settings.add((float(layers[taken].mean()), float(quality[rows, taken].mean())))
     return Curve(*zip(*sorted(settings), strict=True))
