@@ -11,6 +11,7 @@ from ..metrics import Reliability
 from .style import COLOURS, SERIES, calm, figure, to_svg
 
 DASHES = ((0, (5, 1.2)), (0, (2, 1)), (0, (7, 1.2, 1.5, 1.2)))
+FEWEST = 0.01  # share of rows below which the quality of leavers is not drawn
 
 
 class Line(NamedTuple):
@@ -104,23 +105,46 @@ def exit_shares_svg(shares: Mapping[str, Sequence[float]], layers: Sequence[int]
         return to_svg(drawing, "Share of rows leaving after each layer")
 
 
-def exit_quality_svg(layers: Sequence[int], everyone: Sequence[float], leavers: Sequence[float | None], measure: str) -> str:
+def exit_quality_svg(
+    layers: Sequence[int],
+    everyone: Sequence[float],
+    leavers: Sequence[float | None],
+    shares: Sequence[float],
+    measure: str,
+) -> str:
     """Quality of each exit on all rows and on those that leave there.
 
     Args:
         layers: layers with an exit.
         everyone: quality on all rows, one for each exit.
         leavers: quality on the rows leaving there; `None` where nobody leaves.
+        shares: share of rows leaving there, the size of the mark; where it is below `FEWEST` there is none, since a few
+            rows say little and stretch the axis.
         measure: what quality is, for the axis.
     """
     with figure(4.4, 2.8) as (drawing, axes):
         calm(axes, xlabel="layer", ylabel=measure)
         places = range(len(layers))
         axes.plot(places, everyone, color=SERIES[0], linewidth=1.4, marker="o", markersize=3.5, label="on all rows")
-        there = [(place, value) for place, value in zip(places, leavers, strict=True) if value is not None]
-        axes.plot(*zip(*there, strict=True), "D", color=SERIES[1], markersize=4.5, label="on the rows that leave here")
+        there = [
+            (place, value, 15 + 150 * share)
+            for place, value, share in zip(places, leavers, shares, strict=True)
+            if value is not None and share >= FEWEST
+        ]
+        if there:
+            where, values, sizes = zip(*there, strict=True)
+            axes.scatter(
+                where,
+                values,
+                sizes,
+                color=SERIES[1],
+                marker="D",
+                linewidths=0,
+                zorder=3,
+                label="on the rows that leave here",
+            )
         axes.set_xticks(places, [str(layer) for layer in layers])
-        drawing.legend(loc="outside lower center", ncols=2, handlelength=1.5)
+        drawing.legend(loc="outside lower center", ncols=2, handlelength=1.5, markerscale=0.8)
         return to_svg(drawing, f"{measure} of each exit on all rows and on the rows that leave there")
 
 

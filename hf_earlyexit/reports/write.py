@@ -132,13 +132,14 @@ def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any
     full = Mark("full model", layers[-1], judged.full_quality)
     everyone = [report.quality for report in judged.exits]
     leavers = [report.quality_of_leavers for report in judged.exits]
+    shares = [report.share for report in judged.exits]
     honest = []
     if judging.problem_type == SINGLE_LABEL:
         honest = [reliability(judging.logits[:, index].float(), judging.labels) for index in range(judging.num_exits)]
     return {
         "pareto": _inline(pareto_svg(lines, [mark], full, measure)),
-        "shares": _inline(exit_shares_svg({name: [report.share for report in judged.exits]}, layers)),
-        "qualities": _inline(exit_quality_svg(layers, everyone, leavers, measure)),
+        "shares": _inline(exit_shares_svg({name: shares}, layers)),
+        "qualities": _inline(exit_quality_svg(layers, everyone, leavers, shares, measure)),
         "reliabilities": [
             (layer, found, _inline(reliability_svg(found, layer))) for layer, found in zip(layers, honest, strict=False)
         ],
