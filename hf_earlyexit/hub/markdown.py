@@ -50,10 +50,10 @@ def without_private(text: str) -> str:
 
 def hub_id(name: str | None) -> str | None:
     """`name` if it is a repository on the Hub as far as one can tell offline; `None` for a local path or anything else."""
-    if name is None or TOKEN.search(name) or Path(name).exists():
+    if name is None:
         return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if TOKEN.search(name) or Path(name).exists() else name

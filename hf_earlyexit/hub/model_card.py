@@ -61,7 +61,7 @@ def model_card_files(
         and where matplotlib is installed, `plots/pareto.svg` and `plots/exits.svg`.
 
     Raises:
-        UsageError: for figures of an operating point that calibration does not have.
+        UsageError: for figures of an operating point that calibration does not have, or two points with one file name.
     """
     evaluations, timings = dict(evaluations or {}), dict(timings or {})
     _check_points(calibration, evaluations, timings)
