@@ -39,6 +39,8 @@ _HOMES = {
     "pipeline": "pipelines",
     "predict": "inference.predict",
     "explain": "inference.explain",
+    "write_report": "reports.write",
+    "EarlyExitMetric": "evaluation",
     "EarlyExitError": "errors",
 }
 

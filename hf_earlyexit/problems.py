@@ -74,3 +74,9 @@ def majority_quality(labels: Tensor, problem_type: str) -> float:
         share = (values > 0).double().mean(0)
         return float(torch.maximum(share, 1 - share).mean())
     return -float(values.var(0, correction=0).mean())
+
+
+def quality_name(problem_type: str) -> str:
+    """What `row_quality` is called where people read it."""
+    names = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "share of right labels", REGRESSION: "minus squared error"}
+    return names[problem_type]

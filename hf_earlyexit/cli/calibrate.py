@@ -1,4 +1,9 @@
-"""Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config."""
+"""Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config.
+
+    hf-earlyexit calibrate --model bert-with-exits --policy beem-a --target max-drop:0.01
+
+Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,10 @@ COMMANDS: Registry[str] = Registry("command")
 for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
+    ("evaluate", "quality, layers and measured time on a labelled data set"),
+    ("explain", "tell why a text leaves where it does"),
+    ("report", "compare all policies on held-back rows in one HTML file"),
+    ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
 ):
     COMMANDS.register(_name)(_help)
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.set_verbosity_warning()
         command.run(*parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__))
     except ModuleNotFoundError as error:
-        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train]"', file=sys.stderr)
+        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report]"', file=sys.stderr)
         return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)

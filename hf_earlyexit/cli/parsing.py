@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import UsageError
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults of every flag; the examples above them as they were written."""
 
 
 def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str, about: str | None) -> tuple[Any, ...]:
@@ -26,7 +31,7 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
     Raises:
         UsageError: for a recipe that cannot be read, or that holds a name no flag has.
     """
-    parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about)
+    parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about, formatter_class=_Help)
     parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:

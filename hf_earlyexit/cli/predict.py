@@ -1,4 +1,9 @@
-"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after."""
+"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after.
+
+    hf-earlyexit predict --model bert-with-exits --input texts.txt --output answers.jsonl
+
+Each line of the output is one JSON object; exit_layer tells where the text left.
+"""
 
 from __future__ import annotations
 

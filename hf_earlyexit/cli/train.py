@@ -1,6 +1,8 @@
 """Fine-tune a model with exits on a data set.
 
 Rows held back from training are run through the trained model once; the trace is saved beside it for `calibrate`.
+
+    hf-earlyexit train --model bert-base-uncased --dataset reviews --output_dir bert-with-exits
 """
 
 from __future__ import annotations

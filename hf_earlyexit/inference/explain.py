@@ -8,35 +8,23 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..problems import SINGLE_LABEL, predictions
+from ..problems import REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .batching import encode_rows, evaluation_mode, pad_batch
-
-
-@dataclass(frozen=True)
-class ExitView:
-    """What one exit saw: its layer, prediction, score (`None` if muted), threshold (`None` if closed) and verdict."""
-
-    layer: int
-    prediction: str
-    score: float | None
-    threshold: float | None
-    verdict: str
+from .reason import ExitView, in_words
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row's exits in order, and the layer it leaves after."""
+    """A row's exits in order, the layer it leaves after, and why, in a few sentences."""
 
     text: str
     exit_layer: int
     exits: tuple[ExitView, ...]
+    reason: str
 
     def __str__(self) -> str:
-        head = [
-            f"{self.text!r} leaves after layer {self.exit_layer}",
-            "layer  prediction            score  threshold  verdict",
-        ]
+        head = [repr(self.text), self.reason, "layer  prediction            score  threshold  verdict"]
         return "\n".join(head + [_line(view) for view in self.exits])
 
 
@@ -61,7 +49,9 @@ def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any) -> Expla
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])
     views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))
-    return Explanation(text if isinstance(text, str) else " | ".join(text), model.exit_layers[taken], views)
+    text = text if isinstance(text, str) else " | ".join(text)
+    reason = in_words(views, taken, classes=policy.problem_type != REGRESSION)
+    return Explanation(text, model.exit_layers[taken], views, reason)
 
 
 def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:

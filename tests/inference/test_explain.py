@@ -18,7 +18,9 @@ def test_the_story_agrees_with_the_model(tiny_model, open_policy, tokenizer, ran
         assert leaving.prediction == model.config.id2label[int(served.logits[0].argmax())]
         assert all("stays" in view.verdict for view in told.exits if view.layer < told.exit_layer)
         assert all(view.verdict == "not reached" for view in told.exits if view.layer > told.exit_layer)
-        assert len(str(told).splitlines()) == 6
+        assert told.reason.split(" of ")[0].endswith(f"layer {told.exit_layer}") or "through all 4 layers" in told.reason
+        assert str(told).splitlines()[:2] == [repr(text), told.reason]
+        assert len(str(told).splitlines()) == 7
 
 
 def test_muted_and_closed_exits_are_named(tiny_model, tokenizer):

@@ -1,0 +1,65 @@
+"""Print what a bug report needs: versions, threads and devices. Nothing in it names you or your machine.
+
+    hf-earlyexit env
+
+Paste it under what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "hf_earlyexit",
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "scikit-learn",
+    "jinja2",
+    "matplotlib",
+)
+
+
+@dataclass
+class EnvArguments:
+    """How to print."""
+
+    json: bool = field(default=False, metadata={"help": "print one JSON object instead of lines"})
+
+
+ARGUMENTS = (EnvArguments,)
+
+
+def run(args: EnvArguments) -> None:
+    """Look around and print."""
+    found = environment()
+    print(json.dumps(found) if args.json else "\n".join(f"{name:16s} {value}" for name, value in found.items()))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads and devices by name."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in PACKAGES},
+        "torch threads": torch.get_num_threads(),
+        "devices": ", ".join(["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))]),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

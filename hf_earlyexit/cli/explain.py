@@ -1,0 +1,37 @@
+"""Tell why a text leaves where it does: a few sentences, and every exit's prediction, score and threshold.
+
+    hf-earlyexit explain --model bert-with-exits --text "not bad at all"
+
+All layers are run for it, also those that serving skips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..inference.explain import explain
+
+
+@dataclass
+class ExplainArguments:
+    """Which model on which text."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
+    text: str = field(metadata={"help": "the text"})
+    text_pair: str | None = field(default=None, metadata={"help": "second text, for models of pairs"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object instead of sentences"})
+
+
+ARGUMENTS = (ExplainArguments,)
+
+
+def run(args: ExplainArguments) -> None:
+    """Explain one text."""
+    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    text = args.text if args.text_pair is None else (args.text, args.text_pair)
+    told = explain(model, text, tokenizer=AutoTokenizer.from_pretrained(args.model))
+    print(json.dumps(dataclasses.asdict(told), ensure_ascii=False) if args.json else told)

@@ -1,0 +1,85 @@
+"""Compare all policies on held-back rows in one HTML file, with the exits' honesty and the rows that left early and wrong.
+
+    hf-earlyexit report --model bert-with-exits --dataset reviews --split validation --output report.html
+
+Numbers and thresholds come from one half of the rows, figures from the other. A trace saved before spares the pass through
+the model: --trace bert-with-exits/held-back.safetensors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ..errors import UsageError
+from ..inference.batching import text_columns
+from ..inference.collect import collect_trace
+from ..modeling.fingerprint import heads_fingerprint
+from ..reports import write_report
+from ..trace import ExitTrace
+from ..training.data import load_splits, require_split
+
+
+@dataclass
+class ReportArguments:
+    """Which model on which rows."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    dataset: str | None = field(default=None, metadata={"help": "folder with one file per split, a file, or a Hub id"})
+    split: str = field(default="validation", metadata={"help": "split of the data set; not trained on"})
+    trace: str | None = field(default=None, metadata={"help": "trace of the same rows, instead of a pass through the model"})
+    output: str = field(default="report.html", metadata={"help": "file to write"})
+    max_drop: float = field(default=0.01, metadata={"help": "quality that may be lost on the rows that choose"})
+    seed: int = field(default=0, metadata={"help": "of the split in halves"})
+
+
+ARGUMENTS = (ReportArguments,)
+
+
+def run(args: ReportArguments) -> None:
+    """Collect or load a trace, write the report."""
+    if args.dataset is None and args.trace is None:
+        raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
+    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
+    if args.trace is None:
+        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(args.model), split=args.split)
+    else:
+        trace = _load_trace(args.trace, model)
+    names = model.config.id2label
+    comparison = write_report(
+        trace,
+        args.output,
+        policy=model.exit_policy,
+        label_names=[str(names[index]) for index in range(len(names))],
+        texts=None if rows is None else _texts(rows),
+        title=Path(args.model).name,
+        rows_name=None if args.dataset is None else f"{Path(args.dataset).name}, {args.split}",
+        max_drop=args.max_drop,
+        seed=args.seed,
+    )
+    best = comparison.best
+    print(
+        f"saved {args.output}: {len(comparison.contenders)} policies on {comparison.judging.num_rows} rows; fewest layers "
+        f"on the rows that chose: {best.name}, layer speed-up {best.judged.layer_speed_up:.2f}x"
+    )
+
+
+def _load_trace(path: str, model: Any) -> ExitTrace:
+    trace, own = ExitTrace.load(path), heads_fingerprint(model)
+    if trace.fingerprint not in ("", own):
+        raise UsageError(
+            f"{path} was collected on exit heads {trace.fingerprint}; this model has {own}. Leave --trace out to collect "
+            "a new one.",
+            field="trace",
+            path=path,
+        )
+    return trace
+
+
+def _texts(rows: Any) -> list[Any]:
+    columns = [list(rows[name]) for name in text_columns(rows.column_names)]
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))

@@ -1,0 +1,96 @@
+"""Exits for the `evaluate` library, without anything to download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from evaluate import TextClassificationEvaluator
+
+from .errors import DataError, UsageError
+
+DESCRIPTION = "Accuracy of a classifier with exits, and how many of its layers a row takes."
+INPUTS = """
+Args:
+    predictions: class numbers, one for each row.
+    references: the right ones.
+    exit_layers: layer each row left after, 1 to num_layers; without them the result is the accuracy alone.
+    num_layers: layers of the full model; needed with exit_layers.
+Returns:
+    accuracy, in [0, 1]; mean_layers; layer_speed_up: num_layers over mean_layers.
+"""
+
+
+class EarlyExitMetric(evaluate.Metric):
+    """Accuracy, mean layers and layer speed-up.
+
+    Raises:
+        DataError: for no rows, `exit_layers` without `num_layers`, or layers out of range.
+
+    Example:
+        >>> from hf_earlyexit.evaluation import EarlyExitMetric
+        >>> EarlyExitMetric().compute(predictions=[1, 0], references=[1, 1], exit_layers=[2, 4], num_layers=6)
+        {'accuracy': 0.5, 'mean_layers': 3.0, 'layer_speed_up': 2.0}
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),  # exit_layers is no feature, as the stock evaluator does not know it
+        )
+
+    def _compute(
+        self, predictions: Any, references: Any, exit_layers: Any = None, num_layers: int | None = None
+    ) -> dict[str, float]:
+        if not len(predictions):
+            raise DataError("No rows to judge; expected at least one.", field="predictions")
+        told = {"accuracy": float((np.asarray(predictions) == np.asarray(references)).mean())}
+        if exit_layers is None:
+            return told
+        layers = np.asarray(exit_layers)
+        if num_layers is None or layers.min() < 1 or layers.max() > num_layers:
+            raise DataError(
+                f"exit_layers run from {layers.min()} to {layers.max()}, num_layers is {num_layers}; expected layers from 1 "
+                "to num_layers.",
+                field="exit_layers",
+            )
+        return {
+            **told,
+            "mean_layers": float(layers.mean()),
+            "layer_speed_up": float(num_layers / layers.mean()),
+        }
+
+
+class EarlyExitEvaluator(TextClassificationEvaluator):
+    """The stock text-classification evaluator, which also hands the layers of `hf_earlyexit.pipeline` to the metric.
+
+    evaluate 0.4.6 asks every pipeline whether it is a class that transformers 5 no longer has; this evaluator does not.
+
+    Args:
+        num_layers: of the full model.
+
+    Raises:
+        UsageError: by `compute`, for anything but a pipeline with exits.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.METRIC_KWARGS = {"num_layers": num_layers}
+
+    def prepare_pipeline(self, model_or_pipeline: Any, **kwargs: Any) -> Any:
+        if getattr(model_or_pipeline, "task", None) != self.task:
+            raise UsageError(
+                f"Got {type(model_or_pipeline).__name__}; expected a pipeline from hf_earlyexit.pipeline(model=...).",
+                field="model_or_pipeline",
+            )
+        return model_or_pipeline
+
+    def predictions_processor(self, predictions: Any, label_mapping: Any) -> dict[str, Any]:
+        told = super().predictions_processor(predictions, label_mapping)
+        return {**told, "exit_layers": [answer["exit_layer"] for answer in predictions]}

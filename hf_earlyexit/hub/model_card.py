@@ -1,0 +1,183 @@
+"""The card of a model with exits: what it says is data gathered here; how it says it is in the template beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCardData
+from huggingface_hub._eval_results import eval_result_entries_to_yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from transformers.utils import logging
+
+from ..calibration.replay import Replay
+from ..calibration.result import CalibrationResult
+from ..errors import UsageError
+from ..inference.timing import Timing
+from ..problems import REGRESSION, SINGLE_LABEL, quality_name
+from .citations import citations
+from .markdown import escape, hub_id, without_private
+
+METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
+MOST_LABELS = 20
+
+logger = logging.get_logger(__name__)
+
+
+def model_card_files(
+    model: Any,
+    calibration: Mapping[str, CalibrationResult],
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    datasets: Iterable[str] = (),
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    evaluations: Mapping[str, Replay] | None = None,
+    evaluated_on: str | None = None,
+    timings: Mapping[str, Timing] | None = None,
+) -> dict[str, bytes]:
+    """The files that describe a model on the Hub: card, results and plots.
+
+    Args:
+        model: with exits; its config gives layers, labels and the policy in service.
+        calibration: how the thresholds of each operating point were chosen, by its name; a card without any says so.
+        repo_id: where the card goes, for the examples in it.
+        base_model: Hub id of the checkpoint the exits were put on; left out if it is a local path.
+        datasets: Hub ids of the data; local paths are left out.
+        language: code or codes of ISO 639.
+        license: an identifier of the Hub, such as "apache-2.0".
+        evaluations: what the operating points did on rows that chose nothing, by name.
+        evaluated_on: Hub id of the data the evaluations are from; by default the only one of `datasets`.
+        timings: measured speed against the full model, by name of the operating point.
+
+    Returns:
+        Contents by path: `README.md`; for each accuracy on named data `.eval_results/<point>.yaml`; and, with a calibration
+        and where matplotlib is installed, `plots/pareto.svg` and `plots/exits.svg`.
+
+    Raises:
+        UsageError: for figures of an operating point that calibration does not have, or two points with one file name.
+    """
+    evaluations, timings = dict(evaluations or {}), dict(timings or {})
+    _check_points(calibration, evaluations, timings)
+    known = [name for name in map(hub_id, datasets) if name is not None]
+    data_name = hub_id(evaluated_on) or (known[0] if len(known) == 1 else None)
+    problem = model.config.resolved_problem_type
+    served = model.exit_policy
+    rules = [result.policy for result in calibration.values()] + ([] if served is None else [served])
+    policies = list(dict.fromkeys(rule.name for rule in rules))
+    meta = ModelCardData(
+        library_name="transformers",  # any other value makes `pipeline(model=...)` refuse the model
+        pipeline_tag="text-classification",
+        tags=["hf_earlyexit", "early-exit", *policies],
+        base_model=hub_id(base_model),
+        base_model_relation=None if hub_id(base_model) is None else "finetune",
+        datasets=known or None,
+        language=language,
+        license=license,
+        metrics=METRICS.get(problem),
+    )
+    files = _plots(model, calibration, evaluations, quality_name(problem))
+    labels = [str(name) for _, name in sorted(model.config.id2label.items())]
+    files["README.md"] = _render(
+        meta=Markup(meta.to_yaml()),
+        title=(hub_id(repo_id) or "Text classifier").split("/")[-1],
+        where=Markup(hub_id(repo_id) or "FOLDER_OR_HUB_ID"),
+        base_model=hub_id(base_model),
+        layers=model.exit_layers,
+        labels=labels[:MOST_LABELS],
+        more_labels=max(len(labels) - MOST_LABELS, 0),
+        measure=quality_name(problem),
+        points=calibration,
+        served=[name for name, result in calibration.items() if result.policy == served],
+        callable_points=[Markup(json.dumps(name)) for name in getattr(model.config, "exit_operating_points", None) or {}],
+        evaluations=evaluations,
+        data_name=data_name,
+        timings=timings,
+        has_plots=bool(files),
+        notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
+        citations=[Markup(text) for text in citations(policies)],
+    ).encode()
+    if data_name is not None and problem == SINGLE_LABEL:
+        for name, done in evaluations.items():
+            path = f".eval_results/{file_name(name)}.yaml"
+            if path in files:
+                raise UsageError(f"Two operating points would both be written to {path}; rename {name!r}.", value=name)
+            files[path] = _eval_result(name, done, data_name).encode()
+    return files
+
+
+def file_name(point: str) -> str:
+    """The name of an operating point as a file name: letters, digits, `-` and `_`, whatever the point is called."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", point).strip("-") or "point"
+
+
+def _check_points(calibration: Mapping[str, Any], evaluations: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
+    known = ", ".join(calibration) or "none"
+    for field, given in (("evaluations", evaluations), ("timings", timings)):
+        for name in given:
+            if name not in calibration:
+                raise UsageError(
+                    f"{field} has {name!r}; expected operating points of calibration: {known}.",
+                    field=field,
+                    value=name,
+                )
+
+
+def _render(**data: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("hf_earlyexit.hub", "."),
+        finalize=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["public"] = without_private
+    return environment.get_template("model_card_template.md").render(**data)
+
+
+def _eval_result(name: str, done: Replay, data_name: str) -> str:
+    """One operating point in the Hub's form for results."""
+    depth = done.exits[-1].layer
+    entry = EvalResultEntry(
+        dataset_id=data_name,
+        task_id="default",
+        value=done.quality,
+        notes=f"{name}: mean exit {done.mean_layers:.2f}/{depth}, full model {done.full_quality:.4f}",
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def _plots(
+    model: Any, calibration: Mapping[str, CalibrationResult], evaluations: Mapping[str, Replay], measure: str
+) -> dict[str, bytes]:
+    if not calibration:
+        return {}
+    if find_spec("matplotlib") is None:
+        logger.warning_once("The card has no plots: they need matplotlib. Run `pip install 'hf_earlyexit[report]'`.")
+        return {}
+    from ..plots.figures import Line, Mark, exit_shares_svg, pareto_svg
+
+    lines: dict[tuple[str, tuple[tuple[float, float], ...]], list[str]] = {}
+    for name, result in calibration.items():
+        points = tuple(sorted((cost, quality) for cost, quality, _ in result.curve))
+        lines.setdefault((result.policy.name, points), []).append(name)
+    drawn = [
+        Line(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points], "bold")
+        for (policy, points), names in lines.items()
+    ]
+    shown = [Mark(name, result.mean_cost, result.quality) for name, result in calibration.items()]
+    first = next(iter(calibration.values()))
+    full = Mark("full model", first.curve[0][0], first.full_quality)
+    done = {name: evaluations.get(name, result) for name, result in calibration.items()}
+    shares = {name: [report.share for report in outcome.exits] for name, outcome in done.items()}
+    return {
+        "plots/pareto.svg": pareto_svg(drawn, shown, full, measure).encode(),
+        "plots/exits.svg": exit_shares_svg(shares, model.exit_layers).encode(),
+    }

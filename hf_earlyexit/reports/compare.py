@@ -1,0 +1,133 @@
+"""Every policy on the same rows: numbers and thresholds from one half, figures from the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..calibration.choose import calibrate
+from ..calibration.replay import Replay, replay
+from ..calibration.result import CalibrationResult
+from ..calibration.targets import MaxDrop
+from ..errors import DataError, EarlyExitError
+from ..policies.base import POLICIES
+from ..problems import row_quality
+from ..trace import ExitTrace
+
+FEWEST_ROWS = 40
+STATIC = "static"
+
+
+class Curve(NamedTuple):
+    """Mean layers of a policy's settings on the judging rows, ascending, and the quality of each."""
+
+    layers: tuple[float, ...]
+    quality: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One policy.
+
+    Attributes:
+        name: as registered.
+        chosen: what the choosing half gave for the permitted drop.
+        judged: the same thresholds on the judging half.
+        curve: all its settings, replayed on the judging half.
+    """
+
+    name: str
+    chosen: CalibrationResult
+    judged: Replay
+    curve: Curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All policies that could be compared.
+
+    Attributes:
+        contenders: by name.
+        left_out: name and reason of those that could not.
+        judging: the rows all figures are from.
+        judging_rows: their places in the whole trace, `[N]`.
+        num_choosing: rows of the other half.
+        max_drop: quality that could be lost on the choosing half.
+        seed: of the split in halves.
+    """
+
+    contenders: dict[str, Contender]
+    left_out: dict[str, str]
+    judging: ExitTrace
+    judging_rows: torch.Tensor
+    num_choosing: int
+    max_drop: float
+    seed: int
+
+    @property
+    def best(self) -> Contender:
+        """The policy with the fewest layers on the choosing half; chosen without a look at the judging half."""
+        rules = [contender for name, contender in self.contenders.items() if name != STATIC]
+        return min(rules or self.contenders.values(), key=lambda one: (one.chosen.mean_cost, -one.chosen.quality))
+
+
+def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) -> Comparison:
+    """Calibrate every registered policy on one half of the rows and judge it on the other.
+
+    Args:
+        trace: labelled rows the exits were not trained on.
+        max_drop: quality that may be lost on the choosing half, 0 or more.
+        seed: of the split.
+
+    Raises:
+        DataError: for fewer rows than two halves need, or if no policy can serve them.
+        CalibrationError: for a trace tagged "train".
+    """
+    if trace.num_rows < FEWEST_ROWS:
+        raise DataError(
+            f"{trace.num_rows} rows cannot be split into rows that choose and rows that judge; "
+            f"collect a trace of at least {FEWEST_ROWS}.",
+            field="trace",
+            value=trace.num_rows,
+        )
+    order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(seed))
+    judging_rows = order[trace.num_rows // 2 :].sort().values
+    choosing, judging = trace.select(order[: trace.num_rows // 2]), trace.select(judging_rows)
+    contenders, left_out = {}, {}
+    for name in POLICIES.names():
+        try:
+            chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed)
+        except EarlyExitError as error:
+            if trace.split == "train":
+                raise
+            left_out[name] = str(error)
+            continue
+        contenders[name] = Contender(
+            name=name, chosen=chosen, judged=replay(chosen.policy, judging), curve=_curve_on(chosen, judging)
+        )
+    if not contenders:
+        raise DataError(f"No policy can serve these rows: {next(iter(left_out.values()))}", field="trace")
+    return Comparison(
+        contenders=contenders,
+        left_out=left_out,
+        judging=judging,
+        judging_rows=judging_rows,
+        num_choosing=choosing.num_rows,
+        max_drop=max_drop,
+        seed=seed,
+    )
+
+
+def _curve_on(chosen: CalibrationResult, judging: ExitTrace) -> Curve:
+    """The settings of a calibration's curve on other rows; scores do not depend on thresholds, so one scan does."""
+    scores, answers = chosen.policy.scan(judging)
+    quality = row_quality(answers, judging.labels, judging.problem_type).numpy()
+    layers, rows = np.asarray(judging.exit_layers), np.arange(judging.num_rows)
+    settings = set()
+    for thresholds in (chosen.policy.thresholds, *(point[2] for point in chosen.curve)):  # a curve leaves settings out
+        taken = chosen.policy.with_thresholds(thresholds).decide(scores).numpy()
+        settings.add((float(layers[taken].mean()), float(quality[rows, taken].mean())))
+    return Curve(*zip(*sorted(settings), strict=True))

@@ -1,0 +1,170 @@
+"""One HTML file that tells what exits and policies are worth on a set of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..calibration.replay import Replay, replay
+from ..errors import DataError
+from ..metrics import reliability
+from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
+from ..plots.style import with_page_colours
+from ..policies.base import ExitPolicy
+from ..problems import SINGLE_LABEL, quality_name
+from ..trace import ExitTrace
+from .advice import ALWAYS, doubts, summary
+from .compare import STATIC, Comparison, Contender, compare_policies
+from .mistakes import find_mistakes
+
+SAME = 0.02  # of a curve's height: closer than that, two lines are one to the eye
+
+
+def write_report(
+    trace: ExitTrace,
+    path: str | PathLike[str],
+    *,
+    policy: ExitPolicy | None = None,
+    label_names: Sequence[str] | None = None,
+    texts: Sequence[str | tuple[str, str]] | None = None,
+    title: str = "Early exit report",
+    rows_name: str | None = None,
+    max_drop: float = 0.01,
+    seed: int = 0,
+    most_mistakes: int = 20,
+) -> Comparison:
+    """Compare all policies on the rows of a trace and write the outcome as one HTML file without scripts or links.
+
+    Each policy learns its numbers and thresholds on one half of the rows; every figure is from the other half.
+
+    Args:
+        trace: labelled rows the exits were not trained on.
+        path: file to write; an existing one is replaced.
+        policy: the one in service; by default the best of the comparison, by its choosing half.
+        label_names: one for each class.
+        texts: the rows' texts, in the order of the trace, to show those that left early and wrong.
+        title: of the page, such as the model's name.
+        rows_name: where the rows come from; the trace's split by default.
+        max_drop: quality that may be lost on the choosing half.
+        seed: of the split in halves.
+        most_mistakes: rows to show at most.
+
+    Returns:
+        The comparison whose figures the page shows.
+
+    Raises:
+        DataError: for too few rows, or texts or names that are not one for each.
+        CalibrationError: for a trace of training rows.
+        EarlyExitConfigError: for a policy of other exits.
+
+    Example:
+        >>> import hf_earlyexit as ee
+        >>> trace = ee.ExitTrace.load("held-back.safetensors")  # doctest: +SKIP
+        >>> ee.write_report(trace, "report.html", title="My classifier")  # doctest: +SKIP
+    """
+    _check(trace, policy, label_names, texts)
+    comparison = compare_policies(trace, max_drop, seed)
+    if policy is None:
+        name, judged, rule = comparison.best.name, comparison.best.judged, comparison.best.chosen.policy
+    else:
+        name, judged, rule = f"{policy.name}, as served", replay(policy, comparison.judging), policy
+    environment = Environment(
+        loader=PackageLoader("hf_earlyexit.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found = find_mistakes(rule, comparison.judging, label_names, most_mistakes)
+    page = environment.get_template("report.html").render(
+        title=title,
+        name=name,
+        served=policy is not None,
+        rows_name=rows_name or trace.split,
+        comparison=comparison,
+        judged=judged,
+        measure=quality_name(trace.problem_type),
+        depth=trace.exit_layers[-1],
+        summary=summary(name, judged, comparison.judging),
+        doubts=doubts(name, judged, comparison),
+        always=ALWAYS,
+        mistakes=found,
+        texts=None if texts is None else [_text(texts[row]) for row in comparison.judging_rows.tolist()],
+        places=comparison.judging_rows.tolist(),
+        **_figures(name, judged, comparison),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+    return comparison
+
+
+def _check(trace: ExitTrace, policy: ExitPolicy | None, label_names: Any, texts: Any) -> None:
+    if texts is not None and len(texts) != trace.num_rows:
+        raise DataError(
+            f"{len(texts)} texts for a trace of {trace.num_rows} rows; give the texts the trace was collected on.",
+            field="texts",
+            value=len(texts),
+        )
+    classes = trace.logits.shape[-1]
+    if label_names is not None and len(label_names) != classes:
+        raise DataError(f"{len(label_names)} label names for {classes} classes; expected one for each.", field="label_names")
+    if policy is not None and policy.num_exits != trace.num_exits:
+        raise DataError(
+            f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",
+            field="policy",
+        )
+
+
+def _text(text: str | tuple[str, str]) -> str:
+    return text if isinstance(text, str) else " | ".join(text)
+
+
+def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any]:
+    judging = comparison.judging
+    measure, layers = quality_name(judging.problem_type), judging.exit_layers
+    lines = _lines(comparison, name)
+    mark = Mark(name, judged.mean_layers, judged.quality)
+    full = Mark("full model", layers[-1], judged.full_quality)
+    everyone = [report.quality for report in judged.exits]
+    leavers = [report.quality_of_leavers for report in judged.exits]
+    shares = [report.share for report in judged.exits]
+    honest = []
+    if judging.problem_type == SINGLE_LABEL:
+        honest = [reliability(judging.logits[:, index].float(), judging.labels) for index in range(judging.num_exits)]
+    return {
+        "pareto": _inline(pareto_svg(lines, [mark], full, measure)),
+        "shares": _inline(exit_shares_svg({name: shares}, layers)),
+        "qualities": _inline(exit_quality_svg(layers, everyone, leavers, shares, measure)),
+        "reliabilities": [
+            (layer, found, _inline(reliability_svg(found, layer))) for layer, found in zip(layers, honest, strict=False)
+        ],
+    }
+
+
+def _lines(comparison: Comparison, name: str) -> list[Line]:
+    """One line for each curve; policies whose curves nobody could tell apart share one."""
+    depth = np.linspace(1, comparison.judging.exit_layers[-1], 60)
+    groups: list[tuple[np.ndarray, list[Contender]]] = []
+    for one in comparison.contenders.values():
+        height = np.interp(depth, one.curve.layers, one.curve.quality)
+        for known, members in groups:
+            if one.name != STATIC and float(np.abs(known - height).max()) < SAME * max(float(np.ptp(known)), 1e-12):
+                members.append(one)
+                break
+        else:
+            groups.append((height, [one]))
+    lines = []
+    for _, members in groups:
+        names = [one.name for one in members]
+        look = "dots" if names == [STATIC] else "bold" if name in names else "plain"
+        lines.append(Line(", ".join(names), *members[0].curve, look))
+    return lines
+
+
+def _inline(svg: str) -> Markup:
+    return Markup(with_page_colours(svg))

@@ -1,0 +1,251 @@
+"""The card re-parses, tells the data's numbers, and nothing that is not its business."""
+
+import dataclasses
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard
+from huggingface_hub._eval_results import parse_eval_result_entries
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.hub.citations import citations
+from hf_earlyexit.hub.model_card import model_card_files
+from hf_earlyexit.inference.timing import Timing
+from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from tests.samples import learned_trace
+
+HOSTILE = ["a|b", "---\n---\n# x", "<script>alert(1)</script>\n\n| c | d |\n|---|---|"]
+SECRET = "hf_" + "Z" * 34
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    trace = learned_trace(rows=600, split="validation")
+    return {
+        "fast": ee.calibrate(trace, "beem-a", ee.SpeedUp(1.6)),
+        "balanced": ee.calibrate(trace, "patience", ee.MaxDrop(0.01)),
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluations(calibration):
+    test = learned_trace(rows=300, seed=1)
+    return {name: ee.replay(result.policy, test) for name, result in calibration.items()}
+
+
+@pytest.fixture
+def model(tiny_model, calibration):
+    model = tiny_model()
+    model.set_exit_policy(calibration["balanced"].policy)
+    return model
+
+
+def card_of(files) -> ModelCard:
+    return ModelCard(files["README.md"].decode())
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """Cells of the body of the table whose first heading is `first`."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert len({len(row) for row in rows}) == 1, "every row has as many cells as the heading"
+    return rows[2:]
+
+
+def test_metadata_is_what_the_hub_wants(model, calibration):
+    files = model_card_files(
+        model, calibration, base_model="google-bert/bert-base-uncased", datasets=["stanfordnlp/sst2"], license="mit"
+    )
+    data = card_of(files).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-classification"
+    assert data.tags == ["hf_earlyexit", "early-exit", "beem-a", "patience"]
+    assert (data.base_model, data.base_model_relation) == ("google-bert/bert-base-uncased", "finetune")
+    assert (data.datasets, data.metrics, data.license) == (["stanfordnlp/sst2"], ["accuracy"], "mit")
+    assert set(files) == {"README.md", "plots/pareto.svg", "plots/exits.svg"}
+
+
+def test_numbers_are_those_of_the_data(model, calibration, evaluations):
+    timings = {"fast": Timing(1.0, 1.523, 1.48, 1.61)}
+    text = model_card_files(model, calibration, evaluations=evaluations, timings=timings)["README.md"].decode()
+    for row, (name, done) in zip(table(text, "operating point"), evaluations.items(), strict=True):
+        speed = "1.52x (1.48 to 1.61)" if name == "fast" else "not measured"
+        assert row == [
+            name,
+            calibration[name].policy.name,
+            "300, chose nothing",
+            f"{done.quality:.4f}",
+            f"{done.full_quality:.4f}",
+            f"{done.mean_layers:.2f}",
+            f"{done.layer_speed_up:.2f}x",
+            speed,
+        ]
+    chosen = text[text.index("## How the thresholds") :]
+    fast = calibration["fast"]
+    row = table(chosen, "operating point")[0]
+    assert row == ["fast", fast.target, str(fast.num_rows), "validation", str(fast.num_learning_rows), "0", "unknown"]
+    for index, row in enumerate(table(chosen, "layer")[:-1]):
+        assert row[1:] == [f"{result.policy.thresholds[index]:.4f}" for result in calibration.values()]
+    assert "thresholds of **balanced**" in text
+
+
+def test_without_evaluation_the_rows_that_chose_speak_and_say_so(model, calibration):
+    text = model_card_files(model, calibration)["README.md"].decode()
+    row = table(text, "operating point")[1]
+    assert row[2:4] == ["600, chose the thresholds", f"{calibration['balanced'].quality:.4f}"]
+    assert "Time was not measured" in text
+    assert "measured speed-up" not in text
+
+
+def test_results_are_written_for_named_data_only(model, calibration, evaluations):
+    def results(**given):
+        files = model_card_files(model, calibration, evaluations=evaluations, **given)
+        return {name: data for name, data in files.items() if name.startswith(".eval_results/")}
+
+    assert not results()
+    assert not results(datasets=["/home/alice/data"])
+    assert not results(datasets=["a/b", "c/d"])
+    assert results(datasets=["a/b", "c/d"], evaluated_on="c/d").keys() == results(datasets=["c/d"]).keys()
+    found = results(datasets=["stanfordnlp/sst2"])
+    assert set(found) == {".eval_results/fast.yaml", ".eval_results/balanced.yaml"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(found[".eval_results/fast.yaml"]))
+    assert isinstance(entry, EvalResultEntry)
+    assert (entry.dataset_id, entry.value) == ("stanfordnlp/sst2", evaluations["fast"].quality)
+    assert f"mean exit {evaluations['fast'].mean_layers:.2f}/4" in entry.notes
+
+
+def test_hostile_labels_and_names_stay_text(tiny_model, calibration, evaluations):
+    model = tiny_model(id2label=dict(enumerate(HOSTILE)), label2id={name: index for index, name in enumerate(HOSTILE)})
+    point = '../x" | <b>\n---'
+    calibration, evaluations = {point: calibration["fast"]}, {point: evaluations["fast"]}
+    files = model_card_files(
+        model, calibration, evaluations=evaluations, license="x\n---\ny", language="en\n---", datasets=["a/b"]
+    )
+    card = card_of(files)
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "x\n---\ny"
+    assert card.text.strip().startswith("# Text classifier")
+    assert "<script" not in card.text
+    assert not re.search(r"<b>|^---$", card.text, re.MULTILINE)
+    assert len(table(card.text, "operating point")) == 1
+    assert set(files) >= {".eval_results/x-b.yaml"}
+    assert all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
+
+
+def test_nothing_private_gets_out(model, calibration, tmp_path):
+    trace = learned_trace(rows=300, split=f"{tmp_path}/held-back.csv", meta={"dtype": "/home/alice/x"})
+    private = {"fast": ee.calibrate(trace, "confidence", ee.MaxDrop(0.01))}
+    files = model_card_files(
+        model, private, base_model=str(tmp_path), datasets=[str(tmp_path), SECRET], repo_id=f"/home/alice/{SECRET}"
+    )
+    everything = b"".join(files.values()).decode()
+    for secret in (str(tmp_path), SECRET, "alice", str(Path.home()) + "/", "/home/"):
+        assert secret not in everything
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", everything)
+    assert card_of(files).data.base_model is None
+
+
+def test_only_used_methods_are_cited(model, calibration):
+    text = model_card_files(model, calibration)["README.md"].decode()
+    assert "2502.00745" in text
+    assert "2006.04152" in text
+    assert "DeeBERT" not in text
+    assert len(citations(["beem-a", "beem-c", "confidence", "of a third party"])) == 1
+
+
+def test_notes_of_the_calibration_are_told(model, calibration):
+    noted = dataclasses.replace(calibration["fast"], notes=("no row leaves early", f"a `b` of {SECRET}"))
+    text = model_card_files(model, {"fast": noted})["README.md"].decode()
+    assert "Note on fast: no row leaves early." in text
+    assert "Note on fast: a &#96;b&#96; of &#91;left out&#93;." in text
+
+
+def test_a_model_without_calibration_says_so(tiny_model):
+    files = model_card_files(tiny_model(), {}, repo_id="org/name")
+    assert set(files) == {"README.md"}
+    text = files["README.md"].decode()
+    assert "made without a calibration" in text
+    assert 'model="org/name"' in text
+    assert card_of(files).data.tags == ["hf_earlyexit", "early-exit"]
+
+
+@pytest.mark.parametrize(("problem", "metrics"), [(MULTI_LABEL, None), (REGRESSION, ["mse"])])
+def test_other_problems_claim_no_accuracy(problem, metrics, tiny_model):
+    trace = learned_trace(rows=300, classes=3, problem_type=problem)
+    options = {"tolerance": 0.5} if problem == REGRESSION else {}
+    result = ee.calibrate(trace, "patience", ee.MaxDrop(0.5), options=options)
+    model = tiny_model(problem_type=problem)
+    files = model_card_files(model, {"one": result}, datasets=["a/b"], evaluations={"one": ee.replay(result.policy, trace)})
+    assert card_of(files).data.metrics == metrics
+    assert not [name for name in files if name.startswith(".eval")]
+    assert "accuracy |" not in files["README.md"].decode()
+
+
+def test_figures_of_a_point_that_is_not_there_are_refused(model, calibration, evaluations):
+    with pytest.raises(UsageError, match=r"'other'.*fast, balanced"):
+        model_card_files(model, calibration, evaluations={"other": evaluations["fast"]})
+    with pytest.raises(UsageError, match="Two operating points"):
+        model_card_files(
+            model,
+            {"a b": calibration["fast"], "a-b": calibration["fast"]},
+            evaluations={"a b": evaluations["fast"], "a-b": evaluations["fast"]},
+            datasets=["a/b"],
+        )
+
+
+def test_code_in_the_card_compiles(model, calibration):
+    text = model_card_files(model, calibration, repo_id="org/name")["README.md"].decode()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "card", "exec")
+
+
+def test_the_card_does_not_need_matplotlib(model, calibration, monkeypatch):
+    monkeypatch.setattr("hf_earlyexit.hub.model_card.find_spec", lambda name: None)
+    files = model_card_files(model, calibration)
+    assert set(files) == {"README.md"}
+    assert "plots/" not in files["README.md"].decode()
+
+
+def test_the_clients_own_validation_accepts_it(model, calibration, tmp_path):
+    """`ModelCard.validate` asks the Hub; a stand-in on the loopback checks that what arrives is the metadata as written."""
+    seen = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            fine = "library_name" in yaml.safe_load(seen[-1]["content"].split("---\n")[1])
+            self.send_response(200 if fine else 400)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        (tmp_path / "README.md").write_bytes(model_card_files(model, calibration)["README.md"])
+        code = f"from huggingface_hub import ModelCard; ModelCard.load({str(tmp_path / 'README.md')!r}).validate()"
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=place, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert seen[0]["repoType"] == "model"

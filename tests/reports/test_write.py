@@ -1,0 +1,156 @@
+"""The page: one file, true to its data, closed to hostile texts, and no wider than a phone."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import DataError
+from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.reports import write_report
+from tests.samples import learned_trace
+
+HOSTILE = '<script>alert("x")</script><img src=//evil.example/p> {{ 7 * 7 }} & ' + "W" * 300
+NAMES = ["<b>a</b>", "b|c", "d" * 120]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, and the cells of its tables."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.rows, self.in_cell = [], [], [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return learned_trace(rows=600, exits=12)
+
+
+@pytest.fixture(scope="module")
+def written(trace, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    texts = [f"{HOSTILE} row {row}" for row in range(trace.num_rows)]
+    comparison = write_report(trace, path, label_names=NAMES, texts=texts, title=HOSTILE, max_drop=0.05)
+    return path, comparison
+
+
+def test_the_file_needs_nothing_else_and_runs_nothing(written):
+    page = Page(written[0].read_text(encoding="utf-8"))
+    assert not {"script", "link", "iframe", "img", "object", "form"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("href", "src", "xlink:href"):
+            assert value.startswith("#")
+    assert not re.search(r"@import|url\((?!#)", written[0].read_text())
+    assert written[0].stat().st_size < 400_000
+
+
+def test_hostile_texts_are_shown_as_they_are(written):
+    text = "".join(Page(written[0].read_text(encoding="utf-8")).text)
+    assert '<script>alert("x")</script>' in text
+    assert "{{ 7 * 7 }}" in text
+    assert "<b>a</b>" in text
+
+
+def test_every_number_of_the_table_is_that_of_the_data(written):
+    path, comparison = written
+    rows = {row[0]: row[1:] for row in Page(path.read_text(encoding="utf-8")).rows if row}
+    for name, one in comparison.contenders.items():
+        judged = one.judged
+        assert rows[name] == [
+            f"{judged.quality:.4f}",
+            f"{judged.quality - judged.full_quality:+.4f}",
+            f"{judged.standard_error:.4f}",
+            f"{judged.mean_layers:.2f}",
+            f"{judged.layer_speed_up:.2f}x",
+        ]
+    for exit_ in comparison.best.judged.exits:
+        assert rows[str(exit_.layer)][1:3] == [f"{100 * exit_.share:.1f}%", f"{exit_.quality:.4f}"]
+
+
+def test_the_halves_are_told(written):
+    text = " ".join("".join(Page(written[0].read_text(encoding="utf-8")).text).split())
+    assert "thresholds from 300 rows" in text
+    assert "from 300 other rows" in text
+    assert all(name in text for name in POLICIES.names())
+
+
+def test_a_served_policy_is_judged_instead_of_the_best(trace, tmp_path):
+    policy = ee.StaticPolicy.at(2, 12)
+    write_report(trace, tmp_path / "r.html", policy=policy)
+    text = " ".join("".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text).split())
+    assert "With static, as served, 100% of the rows left before the last layer; a row took 3.00 of 12 layers" in text
+    assert "its figures flatter it" in text
+
+
+@pytest.mark.parametrize("problem", [MULTI_LABEL, REGRESSION])
+def test_other_problems_get_a_page_without_reliability(problem, tmp_path):
+    write_report(learned_trace(rows=200, problem_type=problem), tmp_path / "r.html", max_drop=0.2)
+    assert "this one does not" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_what_does_not_fit_is_refused(trace, tmp_path):
+    with pytest.raises(DataError, match="2 texts for a trace of 600"):
+        write_report(trace, tmp_path / "r.html", texts=["a", "b"])
+    with pytest.raises(DataError, match="2 label names for 3 classes"):
+        write_report(trace, tmp_path / "r.html", label_names=["a", "b"])
+    with pytest.raises(DataError, match="policy has 4 exits, the trace 12"):
+        write_report(trace, tmp_path / "r.html", policy=ee.StaticPolicy.at(1, 4))
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+def test_nothing_overflows_in_a_real_browser(width, written, tmp_path):
+    """A page around the report, in a frame of this width, writes down how wide the report wants to be."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    report = written[0].read_text(encoding="utf-8")
+    probe = """<script>addEventListener("load", () => {
+      const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 0.5);
+      parent.postMessage(JSON.stringify({inner: innerWidth, wants: document.documentElement.scrollWidth,
+        wide: wide.slice(0, 5).map(e => e.tagName)}), "*");
+    });</script></body>"""
+    (tmp_path / "report.html").write_text(report.replace("</body>", probe), encoding="utf-8")
+    (tmp_path / "frame.html").write_text(
+        '<body><pre id="told">nothing</pre><script>addEventListener("message", e => told.textContent = e.data);</script>'
+        f'<iframe src="report.html" style="width:{width}px;height:800px;border:0"></iframe></body>'
+    )
+    quiet = [
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout)
+    assert told, done.stderr[-500:]
+    assert told[1] == f'{{"inner":{width},"wants":{width},"wide":[]}}'
