@@ -17,6 +17,7 @@ for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("push", "push a model with its tokenizer, calibration and card to the Hub"),
 ):
     COMMANDS.register(_name)(_help)
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _overview() -> str:
     lines = [f"  {name:10s} {COMMANDS.get(name)}" for name in COMMANDS.names()]
     return "\n".join(
-        ["usage: hf-earlyexit COMMAND [--config recipe.yaml] [--flag value ...]", "", *lines, "",
+        ["usage: hf-earlyexit COMMAND [MODEL] [--config recipe.yaml] [--flag value ...]", "", *lines, "",
          "hf-earlyexit COMMAND --help tells every flag."]
     )  # fmt: skip
 
