@@ -25,8 +25,8 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 def replaced_folder(folder: str | PathLike[str], needs: int = 0) -> Iterator[Path]:
     """An empty folder to write into, whose files move to `folder` when the block ends without an error.
 
-    Weights move first and config.json last. Other files in `folder` stay, except weights that would be read in place of the
-    new ones. File modes follow the umask. After an error `folder` is as it was, and nothing is left beside it.
+    Weights move near the end, right before config.json. Other files in `folder` stay, except weights that would be read in
+    place of the new ones. File modes follow the umask. After an error `folder` is as it was, and nothing is left beside it.
 
     Args:
         folder: made if it is not there.
@@ -124,18 +124,18 @@ def _move_into(target: Path, new: Path, former: Path) -> None:
     stale = [name for name in stale if name not in weights]
     config = [name for name in names if name == CONFIG]
     others = [name for name in names if name not in weights and name != CONFIG]
-    touched: list[Path] = []
+    order = [*others, *weights, *stale, *config]
+    for name in order:
+        _keep(target / name, former / name)
     try:
-        for name in [*weights, *stale, *others, *config]:
-            touched.append(name)
-            _keep(target / name, former / name)
+        for name in order:
             if name in stale:
                 (target / name).unlink()
             else:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).replace(target / name)
     except BaseException:
-        for name in reversed(touched):
+        for name in order:
             if (former / name).exists():
                 (former / name).replace(target / name)
             elif not (new / name).exists():
