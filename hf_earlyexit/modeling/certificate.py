@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError
-from .fingerprint import heads_fingerprint, policy_fingerprint, tensors_fingerprint
+from .fingerprint import HEAD_PREFIXES, heads_fingerprint, policy_fingerprint, tensors_fingerprint
 
 NEEDED = ("fingerprint", "policy", "dtype")
 NARROWER = ("float16", "bfloat16")
@@ -107,9 +107,10 @@ def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:
         tensors: what will be saved, if it is not the model's own state.
     """
     certified = list(_certified(model.config))
-    if not certified:
+    tensors = model.state_dict() if tensors is None else tensors
+    if not certified or not any(name.startswith(HEAD_PREFIXES) for name in tensors):
         return
-    own = tensors_fingerprint(model.state_dict() if tensors is None else tensors)
+    own = tensors_fingerprint(tensors)
     outdated = [point for point, _, certificate in certified if not _same_heads(own, certificate)]
     for point in outdated:
         _take_off(model.config, point)

@@ -188,13 +188,12 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
         drop_outdated(self, state_dict)
-        state = self.state_dict() if state_dict is None else state_dict
-        with replaced_folder(save_directory, needs=sum(tensor.nbytes for tensor in state.values())) as new:
-            super().save_pretrained(new, state_dict=dict(state), **kwargs)
+        with replaced_folder(save_directory, needs=self.get_memory_footprint()) as new:
+            super().save_pretrained(new, state_dict=state_dict and dict(state_dict), **kwargs)  # it empties what it is given
         if push_to_hub:
             with TemporaryDirectory() as copy:  # the client uploads whatever it finds changed in a folder
                 named = {"repo_id": Path(save_directory).name, **kwargs}
-                super().save_pretrained(copy, state_dict=dict(state), push_to_hub=True, **named)
+                super().save_pretrained(copy, state_dict=state_dict, push_to_hub=True, **named)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:

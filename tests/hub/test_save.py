@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import hf_earlyexit as ee
+from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import CheckpointError, UsageError
 from hf_earlyexit.hub import save as module
 from tests.hub.toy import calibrate, make_all, make_model, make_tokenizer, told
@@ -107,6 +108,11 @@ def test_a_full_disk_names_the_folder_that_was_asked_for(tmp_path, monkeypatch):
     assert caught.value.path == str(tmp_path / "model")
     assert "saving" not in str(caught.value)
     assert content(tmp_path) == {}
+
+
+def test_pushing_what_is_no_folder_is_told_in_one_line(capsys):
+    assert main(["push", "nowhere", "--repo_id", "me/m"]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
 
 
 def test_config_and_calibration_are_plain_json(everything, tmp_path):
