@@ -17,6 +17,7 @@ from ..modeling.classifier import label_problem_type
 from .arguments import EarlyExitTrainingArguments
 from .checks import check_data_set
 from .metrics import default_exit_metric, exit_metrics
+from .pushing import CarryShim
 
 
 class EarlyExitTrainer(Trainer):
@@ -49,6 +50,7 @@ class EarlyExitTrainer(Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
+        self.add_callback(CarryShim)
         config = self.model.config
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
