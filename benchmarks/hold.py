@@ -91,7 +91,7 @@ def rows_apart(model, encoded, traces, policy, pairs: int, seed: int = 0) -> dic
     near = torch.cat([near_ties(policy, policy.scan(trace).scores) for trace in traces])
     rng, changed, flips, seen = np.random.default_rng(seed), 0, 0, 0
     while seen < pairs:
-        rows = rng.choice(len(encoded), int(rng.integers(2, 33)), replace=False)
+        rows = rng.choice(len(encoded), int(rng.integers(2, 13)), replace=False)
         output = model(**pad_batch([encoded[row] for row in rows]), early_exit=True)
         off = (output.exit_layer != layers[rows]) | (output.logits.argmax(-1) != labels[rows])
         changed += int((off & ~near[rows]).sum())
@@ -120,7 +120,7 @@ def main() -> None:
         traces = [full_trace(model, pad_batch([row])) for row in pool]
         for name in sorted(set(POLICIES.names()) - {"gate"}):  # the model has no gates
             options = {"weights": [1.0] * 12} if name == "beem" else {}
-            policy = ee.calibrate(held, name, ee.LayerBudget(6), options=options).policy
+            policy = ee.calibrate(held, name, ee.LayerBudget(4.5), options=options).policy
             model.set_exit_policy(policy)
             apart = rows_apart(model, pool, traces, policy, args.pairs)
             results[name] = served_as_calibrated(model, batches, policy) | apart
