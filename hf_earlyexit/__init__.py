@@ -34,6 +34,7 @@ _HOMES = {
     "MarginPolicy": "policies.confidence",
     "PatiencePolicy": "policies.patience",
     "BeemPolicy": "policies.beem",
+    "GatePolicy": "policies.gate",
     "StaticPolicy": "policies.static",
     "check_exit_policy": "policies.laws",
     "pipeline": "pipelines",

@@ -29,7 +29,7 @@ def collect_trace(
     max_length: int | None = None,
     progress: bool = True,
 ) -> ExitTrace:
-    """Run every exit on every row and keep the logits.
+    """Run every exit on every row and keep its logits, and its gate's where the model has gates.
 
     Args:
         model: a model with exits.
@@ -55,22 +55,23 @@ def collect_trace(
         )
     truth = torch.as_tensor(labels)
     problem_type = label_problem_type(model.config, truth)
-    chunks, order = [], []
+    chunks, gate_chunks, order = [], [], []
     batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
     with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
         for indices, batch in batches:
             output = model(**batch.to(model.device), early_exit=False)
             chunks.append(output.exit_logits.float().cpu())
+            gate_chunks += [] if output.exit_gates is None else [output.exit_gates.float().cpu()]
             order += indices
             bar.update(len(indices))
-    logits = torch.empty_like(torch.cat(chunks))
-    logits[torch.tensor(order)] = torch.cat(chunks)
+    back = torch.tensor(order).argsort()
     return ExitTrace(
-        logits=logits.clone(),
+        logits=torch.cat(chunks)[back],
         labels=truth,
         exit_layers=model.exit_layers,
         problem_type=problem_type,
         split=split,
+        gates=torch.cat(gate_chunks)[back] if gate_chunks else None,
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=heads_fingerprint(model),
         meta={

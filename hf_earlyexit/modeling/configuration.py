@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..errors import EarlyExitConfigError
 from ..policies import ExitPolicy
 from ..problems import REGRESSION, SINGLE_LABEL
+from .gates import GATES
 from .heads import HEADS
 
 FORMAT_VERSION = "1.0"
@@ -27,6 +28,7 @@ class EarlyExitConfig:
     Args:
         exit_layers: layers (1-based, ascending, the last one included) after which rows may leave; all by default.
         exit_head: kind of the exits before the last: "linear-mean", "linear", "pooler" or "linear-cls".
+        exit_gate: kind of the gates that learn when to leave: "mlp" or "mlp+logits"; `None` for none.
         exit_policy: `policy.to_dict()`; `None` for a model that always runs in full.
         exit_cost: cost of leaving at each exit in layers, ascending; `None` for the layers' numbers.
         early_exit_version: format of the saved folder; `None` until a model with exits has been saved.
@@ -38,6 +40,7 @@ class EarlyExitConfig:
 
     exit_layers: list[int] | None = None
     exit_head: str = "linear-mean"
+    exit_gate: str | None = None
     exit_policy: dict | None = None
     exit_cost: list[float | int] | None = None
     early_exit_version: str | None = None
@@ -78,6 +81,8 @@ class EarlyExitConfig:
             if len(self.exit_cost) != len(layers) or not ascending or not inside:
                 raise _wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
         HEADS.get(self.exit_head)
+        if self.exit_gate is not None:
+            GATES.get(self.exit_gate)
         if len(self.label2id or {}) != self.num_labels:
             raise _wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
         self._check_version()
@@ -85,7 +90,10 @@ class EarlyExitConfig:
             self.check_policy(ExitPolicy.from_dict(self.exit_policy))
 
     def check_policy(self, policy: ExitPolicy) -> None:
-        """Refuse a policy made for other exits or another problem type."""
+        """Refuse a policy made for other exits or another problem type, or one that reads gates the model lacks."""
+        if policy.uses_gate and self.exit_gate is None:
+            kinds = " or ".join(GATES.names())
+            raise _wrong("exit_gate", None, f"a kind of gate, {kinds}: the {policy.name} policy reads them")
         if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
             raise _wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
         if policy.num_exits != len(self.exit_layers):
@@ -127,6 +135,7 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_logits",
+        "exit_gates",
         "exit_layer",
         "exit_score",
         "hidden_states",
