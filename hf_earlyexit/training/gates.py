@@ -28,6 +28,19 @@ class EpsilonSchedule:
     end: float = 0.0
     decay: float = 1000.0
 
+    def __post_init__(self) -> None:
+        for field, value in (("start", self.start), ("end", self.end)):
+            if not 0 <= value <= 1:
+                raise TrainingError(
+                    f"epsilon_{field} is {value!r}; expected a chance from 0 to 1.", field=f"epsilon_{field}", value=value
+                )
+        if not 0 < self.decay < math.inf:
+            raise TrainingError(
+                f"epsilon_decay is {self.decay!r}; expected a number of steps above 0.",
+                field="epsilon_decay",
+                value=self.decay,
+            )
+
     def at(self, step: int) -> float:
         """The chance at this step."""
         return self.end + (self.start - self.end) * math.exp(-step / self.decay)
@@ -87,7 +100,9 @@ def train_gates(
     """
     modules = list(gates.values())
     if not modules:
-        raise TrainingError("The model has no gates; load it with exit_gate='mlp' and at least two exits.", field="exit_gate")
+        raise TrainingError(
+            "The model has no gates; load it with exit_gate='mlp' and at least two exits.", field="exit_gate"
+        )
     recipe = recipe or GateRecipe()
     parameters = {name: value.detach().float() for name, value in stack_module_state(modules)[0].items()}  # [E - 1, ...]
     device = next(iter(parameters.values())).device
@@ -122,7 +137,9 @@ def train_gates(
 
 def _all_gates(kind: nn.Module, parameters: dict[str, Tensor], state: Tensor, logits: Tensor) -> Tensor:
     """Leave logits `[B, E - 1]` of all gates in one go, from states `[B, E - 1, H]` and logits `[B, E - 1, C]`."""
-    return vmap(lambda own, *seen: functional_call(kind, own, seen), in_dims=(0, 1, 1), out_dims=1)(parameters, state, logits)
+    return vmap(lambda own, *seen: functional_call(kind, own, seen), in_dims=(0, 1, 1), out_dims=1)(
+        parameters, state, logits
+    )
 
 
 def _write_back(modules: list[nn.Module], parameters: dict[str, Tensor]) -> None:
