@@ -159,7 +159,8 @@ def page(results: dict) -> str:
         lines += [
             f"## {run['run']}", "",
             f"{rows['train']:,} training rows, {rows['held-back']:,} held-back rows teach, {rows['report']:,} reported. "
-            f"Full model {run['full_accuracy']:.4f}; oracle {oracle['accuracy']:.4f} at {oracle['mean_layers']:.2f} layers.", "",
+            f"Full model {run['full_accuracy']:.4f}; oracle {oracle['accuracy']:.4f} at {oracle['mean_layers']:.2f} layers.",
+            "",
             "| |" + "".join(f" alpha {alpha} |" for alpha in ALPHAS) + " 3 to 9 layers |",
             "|---|" + "---|" * (len(ALPHAS) + 1),
         ]  # fmt: skip
