@@ -1,6 +1,8 @@
 """Train exits and gates by reward (ConsistentEE): all exits, hardness, gates, and the exits where rows leave.
 
 A run that was stopped goes on with `--resume_from_checkpoint true`.
+
+    hf-earlyexit consistentee --model bert-base-uncased --dataset reviews --output_dir bert-with-gates --alpha 0.05
 """
 
 from __future__ import annotations
