@@ -41,6 +41,8 @@ _HOMES = {
     "StaticPolicy": "policies.static",
     "check_exit_policy": "policies.laws",
     "pipeline": "pipelines",
+    "save": "hub.save",
+    "push_to_hub": "hub.push",
     "predict": "inference.predict",
     "explain": "inference.explain",
     "write_report": "reports.write",

@@ -12,7 +12,20 @@ from .modeling.classifier import EarlyExitClassifier
 
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
-    """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`."""
+    """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
+
+    Takes `operating_point`, when it is made and when it is called: the name of the policy to use.
+    """
+
+    def _sanitize_parameters(self, operating_point: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if operating_point is not None:
+            self.model.policy_at(operating_point)  # refuse an unknown name now
+            forward["operating_point"] = operating_point
+        return preprocess, forward, postprocess
+
+    def _forward(self, model_inputs: Any, operating_point: str | None = None) -> Any:
+        return self.model(**model_inputs, operating_point=operating_point)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
         answer = super().postprocess(model_outputs, **kwargs)
@@ -27,7 +40,7 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     Args:
         task: "text-classification".
         model: a model with exits, or the folder or Hub id of one.
-        kwargs: as in `transformers.pipeline`.
+        kwargs: as in `transformers.pipeline`, and `operating_point`, the name of the policy to use.
 
     Returns:
         A pipeline; call it with a text or a list of texts.

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import UnknownNameError
 
 T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: Any, known: Iterable[str]) -> UnknownNameError:
+    """The error for a name that is not among the known ones, with the nearest of them and the whole list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownNameError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.", field=kind, value=name)
 
 
 class Registry(Generic[T]):
@@ -54,10 +62,7 @@ class Registry(Generic[T]):
         self._load_entry_points()
         if isinstance(name, str) and name in self._items:
             return self._items[name]
-        near = difflib.get_close_matches(str(name), self._items, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(sorted(self._items))
-        raise UnknownNameError(f"Unknown {self.kind} {name!r}.{hint} Known: {known}.", field=self.kind, value=name)
+        raise unknown_name(self.kind, name, self._items)
 
     def _load_entry_points(self) -> None:
         group, self._group = self._group, None

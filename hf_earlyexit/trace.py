@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CheckpointError, DataError
+from .files import write_file
 from .policies.base import ExitSignal
 from .problems import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 
@@ -153,7 +154,7 @@ class ExitTrace:
         if self.gates is not None:
             tensors["gates"] = self.gates.contiguous()
         plain = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor) and name != "gates"}
-        save_file(tensors, path, metadata={"format": FORMAT, "trace": json.dumps(plain)})
+        write_file(path, save(tensors, metadata={"format": FORMAT, "trace": json.dumps(plain)}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ExitTrace:

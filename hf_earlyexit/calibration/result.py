@@ -6,10 +6,10 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import read_json, write_file
 from ..policies.base import ExitPolicy
 from .replay import ExitReport
 
@@ -76,14 +76,14 @@ class CalibrationResult:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_file(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CalibrationResult:
         """Read what `save` wrote."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+            return cls.from_dict(read_json(path))
+        except (OSError, KeyError, TypeError, AttributeError, CheckpointError) as error:
             raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
 
     def __str__(self) -> str:

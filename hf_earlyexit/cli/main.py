@@ -22,6 +22,7 @@ for _name, _help in (
     ("report", "compare all policies on held-back rows in one HTML file"),
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("push", "push a model with its tokenizer, calibration and card to the Hub"),
 ):
     COMMANDS.register(_name)(_help)
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _overview() -> str:
     lines = [f"  {name:12s} {COMMANDS.get(name)}" for name in COMMANDS.names()]
     return "\n".join(
-        ["usage: hf-earlyexit COMMAND [--config recipe.yaml] [--flag value ...]", "", *lines, "",
+        ["usage: hf-earlyexit COMMAND [MODEL] [--config recipe.yaml] [--flag value ...]", "", *lines, "",
          "hf-earlyexit COMMAND --help tells every flag."]
     )  # fmt: skip
 

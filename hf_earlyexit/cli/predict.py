@@ -30,6 +30,7 @@ class PredictArguments:
     split: str = field(default="test", metadata={"help": "split of the data set"})
     output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
     early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     max_batch_tokens: int = field(default=2048, metadata={"help": "padded tokens in a batch"})
 
 
@@ -47,6 +48,7 @@ def run(args: PredictArguments) -> None:
         tokenizer=tokenizer,
         max_batch_tokens=args.max_batch_tokens,
         early_exit=args.early_exit,
+        operating_point=args.operating_point,
         progress=args.output != "-",
     )
     single = model.config.resolved_problem_type == SINGLE_LABEL

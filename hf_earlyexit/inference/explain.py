@@ -28,18 +28,22 @@ class Explanation:
         return "\n".join(head + [_line(view) for view in self.exits])
 
 
-def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any) -> Explanation:
+def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operating_point: str | None = None) -> Explanation:
     """Show what every exit says of a text, and why it leaves where it does. All layers are run for it.
 
     Args:
         model: a model with a policy.
         text: a text, or a pair of texts.
         tokenizer: the model's.
+        operating_point: name of the policy to explain; `exit_policy` by default.
 
     Raises:
-        UsageError: if the model has no policy.
+        UsageError: if there is no policy: none is set, or "exact" is asked for.
+        UnknownNameError: for an unknown operating point.
     """
-    policy = model.exit_policy
+    policy = model.policy_at(operating_point)
+    if operating_point is not None and policy is None:
+        raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
     if policy is None:
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
     batch = pad_batch(encode_rows([text], tokenizer), tokenizer.pad_token_id or 0)

@@ -30,6 +30,7 @@ def predict(
     max_batch_tokens: int = 2048,
     max_length: int | None = None,
     early_exit: bool | None = None,
+    operating_point: str | None = None,
     progress: bool = False,
 ) -> Predictions:
     """Classify many rows; batches hold rows of similar length, and rows leave them as they are decided.
@@ -40,7 +41,7 @@ def predict(
         tokenizer: needed for texts.
         max_batch_tokens: padded tokens in a batch.
         max_length: cut longer texts; the tokenizer's own limit by default.
-        early_exit: as in `forward`.
+        early_exit, operating_point: as in `forward`.
         progress: show a bar.
 
     Returns:
@@ -55,7 +56,7 @@ def predict(
     batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
     with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
         for indices, batch in batches:
-            output = model(**batch.to(model.device), early_exit=early_exit)
+            output = model(**batch.to(model.device), early_exit=early_exit, operating_point=operating_point)
             result.logits[indices] = output.logits.float().cpu()
             result.exit_layer[indices] = output.exit_layer.cpu()
             if output.exit_score is not None:

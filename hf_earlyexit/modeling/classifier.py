@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..backbones.base import Backbone, Context
-from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, DataError, UsageError
+from ..files import replaced_folder
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy, ExitSignal
 from ..problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
-from .fingerprint import heads_fingerprint
 from .gates import GATES
 from .heads import HEADS
+from .loading import check_tensors
+from .operating import OperatingPoints
 from .outputs import EarlyExitClassifierOutput
-
-NEW_PARTS = ("exit_heads.", "exit_gates.")
-
-logger = logging.get_logger(__name__)
+from .shim import LoadedByShim
 
 
-class EarlyExitClassifier:
+class EarlyExitClassifier(OperatingPoints, LoadedByShim):
     """Put before a stock sequence classifier, adds exits to it.
 
     The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `backbone` and
@@ -56,44 +56,6 @@ class EarlyExitClassifier:
     def classify(self, hidden: Tensor) -> Tensor:
         """The stock model's logits `[B, C]` from the hidden states of its last layer `[B, T, H]`."""
         raise NotImplementedError
-
-    # --- policy ---------------------------------------------------------------------------------------------------
-
-    @property
-    def exit_policy(self) -> ExitPolicy | None:
-        """The policy that decides when rows leave, or `None`; it lives in `config.exit_policy`."""
-        values = self.config.exit_policy
-        return None if values is None else ExitPolicy.from_dict(values)
-
-    def set_exit_policy(self, policy: ExitPolicy | CalibrationResult | None) -> None:
-        """Serve with this policy from now on; `None` runs the model in full.
-
-        Args:
-            policy: a policy, or a calibration result, whose heads must then be this model's.
-
-        Raises:
-            EarlyExitConfigError: for a policy made for other exits or another problem type.
-            CheckpointError: for a calibration of other exit heads.
-        """
-        if isinstance(policy, CalibrationResult):
-            own = heads_fingerprint(self)
-            if policy.fingerprint and policy.fingerprint != own:
-                raise CheckpointError(
-                    f"The thresholds were chosen on exit heads {policy.fingerprint}; this model has {own}. "
-                    "Collect a trace of this model and calibrate again.",
-                    field="fingerprint",
-                    value=policy.fingerprint,
-                )
-            policy = policy.policy
-        if policy is not None:
-            if not isinstance(policy, ExitPolicy):
-                raise UsageError(
-                    f"policy is {policy!r}; expected an ExitPolicy or what `calibrate` returned.",
-                    field="policy",
-                    value=policy,
-                )
-            self.config.check_policy(policy)
-        self.config.exit_policy = None if policy is None else policy.to_dict()
 
     # --- walking --------------------------------------------------------------------------------------------------
 
@@ -131,6 +93,7 @@ class EarlyExitClassifier:
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         early_exit: bool | None = None,
+        operating_point: str | None = None,
         **kwargs: Any,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch; with a policy, each row leaves at the layer where it is decided.
@@ -143,15 +106,17 @@ class EarlyExitClassifier:
                 exits weighted by depth.
             early_exit: `None` exits early if a policy is set and the model is not training; `False` runs every exit;
                 `True` insists on early exit.
+            operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model.
             kwargs: passed to the layers; `output_hidden_states`, `output_attentions` and `return_dict` as usual.
 
         Raises:
             UsageError: for early exit without a policy, in training, or with hidden states asked for.
+            UnknownNameError: for an unknown operating point.
             DataError: for inputs longer than the model takes.
         """
         from ..inference.engine import run_all, run_early
 
-        policy = self._choose_policy(early_exit, kwargs)
+        policy = self._choose_policy(early_exit, operating_point, kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -181,30 +146,67 @@ class EarlyExitClassifier:
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         return output
 
-    def _choose_policy(self, early_exit: bool | None, kwargs: dict[str, Any]) -> ExitPolicy | None:
-        if early_exit is False or (early_exit is None and (self.training or self.config.exit_policy is None)):
+    def _choose_policy(
+        self, early_exit: bool | None, operating_point: str | None, kwargs: dict[str, Any]
+    ) -> ExitPolicy | None:
+        policy = self.policy_at(operating_point)
+        if operating_point is not None:
+            if early_exit is not None and early_exit != (policy is not None):
+                raise UsageError(
+                    f"early_exit={early_exit} contradicts operating_point={operating_point!r}; give one of the two.",
+                    field="operating_point",
+                    value=operating_point,
+                )
+            early_exit = policy is not None
+        if early_exit is False or (early_exit is None and (self.training or policy is None)):
             return None
-        if self.config.exit_policy is None:
+        if policy is None:
             raise UsageError(
                 "early_exit=True, but no policy is set; calibrate first and call `model.set_exit_policy(result.policy)`.",
                 field="early_exit",
             )
         if self.training:
-            raise UsageError("early_exit=True in training mode; training needs every exit. Call model.eval() first.")
+            raise UsageError("Early exit asked for in training mode, which needs every exit. Call model.eval() first.")
         for flag in ("output_hidden_states", "output_attentions"):
             if kwargs.get(flag, getattr(self.config, flag, False)):
                 raise UsageError(
                     f"{flag} with early exit would give tensors of a different batch at every layer; pass early_exit=False.",
                     field=flag,
                 )
-        return self.exit_policy
+        return policy
 
     # --- saving and loading ---------------------------------------------------------------------------------------
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder also says that it holds exits, and in which format."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers, but the folder is replaced whole or not at all.
+
+        After an error it is as it was. A policy whose heads have been trained since it was calibrated is left out. With
+        `distributed_checkpoint` every process writes its own part, straight into the folder.
+
+        Args:
+            save_directory, is_main_process, state_dict, push_to_hub, kwargs: as in transformers.
+
+        Raises:
+            CheckpointError: if the folder cannot be written.
+        """
         self.config.early_exit_version = FORMAT_VERSION
-        super().save_pretrained(*args, **kwargs)
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        drop_outdated(self, state_dict)
+        with replaced_folder(save_directory, needs=self.get_memory_footprint()) as new:
+            super().save_pretrained(new, state_dict=state_dict and dict(state_dict), **kwargs)  # it empties what it is given
+        if push_to_hub:
+            with TemporaryDirectory() as copy:  # the client uploads whatever it finds changed in a folder
+                named = {"repo_id": Path(save_directory).name, **kwargs}
+                super().save_pretrained(copy, state_dict=state_dict, push_to_hub=True, **named)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -214,12 +216,15 @@ class EarlyExitClassifier:
             pretrained_model_name_or_path: folder or Hub id.
             args, kwargs: as in transformers, and `init_missing_exits=True` to accept a checkpoint with exits whose
                 exits differ from the config's: missing ones are initialised, others dropped. For training only.
+                `ignore_certificate=True` leaves out policies that were calibrated on other exit heads.
 
         Raises:
-            CheckpointError: if tensors are missing, of another shape, not finite, or the file is damaged.
+            CheckpointError: if tensors are missing, of another shape, not finite, not those that the thresholds were chosen
+                on, or the file is damaged.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         init_missing = kwargs.pop("init_missing_exits", False)
+        ignore_certificate = kwargs.pop("ignore_certificate", False)
         any_size = kwargs.pop("ignore_mismatched_sizes", False)
         path = pretrained_model_name_or_path
         try:
@@ -231,7 +236,8 @@ class EarlyExitClassifier:
                 f"The weights in {path} cannot be read ({error}); the file is cut short or damaged. Download it again.",
                 path=path,
             ) from error
-        _check_loaded(model, info, path, init_missing, any_size)
+        check_tensors(model, info, path, init_missing, any_size)
+        check_certificates(model, path, drop_uncertified=ignore_certificate or init_missing)
         return (model, info) if wants_info else model
 
 
@@ -253,37 +259,3 @@ def label_problem_type(config: Any, labels: Tensor) -> str:
             )
         return REGRESSION
     return SINGLE_LABEL if whole else MULTI_LABEL
-
-
-def _check_loaded(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    mismatched = sorted(info["mismatched_keys"])
-    if mismatched and not any_size:
-        name, found, expected = mismatched[0]
-        raise CheckpointError(
-            f"{len(mismatched)} tensors in {path} have another shape than the config asks for; first {name}: found "
-            f"{list(found)}, expected {list(expected)}. Check num_labels and exit_head, or pass "
-            "ignore_mismatched_sizes=True to start those afresh.",
-            field=name,
-            path=path,
-        )
-    stray = [name for name in unexpected if name.startswith(NEW_PARTS) and not init_missing]
-    lost = [name for name in missing if not (init_missing and name.startswith(NEW_PARTS))]
-    if model.config.early_exit_version is not None and (lost or stray):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (("missing", lost), ("surplus", stray)) if names)
-        raise CheckpointError(
-            f"{path} says it holds a model with exits, but its tensors do not fit the config ({listed}). Restore the "
-            "folder, or pass init_missing_exits=True to train those exits anew.",
-            field=(lost or stray)[0],
-            path=path,
-        )
-    for name, tensor in model.named_parameters():
-        small = name.startswith((*NEW_PARTS, "classifier.")) and not tensor.is_meta
-        if small and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {path} holds values that are not finite.", field=name, path=path)
-    if any(name.startswith("exit_heads.") for name in missing):
-        logger.warning_once(
-            "The exits are new and know nothing yet: train them (EarlyExitTrainer), then calibrate, before exiting early."
-        )
-    elif any(name.startswith("exit_gates.") for name in missing):
-        logger.warning_once("The gates are new and know nothing yet: train them (ConsistentTrainer) before they decide.")

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: it would turn the type checks of strict configs off without a word.
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -10,19 +11,23 @@ from transformers import BertConfig
 from transformers.utils import logging
 
 from ..errors import EarlyExitConfigError
+from ..files import read_json
 from ..policies import ExitPolicy
 from ..problems import REGRESSION, SINGLE_LABEL
+from .certificate import is_certificate
 from .gates import GATES
 from .heads import HEADS
+from .shim import LoadedByShim, auto_map, write_shim
 
 FORMAT_VERSION = "1.0"
 MOST_LAYERS = 1024
+EXACT = "exact"
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
-class EarlyExitConfig:
+class EarlyExitConfig(LoadedByShim):
     """Fields that every early-exit config adds to its stock config.
 
     Args:
@@ -30,6 +35,9 @@ class EarlyExitConfig:
         exit_head: kind of the exits before the last: "linear-mean", "linear", "pooler" or "linear-cls".
         exit_gate: kind of the gates that learn when to leave: "mlp" or "mlp+logits"; `None` for none.
         exit_policy: `policy.to_dict()`; `None` for a model that always runs in full.
+        exit_certificate: which heads, dtype and rows the policy's thresholds were chosen on; `None` if that is not known.
+        exit_operating_points: policies to choose from at call time, by name; "exact" is the full model and always there.
+        exit_point_certificates: certificates of those, by name.
         exit_cost: cost of leaving at each exit in layers, ascending; `None` for the layers' numbers.
         early_exit_version: format of the saved folder; `None` until a model with exits has been saved.
 
@@ -42,10 +50,14 @@ class EarlyExitConfig:
     exit_head: str = "linear-mean"
     exit_gate: str | None = None
     exit_policy: dict | None = None
+    exit_certificate: dict | None = None
+    exit_operating_points: dict[str, dict] | None = None
+    exit_point_certificates: dict[str, dict] | None = None
     exit_cost: list[float | int] | None = None
     early_exit_version: str | None = None
 
     stock_model_type: ClassVar[str]
+    door: ClassVar[str]  # name of the model class
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -60,6 +72,18 @@ class EarlyExitConfig:
         if values.get("model_type") == cls.stock_model_type:
             values = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
         return values, rest
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return cls._decode_special_floats(read_json(json_file))  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; beside a model's config goes the file that lets it load where this package is not imported."""
+        if self.architectures == [self.door]:
+            self.auto_map = auto_map(type(self).__name__, self.door)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_shim(Path(save_directory), type(self).__name__, self.door)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @property
     def resolved_problem_type(self) -> str:
@@ -88,6 +112,18 @@ class EarlyExitConfig:
         self._check_version()
         if self.exit_policy is not None:
             self.check_policy(ExitPolicy.from_dict(self.exit_policy))
+        for name, policy in (self.exit_operating_points or {}).items():
+            self.check_operating_point(name, ExitPolicy.from_dict(policy))
+        certificates = {"exit_certificate": self.exit_certificate, **(self.exit_point_certificates or {})}
+        for name, certificate in certificates.items():
+            if certificate is not None and not is_certificate(certificate):
+                raise _wrong(name, certificate, "a certificate as set_exit_policy writes it, or null")
+
+    def check_operating_point(self, name: str, policy: ExitPolicy) -> None:
+        """Refuse a name that cannot be used, and what `check_policy` refuses."""
+        if not name or name == EXACT:
+            raise _wrong("exit_operating_points", name, f"names that are not empty and not {EXACT!r}, the full model")
+        self.check_policy(policy)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Refuse a policy made for other exits or another problem type, or one that reads gates the model lacks."""
@@ -132,6 +168,7 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
 
     model_type = "early_exit_bert"
     stock_model_type = "bert"
+    door = "EarlyExitBertForSequenceClassification"
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_logits",

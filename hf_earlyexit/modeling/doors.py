@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoConfig, BertForSequenceClassification
 
 from ..backbones import BertBackbone
 from .classifier import EarlyExitClassifier
 from .configuration import EarlyExitBertConfig
+from .shim import AUTO_MODELS
 
 
 class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenceClassification):
@@ -35,5 +37,5 @@ def register_auto_classes() -> None:
     """Make the Auto classes know the doors; harmless when repeated."""
     config, model = EarlyExitBertConfig, EarlyExitBertForSequenceClassification
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto in (AutoModel, AutoModelForSequenceClassification):
-        auto.register(config, model, exist_ok=True)
+    for name in AUTO_MODELS:
+        getattr(transformers, name).register(config, model, exist_ok=True)

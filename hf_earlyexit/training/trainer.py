@@ -20,6 +20,7 @@ from .checkpoints import newest_complete_checkpoint
 from .checks import check_data_set
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
+from .pushing import CarryShim
 
 
 class EarlyExitTrainer(Trainer):
@@ -52,6 +53,7 @@ class EarlyExitTrainer(Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
+        self.add_callback(CarryShim)
         config = self.model.config
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:

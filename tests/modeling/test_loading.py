@@ -183,7 +183,6 @@ def test_thresholds_are_exact_when_loaded_in_bfloat16(saved):
 
 def test_saving_marks_the_folder_with_the_format(saved):
     assert json.loads((saved / "config.json").read_text())["early_exit_version"] == "1.0"
-    assert "auto_map" not in json.loads((saved / "config.json").read_text())
 
 
 def test_a_newer_minor_format_loads_with_a_warning(saved, caplog):

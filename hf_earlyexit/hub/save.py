@@ -1,0 +1,112 @@
+"""One folder that holds all it takes to use and to judge a model: weights, tokenizer, calibration, card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..calibration.result import CalibrationResult
+from ..errors import CheckpointError, UsageError
+from ..files import inside, read_json, replaced_folder
+from ..modeling.fingerprint import heads_fingerprint
+
+CALIBRATION_FILE = "calibration.json"
+SEVERAL = "hf_earlyexit.calibrations/1"
+ONLY = "default"
+
+Calibrations = CalibrationResult | Mapping[str, CalibrationResult] | None
+
+
+def save(
+    model: Any,
+    folder: str | PathLike[str],
+    *,
+    tokenizer: Any = None,
+    calibration: Calibrations = None,
+    card: bool | Mapping[str, Any] = True,
+    repo_id: str | None = None,
+) -> None:
+    """Save model, tokenizer, calibration and card; the folder is replaced whole or not at all.
+
+    Args:
+        model: a model with exits.
+        folder: made if it is not there; files in it that are not written again stay.
+        tokenizer: the model's; without it pipelines cannot load the folder.
+        calibration: how the model's thresholds were chosen: a result, or several by operating point.
+        card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license` and `evaluations`.
+        repo_id: where the folder will be pushed to, for the card.
+
+    Raises:
+        UsageError: for a calibration whose policy the model does not use.
+        CheckpointError: for a calibration of other exit heads, or a folder that cannot be written.
+    """
+    results = {} if calibration is None else _by_name(calibration)
+    _check(model, results)
+    with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if isinstance(calibration, CalibrationResult):
+            calibration.save(new / CALIBRATION_FILE)
+        elif results:
+            values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
+            text = json.dumps(values, indent=1, allow_nan=False)
+            (new / CALIBRATION_FILE).write_text(text + "\n", encoding="utf-8")
+        if card is not False:
+            _write_card(new, model, results, repo_id, {} if card is True else dict(card))
+
+
+def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
+    """The calibration that `save` put into a folder: a result, several by operating point, or `None`.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = Path(folder) / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    if values.get("format") != SEVERAL:
+        return CalibrationResult.load(path)
+    try:
+        return {name: CalibrationResult.from_dict(result) for name, result in values["results"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
+
+
+def _by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:
+    return {ONLY: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
+
+
+def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
+    points = [None, *model.operating_points]
+    served = [policy.to_dict() for policy in map(model.policy_at, points) if policy is not None]
+    own = heads_fingerprint(model)
+    for name, result in results.items():
+        if result.policy.to_dict() not in served:
+            raise UsageError(
+                f"The model does not use the policy of the calibration {name!r}; call model.set_exit_policy(result) or "
+                "model.set_operating_points({...}) first.",
+                field="calibration",
+                value=name,
+            )
+        if result.fingerprint not in ("", own):
+            raise CheckpointError(
+                f"The calibration {name!r} is of exit heads {result.fingerprint}; the model has {own}. Calibrate again.",
+                field="calibration",
+                value=result.fingerprint,
+            )
+
+
+def _write_card(
+    folder: Path, model: Any, results: dict[str, CalibrationResult], repo_id: str | None, fields: dict[str, Any]
+) -> None:
+    from .model_card import model_card_files  # brings plots with it, which saving alone does not need
+
+    for name, data in model_card_files(model, results, repo_id=repo_id, **fields).items():
+        place = inside(folder, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)

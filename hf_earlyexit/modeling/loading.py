@@ -1,0 +1,59 @@
+"""What is refused when a model with exits is loaded: tensors that are missing, of another shape, or not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..errors import CheckpointError
+from .fingerprint import HEAD_PREFIXES, NEW_PARTS
+
+logger = logging.get_logger(__name__)
+
+
+def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
+    """Refuse a model whose tensors do not fit its config.
+
+    Args:
+        model: just loaded.
+        info: transformers' loading info.
+        path: where it came from.
+        init_missing: accept exits that are missing or surplus.
+        any_size: accept tensors of another shape.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched and not any_size:
+        name, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"{len(mismatched)} tensors in {path} have another shape than the config asks for; first {name}: found "
+            f"{list(found)}, expected {list(expected)}. Check num_labels and exit_head, or pass "
+            "ignore_mismatched_sizes=True to start those afresh.",
+            field=name,
+            path=path,
+        )
+    stray = [name for name in unexpected if name.startswith(NEW_PARTS) and not init_missing]
+    lost = [name for name in missing if not (init_missing and name.startswith(NEW_PARTS))]
+    if model.config.early_exit_version is not None and (lost or stray):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (("missing", lost), ("surplus", stray)) if names)
+        raise CheckpointError(
+            f"{path} says it holds a model with exits, but its tensors do not fit the config ({listed}). Restore the "
+            "folder, or pass init_missing_exits=True to train those exits anew.",
+            field=(lost or stray)[0],
+            path=path,
+        )
+    for name, tensor in model.named_parameters():
+        small = name.startswith(HEAD_PREFIXES) and not tensor.is_meta
+        if small and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{name} in {path} holds values that are not finite.", field=name, path=path)
+    if any(name.startswith("exit_heads.") for name in missing):
+        logger.warning_once(
+            "The exits are new and know nothing yet: train them (EarlyExitTrainer), then calibrate, before exiting early."
+        )
+    elif any(name.startswith("exit_gates.") for name in missing):
+        logger.warning_once("The gates are new and know nothing yet: train them (ConsistentTrainer) before they decide.")

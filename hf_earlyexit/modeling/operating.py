@@ -1,0 +1,92 @@
+"""When rows leave: a default policy, and others to choose from by name at call time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..calibration.result import CalibrationResult
+from ..errors import UsageError
+from ..policies import ExitPolicy
+from ..registry import unknown_name
+from .certificate import certify
+from .configuration import EXACT
+
+
+class OperatingPoints:
+    """Part of every model with exits; all of it lives in the config."""
+
+    config: Any
+
+    @property
+    def exit_policy(self) -> ExitPolicy | None:
+        """The policy that decides when rows leave, or `None`; it lives in `config.exit_policy`."""
+        values = self.config.exit_policy
+        return None if values is None else ExitPolicy.from_dict(values)
+
+    def set_exit_policy(self, policy: ExitPolicy | CalibrationResult | None) -> None:
+        """Serve with this policy from now on; `None` runs the model in full.
+
+        Args:
+            policy: a calibration result, whose heads must be this model's: they are checked again at every load. Or a bare
+                policy, for which nothing vouches.
+
+        Raises:
+            EarlyExitConfigError: for a policy made for other exits or another problem type.
+            CheckpointError: for a calibration of other exit heads.
+        """
+        values, certificate = (None, None) if policy is None else self._accept(policy)
+        self.config.exit_policy, self.config.exit_certificate = values, certificate
+
+    def set_operating_points(
+        self, points: Mapping[str, ExitPolicy | CalibrationResult] | None, default: str | None = None
+    ) -> None:
+        """Keep several policies, to be chosen by name at call time; "exact", the full model, is always among them.
+
+        Args:
+            points: calibration results or policies by name; they take the place of all former points.
+            default: the point that becomes `exit_policy`; `None` leaves that as it is.
+
+        Raises:
+            UnknownNameError: for a default that is none of the points.
+            EarlyExitConfigError, CheckpointError: as in `set_exit_policy`, or for the name "exact".
+        """
+        points = dict(points or {})
+        if default is not None and default not in (EXACT, *points):
+            raise unknown_name("operating point", default, (EXACT, *points))
+        accepted = {name: self._accept(source, name) for name, source in points.items()}
+        certificates = {name: certificate for name, (_, certificate) in accepted.items() if certificate is not None}
+        self.config.exit_operating_points = {name: values for name, (values, _) in accepted.items()} or None
+        self.config.exit_point_certificates = certificates or None
+        if default is not None:
+            self.config.exit_policy, self.config.exit_certificate = accepted.get(default, (None, None))
+
+    @property
+    def operating_points(self) -> tuple[str, ...]:
+        """Names that `operating_point` may take."""
+        return (EXACT, *(self.config.exit_operating_points or {}))
+
+    def policy_at(self, operating_point: str | None) -> ExitPolicy | None:
+        """The policy of an operating point, `None` for "exact"; without a name, `exit_policy`.
+
+        Raises:
+            UnknownNameError: with the nearest name and the whole list.
+        """
+        if operating_point is None:
+            return self.exit_policy
+        if operating_point not in self.operating_points:
+            raise unknown_name("operating point", operating_point, self.operating_points)
+        return None if operating_point == EXACT else ExitPolicy.from_dict(self.config.exit_operating_points[operating_point])
+
+    def _accept(self, source: ExitPolicy | CalibrationResult, name: str | None = None) -> tuple[dict, dict | None]:
+        """A policy as the config holds it, and its certificate."""
+        policy = source.policy if isinstance(source, CalibrationResult) else source
+        if not isinstance(policy, ExitPolicy):
+            raise UsageError(
+                f"policy is {policy!r}; expected an ExitPolicy or what `calibrate` returned.", field="policy", value=policy
+            )
+        if name is None:
+            self.config.check_policy(policy)
+        else:
+            self.config.check_operating_point(name, policy)
+        return policy.to_dict(), certify(source, self) if isinstance(source, CalibrationResult) else None

@@ -1,0 +1,1 @@
+from hf_earlyexit import EarlyExitBertConfig, EarlyExitBertForSequenceClassification

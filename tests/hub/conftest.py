@@ -1,0 +1,47 @@
+"""Children that drive the real client against the Hub on the loopback interface."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELUDE = """
+import json, os
+from pathlib import Path
+import hf_earlyexit as ee
+from tests.hub.toy import *
+from transformers.utils import logging
+logging.disable_progress_bar()
+out = {}
+"""
+
+
+@pytest.fixture(scope="session")
+def run_child():
+    """`run_child(hub, folder, code, home="home", token=None)`: the child works in `folder`; its `out` comes back."""
+
+    def run(hub, folder, code, home="home", token=None):
+        script = f"{PRELUDE}\n{textwrap.dedent(code)}\nPath('out.json').write_text(json.dumps(out))"
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = hub.environment(folder / home, token) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        (folder / "out.json").unlink(missing_ok=True)
+        child = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert child.returncode == 0, child.stderr[-4000:]
+        return json.loads((folder / "out.json").read_text()) | {"stdout": child.stdout, "stderr": child.stderr}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
