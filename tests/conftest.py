@@ -52,8 +52,8 @@ def tiny_model(tiny_config):
         model = ee.EarlyExitBertForSequenceClassification(tiny_config(**fields)).eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if name.startswith(("exit_heads.", "classifier.")):
-                    weight.normal_(0, 1.0 if weight.ndim == 2 else 0.1)
+                if name.startswith(("exit_heads.", "exit_gates.", "classifier.")):
+                    weight.normal_(0, 0.1 if weight.ndim == 1 else 0.3 if "gate" in name else 1.0)
         return model
 
     return make

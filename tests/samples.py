@@ -14,7 +14,7 @@ from hf_earlyexit.trace import ExitTrace
 def learned_trace(
     rows: int = 400, exits: int = 4, classes: int = 3, seed: int = 0, problem_type: str = SINGLE_LABEL, **fields
 ) -> ExitTrace:
-    """Exits that know more the deeper they are."""
+    """Exits that know more the deeper they are, and gates that know a little of it."""
     generator = torch.Generator().manual_seed(seed)
     depth = torch.arange(1, exits + 1).view(1, exits, 1)
     noise = 2 * torch.rand(rows, 1, 1, generator=generator) * torch.randn(rows, exits, classes, generator=generator)
@@ -27,8 +27,8 @@ def learned_trace(
     else:
         labels = torch.randn(rows, classes, generator=generator)
         logits = labels[:, None] + noise / depth
-    layers = tuple(range(1, exits + 1))
-    return ExitTrace(logits=logits, labels=labels, exit_layers=layers, problem_type=problem_type, **fields)
+    fields = {"exit_layers": tuple(range(1, exits + 1)), "gates": 2 - noise.abs().amax(-1)[:, :-1], **fields}
+    return ExitTrace(logits=logits, labels=labels, problem_type=problem_type, **fields)
 
 
 def options_for(name, problem_type=SINGLE_LABEL, exits=4) -> dict:
@@ -57,7 +57,8 @@ class Exits:
         return self.logits.shape[1]
 
     def signal(self, exit_index: int) -> ExitSignal:
-        return ExitSignal(self.logits[:, exit_index])
+        logits = self.logits[:, exit_index]
+        return ExitSignal(logits, logits.abs().amax(-1) - 1)  # any gate will do
 
 
 def two_class_row(confidences, classes) -> Tensor:

@@ -45,3 +45,20 @@ def test_the_demo_tells_the_truth(tmp_path, tiny_config, tokenizer, random_texts
     assert float(told[2]) == pytest.approx(mean, abs=0.02)
     layers = [int(line.split()[1]) for line in done.stdout.splitlines() if re.match(r"layer \d", line)]
     assert layers == answers.exit_layer[:5].tolist()
+
+
+@pytest.mark.slow
+def test_learning_when_to_leave_runs_through_all_phases_and_is_taken_up_again(tmp_path, random_texts):
+    (tmp_path / "data").mkdir()
+    for seed, (split, count) in enumerate((("train", 200), ("validation", 100), ("test", 60))):
+        lines = [f"{text},{int(int(text.split()[0][1:]) > 50)}" for text in random_texts(count, seed=seed, longest=4)]
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    command = [sys.executable, EXAMPLES / "consistentee.py", "--dataset", tmp_path / "data", "--out", tmp_path / "out"]
+    first, again = (subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=140) for _ in range(2))
+    for done in (first, again):
+        assert done.returncode == 0, done.stderr[-2000:]
+    tables = [done.stdout[done.stdout.index("\nphase") :] for done in (first, again)]
+    assert tables[0] == tables[1]  # nothing was trained anew
+    assert all(f"\n{name}" in tables[0] for name in ("01-exits", "02-hardness", "03-gates", "04-chosen", "one half"))
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.exit_policy == ee.GatePolicy.half(4, exit_layers=model.exit_policy.exit_layers)

@@ -15,6 +15,7 @@ from .parsing import parse_arguments
 COMMANDS: Registry[str] = Registry("command")
 for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
+    ("consistentee", "train exits and gates by reward, in phases, and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
     ("evaluate", "quality, layers and measured time on a labelled data set"),
     ("explain", "tell why a text leaves where it does"),
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10s} {COMMANDS.get(name)}" for name in COMMANDS.names()]
+    lines = [f"  {name:12s} {COMMANDS.get(name)}" for name in COMMANDS.names()]
     return "\n".join(
         ["usage: hf-earlyexit COMMAND [MODEL] [--config recipe.yaml] [--flag value ...]", "", *lines, "",
          "hf-earlyexit COMMAND --help tells every flag."]

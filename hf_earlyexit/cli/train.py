@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 from transformers import AutoTokenizer, set_seed
 
 from ..inference.collect import collect_trace
 from ..modeling.doors import EarlyExitBertForSequenceClassification
 from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
-from ..training.data import encode, hold_back, label_names, load_splits, require_split
+from ..training.data import encode, hold_back, label_names, load_splits, require_split, with_ids
 
 TRACE_FILE = "held-back.safetensors"
 
@@ -39,22 +41,7 @@ ARGUMENTS = (TrainArguments, EarlyExitTrainingArguments)
 
 def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> None:
     """Train, save, trace."""
-    splits = load_splits(args.dataset)
-    train = require_split(splits, args.train_split, args.dataset)
-    if args.held_back.replace(".", "", 1).isdigit():
-        train, held = hold_back(train, float(args.held_back), training.seed)
-    else:
-        held = require_split(splits, args.held_back, args.dataset)
-    names = label_names(train)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    set_seed(training.seed)
-    labels = {"num_labels": 1} if names is None else {
-        "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}
-    }  # fmt: skip
-    model = EarlyExitBertForSequenceClassification.from_pretrained(
-        args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels
-    )
-    train, held = (encode(rows, tokenizer, args.max_length) for rows in (train, held))
+    model, tokenizer, train, held = prepare(args, training.seed)
     trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
@@ -63,3 +50,35 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> None:
     for name in sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2])):
         print(f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}")
     print(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}")
+
+
+def prepare(
+    args: TrainArguments, seed: int, id_column: str | None = None, **fields: Any
+) -> tuple[Any, Any, datasets.Dataset, datasets.Dataset]:
+    """Model, tokenizer, encoded training rows and encoded held-back rows.
+
+    Args:
+        args: which.
+        seed: of the split and of what is new in the model.
+        id_column: kept, or made where it is absent.
+        fields: given to `from_pretrained`.
+    """
+    splits = load_splits(args.dataset)
+    train = require_split(splits, args.train_split, args.dataset)
+    if id_column is not None:
+        train = with_ids(train, id_column)
+    if args.held_back.replace(".", "", 1).isdigit():
+        train, held = hold_back(train, float(args.held_back), seed)
+    else:
+        held = require_split(splits, args.held_back, args.dataset)
+    names = label_names(train)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    set_seed(seed)
+    labels = {"num_labels": 1} if names is None else {
+        "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}
+    }  # fmt: skip
+    model = EarlyExitBertForSequenceClassification.from_pretrained(
+        args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels, **fields
+    )
+    keep = () if id_column is None else (id_column,)
+    return model, tokenizer, encode(train, tokenizer, args.max_length, keep), encode(held, tokenizer, args.max_length)

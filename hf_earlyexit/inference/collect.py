@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError
@@ -29,7 +30,7 @@ def collect_trace(
     max_length: int | None = None,
     progress: bool = True,
 ) -> ExitTrace:
-    """Run every exit on every row and keep the logits.
+    """Run every exit on every row and keep its logits, and its gate's where the model has gates.
 
     Args:
         model: a model with exits.
@@ -47,30 +48,44 @@ def collect_trace(
     Raises:
         DataError: for no rows, no labels, or labels out of range.
     """
+    encoded, truth = labelled_rows(rows, tokenizer, labels, max_length)
+    chunks, gate_chunks, order = [], [], []
+    for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
+        chunks.append(output.exit_logits.float().cpu())
+        gate_chunks += [] if output.exit_gates is None else [output.exit_gates.float().cpu()]
+        order += indices
+    back = torch.tensor(order).argsort()
+    gates = torch.cat(gate_chunks)[back] if gate_chunks else None
+    return make_trace(model, torch.cat(chunks)[back], truth, split, gates)
+
+
+def labelled_rows(
+    rows: Any, tokenizer: Any, labels: Sequence[Any] | None, max_length: int | None
+) -> tuple[list[dict[str, list[int]]], Tensor]:
+    """Token ids and labels of every row.
+
+    Raises:
+        DataError: for no rows, or another number of labels.
+        UsageError: for no labels at all.
+    """
     encoded = encode_rows(rows, tokenizer, max_length)
     labels = _labels_of(rows, labels)
     if not encoded or len(labels) != len(encoded):
         raise DataError(
             f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows"
         )
-    truth = torch.as_tensor(labels)
-    problem_type = label_problem_type(model.config, truth)
-    chunks, order = [], []
-    batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
-    with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
-        for indices, batch in batches:
-            output = model(**batch.to(model.device), early_exit=False)
-            chunks.append(output.exit_logits.float().cpu())
-            order += indices
-            bar.update(len(indices))
-    logits = torch.empty_like(torch.cat(chunks))
-    logits[torch.tensor(order)] = torch.cat(chunks)
+    return encoded, torch.as_tensor(labels)
+
+
+def make_trace(model: Any, logits: Tensor, labels: Tensor, split: str, gates: Tensor | None = None) -> ExitTrace:
+    """The trace of what a model said of labelled rows."""
     return ExitTrace(
-        logits=logits.clone(),
-        labels=truth,
+        logits=logits,
+        labels=labels,
         exit_layers=model.exit_layers,
-        problem_type=problem_type,
+        problem_type=label_problem_type(model.config, labels),
         split=split,
+        gates=gates,
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=heads_fingerprint(model),
         meta={
@@ -78,6 +93,17 @@ def collect_trace(
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         },
     )
+
+
+def full_pass(
+    model: Any, encoded: Sequence[dict[str, list[int]]], tokenizer: Any, max_batch_tokens: int, progress: bool
+) -> Iterator[tuple[list[int], Any]]:
+    """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output."""
+    batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
+    with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
+        for indices, batch in batches:
+            yield indices, model(**batch.to(model.device), early_exit=False)
+            bar.update(len(indices))
 
 
 def _labels_of(rows: Any, labels: Iterable[Any] | None) -> list[Any]:

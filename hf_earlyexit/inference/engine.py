@@ -20,8 +20,8 @@ class Walker(Protocol):
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context) -> ExitSignal:
-        """What exit `exit_index` (0-based) says of these hidden states."""
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says of these hidden states, its gate where asked for and there."""
 
 
 class Early(NamedTuple):
@@ -60,7 +60,8 @@ def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPoli
         index = exit_at.get(layer)
         if index is None or not policy.wants(index):
             continue
-        state, score, answer, leave = policy.step(state, walker.exit_signal(index, hidden, context), index)
+        signal = walker.exit_signal(index, hidden, context, policy.uses_gate)
+        state, score, answer, leave = policy.step(state, signal, index)
         decided = leave.tolist()  # the one wait for the device
         if not any(decided):
             continue
@@ -80,18 +81,20 @@ def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Te
     result.score[leaving] = score[leave]
 
 
-def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) -> Tensor:
-    """Run every layer and every exit.
+def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) -> tuple[Tensor, Tensor | None]:
+    """Run every layer, every exit and every gate.
 
     Returns:
-        Logits of all exits, `[B, E, C]`.
+        Logits of all exits `[B, E, C]`, and leave logits `[B, E - 1]` where the model has gates.
     """
     if not hidden.shape[0]:  # stock attention cannot reshape an empty batch
-        return hidden.new_zeros(0, len(walker.exit_layers), num_classes)
-    logits = []
+        return hidden.new_zeros(0, len(walker.exit_layers), num_classes), None
+    logits, gates = [], []
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     for layer in range(1, walker.exit_layers[-1] + 1):
         hidden = walker.run_layer(layer, hidden, context)
         if layer in exit_at:
-            logits.append(walker.exit_signal(exit_at[layer], hidden, context).logits)
-    return torch.stack(logits, 1)
+            signal = walker.exit_signal(exit_at[layer], hidden, context, True)
+            logits.append(signal.logits)
+            gates += [] if signal.gate is None else [signal.gate]
+    return torch.stack(logits, 1), torch.stack(gates, 1) if gates else None

@@ -48,8 +48,13 @@ def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operatin
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
     batch = pad_batch(encode_rows([text], tokenizer), tokenizer.pad_token_id or 0)
     with torch.inference_mode(), evaluation_mode(model):
-        logits = model(**batch.to(model.device), early_exit=False).exit_logits.float().cpu()
-    trace = ExitTrace(logits=logits, labels=torch.zeros(1, dtype=torch.long), exit_layers=model.exit_layers)
+        output = model(**batch.to(model.device), early_exit=False)
+    trace = ExitTrace(
+        logits=output.exit_logits.float().cpu(),
+        labels=torch.zeros(1, dtype=torch.long),
+        exit_layers=model.exit_layers,
+        gates=None if output.exit_gates is None else output.exit_gates.float().cpu(),
+    )
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])
     views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))

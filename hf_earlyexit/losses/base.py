@@ -101,6 +101,17 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp_min(1)
 
 
+def row_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Every exit's loss on every row, in float32: `[B, E, C]` to `[B, E]`; 0 where the label is -100."""
+    logits = exit_logits.float()
+    if problem_type == REGRESSION:
+        return (logits - labels.to(logits.dtype).reshape(len(labels), 1, -1)).square().mean(-1)
+    if problem_type == MULTI_LABEL:
+        truth = labels.to(logits.dtype)[:, None].expand_as(logits)
+        return functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(-1)
+    return functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
+
+
 def label_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """`task_loss` of every exit: `[B, E, C]` to `[E]`."""
     return torch.stack([task_loss(logits, labels, problem_type) for logits in exit_logits.unbind(1)])

@@ -20,6 +20,7 @@ from ..policies import ExitPolicy, ExitSignal
 from ..problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
+from .gates import GATES
 from .heads import HEADS
 from .loading import check_tensors
 from .operating import OperatingPoints
@@ -30,7 +31,8 @@ from .shim import LoadedByShim
 class EarlyExitClassifier(OperatingPoints, LoadedByShim):
     """Put before a stock sequence classifier, adds exits to it.
 
-    The last exit is the stock head; `exit_heads` hold only what is new. A door fills in `backbone` and `classify`.
+    The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `backbone` and
+    `classify`.
     """
 
     backbone: ClassVar[Backbone]
@@ -44,6 +46,11 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
         self.exit_heads = nn.ModuleDict(
             {str(layer): head(config.hidden_size, config.num_labels, dropout) for layer in config.exit_layers[:-1]}
         )
+        self.exit_gates = nn.ModuleDict()
+        if config.exit_gate is not None:
+            gate = GATES.get(config.exit_gate)
+            for layer in config.exit_layers[:-1]:
+                self.exit_gates[str(layer)] = gate(config.hidden_size, config.num_labels)
         self.post_init()
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -61,12 +68,16 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
         """Hidden states after layer `layer` (1-based)."""
         return self.backbone.step(self.backbone.layers(self.base_model)[layer - 1], hidden, context)
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context) -> ExitSignal:
-        """What exit `exit_index` (0-based) says of the hidden states after its layer."""
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says of the hidden states after its layer, its gate where there is one."""
         layer = self.config.exit_layers[exit_index]
         if layer == self.config.num_hidden_layers:
             return ExitSignal(self.classify(hidden))
-        return ExitSignal(self.exit_heads[str(layer)](hidden, context.tokens, self._stock_pool))
+        head = self.exit_heads[str(layer)]
+        state = head.pool(hidden, context.tokens, self._stock_pool)
+        logits = head(state)
+        with_gate = with_gate and str(layer) in self.exit_gates
+        return ExitSignal(logits, self.exit_gates[str(layer)](state, logits) if with_gate else None)
 
     def _stock_pool(self, hidden: Tensor) -> Tensor:
         return self.backbone.pool(self.base_model, hidden)
@@ -121,9 +132,11 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
                 logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
             )
         else:
-            exit_logits = run_all(self, hidden, context, self.num_labels)
+            exit_logits, gates = run_all(self, hidden, context, self.num_labels)
             depth = torch.full(hidden.shape[:1], self.config.num_hidden_layers, device=hidden.device)
-            output = EarlyExitClassifierOutput(logits=exit_logits[:, -1], exit_logits=exit_logits, exit_layer=depth)
+            output = EarlyExitClassifierOutput(
+                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
+            )
         if labels is not None:
             problem_type = label_problem_type(self.config, labels)
             if self.training:

@@ -15,6 +15,7 @@ from ..files import read_json
 from ..policies import ExitPolicy
 from ..problems import REGRESSION, SINGLE_LABEL
 from .certificate import is_certificate
+from .gates import GATES
 from .heads import HEADS
 from .shim import LoadedByShim, auto_map, write_shim
 
@@ -32,6 +33,7 @@ class EarlyExitConfig(LoadedByShim):
     Args:
         exit_layers: layers (1-based, ascending, the last one included) after which rows may leave; all by default.
         exit_head: kind of the exits before the last: "linear-mean", "linear", "pooler" or "linear-cls".
+        exit_gate: kind of the gates that learn when to leave: "mlp" or "mlp+logits"; `None` for none.
         exit_policy: `policy.to_dict()`; `None` for a model that always runs in full.
         exit_certificate: which heads, dtype and rows the policy's thresholds were chosen on; `None` if that is not known.
         exit_operating_points: policies to choose from at call time, by name; "exact" is the full model and always there.
@@ -46,6 +48,7 @@ class EarlyExitConfig(LoadedByShim):
 
     exit_layers: list[int] | None = None
     exit_head: str = "linear-mean"
+    exit_gate: str | None = None
     exit_policy: dict | None = None
     exit_certificate: dict | None = None
     exit_operating_points: dict[str, dict] | None = None
@@ -102,6 +105,8 @@ class EarlyExitConfig(LoadedByShim):
             if len(self.exit_cost) != len(layers) or not ascending or not inside:
                 raise _wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
         HEADS.get(self.exit_head)
+        if self.exit_gate is not None:
+            GATES.get(self.exit_gate)
         if len(self.label2id or {}) != self.num_labels:
             raise _wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
         self._check_version()
@@ -121,7 +126,10 @@ class EarlyExitConfig(LoadedByShim):
         self.check_policy(policy)
 
     def check_policy(self, policy: ExitPolicy) -> None:
-        """Refuse a policy made for other exits or another problem type."""
+        """Refuse a policy made for other exits or another problem type, or one that reads gates the model lacks."""
+        if policy.uses_gate and self.exit_gate is None:
+            kinds = " or ".join(GATES.names())
+            raise _wrong("exit_gate", None, f"a kind of gate, {kinds}: the {policy.name} policy reads them")
         if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
             raise _wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
         if policy.num_exits != len(self.exit_layers):
@@ -164,6 +172,7 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_logits",
+        "exit_gates",
         "exit_layer",
         "exit_score",
         "hidden_states",

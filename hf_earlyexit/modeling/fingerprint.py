@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEAD_PREFIXES = ("exit_heads.", "classifier.")
+NEW_PARTS = ("exit_heads.", "exit_gates.")
+HEAD_PREFIXES = (*NEW_PARTS, "classifier.")
 
 
 def heads_fingerprint(model: Any, dtype: torch.dtype = torch.float32) -> str:
-    """Sixteen hex digits of the exit heads' and the last head's values, the same in every float dtype that holds them.
+    """Sixteen hex digits of all heads' and gates' values, the same in every float dtype that holds them.
 
     Thresholds belong to the heads they were chosen on; equal fingerprints say that these are the same heads.
 

@@ -40,9 +40,9 @@ class ExitHead(ABC, nn.Module):
             `[B, H]`.
         """
 
-    def forward(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits `[B, C]`."""
-        return self.classifier(self.dropout(self.pool(hidden, tokens, stock_pool)))
+    def forward(self, state: Tensor) -> Tensor:
+        """Logits `[B, C]` from the pooled state `[B, H]`."""
+        return self.classifier(self.dropout(state))
 
 
 @HEADS.register("linear")

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from .fingerprint import HEAD_PREFIXES
+from .fingerprint import HEAD_PREFIXES, NEW_PARTS
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +37,8 @@ def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size
             field=name,
             path=path,
         )
-    stray = [name for name in unexpected if name.startswith("exit_heads.") and not init_missing]
-    lost = [name for name in missing if not (init_missing and name.startswith("exit_heads."))]
+    stray = [name for name in unexpected if name.startswith(NEW_PARTS) and not init_missing]
+    lost = [name for name in missing if not (init_missing and name.startswith(NEW_PARTS))]
     if model.config.early_exit_version is not None and (lost or stray):
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (("missing", lost), ("surplus", stray)) if names)
         raise CheckpointError(
@@ -55,3 +55,5 @@ def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size
         logger.warning_once(
             "The exits are new and know nothing yet: train them (EarlyExitTrainer), then calibrate, before exiting early."
         )
+    elif any(name.startswith("exit_gates.") for name in missing):
+        logger.warning_once("The gates are new and know nothing yet: train them (ConsistentTrainer) before they decide.")

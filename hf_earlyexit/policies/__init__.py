@@ -4,6 +4,7 @@ from .base import POLICIES, ExitPolicy, ExitSignal, ExitStep, Scan, register_pol
 from .beem import BeemAccuracyPolicy, BeemCostPolicy, BeemPolicy
 from .calibrated import CalibratedBeemPolicy
 from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
+from .gate import GatePolicy
 from .laws import check_exit_policy
 from .patience import PatiencePolicy
 from .static import StaticPolicy
@@ -19,6 +20,7 @@ __all__ = [
     "ExitPolicy",
     "ExitSignal",
     "ExitStep",
+    "GatePolicy",
     "MarginPolicy",
     "PatiencePolicy",
     "Scan",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +83,28 @@ def label_names(rows: datasets.Dataset) -> list[str] | None:
     return [f"LABEL_{index}" for index in range(count)]
 
 
-def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int) -> datasets.Dataset:
-    """Token ids and labels."""
+def with_ids(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Rows with an id each: the column itself, or where it is absent a digest of the row's content.
+
+    Equal rows are numbered; it does not matter in which order, since they are equal.
+    """
+    if column in rows.column_names:
+        return rows
+    counts: Counter[str] = Counter()
+    ids = []
+    for row in rows:
+        digest = hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+        counts[digest] += 1
+        ids.append(f"{digest}-{counts[digest]}")
+    return rows.add_column(column, ids)
+
+
+def encode(rows: datasets.Dataset, tokenizer: Any, max_length: int, keep: Sequence[str] = ()) -> datasets.Dataset:
+    """Token ids and labels, and the columns to keep."""
     columns = text_columns(rows.column_names)
     return rows.map(
         lambda batch: tokenizer(*(batch[name] for name in columns), truncation=True, max_length=max_length),
         batched=True,
-        remove_columns=[name for name in rows.column_names if name != "label"],
+        remove_columns=[name for name in rows.column_names if name not in ("label", *keep)],
         desc="tokenizing",
     )

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..losses import ObjectiveValue
 from ..modeling.classifier import label_problem_type
+from ..trace import ExitTrace
 from .arguments import EarlyExitTrainingArguments
+from .checkpoints import newest_complete_checkpoint
 from .checks import check_data_set
+from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
 from .pushing import CarryShim
 
@@ -56,6 +59,9 @@ class EarlyExitTrainer(Trainer):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 if part is not None:
                     check_data_set(part, name, config.num_labels, config.problem_type)
+        for name, parameter in self.model.named_parameters():
+            if name.startswith("exit_gates."):  # all exits run here, so nothing teaches when to leave
+                parameter.requires_grad_(False)
         if self.objective.freezes_backbone:
             if len(config.exit_layers) == 1:
                 raise TrainingError(
@@ -64,6 +70,23 @@ class EarlyExitTrainer(Trainer):
                 )
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name.startswith("exit_heads."))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`; with `True`, the newest checkpoint that was written to its end is taken up.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        if resume_from_checkpoint is True:
+            found = newest_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise CheckpointError(
+                    f"{self.args.output_dir} holds no complete checkpoint; train without resume_from_checkpoint.",
+                    field="resume_from_checkpoint",
+                    path=self.args.output_dir,
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
@@ -85,7 +108,7 @@ class EarlyExitTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Loss, `(logits, exit_logits)`, labels: every exit runs on every row."""
+        """Loss, `(logits, exit_logits)` and gates where there are some, labels: every exit runs on every row."""
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -95,7 +118,8 @@ class EarlyExitTrainer(Trainer):
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, (outputs.logits.detach(), outputs.exit_logits.detach()), labels
+        gates = () if outputs.exit_gates is None else (outputs.exit_gates.detach(),)
+        return loss, (outputs.logits.detach(), outputs.exit_logits.detach(), *gates), labels
 
     def evaluation_loop(
         self,
@@ -105,18 +129,26 @@ class EarlyExitTrainer(Trainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in `Trainer`, and a metric for every exit."""
+        """As in `Trainer`, a metric for every exit, and what the gates do."""
         only_loss = self.args.prediction_loss_only  # without compute_metrics Trainer would ask for the loss alone
         output = super().evaluation_loop(dataloader, description, only_loss, ignore_keys, metric_key_prefix)
         if output.predictions is None:
             return output
-        logits, exit_logits = output.predictions
+        logits, exit_logits, *gates = output.predictions
         metrics = dict(output.metrics)
         if output.label_ids is not None and isinstance(exit_logits, np.ndarray):
             config = self.model.config
             labels = np.asarray(output.label_ids)
             metric = self.args.exit_metric or default_exit_metric(label_problem_type(config, torch.as_tensor(labels[:1])))
             values = exit_metrics(exit_logits, labels, config.exit_layers, metric)
+            if gates:
+                counted = torch.from_numpy(labels.reshape(len(labels), -1)[:, 0] != -100)
+                truth, said, leave = (torch.as_tensor(part)[counted] for part in (labels, exit_logits, gates[0]))
+                problem_type = label_problem_type(config, truth)
+                trace = ExitTrace(
+                    logits=said, labels=truth, exit_layers=config.exit_layers, problem_type=problem_type, gates=leave
+                )
+                values |= gate_metrics(trace)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(logits, output.label_ids, metrics, output.num_samples)
 
@@ -150,7 +182,7 @@ def _on_last_exit(compute: Any) -> Any:
 
 
 def _keeping_exits(preprocess: Any) -> Any:
-    def wrapped(outputs: tuple[Tensor, Tensor], labels: Tensor) -> tuple[Any, Tensor]:
-        return preprocess(outputs[0], labels), outputs[1]
+    def wrapped(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[Any, ...]:
+        return preprocess(outputs[0], labels), *outputs[1:]
 
     return wrapped

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertModel
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
+from hf_earlyexit.training.data import with_ids
 from tests.conftest import SHAPE
 
 
@@ -142,3 +144,28 @@ def test_data_without_a_label_column_is_refused(folder, tmp_path, capsys):
     (tmp_path / "train.csv").write_text("text,labels\nw5,0\nw6,1\n")
     assert main(["train", "--config", str(folder / "recipe.yaml"), "--dataset", str(tmp_path), "--held_back", "0.5"]) == 2
     assert "No column 'label' among text, labels" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gates_are_trained_by_reward_calibrated_and_taken_up_again(folder, tmp_path, capsys):
+    out = str(tmp_path / "gated")
+    words = ["consistentee", "--config", str(folder / "recipe.yaml"), "--output_dir", out, "--gate_learning_rate", "3e-3"]
+    assert main(words) == 0
+    assert "03-gates" in capsys.readouterr().out
+    assert main(["calibrate", "--model", out, "--policy", "gate", "--target", "max-drop:0.02"]) == 0
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(out)
+    assert model.exit_policy.name == "gate"
+    assert ee.ExitTrace.load(tmp_path / "gated" / "held-back.safetensors").gates.shape == (100, 3)
+    assert main(words) == 2
+    assert "resume_from_checkpoint=True" in capsys.readouterr().err
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_ids_come_from_the_content_of_rows_whatever_their_order():
+    rows = Dataset.from_dict({"text": ["a", "b", "a", "c"], "label": [0, 1, 0, 1]})
+    made, shuffled = with_ids(rows, "idx"), with_ids(rows.select([3, 2, 1, 0]), "idx")
+    assert len(set(made["idx"][:])) == 4
+    assert set(zip(made["idx"][:], made["text"][:], strict=True)) == set(
+        zip(shuffled["idx"][:], shuffled["text"][:], strict=True)
+    )
+    assert with_ids(made, "idx") is made

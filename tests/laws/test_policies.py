@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     ],
     "confidence": MEASURED,
     "entropy": MEASURED,
+    "gate": [*MEASURED, {"thresholds": [0.5, None], "problem_type": REGRESSION}],
     "margin": MEASURED,
     "patience": [
         {"thresholds": [1, 1, 2]},
@@ -207,6 +208,7 @@ def test_a_threshold_that_is_no_finite_number_in_range_is_refused(name, bad):
         ("confidence", 1.01),
         ("entropy", 1.01),
         ("margin", 1.01),
+        ("gate", 1.01),
         ("patience", 0),
         ("patience", 4),
         ("static", 0),
@@ -337,7 +339,7 @@ def test_a_problem_type_the_rule_cannot_serve_is_refused_naming_who_can(name):
     message = refused(
         name, {**CONFIGURATIONS[name][0], "problem_type": REGRESSION}, "problem_type", f"The {name} policy cannot"
     )
-    assert "these can: patience, static." in message
+    assert "these can: gate, patience, static." in message
 
 
 def test_a_policy_cannot_be_changed_behind_its_checks():

@@ -453,5 +453,5 @@ def test_patience_serves_every_problem_type(tiny_model, open_policy, random_batc
 
 
 def test_confidence_on_regression_is_refused_with_what_fits(tiny_model):
-    with pytest.raises(ee.EarlyExitError, match="cannot serve regression; these can: patience"):
+    with pytest.raises(ee.EarlyExitError, match="cannot serve regression; these can: gate, patience"):
         tiny_model(num_labels=1).set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression"))

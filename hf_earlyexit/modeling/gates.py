@@ -1,0 +1,55 @@
+"""What learns to say "leave here": a small network per exit, beside its head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import Registry
+
+GATES: Registry[type[StateGate]] = Registry("exit gate")
+WIDTH = 32
+
+
+@GATES.register("mlp")
+class StateGate(nn.Module):
+    """Two linear layers on the state that the exit head pools; the last exit needs none, since everybody leaves there.
+
+    Args:
+        hidden_size: H.
+        num_labels: C.
+
+    Paper: ConsistentEE (https://arxiv.org/abs/2312.11882) calls it the policy network: H to 32, GELU, 32 to 1.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(self.input_size(hidden_size, num_labels), WIDTH)
+        self.outer = nn.Linear(WIDTH, 1)
+
+    @staticmethod
+    def input_size(hidden_size: int, num_labels: int) -> int:
+        """Numbers the gate looks at."""
+        return hidden_size
+
+    def look(self, state: Tensor, logits: Tensor) -> Tensor:
+        """What the gate looks at, `[B, input_size]`."""
+        return state
+
+    def forward(self, state: Tensor, logits: Tensor) -> Tensor:
+        """Leave logits `[B]` from the pooled state `[B, H]` and the exit's own logits `[B, C]`."""
+        return self.outer(nn.functional.gelu(self.inner(self.look(state, logits)))).squeeze(-1)
+
+
+@GATES.register("mlp+logits")
+class LogitsGate(StateGate):
+    """As "mlp", and it sees what the exit answers: its log-probabilities, without gradient into the head."""
+
+    @staticmethod
+    def input_size(hidden_size: int, num_labels: int) -> int:
+        return hidden_size + num_labels
+
+    def look(self, state: Tensor, logits: Tensor) -> Tensor:
+        said = logits.detach()
+        said = said.log_softmax(-1).clamp_min(-20) if said.shape[-1] > 1 else said
+        return torch.cat([state, said], -1)

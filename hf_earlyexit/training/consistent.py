@@ -1,0 +1,255 @@
+"""One run from a plain model to exits that learned by reward: its phases, and how it is taken up again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..errors import DataError, TrainingError
+from ..inference.collect import collect_trace
+from ..losses import ConsistentObjective
+from ..losses.noise import row_keys, row_noise
+from .checkpoints import newest_complete_checkpoint
+from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
+from .consistent_arguments import ConsistentTrainingArguments
+from .gate_report import gate_metrics, warn_of_collapse
+from .gates import train_gates
+from .hardness import ExampleId, HardnessTable
+from .run_folder import RunFolder
+from .states import collect_states
+from .trainer import EarlyExitTrainer
+
+TABLE_FILE = "hardness.safetensors"
+
+logger = logging.get_logger(__name__)
+
+
+class Phase(NamedTuple):
+    """One phase: its place in the run from 1, and its kind: "exits", "hardness", "gates" or "chosen"."""
+
+    number: int
+    kind: str
+
+    @property
+    def folder(self) -> str:
+        """Where it keeps what it made, below the output folder."""
+        return f"{self.number:02d}-{self.kind}"
+
+
+class ConsistentTrainer:
+    """Trains exits by reward, in phases: all exits; each row's hardness; the gates; the exits that rows choose.
+
+    Every phase starts from the seed and the weights before it and writes into its own folder below `output_dir`; a run that
+    was killed is taken up by `train(resume_from_checkpoint=True)` and ends with the same weights, to the bit.
+
+    Args:
+        model: a model with exits and gates (`exit_gate="mlp"`).
+        args: settings of all phases.
+        train_dataset: token ids, labels and a column of ids (`args.id_column`).
+        eval_dataset: token ids and labels, to report on after every phase.
+        gate_dataset: rows the exits do not learn from; their hardness is then not that of memorised rows, and gates learn
+            from them alone. Ids must differ from the train rows'. By default the train rows, as in the paper.
+        hardness_table: a table that stands in for the measurement, such as one joined from models that never saw the rows.
+        processing_class, data_collator, callbacks: as in `Trainer`.
+
+    Raises:
+        TrainingError, DataError: at set-up, for a model without gates or data without ids.
+
+    Paper: ConsistentEE (https://arxiv.org/abs/2312.11882). Differences are told in the documentation.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: ConsistentTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        gate_dataset: Any = None,
+        hardness_table: HardnessTable | None = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        if not isinstance(args, ConsistentTrainingArguments):
+            raise TrainingError(f"args is {type(args).__name__}; expected ConsistentTrainingArguments.", field="args")
+        if not len(model.exit_gates):
+            raise TrainingError(
+                "The model has no gates to train; load it with at least two exits and exit_gate='mlp', and with "
+                "init_missing_exits=True if its exits are trained already.",
+                field="exit_gate",
+            )
+        self.model, self.args, self.train_dataset, self.eval_dataset = model, args, train_dataset, eval_dataset
+        self.gate_dataset = train_dataset if gate_dataset is None else gate_dataset
+        self.given_table, self.hardness_table = hardness_table, hardness_table
+        self._shared = {"processing_class": processing_class, "data_collator": data_collator, "callbacks": callbacks}
+        self.log_history: list[dict[str, Any]] = []
+        self.train_ids, self.gate_ids = self._ids(train_dataset), self._ids(self.gate_dataset)
+        if gate_dataset is not None and set(self.train_ids) & set(self.gate_ids):
+            raise DataError("train_dataset and gate_dataset share ids; keep their rows apart.", field="gate_dataset")
+        if hardness_table is not None:
+            hardness_table.of(self.train_ids)
+            hardness_table.of(self.gate_ids)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What `train` runs, in order."""
+        turn = ["gates", "chosen"] if self.args.chosen_epochs > 0 else ["gates"]
+        kinds = [*([] if self.args.exits_trained else ["exits"]), "hardness", *turn * self.args.rounds]
+        return tuple(Phase(number, kind) for number, kind in enumerate(kinds, 1))
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> list[dict[str, Any]]:
+        """Run the phases that are not done yet.
+
+        Args:
+            resume_from_checkpoint: take up the run that `output_dir` holds.
+
+        Returns:
+            The log, one entry per report; also in `log_history`.
+
+        Raises:
+            UsageError: if `output_dir` holds a run and it is not to be taken up.
+            TrainingError: if it was made with other settings.
+        """
+        run = RunFolder(self.args.output_dir, self.args.should_save)
+        run.open(self.args.consistent_settings(), bool(resume_from_checkpoint))
+        self.log_history = []
+        for phase in self.phases:
+            folder = run.path / phase.folder
+            if run.is_done(phase.folder):
+                self.log_history += run.restore(phase.folder, self.model)
+                if phase.kind == "hardness":
+                    self.hardness_table = HardnessTable.load(folder / TABLE_FILE)
+                continue
+            set_seed(self.args.seed + phase.number)
+            logger.info(f"Phase {phase.number} of {len(self.phases)}: {phase.kind}")
+            logs = getattr(self, f"_run_{phase.kind}")(phase, folder)
+            logs.append(self._report())
+            logs = [{"phase": phase.folder, **log} for log in logs]
+            self.log_history += logs
+            run.finish(phase.folder, self.model, logs)
+        self.model.requires_grad_(True).eval()
+        return self.log_history
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Save the model, by default into `output_dir`."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+            if self._shared["processing_class"] is not None:
+                self._shared["processing_class"].save_pretrained(output_dir or self.args.output_dir)
+
+    # --- phases ---------------------------------------------------------------------------------------------------
+
+    def _run_exits(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
+        args = self._phase_args(phase, folder)
+        trainer = EarlyExitTrainer(
+            model=self.model, args=args, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset, **self._shared
+        )
+        return self._run_trainer(trainer, folder)
+
+    def _run_hardness(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
+        tables = []
+        if self.given_table is None:
+            parts = [(self.train_dataset, self.train_ids)]
+            if self.gate_dataset is not self.train_dataset:
+                parts.append((self.gate_dataset, self.gate_ids))
+            for rows, ids in parts:
+                trace = collect_trace(self.model, rows, split="train", progress=not self.args.disable_tqdm)
+                tables.append(HardnessTable.measured(trace, ids, self.args.hardness))
+        table = self.hardness_table = self.given_table or HardnessTable.joined(tables)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            table.save(folder / TABLE_FILE)
+        shares = {f"hardness_{layer}_share": share for layer, share in table.histogram().items() if share}
+        return [{"hardness": table.measure, **shares}]
+
+    def _run_gates(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
+        keys = row_keys(self.gate_ids)
+        # by lot, but by the rows' own lot: the same rows in the same order however the data set is shuffled
+        chosen = row_noise(keys, self.args.seed, 0, (1,))[:, 0].argsort(stable=True)[: self.args.max_gate_rows]
+        ids = [self.gate_ids[place] for place in chosen.tolist()]
+        quiet = {"progress": not self.args.disable_tqdm}
+        data = collect_states(self.model, self.gate_dataset.select(chosen.tolist()), **quiet)
+        judged = data if self.eval_dataset is None else collect_states(self.model, self.eval_dataset, split="eval", **quiet)
+        logs: list[dict[str, Any]] = []
+
+        def report(epoch: int) -> None:
+            metrics = gate_metrics(judged.judged(self.model.exit_gates), self._objective, self.args.hardness)
+            logs.append({"epoch": epoch, **metrics})
+            warn_of_collapse([*self.log_history, *logs])
+
+        train_gates(
+            self.model.exit_gates,
+            data,
+            self.hardness_table.of(ids),
+            keys[chosen],
+            self._objective,
+            self.args.make_gate_recipe(self.args.seed + phase.number),
+            self.args.make_epsilon(),
+            report,
+        )
+        return logs
+
+    def _run_chosen(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
+        rows = self.train_dataset.add_column(HARDNESS_COLUMN, self.hardness_table.of(self.train_ids).numpy())
+        rows = rows.add_column(KEY_COLUMN, row_keys(self.train_ids).numpy())
+        args = self._phase_args(phase, folder)
+        args.num_train_epochs, args.max_steps, args.learning_rate = (
+            self.args.chosen_epochs,
+            -1,
+            self.args.chosen_learning_rate,
+        )
+        trainer = ChosenExitTrainer(
+            objective=self._objective,
+            teaches_gates=self.args.chosen_phase == "joint",
+            epsilon=self.args.make_epsilon(),
+            seed=self.args.seed + phase.number,
+            model=self.model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=self.eval_dataset,
+            **self._shared,
+        )
+        return self._run_trainer(trainer, folder)
+
+    @property
+    def _objective(self) -> ConsistentObjective:
+        return self.args.make_consistent_objective()
+
+    def _phase_args(self, phase: Phase, folder: Path) -> ConsistentTrainingArguments:
+        args = copy.copy(self.args)
+        args.output_dir, args.seed = str(folder), self.args.seed + phase.number
+        return args
+
+    def _run_trainer(self, trainer: EarlyExitTrainer, folder: Path) -> list[dict[str, Any]]:
+        checkpoint = newest_complete_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return list(trainer.state.log_history)
+
+    def _report(self) -> dict[str, Any]:
+        """Accuracy of every exit and what the gates do, on the evaluation rows."""
+        if self.eval_dataset is None:
+            return {}
+        trace = collect_trace(self.model, self.eval_dataset, split="eval", progress=not self.args.disable_tqdm)
+        each = zip(trace.exit_layers, trace.quality.mean(0).tolist(), strict=True)
+        metrics = gate_metrics(trace, self._objective, self.args.hardness)
+        return {f"exit_{layer}_quality": quality for layer, quality in each} | metrics
+
+    def _ids(self, rows: Any) -> tuple[ExampleId, ...]:
+        name = self.args.id_column
+        if name not in getattr(rows, "column_names", ()):
+            columns = ", ".join(getattr(rows, "column_names", ())) or type(rows).__name__
+            raise DataError(
+                f"No column {name!r} among {columns}: hardness is kept under each row's own id. Name the column with "
+                f"id_column, or add one before anything is shuffled: rows.add_column({name!r}, range(len(rows))).",
+                field="id_column",
+                value=name,
+            )
+        ids = tuple(rows[name][:])
+        HardnessTable(ids=ids, layers=torch.zeros(len(ids)), num_layers=1)  # each once
+        return ids

@@ -1,0 +1,215 @@
+"""How hard each row is, measured once after the exits have learned, and kept under the row's own id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, DataError
+from ..losses.base import row_losses
+from ..problems import MULTI_LABEL, REGRESSION
+from ..registry import Registry
+from ..trace import ExitTrace
+
+FORMAT = "hf_earlyexit.hardness/1"
+EXTREMES = 5  # so many smallest and largest losses are cut before scaling
+
+HARDNESS: Registry[Callable[[ExitTrace], Tensor]] = Registry("hardness")
+
+ExampleId = int | str
+
+
+@HARDNESS.register("memorized")
+def memorized_layer(trace: ExitTrace) -> Tensor:
+    """The first layer from which on every exit is right, `[N]`; the number of layers if the last exit is wrong.
+
+    Paper: ConsistentEE (https://arxiv.org/abs/2312.11882) calls it the Memorized Layer. A row that only the last exit gets
+    right counts as hard as one that no exit gets right.
+    """
+    steady = _right(trace).flip(1).int().cumprod(1).sum(1)  # [N], exits that are right counted from the last
+    layers = torch.tensor(trace.exit_layers, dtype=torch.float32)
+    return layers[(trace.num_exits - steady).clamp_max(trace.num_exits - 1)]
+
+
+@HARDNESS.register("oracle")
+def oracle_layer(trace: ExitTrace) -> Tensor:
+    """The layer of the first exit that is right, whatever later exits say, `[N]`; the number of layers if none is."""
+    right = _right(trace)
+    first = torch.where(right.any(1), right.int().argmax(1), trace.num_exits - 1)
+    return torch.tensor(trace.exit_layers, dtype=torch.float32)[first]
+
+
+@HARDNESS.register("loss")
+def loss_layer(trace: ExitTrace) -> Tensor:
+    """The last exit's loss, the extremes cut, scaled from 0 to the number of layers, `[N]`."""
+    losses = row_losses(trace.logits[:, -1:], trace.labels, trace.problem_type)[:, 0]
+    ranked = losses.sort().values
+    edge = min(EXTREMES, len(ranked)) - 1
+    low, high = ranked[edge], ranked[-1 - edge]
+    span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((losses - low) / span).clamp(0, 1) * trace.exit_layers[-1]
+
+
+@HARDNESS.register("none")
+def no_hardness(trace: ExitTrace) -> Tensor:
+    """0 for every row, `[N]`: a layer costs each of them the same."""
+    return torch.zeros(trace.num_rows)
+
+
+def _right(trace: ExitTrace) -> Tensor:
+    """Whether each exit answers each row rightly, `[N, E]`; with many labels, all of them."""
+    if trace.problem_type == REGRESSION:
+        raise DataError(
+            "Values are never right or wrong, so memorized and oracle layers do not exist; use hardness 'loss' or 'none'.",
+            field="hardness",
+        )
+    if trace.problem_type == MULTI_LABEL:
+        return ((trace.logits > 0) == (trace.labels[:, None] > 0)).all(-1)
+    return trace.logits.argmax(-1) == trace.labels[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HardnessTable:
+    """Hardness of rows in layers, from 0 (easy) to the number of layers (hard), by the rows' own ids.
+
+    Ids belong to the rows, not to their order: a data set may be shuffled, cut or joined and keeps its hardness.
+
+    Args:
+        ids: whole numbers or texts, each once.
+        layers: `[N]`, float32, from 0 to `num_layers`.
+        num_layers: of the model.
+        measure: the name it was measured by.
+
+    Raises:
+        DataError: for doubled ids, or numbers out of range.
+    """
+
+    ids: tuple[ExampleId, ...]
+    layers: Tensor
+    num_layers: int
+    measure: str = "memorized"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", _checked_ids(self.ids, "hardness table"))
+        object.__setattr__(self, "layers", self.layers.float())
+        if self.layers.shape != (len(self.ids),):
+            raise DataError(
+                f"layers has shape {list(self.layers.shape)} for {len(self.ids)} ids; expected one a row.", field="layers"
+            )
+        inside = (self.layers >= 0) & (self.layers <= self.num_layers)  # false for nan
+        if not bool(inside.all()):
+            row = int((~inside).nonzero()[0])
+            value = float(self.layers[row])
+            raise DataError(
+                f"The hardness of row {self.ids[row]!r} is {value}; expected 0 to {self.num_layers} layers.",
+                field="layers",
+                value=value,
+            )
+
+    @classmethod
+    def measured(cls, trace: ExitTrace, ids: Sequence[ExampleId], measure: str = "memorized") -> HardnessTable:
+        """The table of a trace's rows.
+
+        Args:
+            trace: of the rows the gates will learn from.
+            ids: of these rows, in the trace's order.
+            measure: a name of `HARDNESS`.
+        """
+        return cls(ids=tuple(ids), layers=HARDNESS.get(measure)(trace), num_layers=trace.exit_layers[-1], measure=measure)
+
+    @classmethod
+    def joined(cls, tables: Sequence[HardnessTable]) -> HardnessTable:
+        """One table of several, for rows measured apart, as by models that were trained without them."""
+        kinds = {(table.num_layers, table.measure) for table in tables}
+        if len(kinds) != 1:
+            raise DataError(f"The tables are of different kinds ({sorted(kinds)}); join tables of one.", field="tables")
+        ids = tuple(key for table in tables for key in table.ids)
+        return cls(
+            ids=ids, layers=torch.cat([t.layers for t in tables]), num_layers=tables[0].num_layers, measure=tables[0].measure
+        )
+
+    def of(self, ids: Sequence[ExampleId]) -> Tensor:
+        """Hardness of these rows in layers, `[len(ids)]`.
+
+        Raises:
+            DataError: for doubled ids, or ids the table does not hold.
+        """
+        place = {key: number for number, key in enumerate(self.ids)}
+        foreign = [key for key in _checked_ids(ids, "rows") if key not in place]
+        if foreign:
+            raise DataError(
+                f"{len(foreign)} of {len(ids)} rows are not in the hardness table, first id {foreign[0]!r}; it was "
+                "measured on other rows. Measure it again.",
+                field="ids",
+                value=foreign[0],
+            )
+        return self.layers[torch.tensor([place[key] for key in ids], dtype=torch.long)]
+
+    def require_exactly(self, ids: Sequence[ExampleId]) -> None:
+        """Refuse to stand for other rows than these.
+
+        Raises:
+            DataError: for missing, doubled or foreign ids.
+        """
+        self.of(ids)
+        surplus = set(self.ids) - set(ids)
+        if surplus:
+            first = min(surplus, key=str)
+            raise DataError(
+                f"The hardness table holds {len(surplus)} rows that are missing from the data, first id {first!r}; it was "
+                "measured on other rows. Measure it again.",
+                field="ids",
+                value=first,
+            )
+
+    def histogram(self) -> dict[int, float]:
+        """Share of rows per layer of hardness, rounded up: 0 to `num_layers`."""
+        counts = torch.bincount(self.layers.ceil().long(), minlength=self.num_layers + 1)
+        return {layer: count / max(len(self.ids), 1) for layer, count in enumerate(counts.tolist())}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file."""
+        plain = {"ids": self.ids, "num_layers": self.num_layers, "measure": self.measure}
+        save_file({"layers": self.layers.contiguous()}, path, metadata={"format": FORMAT, "table": json.dumps(plain)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> HardnessTable:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: if the file is damaged or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != FORMAT:
+                    raise ValueError(f"its format is {meta.get('format')!r}, expected {FORMAT!r}")
+                return cls(layers=file.get_tensor("layers"), **json.loads(meta["table"]))
+        except Exception as error:
+            raise CheckpointError(f"{path} is no hardness table ({error}); measure it again.", path=path) from error
+
+
+def _checked_ids(ids: Sequence[Any], what: str) -> tuple[ExampleId, ...]:
+    """The ids as a tuple.
+
+    Raises:
+        DataError: for an id that is doubled, missing, or neither a whole number nor a text.
+    """
+    seen: set[ExampleId] = set()
+    for row, key in enumerate(ids):
+        if not isinstance(key, (int, str)) or isinstance(key, bool):
+            raise DataError(
+                f"Row {row} of the {what} has id {key!r}; expected a whole number or a text.", field="ids", value=key
+            )
+        if key in seen:
+            raise DataError(f"The id {key!r} comes twice in the {what}; every row needs its own.", field="ids", value=key)
+        seen.add(key)
+    return tuple(ids)

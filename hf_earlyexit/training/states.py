@@ -1,0 +1,87 @@
+"""What gates learn from when the network is held still: every exit's pooled state and answer, collected once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..inference.collect import full_pass, labelled_rows, make_trace
+from ..trace import ExitTrace
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GateStates:
+    """Rows as the gates see them.
+
+    Args:
+        states: pooled state of every exit but the last `[N, E - 1, H]`, float32 on the CPU: `4 (E - 1) H` bytes a row.
+        trace: the same rows' logits and labels.
+    """
+
+    states: Tensor
+    trace: ExitTrace
+
+    def gate_logits(self, gates: nn.ModuleDict) -> Tensor:
+        """Leave logits `[N, E - 1]`, float32."""
+        modules = list(gates.values())
+        if not modules:
+            return self.states.new_zeros(len(self.states), 0)
+        weight = next(modules[0].parameters())
+        with torch.inference_mode():
+            columns = [
+                gate(self.states[:, index].to(weight), self.trace.logits[:, index].to(weight)).float().cpu()
+                for index, gate in enumerate(modules)
+            ]
+        return torch.stack(columns, 1)
+
+    def judged(self, gates: nn.ModuleDict) -> ExitTrace:
+        """The trace with what these gates say."""
+        return replace(self.trace, gates=self.gate_logits(gates))
+
+
+def collect_states(
+    model: Any,
+    rows: Any,
+    *,
+    tokenizer: Any = None,
+    split: str = "train",
+    max_batch_tokens: int = 4096,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> GateStates:
+    """Run every exit on every row once and keep pooled states, logits and labels, in the order of the rows.
+
+    Args:
+        model: a model with exits.
+        rows, tokenizer, split, max_batch_tokens, max_length, progress: as in `collect_trace`.
+    """
+    encoded, labels = labelled_rows(rows, tokenizer, None, max_length)
+    states, logits, order = [], [], []
+    with _pooled_states(model) as pooled:
+        for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
+            states.append(torch.stack(pooled, 1) if pooled else torch.zeros(len(indices), 0, 0))
+            pooled.clear()
+            logits.append(output.exit_logits.float().cpu())
+            order += indices
+    back = torch.tensor(order).argsort()
+    return GateStates(states=torch.cat(states)[back], trace=make_trace(model, torch.cat(logits)[back], labels, split))
+
+
+@contextmanager
+def _pooled_states(model: Any) -> Iterator[list[Tensor]]:
+    """A list that fills with what each exit head is given, in the order of the exits."""
+    seen: list[Tensor] = []
+    hooks = [
+        head.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float().cpu()))
+        for head in model.exit_heads.values()
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
