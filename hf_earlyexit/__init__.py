@@ -38,6 +38,7 @@ _HOMES = {
     "check_exit_policy": "policies.laws",
     "pipeline": "pipelines",
     "predict": "inference.predict",
+    "stream": "inference.predict",
     "explain": "inference.explain",
     "EarlyExitError": "errors",
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..inference.batching import text_columns
+from ..inference.rows import text_columns
 from ..inference.predict import predict
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split

@@ -10,7 +10,8 @@ import torch
 from ..errors import UsageError
 from ..problems import SINGLE_LABEL, predictions
 from ..trace import ExitTrace
-from .batching import encode_rows, evaluation_mode, pad_batch
+from .batching import evaluation_mode, pad_batch
+from .rows import encode_rows
 
 
 @dataclass(frozen=True)
