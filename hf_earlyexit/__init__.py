@@ -39,6 +39,7 @@ _HOMES = {
     "pipeline": "pipelines",
     "predict": "inference.predict",
     "stream": "inference.predict",
+    "quantize_int8": "inference.quantize",
     "explain": "inference.explain",
     "EarlyExitError": "errors",
 }

@@ -17,6 +17,7 @@ for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("bench", "measure what early exit brings in time, beside the alternatives"),
 ):
     COMMANDS.register(_name)(_help)
 

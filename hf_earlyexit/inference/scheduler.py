@@ -116,7 +116,9 @@ class Scheduler:
     ) -> None:
         if max_batch_tokens < 1:
             raise UsageError(
-                f"max_batch_tokens is {max_batch_tokens}; expected at least 1.", field="max_batch_tokens", value=max_batch_tokens
+                f"max_batch_tokens is {max_batch_tokens}; expected at least 1.",
+                field="max_batch_tokens",
+                value=max_batch_tokens,
             )
         self.walker, self.policy, self.max_batch_tokens = walker, policy, max_batch_tokens
         self.ends_at, self.on_done = ends_at, on_done

@@ -198,7 +198,9 @@ def test_no_layer_begins_after_a_deadline(model, rows):
 
 
 def test_eight_threads_share_a_model(model, rows):
-    expected = [Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[start : start + 5]) for start in range(0, 100, 5)]
+    expected = [
+        Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[start : start + 5]) for start in range(0, 100, 5)
+    ]
     before = dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()}
 
     def call(number):
