@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -102,9 +103,9 @@ def bench(
             ways |= {(name, way): run for way, run in ways_to_run(model, batch_size, stop).items()}
             one = ways_to_run(model, 1, stop)
             singles |= {(name, way): one[way] for way in (STOCK, FORWARD, STATIC.format(stop))}
-    throughput = _in_turns({key: [lambda run=run: run(rows)] for key, run in ways.items()}, repeats, clock, seed)
+    throughput = _in_turns({key: [partial(run, rows)] for key, run in ways.items()}, repeats, clock, seed)
     few = rows[:latency_rows]
-    latency = _in_turns({key: [lambda run=run, row=row: run([row]) for row in few] for key, run in singles.items()},
+    latency = _in_turns({key: [partial(run, [row]) for row in few] for key, run in singles.items()},
                         repeats, clock, seed)  # fmt: skip
     first = next(iter(models))
     result = {

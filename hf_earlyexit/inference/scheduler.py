@@ -42,10 +42,10 @@ class BatchWalker(Protocol):
 
 
 class Passed(NamedTuple):
-    """The last exit that rows passed: its answer `[B, C]`, index `[B]` (-1 before the first) and score `[B]`."""
+    """The last exit that rows passed: its answer `[B, C]`, exit index `[B]` (-1 before the first) and score `[B]`."""
 
     answer: Tensor
-    index: Tensor
+    exit_index: Tensor
     score: Tensor
 
 
@@ -210,7 +210,7 @@ class Scheduler:
             answers.write(chunk.places, answer, index, score, reasons)
             self.on_done(len(chunk.places))
             return None
-        passed = None if chunk.passed is None else Passed(answer, torch.full_like(chunk.passed.index, index), score)
+        passed = None if chunk.passed is None else Passed(answer, torch.full_like(chunk.passed.exit_index, index), score)
         chunk = chunk._replace(state=state, passed=passed)
         return self._part(chunk, decided, answer, score, index, answers) if any(decided) else chunk
 
