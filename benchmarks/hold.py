@@ -17,7 +17,8 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import encode_rows, pad_batch
+from hf_earlyexit.inference.batching import pad_batch
+from hf_earlyexit.inference.rows import encode_rows
 from hf_earlyexit.policies import POLICIES
 
 NEAR = 1e-5

@@ -18,7 +18,7 @@ from tasks import BACKBONE, DATA, TASKS, Task, load_rows
 from transformers import AutoTokenizer, set_seed
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import text_columns
+from hf_earlyexit.inference.rows import text_columns
 
 
 def train(name: str, task: Task, seed: int, out: Path, objective: str, options: dict, bf16: bool) -> None:

@@ -44,6 +44,8 @@ _HOMES = {
     "save": "hub.save",
     "push_to_hub": "hub.push",
     "predict": "inference.predict",
+    "stream": "inference.predict",
+    "quantize_int8": "inference.quantize",
     "explain": "inference.explain",
     "write_report": "reports.write",
     "EarlyExitMetric": "evaluation",

@@ -66,6 +66,17 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def frame(self, model: nn.Module, hidden: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Context:
+        """The context of rows that stand together in one batch.
+
+        Args:
+            model: the stock backbone.
+            hidden: `[B, T, H]`, for its shape, dtype and device.
+            attention_mask: `[B, T]`, 0 or False at padding; `None` if no row is padded.
+            options: keyword arguments for every layer.
+        """
+
+    @abstractmethod
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after one layer."""
 

@@ -36,17 +36,19 @@ class BertBackbone(Backbone):
                 field="input_ids",
                 value=shape[1],
             )
-        attention_mask = inputs.get("attention_mask")
         hidden = model.embeddings(
             input_ids=given,
             token_type_ids=inputs.get("token_type_ids"),
             position_ids=inputs.get("position_ids"),
             inputs_embeds=embedded,
         )
+        return hidden, self.frame(model, hidden, inputs.get("attention_mask"), options)
+
+    def frame(self, model: nn.Module, hidden: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Context:
         mask = create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=attention_mask)
         padded = attention_mask is not None and attention_mask.ndim == 2 and mask is not None
         tokens = attention_mask.bool() if padded else None
-        return hidden, Context(mask, tokens, None if tokens is None else _lengths(tokens), options)
+        return Context(mask, tokens, None if tokens is None else _lengths(tokens), options)
 
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         return layer(hidden, context.mask, **context.options)

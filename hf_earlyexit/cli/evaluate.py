@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import UsageError
-from ..inference.batching import encode_rows
 from ..inference.predict import predict
+from ..inference.rows import encode_rows
 from ..inference.timing import compare_speed
 from ..problems import quality_name, row_quality
 from ..training.data import load_splits, require_split

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ..inference.batching import text_columns
 from ..inference.predict import predict
+from ..inference.rows import text_columns
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
 
@@ -31,7 +31,7 @@ class PredictArguments:
     output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
     early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
-    max_batch_tokens: int = field(default=2048, metadata={"help": "padded tokens in a batch"})
+    max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
 
 
 ARGUMENTS = (PredictArguments,)

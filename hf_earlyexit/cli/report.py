@@ -15,8 +15,8 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import UsageError
-from ..inference.batching import text_columns
 from ..inference.collect import collect_trace
+from ..inference.rows import text_columns
 from ..modeling.fingerprint import heads_fingerprint
 from ..reports import write_report
 from ..trace import ExitTrace

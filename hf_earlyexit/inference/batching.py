@@ -1,4 +1,4 @@
-"""From texts to batches of similar length."""
+"""Padded batches of rows of similar length."""
 
 from __future__ import annotations
 
@@ -8,67 +8,20 @@ from typing import Any
 
 from transformers import BatchEncoding
 
-from ..errors import DataError, UsageError
 
-MODEL_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
-TEXT_COLUMNS = (
-    ("text",),
-    ("sentence",),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("text", "text_pair"),
-)
-
-
-def text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The column or pair of columns that holds the texts.
-
-    Raises:
-        DataError: if none of the usual names is there.
-    """
-    found = [names for names in TEXT_COLUMNS if set(names) <= set(columns)]
-    if not found:
-        usual = ", ".join("+".join(names) for names in TEXT_COLUMNS)
-        raise DataError(f"No text column among {', '.join(columns)}; expected one of {usual}.", field="rows")
-    return max(found, key=len)
-
-
-def encode_rows(rows: Any, tokenizer: Any, max_length: int | None = None) -> list[dict[str, list[int]]]:
-    """Token ids of every row.
+def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows of similar length that make a batch, the longest first.
 
     Args:
-        rows: a data set with token ids or texts, or a sequence of texts or text pairs.
-        tokenizer: needed for texts.
-        max_length: cut longer texts; the tokenizer's own limit by default.
+        lengths: tokens of every row.
+        max_batch_tokens: most padded tokens in a batch; a longer row stands alone.
     """
-    if isinstance(rows, str):
-        raise UsageError("rows is one text; expected a list of texts: pass [text].", field="rows", value=rows)
-    columns = getattr(rows, "column_names", None)
-    if columns is not None and "input_ids" in columns:
-        keep = [name for name in MODEL_COLUMNS if name in columns]
-        return [{name: list(row[name]) for name in keep} for row in rows.select_columns(keep)]
-    if tokenizer is None:
-        raise UsageError("Texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).", field="tokenizer")
-    texts = _texts(list(rows)) if columns is None else [list(rows[name]) for name in text_columns(columns)]
-    if not texts[0]:
-        return []
-    limit = None if max_length is None and tokenizer.model_max_length > 1e9 else max_length or tokenizer.model_max_length
-    encoded = tokenizer(*texts, truncation=limit is not None, max_length=limit)
-    return [{name: encoded[name][row] for name in encoded if name in MODEL_COLUMNS} for row in range(len(texts[0]))]
-
-
-def _texts(rows: list[Any]) -> list[list[str]]:
-    """One list of texts, or two of pairs."""
-    if all(isinstance(row, str) for row in rows):
-        return [rows]
-    for place, row in enumerate(rows):
-        if not (isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(part, str) for part in row)):
-            raise DataError(
-                f"Row {place} is {row!r}; expected a text, or a pair of texts in every row.", field="rows", value=row
-            )
-    return [list(part) for part in zip(*rows, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    start = 0
+    while start < len(order):
+        places = order[start : start + max(max_batch_tokens // max(lengths[order[start]], 1), 1)]
+        yield places
+        start += len(places)
 
 
 def sorted_batches(
@@ -81,13 +34,8 @@ def sorted_batches(
         max_batch_tokens: most padded tokens in a batch; a longer row stands alone.
         tokenizer: gives the padding token; 0 without one.
     """
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]["input_ids"]))
-    start = 0
-    while start < len(order):
-        width = max(len(encoded[order[start]]["input_ids"]), 1)
-        indices = order[start : start + max(max_batch_tokens // width, 1)]
-        yield indices, pad_batch([encoded[row] for row in indices], getattr(tokenizer, "pad_token_id", None) or 0)
-        start += len(indices)
+    for places in cut([len(row["input_ids"]) for row in encoded], max_batch_tokens):
+        yield places, pad_batch([encoded[place] for place in places], getattr(tokenizer, "pad_token_id", None) or 0)
 
 
 def pad_batch(rows: Sequence[dict[str, list[int]]], pad_token_id: int = 0) -> BatchEncoding:
@@ -106,7 +54,10 @@ def pad_batch(rows: Sequence[dict[str, list[int]]], pad_token_id: int = 0) -> Ba
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """`model.eval()` for a while, then back."""
+    """`model.eval()` for a while, then back; a model that evaluates already is not touched, so threads may share it."""
+    if not any(module.training for module in model.modules()):
+        yield
+        return
     training = model.training
     model.eval()
     try:

@@ -14,7 +14,8 @@ from ..errors import DataError, UsageError
 from ..modeling.classifier import label_problem_type
 from ..modeling.fingerprint import heads_fingerprint
 from ..trace import ExitTrace
-from .batching import encode_rows, evaluation_mode, sorted_batches
+from .batching import evaluation_mode, sorted_batches
+from .rows import encode_rows
 
 LABEL_NAMES = ("labels", "label")
 

@@ -10,8 +10,9 @@ import torch
 from ..errors import UsageError
 from ..problems import REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
-from .batching import encode_rows, evaluation_mode, pad_batch
+from .batching import evaluation_mode, pad_batch
 from .reason import ExitView, in_words
+from .rows import encode_rows
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,50 @@
-"""Answers for many texts at once, in the order they came."""
+"""Answers for many rows, in the order they came: all at once, or as a stream."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batching import encode_rows, evaluation_mode, sorted_batches
+from ..errors import DataError, UsageError
+from .batching import evaluation_mode
+from .rows import encode_window, windows
+from .scheduler import Answers, Scheduler
+from .walker import ModelWalker
+
+WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 
 
 class Predictions(NamedTuple):
-    """Answers of N rows: logits `[N, C]`, the layer each row left after `[N]` (1 to L), and its score there `[N]`.
+    """Answers of N rows.
 
-    Without a policy the scores are nan.
+    Attributes:
+        logits: `[N, C]`; nan for a row without an answer.
+        exit_layer: the layer each row left after `[N]`, 1 to L; 0 for a row without an answer.
+        exit_score: its score there `[N]`; nan without a policy or an answer.
+        reason: for each row "policy", "last layer", "layer budget", "deadline" or "error".
+        errors: what was wrong with a row, by its place; only with `errors="slot"`.
     """
 
     logits: Tensor
     exit_layer: Tensor
     exit_score: Tensor
+    reason: list[str]
+    errors: dict[int, DataError]
+
+
+class Answer(NamedTuple):
+    """One row's answer: logits `[C]`, the layer it left after, its score there, why it left, and its error, if any."""
+
+    logits: Tensor
+    exit_layer: int
+    exit_score: float
+    reason: str
+    error: DataError | None
 
 
 def predict(
@@ -27,39 +52,150 @@ def predict(
     rows: Any,
     *,
     tokenizer: Any = None,
-    max_batch_tokens: int = 2048,
+    max_batch_tokens: int | None = None,
     max_length: int | None = None,
     early_exit: bool | None = None,
     operating_point: str | None = None,
+    layer_budget: int | None = None,
+    deadline: float | None = None,
+    errors: str = "raise",
     progress: bool = False,
 ) -> Predictions:
-    """Classify many rows; batches hold rows of similar length, and rows leave them as they are decided.
+    """Classify many rows; batches hold rows of similar length and are filled up again as rows leave them.
 
     Args:
-        model: a model with exits.
-        rows: texts, text pairs, or a data set with texts or token ids.
+        model: a model with exits. Nothing is written on it, so threads may share it.
+        rows: texts, text pairs, or a data set with texts or token ids; or any iterator of these.
         tokenizer: needed for texts.
-        max_batch_tokens: padded tokens in a batch.
+        max_batch_tokens: padded tokens in a batch; by default what suits the device (512 on a CPU).
         max_length: cut longer texts; the tokenizer's own limit by default.
         early_exit, operating_point: as in `forward`.
+        layer_budget: most layers a row may run; it then leaves at the last exit within.
+        deadline: seconds for the whole call, kept to one layer of one batch. Rows that are under way then leave at the last
+            exit they passed; those that passed none have no answer.
+        errors: "raise", or "slot" to go on with the other rows and keep the error in the row's place.
         progress: show a bar.
 
     Returns:
         Answers in the order of the rows; of length 0 for no rows.
+
+    Raises:
+        DataError: for a row that cannot be read, with `errors="raise"`.
+        UsageError: for arguments out of range.
     """
-    encoded = encode_rows(rows, tokenizer, max_length)
-    result = Predictions(
-        torch.zeros(len(encoded), model.config.num_labels),
-        torch.zeros(len(encoded), dtype=torch.long),
-        torch.full((len(encoded),), torch.nan),
+    if deadline is not None and not deadline >= 0:
+        raise UsageError(f"deadline is {deadline!r}; expected seconds, at least 0.", field="deadline", value=deadline)
+    ends_at = None if deadline is None else time.monotonic() + deadline
+    size = WINDOW if deadline is None else WINDOW_WITH_DEADLINE
+    count = len(rows) if hasattr(rows, "__len__") else None
+    with tqdm(total=count, disable=not progress, unit="row") as bar:
+        done = list(
+            _answered(model, rows, tokenizer, size, max_batch_tokens, max_length, (early_exit, operating_point), layer_budget,
+                      ends_at, errors, bar.update)
+        )  # fmt: skip
+    done = done or [Answers.blank(0, model.num_labels)]
+    starts = [0]
+    for part in done:
+        starts.append(starts[-1] + len(part.reason))
+    return Predictions(
+        torch.cat([part.logits for part in done]),
+        _layers(model, torch.cat([part.exit_index for part in done])),
+        torch.cat([part.score for part in done]),
+        [reason for part in done for reason in part.reason],
+        {start + place: error for start, part in zip(starts, done, strict=False) for place, error in part.errors.items()},
     )
-    batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
-    with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
-        for indices, batch in batches:
-            output = model(**batch.to(model.device), early_exit=early_exit, operating_point=operating_point)
-            result.logits[indices] = output.logits.float().cpu()
-            result.exit_layer[indices] = output.exit_layer.cpu()
-            if output.exit_score is not None:
-                result.exit_score[indices] = output.exit_score.cpu()
-            bar.update(len(indices))
-    return result
+
+
+def stream(
+    model: Any,
+    rows: Any,
+    *,
+    tokenizer: Any = None,
+    window: int = WINDOW,
+    max_batch_tokens: int | None = None,
+    max_length: int | None = None,
+    early_exit: bool | None = None,
+    operating_point: str | None = None,
+    layer_budget: int | None = None,
+    errors: str = "raise",
+) -> Iterator[Answer]:
+    """Classify an endless supply of rows in constant memory; answers come in the order of the rows.
+
+    Args:
+        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors: as in
+            `predict`.
+        window: rows that are read before the first of them is answered, at least 1. Few answer soon, many run faster.
+
+    Yields:
+        An answer for each row.
+    """
+    if window < 1:
+        raise UsageError(f"window is {window}; expected at least 1 row.", field="window", value=window)
+    return _one_by_one(
+        model,
+        _answered(
+            model,
+            rows,
+            tokenizer,
+            window,
+            max_batch_tokens,
+            max_length,
+            (early_exit, operating_point),
+            layer_budget,
+            None,
+            errors,
+        ),
+    )
+
+
+def _one_by_one(model: Any, parts: Iterator[Answers]) -> Iterator[Answer]:
+    for part in parts:
+        columns = (_layers(model, part.exit_index).tolist(), part.score.tolist(), part.reason)
+        for place, (logits, layer, score, reason) in enumerate(zip(part.logits, *columns, strict=True)):
+            yield Answer(logits, layer, score, reason, part.errors.get(place))
+
+
+def _answered(
+    model: Any,
+    rows: Any,
+    tokenizer: Any,
+    size: int,
+    max_batch_tokens: int | None,
+    max_length: int | None,
+    choice: tuple[bool | None, str | None],
+    layer_budget: int | None,
+    ends_at: float | None,
+    errors: str,
+    on_done: Callable[[int], Any] = lambda rows: None,
+) -> Iterator[Answers]:
+    """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
+    if errors not in ("raise", "slot"):
+        raise UsageError(f"errors is {errors!r}; expected 'raise' or 'slot'.", field="errors", value=errors)
+    walker, first = ModelWalker(model), 0
+    budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
+    for window in windows(rows, size):
+        if ends_at is not None and time.monotonic() >= ends_at:
+            on_done(len(window))
+            answers = Answers.blank(len(window), walker.num_classes)
+        else:
+            with evaluation_mode(model):
+                policy = model._choose_policy(*choice, {})
+                scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
+                encoded = encode_window(window, tokenizer, max_length, first)
+                if errors == "raise":
+                    _raise_first(walker, encoded, first)
+                answers = scheduler.run(encoded, first)
+        yield answers
+        first += len(window)
+
+
+def _raise_first(walker: ModelWalker, encoded: list[Any], first: int) -> None:
+    for place, row in enumerate(encoded):
+        error = row if isinstance(row, DataError) else walker.check(row, first + place)
+        if error is not None:
+            raise error
+
+
+def _layers(model: Any, exit_index: Tensor) -> Tensor:
+    """Layers (1-based) of exit indices, 0 for -1."""
+    return torch.tensor((*model.exit_layers, 0))[exit_index]

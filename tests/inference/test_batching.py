@@ -5,7 +5,8 @@ import torch
 from datasets import Dataset
 
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.inference.batching import encode_rows, evaluation_mode, pad_batch, sorted_batches, text_columns
+from hf_earlyexit.inference.batching import evaluation_mode, pad_batch, sorted_batches
+from hf_earlyexit.inference.rows import encode_rows, text_columns
 
 
 def ids(*lengths):

@@ -1,5 +1,6 @@
 """Answers for many rows, in the order they came."""
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -72,3 +73,84 @@ def test_training_mode_comes_back(tiny_model, tokenizer, random_texts):
 def test_a_single_text_is_not_taken_for_its_letters(model, tokenizer):
     with pytest.raises(ee.EarlyExitError, match=r"pass \[text\]"):
         ee.predict(model, "w5 w6", tokenizer=tokenizer)
+
+
+def test_one_broken_row_leaves_the_others_equal(model, tokenizer, random_texts):
+    texts = random_texts(1000)
+    clean = ee.predict(model, texts, tokenizer=tokenizer)
+    answers = ee.predict(model, [*texts[:317], None, *texts[318:]], tokenizer=tokenizer, errors="slot")
+    others = torch.arange(1000) != 317
+    assert list(answers.errors) == [317]
+    assert (answers.reason[317], int(answers.exit_layer[317])) == ("error", 0)
+    assert bool(answers.logits[317].isnan().all())
+    assert torch.equal(answers.exit_layer[others], clean.exit_layer[others])
+    assert torch.allclose(answers.logits[others], clean.logits[others], atol=1e-5)
+
+
+def test_a_broken_row_is_raised_with_its_number(model, tokenizer):
+    with pytest.raises(ee.EarlyExitError, match="Row 1 is 7; expected a text"):
+        ee.predict(model, ["w5", 7], tokenizer=tokenizer)
+    with pytest.raises(ee.EarlyExitError, match="Row 0 has token ids this model does not know"):
+        ee.predict(model, [{"input_ids": [5, 70_000]}])
+
+
+def test_a_stream_answers_in_order_and_reads_a_window_ahead(model, tokenizer, random_texts):
+    texts, read = random_texts(50), []
+
+    def supply():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    answers = ee.stream(model, supply(), tokenizer=tokenizer, window=8)
+    first = next(answers)
+    assert len(read) == 8
+    assert not torch.is_inference_mode_enabled()  # the caller's own code between two answers is left alone
+    whole = ee.predict(model, texts, tokenizer=tokenizer)
+    for place, answer in enumerate([first, *answers]):
+        assert torch.allclose(answer.logits, whole.logits[place], atol=1e-5)
+        assert (answer.exit_layer, answer.reason) == (int(whole.exit_layer[place]), whole.reason[place])
+
+
+def test_windows_change_no_answer(model, tokenizer, random_texts, monkeypatch):
+    texts = random_texts(60)
+    whole = ee.predict(model, texts, tokenizer=tokenizer)
+    monkeypatch.setattr("hf_earlyexit.inference.predict.WINDOW", 7)
+    parts = ee.predict(model, iter([*texts[:30], 5, *texts[31:]]), tokenizer=tokenizer, errors="slot")
+    assert list(parts.errors) == [30]
+    places = torch.arange(60) != 30
+    assert torch.equal(parts.exit_layer[places], whole.exit_layer[places])
+
+
+def test_a_deadline_in_the_past_answers_nobody_and_at_once(model, tokenizer, random_texts):
+    answers = ee.predict(model, random_texts(300), tokenizer=tokenizer, deadline=0)
+    assert (set(answers.reason), set(answers.exit_layer.tolist())) == ({"deadline"}, {0})
+    assert bool(answers.logits.isnan().all())
+
+
+def test_a_distant_deadline_changes_no_answer(model, tokenizer, random_texts):
+    texts = random_texts(100)
+    free, kept = (ee.predict(model, texts, tokenizer=tokenizer, deadline=seconds) for seconds in (None, 1000))
+    assert torch.equal(free.exit_layer, kept.exit_layer)
+    assert free.reason == kept.reason
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"errors": "skip"}, {"deadline": -1}, {"deadline": float("nan")}, {"max_batch_tokens": 0}, {"layer_budget": 0}]
+)
+def test_arguments_out_of_range_are_refused(model, tokenizer, wrong):
+    with pytest.raises(ee.EarlyExitError, match=f"{next(iter(wrong))} is .*expected"):
+        ee.predict(model, ["w5"], tokenizer=tokenizer, **wrong)
+    with pytest.raises(ee.EarlyExitError, match="window is 0"):
+        ee.stream(model, ["w5"], tokenizer=tokenizer, window=0)
+
+
+@pytest.mark.slow
+def test_a_long_stream_needs_no_more_memory_than_a_short_one(model, tokenizer):
+    process = psutil.Process()
+    rows = ({"input_ids": [5 + number % 90, 7, 8]} for number in range(100_000))
+    for count, _ in enumerate(ee.stream(model, rows), 1):
+        if count == 10_000:
+            start = process.memory_info().rss
+    assert count == 100_000
+    assert process.memory_info().rss - start < 10 * 2**20

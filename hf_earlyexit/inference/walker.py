@@ -1,0 +1,64 @@
+"""A classifier as the scheduler sees it: a way to begin, layers, exits, and a way to put batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbones.base import Context
+from ..errors import DataError
+from ..policies.base import ExitSignal
+from .batching import pad_batch
+from .rows import TokenIds, check_ids
+
+CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
+
+
+class ModelWalker:
+    """Walks a torch classifier with exits through its backbone; writes nothing on it.
+
+    Args:
+        model: a classifier with exits.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.base = model, model.base_model
+        self.layers = list(model.backbone.layers(self.base))
+        self.exit_layers: tuple[int, ...] = model.exit_layers
+        self.num_classes: int = model.num_labels
+        self.device: torch.device = model.device
+        self.best_batch_tokens = CPU_TOKENS if self.device.type == "cpu" else ACCELERATOR_TOKENS
+
+    def check(self, row: TokenIds, number: int) -> DataError | None:
+        """What keeps the model from reading this row, if anything."""
+        config = self.base.config
+        return check_ids(row, number, config.vocab_size, config.max_position_embeddings)
+
+    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
+        """Hidden states `[B, T, H]` before the first layer, and their context."""
+        batch = pad_batch(rows, self.base.config.pad_token_id or 0).to(self.device)
+        return self.model.backbone.begin(self.base, dict(batch), {})
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+        return self.model.backbone.step(self.layers[layer - 1], hidden, context)
+
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says."""
+        return self.model.exit_signal(exit_index, hidden, context, with_gate)
+
+    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
+        """Batches of the same depth as one, padded to the widest."""
+        width = max(hidden.shape[1] for hidden, _ in parts)
+        joined = torch.cat([_widened(hidden, width) for hidden, _ in parts])
+        masks = [_widened(hidden.new_ones(hidden.shape[:2]) if c.tokens is None else c.tokens, width) for hidden, c in parts]
+        return joined, self.model.backbone.frame(self.base, joined, torch.cat([mask.bool() for mask in masks]), {})
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    """`[B, T, ...]` with zeros up to `width`."""
+    missing = width - values.shape[1]
+    return torch.cat([values, values.new_zeros(values.shape[0], missing, *values.shape[2:])], 1) if missing else values

@@ -1,0 +1,73 @@
+"""The benchmark tells ratios, bounds and, where it must, that early exit is the wrong tool."""
+
+import json
+
+import pytest
+
+import hf_earlyexit as ee
+from hf_earlyexit.cli.main import main
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.inference.bench import EARLY, FORWARD, FULL, STOCK, advice, as_table, bench, exits_of
+from hf_earlyexit.inference.rows import encode_rows
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, open_policy):
+    model = tiny_model()
+    model.set_exit_policy(open_policy(model, "confidence"))
+    return model
+
+
+def figures(early, full=1.0, static=1.0, at_one=1.0):
+    times = {STOCK: 2.0, FULL: full, EARLY: early, FORWARD: 1.0, "first 2 layers": static}
+    many = {way: {"seconds": seconds} for way, seconds in times.items()}
+    return {"throughput": {"m": many}, "latency": {"m": {STOCK: {"seconds": at_one}, FORWARD: {"seconds": 1.0}}}}
+
+
+def test_every_way_is_measured_and_told(model, tokenizer, random_texts):
+    rows = encode_rows(random_texts(40), tokenizer)
+    result = bench({"fp32": model}, rows, repeats=2, latency_rows=3)
+    assert json.loads(json.dumps(result)) == result
+    assert set(result["throughput"]["fp32"]) >= {STOCK, FULL, FORWARD, EARLY}
+    assert result["throughput"]["fp32"][STOCK]["speed_up"] == 1
+    for found in result["throughput"]["fp32"].values():
+        assert 0 < found["low"] <= found["speed_up"] <= found["high"]
+    for found in result["latency"]["fp32"].values():
+        assert 0 < found["p50_ms"] <= found["p95_ms"]
+    for way in (STOCK, FULL, FORWARD, EARLY):
+        assert f"| fp32 | {way} |" in as_table(result)
+
+
+def test_the_bound_weighs_layers_with_tokens(tiny_model):
+    model = tiny_model()
+    model.set_exit_policy(ee.StaticPolicy.at(1, 4))
+    rows = [{"input_ids": [5] * 10}, {"input_ids": [5] * 30}]
+    answers = ee.predict(model, rows)
+    exits = exits_of(model, rows, answers._replace(exit_layer=answers.exit_layer.new_tensor([1, 4])))
+    assert exits == pytest.approx({"mean_layer": 2.5, "layer_speed_up": 1.6, "token_layer_bound": 160 / 130})
+
+
+def test_advice_is_plain():
+    assert advice(figures(0.5, static=0.6), "m").endswith("and 1.20x that of the first 2 layers alone.")
+    assert "take that one if it is as accurate" in advice(figures(0.5, static=0.4), "m")
+    assert advice(figures(0.99), "m").startswith("Early exit is the wrong tool here: 1.01x")
+
+
+def test_a_model_without_a_policy_and_no_rows_are_refused(tiny_model, model):
+    with pytest.raises(UsageError, match="fp32 has no exit policy"):
+        bench({"fp32": tiny_model()}, [{"input_ids": [5]}])
+    with pytest.raises(UsageError, match="no rows"):
+        bench({"fp32": model}, [])
+
+
+def test_the_command_prints_a_table_and_writes_json(model, tokenizer, random_texts, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.txt").write_text("\n".join(random_texts(20)), encoding="utf-8")
+    words = ["--model", "model", "--input", "texts.txt", "--output", "speed.json"]
+    words = [str(tmp_path / word) if not word.startswith("--") else word for word in words]
+    assert main(["bench", *words, "--repeats", "1", "--latency_rows", "2", "--int8", "true"]) == 0
+    told = capsys.readouterr().out
+    assert "| int8 | early exit |" in told
+    assert "token-layer bound" in told
+    assert set(json.loads((tmp_path / "speed.json").read_text())["exits"]) == {"fp32", "int8"}

@@ -1,0 +1,228 @@
+"""Full chunks, same answers: whatever the order, the budget and the company."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.inference.rows import encode_rows
+from hf_earlyexit.inference.scheduler import Answers, Scheduler
+from hf_earlyexit.inference.walker import ModelWalker
+from hf_earlyexit.policies import POLICIES
+
+NEAR = 1e-5
+NAMES = [name for name in POLICIES.names() if not POLICIES.get(name).uses_gate]
+
+
+class CountingWalker(ModelWalker):
+    """Remembers every layer call as (layer, rows, padded tokens, real tokens)."""
+
+    def __init__(self, model, pause=0.0):
+        super().__init__(model)
+        self.calls, self.asked, self.pause = [], set(), pause
+
+    def run_layer(self, layer, hidden, context):
+        time.sleep(self.pause)
+        rows, width = hidden.shape[:2]
+        real = rows * width if context.lengths is None else sum(context.lengths)
+        self.calls.append((layer, rows, rows * width, real))
+        return super().run_layer(layer, hidden, context)
+
+    def exit_signal(self, exit_index, hidden, context):
+        self.asked.add(exit_index)
+        return super().exit_signal(exit_index, hidden, context)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, open_policy):
+    model = tiny_model()
+    model.set_exit_policy(open_policy(model, "confidence"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer, random_texts):
+    return encode_rows(random_texts(500, longest=40), tokenizer)
+
+
+def alone(model, rows):
+    """What `forward` says of every row by itself."""
+    answers = Answers.blank(len(rows), model.num_labels)
+    with torch.inference_mode():
+        for place, row in enumerate(rows):
+            output = model(input_ids=torch.tensor([row["input_ids"]]))
+            exit_index = model.exit_layers.index(int(output.exit_layer))
+            answers.write(torch.tensor([place]), output.logits, exit_index, output.exit_score, ["policy"])
+    return answers
+
+
+def assert_same(got, expected, policy, places=slice(None)):
+    thresholds = [threshold for threshold in policy.thresholds if threshold is not None]
+    gap = torch.stack([(expected.score[places] - threshold).abs() for threshold in thresholds]).amin(0)
+    sure = (gap > NEAR) | torch.tensor(policy.counts)
+    assert torch.equal(got.exit_index[sure], expected.exit_index[places][sure])
+    assert (got.logits - expected.logits[places])[sure].abs().max() <= NEAR
+    assert torch.allclose(got.score[sure], expected.score[places][sure], atol=1e-4)
+    assert sure.float().mean() > 0.98
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_answers_as_in_forward(tiny_model, open_policy, rows, name):
+    model = tiny_model()
+    policy = open_policy(model, name)
+    model.set_exit_policy(policy)
+    got = Scheduler(ModelWalker(model), policy, 96).run(rows[:150])
+    assert_same(got, alone(model, rows[:150]), policy)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 128, 512, 100_000])
+def test_order_and_budget_change_no_answer(model, rows, budget):
+    expected = alone(model, rows)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(budget))
+    got = Scheduler(ModelWalker(model), model.exit_policy, budget).run([rows[place] for place in order.tolist()])
+    assert_same(got, expected, model.exit_policy, order)
+    assert len(set(got.exit_index.tolist())) == 4
+
+
+def test_the_threads_of_torch_change_no_answer(model, rows):
+    expected, threads = alone(model, rows[:100]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        got = Scheduler(ModelWalker(model), model.exit_policy, 128).run(rows[:100])
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(got, expected, model.exit_policy)
+
+
+def test_layers_run_exactly_the_rows_that_have_not_left(model, rows):
+    walker = CountingWalker(model)
+    answers = Scheduler(walker, model.exit_policy, 256).run(rows)
+    for layer in range(1, 5):
+        assert sum(call[1] for call in walker.calls if call[0] == layer) == int((answers.exit_index >= layer - 1).sum())
+
+
+def test_chunks_stay_full_and_hold_little_padding(model, rows):
+    walker = CountingWalker(model)
+    Scheduler(walker, model.exit_policy, 256).run(rows)
+    assert max(call[2] for call in walker.calls) <= 256
+    padded, real = (sum(call[part] for call in walker.calls) for part in (2, 3))
+    assert real / padded > 0.93
+    thin = sum(call[2] < 128 for call in walker.calls)
+    assert thin <= 2 * len(model.exit_layers)  # those at the end, and no others
+
+
+def test_all_leave_at_the_first_layer_and_none_leaves(tiny_model, rows):
+    model = tiny_model()
+    first = Scheduler(ModelWalker(model), ee.StaticPolicy.at(0, 4), 128).run(rows[:50])
+    none = Scheduler(ModelWalker(model), ee.ConfidencePolicy(thresholds=[None] * 3), 128).run(rows[:50])
+    assert (set(first.exit_index.tolist()), set(first.reason)) == ({0}, {"policy"})
+    assert (set(none.exit_index.tolist()), set(none.reason)) == ({3}, {"last layer"})
+
+
+def test_exits_nobody_can_leave_at_are_not_computed(model, rows):
+    walker = CountingWalker(model)
+    Scheduler(walker, ee.ConfidencePolicy(thresholds=[None, None, 0.9]), 128).run(rows[:50])
+    assert walker.asked == {2, 3}
+    walker = CountingWalker(model)
+    Scheduler(walker, None, 128).run(rows[:50])
+    assert walker.asked == {3}
+
+
+def test_zero_rows_and_one_row(model, rows):
+    scheduler = Scheduler(ModelWalker(model), model.exit_policy, 128)
+    assert scheduler.run([]).logits.shape == (0, 3)
+    assert_same(scheduler.run(rows[:1]), alone(model, rows[:1]), model.exit_policy)
+
+
+def test_a_layer_budget_is_kept_and_said(model, rows):
+    free = Scheduler(ModelWalker(model), model.exit_policy, 128).run(rows)
+    walker = CountingWalker(model)
+    tight = Scheduler(walker, model.exit_policy, 128, layer_budget=2).run(rows)
+    assert max(call[0] for call in walker.calls) == 2
+    assert tight.exit_index.tolist() == free.exit_index.clamp(max=1).tolist()
+    for reason, index in zip(tight.reason, free.exit_index.tolist(), strict=True):
+        assert reason == ("policy" if index <= 1 else "layer budget")
+    assert torch.allclose(tight.logits[free.exit_index <= 1], free.logits[free.exit_index <= 1], atol=NEAR)
+
+
+def test_a_layer_budget_before_the_first_exit_is_refused(tiny_model):
+    with pytest.raises(UsageError, match="first exit in use is after layer 2: expected at least 2"):
+        Scheduler(ModelWalker(tiny_model(exit_layers=[2, 4])), None, 128, layer_budget=1)
+
+
+def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows):
+    full = CountingWalker(model)
+    free = Scheduler(full, ee.ConfidencePolicy(thresholds=[None] * 3), 512).run(rows)
+    walker = CountingWalker(model, pause=0.002)
+    part = Scheduler(walker, ee.ConfidencePolicy(thresholds=[None] * 3), 512, ends_at=time.monotonic() + 0.06).run(rows)
+    assert set(part.reason) >= {"deadline", "last layer"}
+    assert len(walker.calls) < len(full.calls)
+    reached = part.exit_index == 3
+    assert torch.allclose(part.logits[reached], free.logits[reached], atol=NEAR)
+    unanswered = part.exit_index == -1
+    assert torch.equal(part.logits.isnan().all(1), unanswered)
+    assert bool(unanswered.any())
+
+
+def test_answers_at_a_deadline_are_those_of_the_exit(model, rows, monkeypatch):
+    walker = CountingWalker(model)
+    scheduler = Scheduler(walker, ee.ConfidencePolicy(thresholds=[None] * 3), 100_000, ends_at=0.0)
+    monkeypatch.setattr(scheduler, "_late", lambda: len(walker.calls) == 2)
+    got = scheduler.run(rows[:30])
+    assert set(got.exit_index.tolist()) == {1}
+    assert set(got.reason) == {"deadline"}
+    with torch.inference_mode():
+        second = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits[0, 1] for row in rows[:30]]
+    assert torch.allclose(got.logits, torch.stack(second), atol=NEAR)
+
+
+def test_no_layer_begins_after_a_deadline(model, rows):
+    begun = []
+
+    class Clocked(ModelWalker):
+        def run_layer(self, layer, hidden, context):
+            begun.append(time.monotonic())
+            return super().run_layer(layer, hidden, context)
+
+    generator = random.Random(0)
+    for _ in range(1000):
+        begun.clear()
+        ends_at = time.monotonic() + generator.uniform(0, 0.004)
+        Scheduler(Clocked(model), model.exit_policy, 128, ends_at=ends_at).run(rows[:20])
+        late = [moment for moment in begun if moment >= ends_at]
+        assert len(late) <= 1  # the clock may strike between the look at it and the layer's begin
+
+
+def test_eight_threads_share_a_model(model, rows):
+    expected = [
+        Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[start : start + 5]) for start in range(0, 100, 5)
+    ]
+    before = dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()}
+
+    def call(number):
+        start = 5 * (number % 20)
+        got = Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[start : start + 5])
+        same = expected[number % 20]
+        return torch.equal(got.logits, same.logits) and torch.equal(got.exit_index, same.exit_index)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(1000)))
+    assert before == (dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()})
+
+
+def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(model):
+    generator = torch.Generator().manual_seed(3)
+    masked = [
+        {"input_ids": torch.randint(5, 99, (width,), generator=generator).tolist(), "attention_mask": mask}
+        for width, mask in [(4, [0, 0, 1, 1]), (5, [1, 1, 0, 1, 1]), (3, [1, 1, 1]), (6, [0] * 6), (4, [1] * 4)]
+    ]
+    got = Scheduler(ModelWalker(model), model.exit_policy, 1000).run(masked)
+    with torch.inference_mode():
+        for place, row in enumerate(masked):
+            output = model(**{name: torch.tensor([values]) for name, values in row.items()})
+            assert int(output.exit_layer) == model.exit_layers[got.exit_index[place]]
+            assert torch.allclose(output.logits[0], got.logits[place], atol=NEAR)
