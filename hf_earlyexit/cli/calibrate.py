@@ -1,8 +1,10 @@
 """Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config.
 
     hf-earlyexit calibrate --model bert-with-exits --policy beem-a --target max-drop:0.01
+    hf-earlyexit calibrate --model bert-with-exits --target speed-up:2 --operating_point fast
 
-Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json.
+Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json. A policy with a
+name is used where that is asked for; it becomes the default only if there is none.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..calibration import calibrate
 from ..errors import UsageError
+from ..hub.save import add_calibration
 from ..inference.collect import collect_trace
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
@@ -32,6 +35,9 @@ class CalibrateArguments:
     options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})
     dataset: str | None = field(default=None, metadata={"help": f"rows to choose on; by default the model's {TRACE_FILE}"})
     split: str = field(default="validation", metadata={"help": "split of the data set"})
+    operating_point: str | None = field(
+        default=None, metadata={"help": "keep the policy under this name; the default stays"}
+    )
     keep_weak_exits: bool = field(default=False, metadata={"help": "do not close exits no better than a constant answer"})
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
 
@@ -65,7 +71,12 @@ def run(args: CalibrateArguments) -> None:
         keep_weak_exits=args.keep_weak_exits,
         seed=args.seed,
     )
-    model.set_exit_policy(result)
+    point = args.operating_point
+    if point is None:
+        model.set_exit_policy(result)
+    else:
+        default = point if model.exit_policy is None else None
+        model.set_operating_points({point: result}, default, keep_others=True)
     model.save_pretrained(folder)
-    result.save(folder / "calibration.json")
+    add_calibration(model, folder, result, point)
     print(result)

@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..inference.predict import predict
 from ..inference.rows import encode_rows
 from ..inference.timing import compare_speed
+from ..modeling.configuration import EXACT
 from ..problems import quality_name, row_quality
 from ..training.data import load_splits, require_split
 
@@ -31,6 +32,7 @@ class EvaluateArguments:
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
     dataset: str = field(metadata={"help": "folder with one file per split, a file, or a Hub id"})
     split: str = field(default="test", metadata={"help": "split of the data set; neither trained nor calibrated on"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use"})
     time: bool = field(default=False, metadata={"help": "measure the time of both, in turns"})
     repeats: int = field(default=5, metadata={"help": "rounds of measuring"})
     json: bool = field(default=False, metadata={"help": "print one JSON object instead of sentences"})
@@ -45,7 +47,11 @@ def run(args: EvaluateArguments) -> None:
     if args.repeats < 1:
         raise UsageError(f"repeats is {args.repeats}; expected at least 1.", field="repeats", value=args.repeats)
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
-    if model.exit_policy is None:
+    if args.operating_point == EXACT:
+        raise UsageError(
+            f"At {EXACT!r} every row runs through all layers; there is nothing to compare.", field="operating_point"
+        )
+    if model.policy_at(args.operating_point) is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")
     rows = require_split(load_splits(args.dataset), args.split, args.dataset)
     if not len(rows) or "label" not in rows.column_names:
@@ -63,7 +69,8 @@ def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments
     """What early exit does to the rows, as plain numbers."""
 
     def answer(early_exit: bool) -> Any:
-        return predict(model, rows, max_batch_tokens=args.max_batch_tokens, early_exit=early_exit)
+        point = args.operating_point if early_exit else EXACT
+        return predict(model, rows, max_batch_tokens=args.max_batch_tokens, operating_point=point)
 
     problem, depth = model.config.resolved_problem_type, model.exit_layers[-1]
     early = answer(True)
@@ -71,7 +78,7 @@ def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments
     full = row_quality(answer(False).logits, labels, problem)
     layers = early.exit_layer.double()
     found = {
-        "policy": model.exit_policy.name,
+        "policy": model.policy_at(args.operating_point).name,
         "measure": quality_name(problem),
         "rows": len(labels),
         "quality": float(quality.mean()),

@@ -23,6 +23,7 @@ class ExplainArguments:
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
     text: str = field(metadata={"help": "the text"})
     text_pair: str | None = field(default=None, metadata={"help": "second text, for models of pairs"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to explain"})
     json: bool = field(default=False, metadata={"help": "print one JSON object instead of sentences"})
 
 
@@ -33,5 +34,6 @@ def run(args: ExplainArguments) -> None:
     """Explain one text."""
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     text = args.text if args.text_pair is None else (args.text, args.text_pair)
-    told = explain(model, text, tokenizer=AutoTokenizer.from_pretrained(args.model))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    told = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)
     print(json.dumps(dataclasses.asdict(told), ensure_ascii=False) if args.json else told)

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..errors import UsageError
 from ..inference.collect import collect_trace
 from ..inference.rows import text_columns
+from ..modeling.configuration import EXACT
 from ..modeling.fingerprint import heads_fingerprint
 from ..reports import write_report
 from ..trace import ExitTrace
@@ -31,6 +32,7 @@ class ReportArguments:
     dataset: str | None = field(default=None, metadata={"help": "folder with one file per split, a file, or a Hub id"})
     split: str = field(default="validation", metadata={"help": "split of the data set; not trained on"})
     trace: str | None = field(default=None, metadata={"help": "trace of the same rows, instead of a pass through the model"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy shown as the one in service"})
     output: str = field(default="report.html", metadata={"help": "file to write"})
     max_drop: float = field(default=0.01, metadata={"help": "quality that may be lost on the rows that choose"})
     seed: int = field(default=0, metadata={"help": "of the split in halves"})
@@ -43,7 +45,10 @@ def run(args: ReportArguments) -> None:
     """Collect or load a trace, write the report."""
     if args.dataset is None and args.trace is None:
         raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
+    if args.operating_point == EXACT:
+        raise UsageError(f"At {EXACT!r} every row runs through all layers; name another.", field="operating_point")
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    policy = model.policy_at(args.operating_point)
     rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
     if args.trace is None:
         trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(args.model), split=args.split)
@@ -53,7 +58,7 @@ def run(args: ReportArguments) -> None:
     comparison = write_report(
         trace,
         args.output,
-        policy=model.exit_policy,
+        policy=policy,
         label_names=[str(names[index]) for index in range(len(names))],
         texts=None if rows is None else _texts(rows),
         title=Path(args.model).name,

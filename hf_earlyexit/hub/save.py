@@ -10,7 +10,7 @@ from typing import Any
 
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, UsageError
-from ..files import inside, read_json, replaced_folder
+from ..files import inside, read_json, replaced_folder, write_file
 from ..modeling.fingerprint import heads_fingerprint
 
 CALIBRATION_FILE = "calibration.json"
@@ -49,12 +49,8 @@ def save(
         model.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        if isinstance(calibration, CalibrationResult):
-            calibration.save(new / CALIBRATION_FILE)
-        elif results:
-            values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
-            text = json.dumps(values, indent=1, allow_nan=False)
-            (new / CALIBRATION_FILE).write_text(text + "\n", encoding="utf-8")
+        if results:
+            _write_calibrations(new, results)
         if card is not False:
             _write_card(new, model, results, repo_id, {} if card is True else dict(card))
 
@@ -77,14 +73,47 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
         raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
 
 
+def add_calibration(
+    model: Any, folder: str | PathLike[str], result: CalibrationResult, operating_point: str | None = None
+) -> None:
+    """Put one more result into a folder's calibration file; results the model no longer uses leave it.
+
+    Args:
+        model: uses the policy of the result already.
+        folder: of the saved model.
+        result: takes the place of a former one of the same name.
+        operating_point: its name; `None` for the default policy.
+    """
+    try:
+        former = load_calibrations(folder)
+    except CheckpointError:  # what is damaged cannot be kept
+        former = None
+    known = {} if former is None else _by_name(former)
+    served, own = _served(model), heads_fingerprint(model)
+    results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
+    _write_calibrations(Path(folder), results | {operating_point or ONLY: result})
+
+
+def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> None:
+    if list(results) == [ONLY]:
+        results[ONLY].save(folder / CALIBRATION_FILE)
+        return
+    values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
+    write_file(folder / CALIBRATION_FILE, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
 def _by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:
     return {ONLY: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
 
 
-def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
+def _served(model: Any) -> list[dict[str, Any]]:
+    """All policies of a model, as in its config."""
     points = [None, *model.operating_points]
-    served = [policy.to_dict() for policy in map(model.policy_at, points) if policy is not None]
-    own = heads_fingerprint(model)
+    return [policy.to_dict() for policy in map(model.policy_at, points) if policy is not None]
+
+
+def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
+    served, own = _served(model), heads_fingerprint(model)
     for name, result in results.items():
         if result.policy.to_dict() not in served:
             raise UsageError(

@@ -89,9 +89,9 @@ def predict(
     size = WINDOW if deadline is None else WINDOW_WITH_DEADLINE
     count = len(rows) if hasattr(rows, "__len__") else None
     with tqdm(total=count, disable=not progress, unit="row") as bar:
+        choice = (early_exit, operating_point)
         done = list(
-            _answered(model, rows, tokenizer, size, max_batch_tokens, max_length, (early_exit, operating_point), layer_budget,
-                      ends_at, errors, bar.update)
+            _answered(model, rows, tokenizer, size, max_batch_tokens, max_length, choice, layer_budget, ends_at, errors, bar.update)
         )  # fmt: skip
     done = done or [Answers.blank(0, model.num_labels)]
     starts = [0]

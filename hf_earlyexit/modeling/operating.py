@@ -39,13 +39,18 @@ class OperatingPoints:
         self.config.exit_policy, self.config.exit_certificate = values, certificate
 
     def set_operating_points(
-        self, points: Mapping[str, ExitPolicy | CalibrationResult] | None, default: str | None = None
+        self,
+        points: Mapping[str, ExitPolicy | CalibrationResult] | None,
+        default: str | None = None,
+        *,
+        keep_others: bool = False,
     ) -> None:
         """Keep several policies, to be chosen by name at call time; "exact", the full model, is always among them.
 
         Args:
             points: calibration results or policies by name; they take the place of all former points.
             default: the point that becomes `exit_policy`; `None` leaves that as it is.
+            keep_others: former points of other names stay, with their certificates.
 
         Raises:
             UnknownNameError: for a default that is none of the points.
@@ -55,8 +60,13 @@ class OperatingPoints:
         if default is not None and default not in (EXACT, *points):
             raise unknown_name("operating point", default, (EXACT, *points))
         accepted = {name: self._accept(source, name) for name, source in points.items()}
+        policies = {name: values for name, (values, _) in accepted.items()}
         certificates = {name: certificate for name, (_, certificate) in accepted.items() if certificate is not None}
-        self.config.exit_operating_points = {name: values for name, (values, _) in accepted.items()} or None
+        if keep_others:
+            policies = (self.config.exit_operating_points or {}) | policies
+            former = self.config.exit_point_certificates or {}
+            certificates |= {name: certificate for name, certificate in former.items() if name not in accepted}
+        self.config.exit_operating_points = policies or None
         self.config.exit_point_certificates = certificates or None
         if default is not None:
             self.config.exit_policy, self.config.exit_certificate = accepted.get(default, (None, None))

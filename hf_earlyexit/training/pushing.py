@@ -1,18 +1,60 @@
-"""What a run that pushes its checkpoints must carry along."""
+"""Saving and pushing a run without the pickle of its settings, which names local paths and may hold the token."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
+from transformers.utils.hub import hf_api
 
-from ..modeling.shim import write_shim
+from .checkpoints import TRAINER_STATE
+
+PICKLES = (".bin", ".pt", ".pth")
+SETTINGS = "training_args.bin"
 
 
-class CarryShim(TrainerCallback):
-    """`Trainer` copies config and weights of a checkpoint before it pushes, but not the file the config points to."""
+class NoPickledSettings:
+    """Part of a `Trainer` that keeps `training_args.bin` out of its folders and off the Hub; nothing reads that file."""
 
-    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write that file beside them."""
-        write_shim(Path(args.output_dir), type(model.config).__name__, model.config.door)
+    args: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, SETTINGS).unlink(missing_ok=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which writes the pickle anew here; the file that config.json points to goes along."""
+        args, running = self.args, self.push_in_progress
+        busy = running is not None and not running.is_done()
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or (busy and not args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        for file in Path(checkpoint_folder).iterdir():  # a copy, since the checkpoint may be deleted before it is uploaded
+            if file.is_file() and file.suffix not in PICKLES and file.name != TRAINER_STATE:
+                shutil.copy(file, args.output_dir)
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        done = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        jobs = [self._upload(args.output_dir, f"Training in progress, {done}", ignore_patterns=["_*", "checkpoint-*"])]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            only_last = args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if only_last else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"Training in progress, {done}, checkpoint", path_in_repo=place))
+        if busy:
+            running.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, folder: str, message: str, **kwargs: Any) -> Any:
+        return hf_api().upload_folder(  # the one client whose uploads queue up in order
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+            **kwargs,
+        )

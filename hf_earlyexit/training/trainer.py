@@ -20,13 +20,14 @@ from .checkpoints import newest_complete_checkpoint
 from .checks import check_data_set
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
-from .pushing import CarryShim
+from .pushing import NoPickledSettings
 
 
-class EarlyExitTrainer(Trainer):
+class EarlyExitTrainer(NoPickledSettings, Trainer):
     """`Trainer` for models with exits: the objective sees all exits, evaluations log a metric for each.
 
-    `compute_metrics` gets what it gets everywhere else: the full model's logits and the labels.
+    `compute_metrics` gets what it gets everywhere else: the full model's logits and the labels. The settings are not pickled
+    into what is saved and pushed as a model.
 
     Args:
         model: a model with exits.
@@ -53,7 +54,6 @@ class EarlyExitTrainer(Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
-        self.add_callback(CarryShim)
         config = self.model.config
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:

@@ -1,6 +1,7 @@
 """train, calibrate, predict: from a folder of texts to answers that leave early."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import BertModel
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
+from hf_earlyexit.hub.save import load_calibrations
 from hf_earlyexit.training.data import with_ids
 from tests.conftest import SHAPE
 
@@ -58,6 +60,33 @@ def test_calibration_puts_the_policy_into_the_folder(trained, capsys):
     result = ee.CalibrationResult.load(trained / "calibration.json")
     assert model.exit_policy == result.policy
     assert result.layer_speed_up > 1
+
+
+def test_calibrations_by_name_are_kept_beside_the_default(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "out")
+    for file in ("config.json", "calibration.json"):
+        (out / file).unlink(missing_ok=True)
+    config = json.loads((trained / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"exit_policy": None, "exit_certificate": None}))
+
+    def calibrate(policy, *point):
+        assert main(["calibrate", str(out), "--policy", policy, *point]) == 0
+        return ee.EarlyExitBertForSequenceClassification.from_pretrained(out), load_calibrations(out)
+
+    model, results = calibrate("static", "--operating_point", "fast")
+    assert model.exit_policy == model.policy_at("fast") == results["fast"].policy
+    model, results = calibrate("patience", "--operating_point", "careful")
+    assert set(model.operating_points) == {"exact", "fast", "careful"}
+    assert model.exit_policy == results["fast"].policy != results["careful"].policy
+    model, results = calibrate("confidence")
+    assert model.exit_policy == results["default"].policy
+    assert {name: model.policy_at(name) for name in ("fast", "careful")} == {
+        name: results[name].policy for name in ("fast", "careful")
+    }
+    assert set(model.config.exit_point_certificates) == {"fast", "careful"}
+    ee.save(model, tmp_path / "saved", calibration=results, card=False)
+    (out / "calibration.json").write_text("{")
+    assert list(calibrate("margin", "--operating_point", "fast")[1]) == ["fast"]
 
 
 def test_prediction_writes_a_line_for_every_text_in_order(trained, folder, tmp_path, tokenizer):

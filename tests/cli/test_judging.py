@@ -18,6 +18,7 @@ def places(tmp_path_factory, tiny_model, tokenizer, open_policy, random_texts):
     model = tiny_model()
     for name, policy in (("plain", None), ("model", open_policy(model, "confidence"))):
         model.set_exit_policy(policy)
+        model.set_operating_points({"first": ee.StaticPolicy.at(0, 4)})
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "data").mkdir()
@@ -81,6 +82,16 @@ def test_report_from_a_data_set_and_from_a_trace_agree(places, capsys, tmp_path,
     assert str(places) not in one
 
 
+def test_an_operating_point_is_judged_in_place_of_the_default(places, capsys, tmp_path):
+    named = ["--model", places / "plain", "--operating_point", "first"]
+    found = json.loads(run(capsys, "evaluate", *named, "--dataset", places / "data", "--json", "true"))
+    assert found["policy"] == "static"
+    assert (found["mean_layers"], found["num_layers"]) == (1, 4)
+    assert json.loads(run(capsys, "explain", *named, "--text", "w9", "--json", "true"))["exit_layer"] == 1
+    run(capsys, "report", *named, "--dataset", places / "data", "--output", tmp_path / "report.html")
+    assert "static, as served" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_env_names_versions_but_nobody(capsys):
     found = json.loads(run(capsys, "env", "--json", "true"))
     assert found["torch"] == torch.__version__
@@ -106,7 +117,11 @@ def test_help_teaches_with_an_example(command, capsys):
         (["evaluate", "--model", "{plain}", "--dataset", "{data}"], "no exit policy"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--split", "dev"], "it has test, validation"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--repeats", "0"], "expected at least 1"),
+        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "frist"], "Did you mean 'first'"),
+        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "exact"], "nothing to compare"),
         (["explain", "--model", "{plain}", "--text", "w5"], "calibrate first"),
+        (["explain", "--model", "{model}", "--text", "w5", "--operating_point", "exact"], "nothing to explain"),
+        (["report", "--model", "{model}", "--dataset", "{data}", "--operating_point", "exact"], "name another"),
         (["report", "--model", "{model}"], "No rows"),
         (["report", "--model", "{model}", "--trace", "{trace}"], "this model has"),
         (["report", "--model", "{model}", "--trace", "nowhere"], "cannot be read"),

@@ -32,9 +32,9 @@ class CountingWalker(ModelWalker):
         self.calls.append((layer, rows, rows * width, real))
         return super().run_layer(layer, hidden, context)
 
-    def exit_signal(self, exit_index, hidden, context):
+    def exit_signal(self, exit_index, hidden, context, with_gate=False):
         self.asked.add(exit_index)
-        return super().exit_signal(exit_index, hidden, context)
+        return super().exit_signal(exit_index, hidden, context, with_gate)
 
 
 @pytest.fixture(scope="module")

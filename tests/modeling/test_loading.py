@@ -259,6 +259,15 @@ def test_a_surplus_head_is_refused_by_name(saved):
         Door.from_pretrained(saved)
 
 
+def test_tensors_that_belong_to_no_part_are_named_once_and_ignored(saved, caplog):
+    before = Door.from_pretrained(saved).state_dict()
+    edit_weights(saved, lambda tensors: tensors.update({"cls.predictions.bias": torch.zeros(3)}))
+    after = Door.from_pretrained(saved).state_dict()
+    assert len([record for record in caplog.records if "cls.predictions.bias" in record.getMessage()]) == 1
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_a_missing_backbone_tensor_is_refused_by_name(saved):
     name = "bert.encoder.layer.1.output.dense.weight"
     edit_weights(saved, lambda tensors: tensors.pop(name))
