@@ -91,8 +91,10 @@ def predict(
     with tqdm(total=count, disable=not progress, unit="row") as bar:
         choice = (early_exit, operating_point)
         done = list(
-            _answered(model, rows, tokenizer, size, max_batch_tokens, max_length, choice, layer_budget, ends_at, errors, bar.update)
-        )  # fmt: skip
+            _answered(
+                model, rows, tokenizer, size, max_batch_tokens, max_length, choice, layer_budget, ends_at, errors, bar.update
+            )
+        )
     done = done or [Answers.blank(0, model.num_labels)]
     starts = [0]
     for part in done:
