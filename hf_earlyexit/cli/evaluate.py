@@ -60,7 +60,7 @@ def run(args: EvaluateArguments) -> None:
             "row and a column 'label'.",
             field="split",
         )
-    encoded = _Encoded(encode_rows(rows, AutoTokenizer.from_pretrained(args.model)))
+    encoded = encode_rows(rows, AutoTokenizer.from_pretrained(args.model))  # once, so that measuring does not tokenize
     found = figures(model, encoded, torch.as_tensor(rows["label"]), args)
     print(json.dumps(found, allow_nan=False) if args.json else _sentences(found))
 
@@ -101,15 +101,6 @@ def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments
             "threads": torch.get_num_threads(),
         }
     return found
-
-
-class _Encoded(list):
-    """Token ids that were made once, in the shape of a data set, so that measuring does not tokenize."""
-
-    column_names = ("input_ids",)
-
-    def select_columns(self, names: list[str]) -> _Encoded:
-        return self
 
 
 def _sentences(found: dict[str, Any]) -> str:
