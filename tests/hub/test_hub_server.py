@@ -128,11 +128,10 @@ def test_models_travel_through_the_hub(hub: HubServer, client: Client) -> None:
     trained = hub.repos["tester/trained"]
     assert found["trained"]
     assert found["card"]["library_name"] == "transformers"
-    assert [commit.message for commit in trained.commits[1:]] == [
-        "Training in progress, step 1",
-        "Training in progress, step 2",
-        "done",
-    ]
+    steps = [commit.message for commit in trained.commits[1:]]
+    assert (steps[0], steps[-1]) == ("Training in progress, step 1", "done")
+    # Trainer uploads while it goes on: where step 2 is saved before step 1 is sent, step 2 has nothing new to send
+    assert steps[1:-1] in (["Training in progress, step 2"], [])
 
 
 def test_data_sets_travel_through_the_hub(hub: HubServer, client: Client) -> None:
