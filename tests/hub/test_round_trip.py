@@ -231,11 +231,10 @@ def test_trainer_pushes_every_save(hub, run_child, tmp_path):
     """
     found = run_child(hub, tmp_path, code)
     commits = hub.repos["tester/trained"].commits[1:]
-    assert [commit.message for commit in commits if "step" in commit.message] == [
-        "Training in progress, step 2",
-        "Training in progress, step 4",
-    ]
-    assert commits[-1].message == "done"
+    steps = [commit.message for commit in commits]
+    assert (steps[0], steps[-1]) == ("Training in progress, step 2", "done")
+    # Trainer uploads while it goes on: where step 4 is saved before step 2 is sent, step 4 has nothing new to send
+    assert steps[1:-1] in (["Training in progress, step 4"], [])
     for commit in commits:
         assert {"config.json", "model.safetensors", "modeling_hf_earlyexit.py"} <= set(commit.files)
     assert {"optimizer.pt", "trainer_state.json", "model.safetensors", "config.json"} <= set(found["checkpoint"])
