@@ -1,4 +1,4 @@
-"""How far an exit's confidence can be believed."""
+"""How far an exit's confidence can be believed, and how many layers a row needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .problems import MULTI_LABEL, REGRESSION
+from .trace import ExitTrace
 
 
 class Reliability(NamedTuple):
@@ -49,3 +51,26 @@ def reliability(logits: Tensor, labels: Tensor, num_bins: int = 10) -> Reliabili
     share = count[filled] / len(logits)
     ece = float((share * (believed - found).abs()).sum())
     return Reliability(tuple(believed.tolist()), tuple(found.tolist()), tuple(share.tolist()), ece)
+
+
+def memorized_layer(trace: ExitTrace) -> Tensor:
+    """The first layer from which on every exit is right, `[N]`; the number of layers if the last exit is wrong.
+
+    Paper: ConsistentEE (https://arxiv.org/abs/2312.11882) calls it the Memorized Layer. A row that only the last exit gets
+    right counts as hard as one that no exit gets right.
+    """
+    steady = right_exits(trace).flip(1).int().cumprod(1).sum(1)  # [N], exits that are right counted from the last
+    layers = torch.tensor(trace.exit_layers, dtype=torch.float32)
+    return layers[(trace.num_exits - steady).clamp_max(trace.num_exits - 1)]
+
+
+def right_exits(trace: ExitTrace) -> Tensor:
+    """Whether each exit answers each row rightly, `[N, E]`; with many labels, all of them."""
+    if trace.problem_type == REGRESSION:
+        raise DataError(
+            "Values are never right or wrong, so memorized and oracle layers do not exist; use hardness 'loss' or 'none'.",
+            field="hardness",
+        )
+    if trace.problem_type == MULTI_LABEL:
+        return ((trace.logits > 0) == (trace.labels[:, None] > 0)).all(-1)
+    return trace.logits.argmax(-1) == trace.labels[:, None]

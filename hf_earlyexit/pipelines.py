@@ -8,6 +8,7 @@ import transformers
 from transformers import TextClassificationPipeline
 
 from .errors import UsageError
+from .modeling.certificate import warn_of_other_tokenizer
 from .modeling.classifier import EarlyExitClassifier
 
 
@@ -53,4 +54,5 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
         raise UsageError(
             f"{type(pipe.model).__name__} has no exits; use transformers.pipeline, or give it exits first.", field="model"
         )
+    warn_of_other_tokenizer(pipe.model, pipe.tokenizer)
     return pipe

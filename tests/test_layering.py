@@ -20,7 +20,7 @@ ALLOWED = {
     "problems": {"errors"},
     "policies": BASE,
     "trace": BASE | {"policies"},
-    "metrics": BASE,
+    "metrics": BASE | {"trace"},
     "cost": BASE,
     "losses": BASE,
     "calibration": BASE | {"policies", "trace", "metrics", "cost"},

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..inference.predict import predict
 from ..inference.rows import text_columns
+from ..modeling.certificate import warn_of_other_tokenizer
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
 
@@ -41,6 +42,7 @@ def run(args: PredictArguments) -> None:
     """Read, classify, write."""
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    warn_of_other_tokenizer(model, tokenizer)
     texts = _texts(args)
     answers = predict(
         model,

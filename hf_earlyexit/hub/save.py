@@ -11,7 +11,7 @@ from typing import Any
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_file
-from ..modeling.fingerprint import heads_fingerprint
+from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
 
 CALIBRATION_FILE = "calibration.json"
 SEVERAL = "hf_earlyexit.calibrations/1"
@@ -45,6 +45,8 @@ def save(
     """
     results = {} if calibration is None else _by_name(calibration)
     _check(model, results)
+    if tokenizer is not None:
+        model.config.exit_tokenizer = tokenizer_fingerprint(tokenizer)
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
         model.save_pretrained(new)
         if tokenizer is not None:

@@ -14,7 +14,13 @@ from transformers.utils import logging
 
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError
-from .fingerprint import HEAD_PREFIXES, heads_fingerprint, policy_fingerprint, tensors_fingerprint
+from .fingerprint import (
+    HEAD_PREFIXES,
+    heads_fingerprint,
+    policy_fingerprint,
+    tensors_fingerprint,
+    tokenizer_fingerprint,
+)
 
 NEEDED = ("fingerprint", "policy", "dtype")
 NARROWER = ("float16", "bfloat16")
@@ -47,6 +53,16 @@ def certify(result: CalibrationResult, model: Any) -> dict[str, Any] | None:
         "num_rows": result.num_rows,
         "target": result.target,
     }
+
+
+def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Warn where a tokenizer's vocabulary is not the one the model was saved with."""
+    expected = model.config.exit_tokenizer
+    if expected is not None and tokenizer is not None and (found := tokenizer_fingerprint(tokenizer)) != expected:
+        logger.warning(
+            f"The tokenizer's vocabulary is {found}; the model was saved with {expected}. Its answers and thresholds are "
+            "for the latter; load the tokenizer from the model's own folder."
+        )
 
 
 def is_certificate(value: Any) -> bool:

@@ -38,6 +38,7 @@ class EarlyExitConfig(LoadedByShim):
         exit_certificate: which heads, dtype and rows the policy's thresholds were chosen on; `None` if that is not known.
         exit_operating_points: policies to choose from at call time, by name; "exact" is the full model and always there.
         exit_point_certificates: certificates of those, by name.
+        exit_tokenizer: fingerprint of the tokenizer's vocabulary the model was saved with; `None` if that is not known.
         exit_cost: cost of leaving at each exit in layers, ascending; `None` for the layers' numbers.
         early_exit_version: format of the saved folder; `None` until a model with exits has been saved.
 
@@ -53,6 +54,7 @@ class EarlyExitConfig(LoadedByShim):
     exit_certificate: dict | None = None
     exit_operating_points: dict[str, dict] | None = None
     exit_point_certificates: dict[str, dict] | None = None
+    exit_tokenizer: str | None = None
     exit_cost: list[float | int] | None = None
     early_exit_version: str | None = None
 

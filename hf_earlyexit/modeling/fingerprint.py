@@ -1,4 +1,4 @@
-"""Short names for the exact weights of the exits, and for the exact numbers of a policy."""
+"""Short names for the exact weights of the exits, the numbers of a policy and the vocabulary of a tokenizer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype = torc
             digest.update(name.encode())
             digest.update(tensor.detach().to("cpu", dtype).to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Sixteen hex digits of a tokenizer's vocabulary: its tokens and their numbers."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def policy_fingerprint(policy: dict[str, Any]) -> str:

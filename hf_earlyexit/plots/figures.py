@@ -83,15 +83,18 @@ def pareto_svg(lines: Sequence[Line], marks: Sequence[Mark], full: Mark, measure
         return to_svg(drawing, f"{measure} against mean layers per row for {names}")
 
 
-def exit_shares_svg(shares: Mapping[str, Sequence[float]], layers: Sequence[int]) -> str:
-    """Share of rows that leave after each layer.
+def exit_shares_svg(
+    shares: Mapping[str, Sequence[float]], layers: Sequence[int], what: str = "share of rows leaving"
+) -> str:
+    """Share of rows at each layer: those that leave after it, or whatever else is counted by layer.
 
     Args:
         shares: by name, one share in `[0, 1]` for each layer.
         layers: layers with an exit.
+        what: the shares, in words.
     """
     with figure(4.4, 2.5) as (drawing, axes):
-        calm(axes, xlabel="layer", ylabel="share of rows leaving")
+        calm(axes, xlabel="layer", ylabel=what)
         width = 0.8 / len(shares)
         for number, (name, heights) in enumerate(shares.items()):
             places = [index - 0.4 + width * (number + 0.5) for index in range(len(layers))]
@@ -102,7 +105,7 @@ def exit_shares_svg(shares: Mapping[str, Sequence[float]], layers: Sequence[int]
         axes.yaxis.set_major_formatter("{x:.0f}%")
         if len(shares) > 1:
             drawing.legend(loc="outside lower center", ncols=3, handlelength=1.0)
-        return to_svg(drawing, "Share of rows leaving after each layer")
+        return to_svg(drawing, f"{what.capitalize()}, by layer")
 
 
 def exit_quality_svg(

@@ -129,10 +129,14 @@ class ExitPolicy(ABC):
     @property
     def name(self) -> str:
         """The name the policy class is registered under."""
+        return self._registered_name()
+
+    @classmethod
+    def _registered_name(cls) -> str:
         for name in POLICIES.names():
-            if POLICIES.get(name) is type(self):
+            if POLICIES.get(name) is cls:
                 return name
-        raise PolicyError(f"{type(self).__name__} is not registered; decorate it with `@register_policy(name)`.")
+        raise PolicyError(f"{cls.__name__} is not registered; decorate it with `@register_policy(name)`.")
 
     @property
     def num_exits(self) -> int:
@@ -142,6 +146,7 @@ class ExitPolicy(ABC):
     @classmethod
     def from_trace(cls, trace: Any, **options: Any) -> Self:
         """The policy for the exits of `trace`, its own numbers learned from it, every exit still closed."""
+        cls._require_serves(trace.problem_type)  # before anything is learned from what the rule cannot read
         given = {"thresholds": (None,) * (trace.num_exits - 1), "problem_type": trace.problem_type}
         learned = cls.learn(trace, **options)
         _refuse_unknown(cls, set(learned), {field.name for field in dataclasses.fields(cls)} - set(given))
@@ -228,21 +233,25 @@ class ExitPolicy(ABC):
             )
         return cls(**given)
 
+    @classmethod
+    def _require_serves(cls, problem_type: str) -> None:
+        if problem_type not in PROBLEM_TYPES:
+            raise PolicyError(
+                f"problem_type is {problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
+                field="problem_type",
+                value=problem_type,
+            )
+        if problem_type not in cls.problem_types:
+            able = [name for name in POLICIES.names() if problem_type in POLICIES.get(name).problem_types]
+            raise PolicyError(
+                f"The {cls._registered_name()} policy cannot serve {problem_type}; these can: {', '.join(able)}.",
+                field="problem_type",
+                value=problem_type,
+            )
+
     def _validate_frame(self) -> None:
         """Check what every rule has, so that `validate` can rely on it."""
-        if self.problem_type not in PROBLEM_TYPES:
-            raise PolicyError(
-                f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
-                field="problem_type",
-                value=self.problem_type,
-            )
-        if self.problem_type not in self.problem_types:
-            able = [name for name in POLICIES.names() if self.problem_type in POLICIES.get(name).problem_types]
-            raise PolicyError(
-                f"The {self.name} policy cannot serve {self.problem_type}; these can: {', '.join(able)}.",
-                field="problem_type",
-                value=self.problem_type,
-            )
+        self._require_serves(self.problem_type)
         if not isinstance(self.thresholds, tuple):
             raise PolicyError(
                 f"thresholds is {self.thresholds!r}; expected a list with one number or null per exit but the last.",

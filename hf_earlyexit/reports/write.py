@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..calibration.replay import Replay, replay
 from ..errors import DataError
-from ..metrics import reliability
+from ..metrics import memorized_layer, reliability
 from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
 from ..policies.base import ExitPolicy
@@ -133,12 +133,17 @@ def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any
     everyone = [report.quality for report in judged.exits]
     leavers = [report.quality_of_leavers for report in judged.exits]
     shares = [report.share for report in judged.exits]
-    honest = []
+    honest, hardness = [], None
     if judging.problem_type == SINGLE_LABEL:
+        needed = memorized_layer(judging)
+        hardness = _inline(
+            exit_shares_svg({"rows": [float((needed == n).float().mean()) for n in layers]}, layers, "share of rows")
+        )
         honest = [reliability(judging.logits[:, index].float(), judging.labels) for index in range(judging.num_exits)]
     return {
         "pareto": _inline(pareto_svg(lines, [mark], full, measure)),
         "shares": _inline(exit_shares_svg({name: shares}, layers)),
+        "hardness": hardness,
         "qualities": _inline(exit_quality_svg(layers, everyone, leavers, shares, measure)),
         "reliabilities": [
             (layer, found, _inline(reliability_svg(found, layer))) for layer, found in zip(layers, honest, strict=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DataError
 from ..losses.base import row_losses
-from ..problems import MULTI_LABEL, REGRESSION
+from ..metrics import memorized_layer, right_exits
 from ..registry import Registry
 from ..trace import ExitTrace
 
@@ -27,22 +27,13 @@ HARDNESS: Registry[Callable[[ExitTrace], Tensor]] = Registry("hardness")
 ExampleId = int | str
 
 
-@HARDNESS.register("memorized")
-def memorized_layer(trace: ExitTrace) -> Tensor:
-    """The first layer from which on every exit is right, `[N]`; the number of layers if the last exit is wrong.
-
-    Paper: ConsistentEE (https://arxiv.org/abs/2312.11882) calls it the Memorized Layer. A row that only the last exit gets
-    right counts as hard as one that no exit gets right.
-    """
-    steady = _right(trace).flip(1).int().cumprod(1).sum(1)  # [N], exits that are right counted from the last
-    layers = torch.tensor(trace.exit_layers, dtype=torch.float32)
-    return layers[(trace.num_exits - steady).clamp_max(trace.num_exits - 1)]
+HARDNESS.register("memorized")(memorized_layer)
 
 
 @HARDNESS.register("oracle")
 def oracle_layer(trace: ExitTrace) -> Tensor:
     """The layer of the first exit that is right, whatever later exits say, `[N]`; the number of layers if none is."""
-    right = _right(trace)
+    right = right_exits(trace)
     first = torch.where(right.any(1), right.int().argmax(1), trace.num_exits - 1)
     return torch.tensor(trace.exit_layers, dtype=torch.float32)[first]
 
@@ -62,18 +53,6 @@ def loss_layer(trace: ExitTrace) -> Tensor:
 def no_hardness(trace: ExitTrace) -> Tensor:
     """0 for every row, `[N]`: a layer costs each of them the same."""
     return torch.zeros(trace.num_rows)
-
-
-def _right(trace: ExitTrace) -> Tensor:
-    """Whether each exit answers each row rightly, `[N, E]`; with many labels, all of them."""
-    if trace.problem_type == REGRESSION:
-        raise DataError(
-            "Values are never right or wrong, so memorized and oracle layers do not exist; use hardness 'loss' or 'none'.",
-            field="hardness",
-        )
-    if trace.problem_type == MULTI_LABEL:
-        return ((trace.logits > 0) == (trace.labels[:, None] > 0)).all(-1)
-    return trace.logits.argmax(-1) == trace.labels[:, None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

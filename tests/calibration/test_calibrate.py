@@ -312,3 +312,10 @@ def test_on_real_rows_dead_exits_would_fool_patience_and_are_muted(data_path):
     assert found.policy.muted == (0, 1, 2, 3, 4, 5)
     assert found.quality >= found.full_quality - 0.005
     assert found.layer_speed_up > 1.2
+
+
+@pytest.mark.parametrize("name", ["beem-a", "beem-calibrated", "confidence"])
+def test_a_rule_that_cannot_serve_values_refuses_before_it_learns(name):
+    trace = learned_trace(classes=1, problem_type=REGRESSION)
+    with pytest.raises(PolicyError, match=rf"The {name} policy cannot serve regression; these can: .*patience"):
+        calibrate(trace, name)

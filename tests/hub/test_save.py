@@ -89,6 +89,9 @@ def test_a_tokenizer_that_fails_leaves_the_former_folder(tmp_path):
     former = content(tmp_path)
 
     class Broken:
+        def get_vocab(self):
+            return {}
+
         def save_pretrained(self, folder):
             (folder / "tokenizer.json").write_text("half")
             raise RuntimeError("broken")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, BertTokenizer
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, EarlyExitConfigError
@@ -154,3 +154,13 @@ def test_weights_may_be_stored_again_unchanged(saved, model):
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
     assert AutoModel.from_pretrained(saved).exit_policy == model.exit_policy
     assert json.loads((saved / "config.json").read_text())["exit_certificate"] == model.config.exit_certificate
+
+
+def test_another_vocabulary_is_warned_of_and_the_models_own_is_not(tmp_path, model, tokenizer, caplog):
+    ee.save(model, tmp_path, tokenizer=tokenizer, card=False)
+    ee.pipeline(model=str(tmp_path))
+    assert not heard(caplog, "vocabulary")
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    swapped = BertTokenizer(vocab={word: number for number, word in enumerate([*words[:5], *reversed(words[5:])])})
+    ee.pipeline(model=str(tmp_path), tokenizer=swapped)
+    assert len(heard(caplog, "the model was saved with")) == 1

@@ -10,7 +10,7 @@ import pytest
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.reports import write_report
 from tests.samples import learned_trace
 
@@ -154,3 +154,10 @@ def test_nothing_overflows_in_a_real_browser(width, written, tmp_path):
     told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout)
     assert told, done.stderr[-500:]
     assert told[1] == f'{{"inner":{width},"wants":{width},"wide":[]}}'
+
+
+def test_hardness_is_shown_where_answers_are_right_or_wrong(tmp_path):
+    for problem_type, shown in ((SINGLE_LABEL, True), (REGRESSION, False)):
+        classes = 1 if problem_type == REGRESSION else 3
+        write_report(learned_trace(rows=300, classes=classes, problem_type=problem_type), tmp_path / "report.html")
+        assert ("How hard the rows are" in (tmp_path / "report.html").read_text()) is shown
