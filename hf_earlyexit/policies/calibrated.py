@@ -15,8 +15,6 @@ from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import log_odds, measure
 
-ROWS_PER_CLASS = 50  # fewer learning rows than this, and classes share one offset
-
 
 @register_policy("beem-calibrated")
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +93,11 @@ class CalibratedBeemPolicy(ExitPolicy):
 def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tuple[float, ...]]:
     """Slope and offsets of one exit from logits `[N, C]` and whether leaving was harmless `[N]`, by Newton's method.
 
-    All classes share one offset where there are too few rows to tell the classes apart.
     One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain.
     """
     num_classes = logits.shape[-1]
     lead = log_odds(logits.log_softmax(-1)).double()[:, None]
     says = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).double()
-    if len(logits) < ROWS_PER_CLASS * num_classes:
-        says = torch.zeros_like(says)
     features = torch.cat([torch.ones_like(lead), lead, says], 1)
     features = torch.cat([features, features.mean(0, keepdim=True)])
     target = torch.cat([harmless.double(), torch.zeros(1, dtype=torch.float64)])

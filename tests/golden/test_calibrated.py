@@ -44,9 +44,3 @@ def test_an_exit_that_never_harmed_is_still_not_certain():
     same = ExitTrace(logits=trace.logits[:, -1:].repeat(1, 2, 1), labels=trace.labels, exit_layers=(1, 2))
     policy = CalibratedBeemPolicy.from_trace(same)
     assert float(policy.scan(same).scores.max()) < 1
-
-
-def test_classes_share_one_offset_where_rows_are_too_few_to_tell_them_apart():
-    few, many = (CalibratedBeemPolicy.learn(learned_trace(rows=rows, exits=2)) for rows in (149, 150))  # 50 for each of 3
-    assert len(set(few["offsets"][0])) == 1
-    assert len(set(many["offsets"][0])) == 3
