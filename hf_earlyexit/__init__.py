@@ -15,6 +15,8 @@ __version__ = version("hf_earlyexit")
 _HOMES = {
     "EarlyExitBertConfig": "modeling.configuration",
     "EarlyExitBertForSequenceClassification": "modeling.doors",
+    "EarlyExitVisionEncoderDecoder": "modeling.encoder_decoder",
+    "EarlyExitVisionEncoderDecoderConfig": "modeling.captioner_configuration",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
     "ConsistentTrainer": "training.consistent",
@@ -38,6 +40,7 @@ _HOMES = {
     "PatiencePolicy": "policies.patience",
     "BeemPolicy": "policies.beem",
     "GatePolicy": "policies.gate",
+    "SaturationPolicy": "policies.saturation",
     "StaticPolicy": "policies.static",
     "check_exit_policy": "policies.laws",
     "pipeline": "pipelines",

@@ -34,6 +34,7 @@ class ExitTrace:
         problem_type: what the labels mean.
         split: the rows' origin, such as "held-back"; "train" marks rows the exits were trained on.
         gates: leave logits `[N, E - 1]` or `None`.
+        similarities: cosine of the states before and after each exit's layer `[N, E]`, or `None`.
         cost: cost of leaving at each exit, in layers; `None` for the layers' numbers.
         fingerprint: of the exit heads that made the logits; empty if unknown.
         meta: anything else worth keeping, JSON values (dtype, model name, library versions).
@@ -48,6 +49,7 @@ class ExitTrace:
     problem_type: str = SINGLE_LABEL
     split: str = "held-back"
     gates: Tensor | None = None
+    similarities: Tensor | None = None
     cost: tuple[float, ...] | None = None
     fingerprint: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -77,10 +79,9 @@ class ExitTrace:
                 field="cost",
                 value=self.cost,
             )
-        if self.gates is not None and self.gates.shape != (self.num_rows, self.num_exits - 1):
-            raise DataError(
-                f"gates has shape {list(self.gates.shape)}; expected [{self.num_rows}, {self.num_exits - 1}].", field="gates"
-            )
+        for name, values, exits in self._beside():
+            if values is not None and values.shape != (self.num_rows, exits):
+                raise DataError(f"{name} has shape {list(values.shape)}; expected [{self.num_rows}, {exits}].", field=name)
         if self.labels.shape[0] != self.num_rows:
             raise DataError(f"{self.labels.shape[0]} labels for {self.num_rows} rows; expected one a row.", field="labels")
         if not bool(torch.isfinite(self.logits).all()):
@@ -102,6 +103,10 @@ class ExitTrace:
                 raise DataError(
                     f"Labels run from {low} to {high}; expected 0 to {self.logits.shape[-1] - 1}.", field="labels"
                 )
+
+    def _beside(self) -> tuple[tuple[str, Tensor | None, int], ...]:
+        """What there may be beside the logits: name, values, number of exits."""
+        return ("gates", self.gates, self.num_exits - 1), ("similarities", self.similarities, self.num_exits)
 
     @property
     def num_rows(self) -> int:
@@ -125,15 +130,17 @@ class ExitTrace:
 
     def signal(self, exit_index: int) -> ExitSignal:
         """What exit `exit_index` (0-based) told about every row."""
-        gate = None if self.gates is None or exit_index == self.num_exits - 1 else self.gates[:, exit_index]
-        return ExitSignal(self.logits[:, exit_index], gate)
+        beside = (
+            None if values is None or exit_index == exits else values[:, exit_index] for _, values, exits in self._beside()
+        )
+        return ExitSignal(self.logits[:, exit_index], *beside)
 
     def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
         """The trace of some rows, in the given order."""
         index = torch.as_tensor(rows)
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
-        gates = None if self.gates is None else self.gates[index]
-        return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], "gates": gates})
+        beside = {name: None if values is None else values[index] for name, values, _ in self._beside()}
+        return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], **beside})
 
     def dead_exits(self, sigmas: float = 1.645) -> tuple[int, ...]:
         """Exits (0-based, the last excepted) that are no better than always giving the most frequent answer.
@@ -151,9 +158,9 @@ class ExitTrace:
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file."""
         tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
-        if self.gates is not None:
-            tensors["gates"] = self.gates.contiguous()
-        plain = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor) and name != "gates"}
+        beside = {name: values for name, values, _ in self._beside()}
+        tensors |= {name: values.contiguous() for name, values in beside.items() if values is not None}
+        plain = {name: value for name, value in vars(self).items() if name not in ("logits", "labels", *beside)}
         write_file(path, save(tensors, metadata={"format": FORMAT, "trace": json.dumps(plain)}))
 
     @classmethod

@@ -27,7 +27,13 @@ def learned_trace(
     else:
         labels = torch.randn(rows, classes, generator=generator)
         logits = labels[:, None] + noise / depth
-    fields = {"exit_layers": tuple(range(1, exits + 1)), "gates": 2 - noise.abs().amax(-1)[:, :-1], **fields}
+    calm = 2 - noise.abs().amax(-1)
+    fields = {
+        "exit_layers": tuple(range(1, exits + 1)),
+        "gates": calm[:, :-1],
+        "similarities": calm.tanh(),
+        **fields,
+    }
     return ExitTrace(logits=logits, labels=labels, problem_type=problem_type, **fields)
 
 
@@ -58,7 +64,8 @@ class Exits:
 
     def signal(self, exit_index: int) -> ExitSignal:
         logits = self.logits[:, exit_index]
-        return ExitSignal(logits, logits.abs().amax(-1) - 1)  # any gate will do
+        any_value = logits.abs().amax(-1) - 1  # any gate and any cosine will do
+        return ExitSignal(logits, any_value, any_value.tanh())
 
 
 def two_class_row(confidences, classes) -> Tensor:

@@ -181,7 +181,7 @@ def _answered(
             answers = Answers.blank(len(window), walker.num_classes)
         else:
             with evaluation_mode(model):
-                policy = model._choose_policy(*choice, {})
+                policy = model.choose_policy(*choice, {})
                 scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
                 encoded = encode_window(window, tokenizer, max_length, first)
                 if errors == "raise":

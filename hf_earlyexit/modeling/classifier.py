@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..backbones.base import Backbone, Context
-from ..errors import CheckpointError, DataError, UsageError
-from ..files import replaced_folder
+from ..errors import DataError
 from ..losses import WeightedObjective, task_loss
-from ..policies import ExitPolicy, ExitSignal
+from ..policies import ExitSignal
 from ..problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from .certificate import check_certificates, drop_outdated
-from .configuration import FORMAT_VERSION
-from .gates import GATES
+from .exits import ModelWithExits
+from .gates import new_gates
 from .heads import HEADS
-from .loading import check_tensors
-from .operating import OperatingPoints
 from .outputs import EarlyExitClassifierOutput
-from .shim import LoadedByShim
 
 
-class EarlyExitClassifier(OperatingPoints, LoadedByShim):
+class EarlyExitClassifier(ModelWithExits):
     """Put before a stock sequence classifier, adds exits to it.
 
     The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `backbone` and
@@ -46,11 +38,7 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
         self.exit_heads = nn.ModuleDict(
             {str(layer): head(config.hidden_size, config.num_labels, dropout) for layer in config.exit_layers[:-1]}
         )
-        self.exit_gates = nn.ModuleDict()
-        if config.exit_gate is not None:
-            gate = GATES.get(config.exit_gate)
-            for layer in config.exit_layers[:-1]:
-                self.exit_gates[str(layer)] = gate(config.hidden_size, config.num_labels)
+        self.exit_gates = new_gates(config, config.hidden_size, config.num_labels)
         self.post_init()
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -58,11 +46,6 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
         raise NotImplementedError
 
     # --- walking --------------------------------------------------------------------------------------------------
-
-    @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """Layers (1-based) after which rows may leave, the last one included."""
-        return tuple(self.config.exit_layers)
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
@@ -116,7 +99,7 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
         """
         from ..inference.engine import run_all, run_early
 
-        policy = self._choose_policy(early_exit, operating_point, kwargs)
+        policy = self.choose_policy(early_exit, operating_point, kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -145,100 +128,6 @@ class EarlyExitClassifier(OperatingPoints, LoadedByShim):
                 loss = task_loss(output.logits, labels, problem_type)
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         return output
-
-    def _choose_policy(
-        self, early_exit: bool | None, operating_point: str | None, kwargs: dict[str, Any]
-    ) -> ExitPolicy | None:
-        policy = self.policy_at(operating_point)
-        if operating_point is not None:
-            if early_exit is not None and early_exit != (policy is not None):
-                raise UsageError(
-                    f"early_exit={early_exit} contradicts operating_point={operating_point!r}; give one of the two.",
-                    field="operating_point",
-                    value=operating_point,
-                )
-            early_exit = policy is not None
-        if early_exit is False or (early_exit is None and (self.training or policy is None)):
-            return None
-        if policy is None:
-            raise UsageError(
-                "early_exit=True, but no policy is set; calibrate first and call `model.set_exit_policy(result.policy)`.",
-                field="early_exit",
-            )
-        if self.training:
-            raise UsageError("Early exit asked for in training mode, which needs every exit. Call model.eval() first.")
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag, getattr(self.config, flag, False)):
-                raise UsageError(
-                    f"{flag} with early exit would give tensors of a different batch at every layer; pass early_exit=False.",
-                    field=flag,
-                )
-        return policy
-
-    # --- saving and loading ---------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As in transformers, but the folder is replaced whole or not at all.
-
-        After an error it is as it was. A policy whose heads have been trained since it was calibrated is left out. With
-        `distributed_checkpoint` every process writes its own part, straight into the folder.
-
-        Args:
-            save_directory, is_main_process, state_dict, push_to_hub, kwargs: as in transformers.
-
-        Raises:
-            CheckpointError: if the folder cannot be written.
-        """
-        self.config.early_exit_version = FORMAT_VERSION
-        if not is_main_process or kwargs.get("distributed_checkpoint"):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-            return
-        drop_outdated(self, state_dict)
-        with replaced_folder(save_directory, needs=self.get_memory_footprint()) as new:
-            super().save_pretrained(new, state_dict=state_dict and dict(state_dict), **kwargs)  # it empties what it is given
-        if push_to_hub:
-            with TemporaryDirectory() as copy:  # the client uploads whatever it finds changed in a folder
-                named = {"repo_id": Path(save_directory).name, **kwargs}
-                super().save_pretrained(copy, state_dict=state_dict, push_to_hub=True, **named)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a model with exits, or a plain checkpoint of the family, whose exits are then new.
-
-        Args:
-            pretrained_model_name_or_path: folder or Hub id.
-            args, kwargs: as in transformers, and `init_missing_exits=True` to accept a checkpoint with exits whose
-                exits differ from the config's: missing ones are initialised, others dropped. For training only.
-                `ignore_certificate=True` leaves out policies that were calibrated on other exit heads.
-
-        Raises:
-            CheckpointError: if tensors are missing, of another shape, not finite, not those that the thresholds were chosen
-                on, or the file is damaged.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        init_missing = kwargs.pop("init_missing_exits", False)
-        ignore_certificate = kwargs.pop("ignore_certificate", False)
-        any_size = kwargs.pop("ignore_mismatched_sizes", False)
-        path = pretrained_model_name_or_path
-        try:
-            model, info = super().from_pretrained(
-                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"The weights in {path} cannot be read ({error}); the file is cut short or damaged. Download it again.",
-                path=path,
-            ) from error
-        check_tensors(model, info, path, init_missing, any_size)
-        check_certificates(model, path, drop_uncertified=ignore_certificate or init_missing)
-        return (model, info) if wants_info else model
 
 
 def label_problem_type(config: Any, labels: Tensor) -> str:

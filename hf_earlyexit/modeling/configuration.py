@@ -14,6 +14,7 @@ from ..errors import EarlyExitConfigError
 from ..files import read_json
 from ..policies import ExitPolicy
 from ..problems import REGRESSION, SINGLE_LABEL
+from ..registry import Registry
 from .certificate import is_certificate
 from .gates import GATES
 from .heads import HEADS
@@ -32,8 +33,8 @@ class EarlyExitConfig(LoadedByShim):
 
     Args:
         exit_layers: layers (1-based, ascending, the last one included) after which rows may leave; all by default.
-        exit_head: kind of the exits before the last: "linear-mean", "linear", "pooler" or "linear-cls".
-        exit_gate: kind of the gates that learn when to leave: "mlp" or "mlp+logits"; `None` for none.
+        exit_head: kind of the exits before the last; of a classifier "linear-mean", "linear", "pooler" or "linear-cls".
+        exit_gate: kind of the gates that learn when to leave: "linear", "mlp" or "mlp+logits"; `None` for none.
         exit_policy: `policy.to_dict()`; `None` for a model that always runs in full.
         exit_certificate: which heads, dtype and rows the policy's thresholds were chosen on; `None` if that is not known.
         exit_operating_points: policies to choose from at call time, by name; "exact" is the full model and always there.
@@ -60,12 +61,20 @@ class EarlyExitConfig(LoadedByShim):
 
     stock_model_type: ClassVar[str]
     door: ClassVar[str]  # name of the model class
+    auto_models: ClassVar[tuple[str, ...]] = ("AutoModel", "AutoModelForSequenceClassification")
+    heads: ClassVar[Registry] = HEADS
+    gives_similarity: ClassVar[bool] = False  # whether exits report how much their layer changed the state
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        if self.exit_layers is None and _is_count(self.num_hidden_layers):
-            self.exit_layers = list(range(1, self.num_hidden_layers + 1))
+        if self.exit_layers is None and is_count(self.num_exit_layers):
+            self.exit_layers = list(range(1, self.num_exit_layers + 1))
         self.check_exits()
+
+    @property
+    def num_exit_layers(self) -> int:
+        """Layers L of the part that has the exits."""
+        return self.num_hidden_layers  # type: ignore[attr-defined]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -82,7 +91,7 @@ class EarlyExitConfig(LoadedByShim):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; beside a model's config goes the file that lets it load where this package is not imported."""
         if self.architectures == [self.door]:
-            self.auto_map = auto_map(type(self).__name__, self.door)
+            self.auto_map = auto_map(type(self).__name__, self.door, self.auto_models)
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_shim(Path(save_directory), type(self).__name__, self.door)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -94,23 +103,22 @@ class EarlyExitConfig(LoadedByShim):
 
     def check_exits(self) -> None:
         """Refuse fields that cannot work, before anything is allocated. Called by the config and again by the model."""
-        count = self.num_hidden_layers
-        if not _is_count(count):
-            raise _wrong("num_hidden_layers", count, f"a whole number from 1 to {MOST_LAYERS}")
+        count = self.num_exit_layers
+        if not is_count(count):
+            raise wrong("num_hidden_layers", count, f"a whole number from 1 to {MOST_LAYERS}")
         layers = self.exit_layers
-        right = isinstance(layers, list) and layers and all(_is_count(layer, count) for layer in layers)
+        right = isinstance(layers, list) and layers and all(is_count(layer, count) for layer in layers)
         if not right or sorted(set(layers)) != layers or layers[-1] != count:
-            raise _wrong("exit_layers", layers, f"layer numbers from 1 to {count}, ascending, each once, ending at {count}")
+            raise wrong("exit_layers", layers, f"layer numbers from 1 to {count}, ascending, each once, ending at {count}")
         if self.exit_cost is not None:
             ascending = all(low < high for low, high in zip(self.exit_cost, self.exit_cost[1:], strict=False))
             inside = self.exit_cost and 0 < self.exit_cost[0] <= self.exit_cost[-1] < float("inf")
             if len(self.exit_cost) != len(layers) or not ascending or not inside:
-                raise _wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
-        HEADS.get(self.exit_head)
+                raise wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
+        self.heads.get(self.exit_head)
         if self.exit_gate is not None:
             GATES.get(self.exit_gate)
-        if len(self.label2id or {}) != self.num_labels:
-            raise _wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
+        self.check_labels()
         self._check_version()
         if self.exit_policy is not None:
             self.check_policy(ExitPolicy.from_dict(self.exit_policy))
@@ -119,39 +127,44 @@ class EarlyExitConfig(LoadedByShim):
         certificates = {"exit_certificate": self.exit_certificate, **(self.exit_point_certificates or {})}
         for name, certificate in certificates.items():
             if certificate is not None and not is_certificate(certificate):
-                raise _wrong(name, certificate, "a certificate as set_exit_policy writes it, or null")
+                raise wrong(name, certificate, "a certificate as set_exit_policy writes it, or null")
+
+    def check_labels(self) -> None:
+        """Refuse labels that do not fit each other."""
+        if len(self.label2id or {}) != self.num_labels:
+            raise wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
 
     def check_operating_point(self, name: str, policy: ExitPolicy) -> None:
         """Refuse a name that cannot be used, and what `check_policy` refuses."""
         if not name or name == EXACT:
-            raise _wrong("exit_operating_points", name, f"names that are not empty and not {EXACT!r}, the full model")
+            raise wrong("exit_operating_points", name, f"names that are not empty and not {EXACT!r}, the full model")
         self.check_policy(policy)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Refuse a policy made for other exits or another problem type, or one that reads gates the model lacks."""
         if policy.uses_gate and self.exit_gate is None:
             kinds = " or ".join(GATES.names())
-            raise _wrong("exit_gate", None, f"a kind of gate, {kinds}: the {policy.name} policy reads them")
+            raise wrong("exit_gate", None, f"a kind of gate, {kinds}: the {policy.name} policy reads them")
+        if policy.uses_similarity and not self.gives_similarity:
+            raise wrong("exit_policy", policy.name, "a rule for classifiers: only captioners report similarities")
         if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
-            raise _wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
+            raise wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
         if policy.num_exits != len(self.exit_layers):
-            raise _wrong(
+            raise wrong(
                 "exit_policy", list(policy.thresholds), f"{len(self.exit_layers) - 1} thresholds, one per exit but the last"
             )
         if policy.problem_type != self.resolved_problem_type:
-            raise _wrong("exit_policy", policy.problem_type, f"a policy for {self.resolved_problem_type}")
+            raise wrong("exit_policy", policy.problem_type, f"a policy for {self.resolved_problem_type}")
 
     def _check_version(self) -> None:
         version = self.early_exit_version
         if version is None:
             return
         if not re.fullmatch(r"\d+\.\d+", version):
-            raise _wrong("early_exit_version", version, "a version such as '1.0'")
+            raise wrong("early_exit_version", version, "a version such as '1.0'")
         (major, minor), (own_major, own_minor) = ([int(x) for x in v.split(".")] for v in (version, FORMAT_VERSION))
         if major > own_major:
-            raise _wrong(
-                "early_exit_version", version, f"at most {own_major}.x; upgrade: pip install --upgrade hf_earlyexit"
-            )
+            raise wrong("early_exit_version", version, f"at most {own_major}.x; upgrade: pip install --upgrade hf_earlyexit")
         if (major, minor) > (own_major, own_minor):
             logger.warning_once(
                 f"The model was saved in format {version}; this library knows {FORMAT_VERSION} and ignores what is newer."
@@ -184,12 +197,14 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.is_decoder:
-            raise _wrong("is_decoder", True, "False: this class classifies with an encoder")
+            raise wrong("is_decoder", True, "False: this class classifies with an encoder")
 
 
-def _is_count(value: Any, most: int = MOST_LAYERS) -> bool:
+def is_count(value: Any, most: int = MOST_LAYERS) -> bool:
+    """Whether a value from a config is a whole number from 1 to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def _wrong(field: str, value: Any, expected: str) -> EarlyExitConfigError:
+def wrong(field: str, value: Any, expected: str) -> EarlyExitConfigError:
+    """The error that names a config field, its value and what is allowed."""
     return EarlyExitConfigError(f"{field} is {value!r}; expected {expected}.", field=field, value=value)

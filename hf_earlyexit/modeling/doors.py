@@ -9,7 +9,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from ..backbones import BertBackbone
 from .classifier import EarlyExitClassifier
 from .configuration import EarlyExitBertConfig
-from .shim import AUTO_MODELS
+from .encoder_decoder import EarlyExitVisionEncoderDecoder
 
 
 class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenceClassification):
@@ -35,7 +35,8 @@ class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenc
 
 def register_auto_classes() -> None:
     """Make the Auto classes know the doors; harmless when repeated."""
-    config, model = EarlyExitBertConfig, EarlyExitBertForSequenceClassification
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    for name in AUTO_MODELS:
-        getattr(transformers, name).register(config, model, exist_ok=True)
+    for model in (EarlyExitBertForSequenceClassification, EarlyExitVisionEncoderDecoder):
+        config = model.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for name in config.auto_models:
+            getattr(transformers, name).register(config, model, exist_ok=True)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEW_PARTS = ("exit_heads.", "exit_gates.")
-HEAD_PREFIXES = (*NEW_PARTS, "classifier.")
+NEW_PARTS = ("exit_heads.", "exit_gates.", "exit_shortlist")
+DECODER_HEADS = ("decoder.lm_head.", "decoder.transformer.ln_f.", "decoder.cls.")
+HEAD_PREFIXES = (*NEW_PARTS, "classifier.", *DECODER_HEADS)
 
 
 def heads_fingerprint(model: Any, dtype: torch.dtype = torch.float32) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..registry import Registry
 
-GATES: Registry[type[StateGate]] = Registry("exit gate")
+GATES: Registry[type[nn.Module]] = Registry("exit gate")
 WIDTH = 32
 
 
@@ -32,13 +34,31 @@ class StateGate(nn.Module):
         """Numbers the gate looks at."""
         return hidden_size
 
-    def look(self, state: Tensor, logits: Tensor) -> Tensor:
+    def look(self, state: Tensor, logits: Tensor | None) -> Tensor:
         """What the gate looks at, `[B, input_size]`."""
         return state
 
-    def forward(self, state: Tensor, logits: Tensor) -> Tensor:
+    def forward(self, state: Tensor, logits: Tensor | None) -> Tensor:
         """Leave logits `[B]` from the pooled state `[B, H]` and the exit's own logits `[B, C]`."""
         return self.outer(nn.functional.gelu(self.inner(self.look(state, logits)))).squeeze(-1)
+
+
+@GATES.register("linear")
+class LinearGate(nn.Module):
+    """One linear layer on the state: the cheapest gate, for decoders, where it is asked at every token.
+
+    Args:
+        hidden_size: H.
+        num_labels: C, which it does not look at.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.outer = nn.Linear(hidden_size, 1)
+
+    def forward(self, state: Tensor, logits: Tensor | None) -> Tensor:
+        """Leave logits `[B]` from the state `[B, H]`."""
+        return self.outer(state).squeeze(-1)
 
 
 @GATES.register("mlp+logits")
@@ -53,3 +73,11 @@ class LogitsGate(StateGate):
         said = logits.detach()
         said = said.log_softmax(-1).clamp_min(-20) if said.shape[-1] > 1 else said
         return torch.cat([state, said], -1)
+
+
+def new_gates(config: Any, hidden_size: int, num_labels: int) -> nn.ModuleDict:
+    """A gate for every exit but the last, by layer; none where the config asks for none."""
+    if config.exit_gate is None:
+        return nn.ModuleDict()
+    gate = GATES.get(config.exit_gate)
+    return nn.ModuleDict({str(layer): gate(hidden_size, num_labels) for layer in config.exit_layers[:-1]})

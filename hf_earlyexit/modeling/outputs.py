@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 
@@ -30,3 +31,18 @@ class EarlyExitClassifierOutput(ModelOutput):
     exit_score: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
+    """The stock output of a captioner, and what its exits say; what was not computed is `None`.
+
+    Attributes:
+        exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.
+        exit_gates: leave logits of every exit but the last `[B, T, E - 1]`; only with gates, when all exits ran.
+        exit_layer: the layer each token left after `[B, T]`, 1 to L.
+    """
+
+    exit_logits: torch.FloatTensor | None = None
+    exit_gates: torch.FloatTensor | None = None
+    exit_layer: torch.LongTensor | None = None

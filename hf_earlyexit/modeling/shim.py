@@ -6,12 +6,12 @@ with `trust_remote_code=True` only; once the package is imported the Auto classe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 MODULE = f"modeling_{PACKAGE}"
-AUTO_MODELS = ("AutoModel", "AutoModelForSequenceClassification")
 
 
 class LoadedByShim:
@@ -24,9 +24,9 @@ class LoadedByShim:
             super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]
 
 
-def auto_map(config_name: str, model_name: str) -> dict[str, str]:
+def auto_map(config_name: str, model_name: str, auto_models: Iterable[str]) -> dict[str, str]:
     """What `config.json` tells the Auto classes."""
-    return {"AutoConfig": f"{MODULE}.{config_name}", **dict.fromkeys(AUTO_MODELS, f"{MODULE}.{model_name}")}
+    return {"AutoConfig": f"{MODULE}.{config_name}", **dict.fromkeys(auto_models, f"{MODULE}.{model_name}")}
 
 
 def write_shim(folder: Path, config_name: str, model_name: str) -> None:

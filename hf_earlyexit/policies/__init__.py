@@ -7,6 +7,7 @@ from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
 from .gate import GatePolicy
 from .laws import check_exit_policy
 from .patience import PatiencePolicy
+from .saturation import SaturationPolicy
 from .static import StaticPolicy
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GatePolicy",
     "MarginPolicy",
     "PatiencePolicy",
+    "SaturationPolicy",
     "Scan",
     "StaticPolicy",
     "check_exit_policy",

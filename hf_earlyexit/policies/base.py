@@ -26,12 +26,14 @@ class ExitSignal(NamedTuple):
     """What one exit tells about the rows that reached it.
 
     Attributes:
-        logits: the exit head's output `[B, C]`, any float dtype.
+        logits: the exit head's output `[B, C]`, any float dtype; `[B, 0]` where the rule does not read it.
         gate: a learned leave logit `[B]`, where the model has gates.
+        similarity: cosine of the states before and after the exit's layer `[B]`, where the model gives it.
     """
 
     logits: Tensor
     gate: Tensor | None = None
+    similarity: Tensor | None = None
 
 
 class ExitStep(NamedTuple):
@@ -84,7 +86,9 @@ class ExitPolicy(ABC):
 
     problem_types: ClassVar[frozenset[str]] = frozenset(PROBLEM_TYPES)
     uses_history: ClassVar[bool] = True  # False: a score depends on its own exit alone, so closed exits are skipped
+    uses_logits: ClassVar[bool] = True  # False: the rule needs no answers, so a model with costly heads computes none
     uses_gate: ClassVar[bool] = False
+    uses_similarity: ClassVar[bool] = False
     learns: ClassVar[bool] = False  # True: `learn` fits numbers to labelled rows
     counts: ClassVar[bool] = False  # True: scores are whole numbers, and so are thresholds
     lowest_threshold: ClassVar[float] = 0.0

@@ -27,6 +27,7 @@ class GatePolicy(ExitPolicy):
     """
 
     uses_history: ClassVar[bool] = False
+    uses_logits: ClassVar[bool] = False
     uses_gate: ClassVar[bool] = True
 
     @property

@@ -20,27 +20,29 @@ ROWS = 64
 
 
 class _Signals(NamedTuple):
-    """Random exits that often agree, as a signal source: logits `[N, E, C]`, gates `[N, E]`."""
+    """Random exits that often agree, as a signal source: logits `[N, E, C]`, gates and similarities `[N, E]`."""
 
     logits: Tensor
     gates: Tensor
+    similarities: Tensor
 
     @property
     def num_exits(self) -> int:
         return self.logits.shape[1]
 
     def signal(self, exit_index: int) -> ExitSignal:
-        return ExitSignal(self.logits[:, exit_index], self.gates[:, exit_index])
+        return ExitSignal(*(part[:, exit_index] for part in self))
 
     def rows(self, rows: Tensor | slice) -> _Signals:
-        return _Signals(self.logits[rows], self.gates[rows])
+        return _Signals(*(part[rows] for part in self))
 
     @classmethod
     def random(cls, policy: ExitPolicy, seed: int = 0) -> _Signals:
         generator = torch.Generator().manual_seed(seed)
         classes = 1 if policy.problem_type == REGRESSION else 3
         steps = torch.randn(ROWS, policy.num_exits, classes, generator=generator)
-        return cls(steps.cumsum(1), torch.randn(ROWS, policy.num_exits, generator=generator))
+        gates, cosines = (torch.randn(ROWS, policy.num_exits, generator=generator) for _ in range(2))
+        return cls(steps.cumsum(1), gates, cosines.tanh())
 
 
 def serve(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tuple[Tensor, Tensor]:
@@ -111,7 +113,7 @@ def same_input_same_output(policy: ExitPolicy) -> bool:
 def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
     """Neither the signals nor the state nor the policy are written to."""
     signals, before = _Signals.random(policy), copy.deepcopy(policy)
-    kept = _Signals(signals.logits.clone(), signals.gates.clone())
+    kept = _Signals(*(part.clone() for part in signals))
     state = policy.init_state(ROWS, signals.logits.shape[-1], "cpu")
     for index in range(policy.num_exits):
         if index in policy.muted:
@@ -145,7 +147,8 @@ def scores_are_finite_and_not_negative(policy: ExitPolicy) -> bool:
         for scale in (1.0, 100.0, 1e4):
             base = _Signals.random(policy)
             logits = (base.logits / base.logits.abs().max() * scale).to(dtype)
-            scores = _looked_at(policy, policy.scan(_Signals(logits, base.gates.to(dtype))).scores)
+            narrow = _Signals(logits, base.gates.to(dtype), base.similarities.to(dtype))
+            scores = _looked_at(policy, policy.scan(narrow).scores)
             if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
                 return False
     return True

@@ -22,6 +22,7 @@ class StaticPolicy(ExitPolicy):
     """
 
     uses_history: ClassVar[bool] = False
+    uses_logits: ClassVar[bool] = False
     counts: ClassVar[bool] = True
     lowest_threshold: ClassVar[float] = 1.0
 

@@ -16,7 +16,7 @@ SERVABLE = sorted(
     (name, problem)
     for name, rule in zip(POLICIES.names(), RULES, strict=True)
     for problem in rule.problem_types
-    if not rule.uses_gate
+    if not rule.uses_gate and not rule.uses_similarity
 )
 SINGLE = [name for name, problem in SERVABLE if problem == SINGLE_LABEL]
 FIELDS = {SINGLE_LABEL: {}, MULTI_LABEL: {"problem_type": MULTI_LABEL}, REGRESSION: {"num_labels": 1}}

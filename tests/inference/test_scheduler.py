@@ -15,7 +15,7 @@ from hf_earlyexit.inference.walker import ModelWalker
 from hf_earlyexit.policies import POLICIES
 
 NEAR = 1e-5
-NAMES = [name for name in POLICIES.names() if not POLICIES.get(name).uses_gate]
+NAMES = [name for name in POLICIES.names() if not POLICIES.get(name).uses_gate and not POLICIES.get(name).uses_similarity]
 
 
 class CountingWalker(ModelWalker):

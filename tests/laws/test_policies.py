@@ -60,6 +60,7 @@ CONFIGURATIONS = {
         {"thresholds": [None, 1, 2], "muted": [0], "problem_type": REGRESSION, "tolerance": 2.0},
         {"thresholds": [1]},
     ],
+    "saturation": [*MEASURED, {"thresholds": [0.5, None], "problem_type": REGRESSION}],
     "static": [
         {"thresholds": [None, 2, None]},
         {"thresholds": [3, 3, 3], "exit_layers": [3, 6, 9, 12]},
@@ -339,7 +340,7 @@ def test_a_problem_type_the_rule_cannot_serve_is_refused_naming_who_can(name):
     message = refused(
         name, {**CONFIGURATIONS[name][0], "problem_type": REGRESSION}, "problem_type", f"The {name} policy cannot"
     )
-    assert "these can: gate, patience, static." in message
+    assert "these can: gate, patience, saturation, static." in message
 
 
 def test_a_policy_cannot_be_changed_behind_its_checks():

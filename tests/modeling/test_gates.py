@@ -88,7 +88,9 @@ def test_gates_are_not_computed_for_rules_that_do_not_read_them(tiny_model, rand
 
 
 def test_a_model_without_gates_refuses_the_gate_policy_at_set_up(tiny_model, tiny_config):
-    with pytest.raises(EarlyExitConfigError, match=r"exit_gate is None; expected a kind of gate, mlp or mlp\+logits"):
+    with pytest.raises(
+        EarlyExitConfigError, match=r"exit_gate is None; expected a kind of gate, linear or mlp or mlp\+logits"
+    ):
         tiny_model().set_exit_policy(ee.GatePolicy.half(4))
     with pytest.raises(EarlyExitConfigError, match="the gate policy reads them"):
         tiny_config(exit_policy=ee.GatePolicy.half(4).to_dict())

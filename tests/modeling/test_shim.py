@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_earlyexit as ee
 from hf_earlyexit.modeling import doors
-from hf_earlyexit.modeling.shim import AUTO_MODELS, auto_map
+from hf_earlyexit.modeling.shim import auto_map
 from tests.test_files import content
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,8 +95,10 @@ def test_imported_needs_no_trust(folder):
 
 def test_the_map_names_what_the_package_offers_and_the_auto_classes_know(folder):
     values = json.loads((folder / "model" / "config.json").read_text())
-    assert values["auto_map"] == auto_map("EarlyExitBertConfig", "EarlyExitBertForSequenceClassification")
-    assert set(values["auto_map"]) == {"AutoConfig", *AUTO_MODELS}
+    assert values["auto_map"] == auto_map(
+        "EarlyExitBertConfig", "EarlyExitBertForSequenceClassification", ee.EarlyExitBertConfig.auto_models
+    )
+    assert set(values["auto_map"]) == {"AutoConfig", *ee.EarlyExitBertConfig.auto_models}
     for target in values["auto_map"].values():
         assert hasattr(ee, target.partition(".")[2])
     assert ee.EarlyExitBertConfig.door == doors.EarlyExitBertForSequenceClassification.__name__

@@ -1,0 +1,138 @@
+"""Text decoders that write one token at a time over a cache of keys and values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from ..errors import EarlyExitConfigError
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What every layer needs for one new token of each row, besides its state `[B, 1, H]`.
+
+    Attributes:
+        cache: keys and values, as the layers take them.
+        mask: of earlier tokens, `[B, 1, 1, T]`, or `None` where nothing is masked.
+        positions: of the new token, `[B, 1]` or `[1, 1]`.
+        encoder: hidden states of the encoder; layers see that they are there and read the cache.
+    """
+
+    cache: Any
+    mask: Tensor | None
+    positions: Tensor
+    encoder: Tensor
+
+
+class DecoderBackbone(ABC):
+    """A family of decoders with cross attention, as the steps that decoding needs. Holds no state."""
+
+    @abstractmethod
+    def layers(self, decoder: Any) -> nn.ModuleList:
+        """The layers, in order."""
+
+    @abstractmethod
+    def embed(self, decoder: Any, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+        """States of new tokens before the first layer, `[B, 1, H]`, from their ids `[B, 1]`."""
+
+    @abstractmethod
+    def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        """States after one layer, `[B, 1, H]`; the layer adds its keys and values to the cache."""
+
+    @abstractmethod
+    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values `[B, heads, 1, d]` that a layer makes of states `[B, 1, H]`, without running it."""
+
+    @abstractmethod
+    def features(self, decoder: Any, hidden: Tensor) -> Tensor:
+        """What the vocabulary layer reads."""
+
+    @abstractmethod
+    def vocabulary(self, decoder: Any) -> nn.Linear:
+        """The vocabulary layer."""
+
+    def mask(self, decoder: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, at: Tensor) -> Any:
+        """The mask over earlier tokens, for the attention in use."""
+        return create_causal_mask(
+            config=decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=at,
+        )
+
+
+class Gpt2Decoder(DecoderBackbone):
+    """GPT-2: norms come first in a layer, and one more after the last."""
+
+    def layers(self, decoder: Any) -> nn.ModuleList:
+        return decoder.transformer.h
+
+    def embed(self, decoder: Any, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+        hidden = decoder.transformer.wte(ids) + decoder.transformer.wpe(positions)
+        types = options.get("token_type_ids")
+        return hidden if types is None else hidden + decoder.transformer.wte(types)
+
+    def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        return layer(hidden, context.cache, context.mask, context.encoder, use_cache=True, position_ids=context.positions)
+
+    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention, size = layer.attn, hidden.shape[-1]
+        states = layer.ln_1(hidden).view(-1, size)
+        both = torch.addmm(attention.c_attn.bias[size:], states, attention.c_attn.weight[:, size:])
+        keys, values = both.view(len(hidden), 2, attention.num_heads, 1, attention.head_dim).unbind(1)
+        return keys, values
+
+    def features(self, decoder: Any, hidden: Tensor) -> Tensor:
+        return decoder.transformer.ln_f(hidden)
+
+    def vocabulary(self, decoder: Any) -> nn.Linear:
+        return decoder.lm_head
+
+
+class BertDecoder(DecoderBackbone):
+    """BERT as a decoder: norms come last in a layer, and the head has a layer of its own before the vocabulary."""
+
+    def layers(self, decoder: Any) -> nn.ModuleList:
+        return decoder.bert.encoder.layer
+
+    def embed(self, decoder: Any, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+        return decoder.bert.embeddings(ids, options.get("token_type_ids"), positions.expand(len(ids), -1))
+
+    def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        return layer(hidden, context.mask, context.encoder, past_key_values=context.cache)
+
+    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        attention = layer.attention.self
+        shape = (len(hidden), attention.num_attention_heads, 1, attention.attention_head_size)
+        return attention.key(hidden).view(shape), attention.value(hidden).view(shape)
+
+    def features(self, decoder: Any, hidden: Tensor) -> Tensor:
+        return decoder.cls.predictions.transform(hidden)
+
+    def vocabulary(self, decoder: Any) -> nn.Linear:
+        return decoder.cls.predictions.decoder
+
+
+DECODERS: dict[str, DecoderBackbone] = {"gpt2": Gpt2Decoder(), "bert": BertDecoder()}
+
+
+def decoder_backbone(model_type: str) -> DecoderBackbone:
+    """How to walk decoders of this type.
+
+    Raises:
+        EarlyExitConfigError: for a type that is not known.
+    """
+    if model_type not in DECODERS:
+        raise EarlyExitConfigError(
+            f"decoder.model_type is {model_type!r}; decoders that can exit early are {', '.join(DECODERS)}.",
+            field="decoder.model_type",
+            value=model_type,
+        )
+    return DECODERS[model_type]
