@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +11,17 @@ from torch import Tensor
 
 from ..backbones.causal import TokenContext
 from ..modeling.outputs import EarlyExitCaptionerOutput
-from ..modeling.word_heads import Shortlist
+from ..modeling.word_heads import WORD_HEADS, Shortlist
 from ..policies.base import ExitPolicy, ExitSignal
 from ..policies.decay import decayed
 from .token_cache import Entry, TokenCache
+
+
+class Token(NamedTuple):
+    """Logits of the new token `[B, V]` and the exit index each row left at `[B]`, -1 for rows that did not run."""
+
+    logits: Tensor
+    exit_index: Tensor
 
 
 class ExitRun:
@@ -20,12 +29,20 @@ class ExitRun:
 
     Args:
         policy: says who leaves; `None` to run every layer.
+        ends: ids after which a row writes no more, so that it need not run; empty where rows change places, as beams do.
     """
 
-    def __init__(self, policy: ExitPolicy | None) -> None:
-        self.policy = policy
+    def __init__(self, policy: ExitPolicy | None, ends: Sequence[int] = ()) -> None:
+        self.policy, self.ends = policy, ends
+        self.finished: Tensor | None = None  # [B], rows that were fed an end
         self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
-        self.exit_layers: list[Tensor] = []  # of each pass, [B]
+        self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
+
+    def under_way(self, ids: Tensor) -> Tensor:
+        """Numbers of the rows that still write, given the tokens they go on from `[B, 1]`."""
+        ended = torch.isin(ids[:, 0], torch.tensor(self.ends, dtype=ids.dtype, device=ids.device))
+        self.finished = ended if self.finished is None else self.finished | ended
+        return (~self.finished).nonzero().flatten()
 
 
 class DecoderWalker:
@@ -49,6 +66,8 @@ class DecoderWalker:
                 self.num_words = len(run.shortlist.words)
         self.shortlist = run.shortlist if policy.uses_logits else None
         self.policy_answers = policy.uses_logits and self.shortlist is None
+        # the vocabulary layer is read once for all rows, wherever they left
+        self.words_last = not self.policy_answers and WORD_HEADS.get(model.config.exit_head).borrows
 
     def run_layer(self, layer: int, hidden: Tensor, context: TokenContext) -> Tensor:
         """States `[B, 1, H]` after layer `layer` (1-based)."""
@@ -77,6 +96,16 @@ class DecoderWalker:
         """The exit's logits over the whole vocabulary, `[B, V]`."""
         return self.model.exit_logits(exit_index, hidden)
 
+    def said(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
+        """What is kept of rows that leave: their logits `[B, V]`, or with `words_last` what those are made of `[B, H]`."""
+        if answer is not None and self.policy_answers:
+            return answer
+        return (self.model.features if self.words_last else self.word_logits)(exit_index, hidden[:, 0])
+
+    def token(self, said: Tensor, exit_index: Tensor) -> Token:
+        """The answers of all rows, from what was kept of each."""
+        return Token(self.model.words(said) if self.words_last else said, exit_index)
+
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
     """Cosine of states `[..., H]`, `[...]`, in float32; the same to the bit in every batch size."""
@@ -85,28 +114,25 @@ def cosine(before: Tensor, after: Tensor) -> Tensor:
     return inner / (first * second).sqrt().clamp_min(1e-12)
 
 
-class Token(NamedTuple):
-    """Logits of the new token `[B, V]` and the exit index each row left at `[B]`."""
-
-    logits: Tensor
-    exit_index: Tensor
-
-
-def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext) -> Token:
+def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, rows: Tensor) -> Token:
     """Run the layers until every row is decided; a decided row's state stands in for it in the layers above.
 
     Args:
         walker: the decoder and the policy.
         hidden: states of the new tokens `[B, 1, H]`.
         context: of a cache that holds the prompt in every layer.
+        rows: numbers of the rows that run, at least one; the others get entries and no answer.
     """
-    policy = walker.policy
-    batch, device = len(hidden), hidden.device
-    cache = TokenCache(context.cache)
-    context = TokenContext(cache, context.mask, context.positions, context.encoder)
-    rows, logits = torch.arange(batch, device=device), None
-    exit_index = torch.zeros(batch, dtype=torch.long, device=device)
-    state = policy.init_state(batch, walker.num_words, device)
+    policy, batch, device = walker.policy, len(hidden), hidden.device
+    cache = TokenCache(context.cache, walker.project)
+    context = replace(context, cache=cache)
+    kept, final, exit_index = None, hidden.clone(), torch.full((batch,), -1, device=device)
+    running = torch.zeros(batch, dtype=torch.bool, device=device).index_fill_(0, rows, True)
+    state = policy.init_state(len(rows), walker.num_words, device)
+    if len(rows) < batch:
+        left = (~running).nonzero().flatten()
+        cache.keep(rows, left, final[left])
+        hidden, context = hidden[rows], _of(context, rows)
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     last = walker.exit_layers[-1]
     for layer in range(1, last + 1):
@@ -114,40 +140,31 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext) -
         index = exit_at.get(layer)
         if index is None or not policy.wants(index):
             continue
-        answer = None
-        if layer == last and not walker.policy_answers:
-            left = list(range(len(rows)))
-        else:
+        answer, decided = None, [True] * len(rows)
+        if layer < last or walker.policy_answers:
             signal = walker.signal(index, hidden, before)
             state, _, answer, leave = policy.step(state, signal, index)
             decided = leave.tolist()  # the one wait for the device
-            left = [row for row, gone in enumerate(decided) if gone]
-        if not left:
+        if not any(decided):
             continue
-        everyone = len(left) == len(rows)
-        gone = None if everyone else torch.tensor(left, device=device)
-        leaving, final = (rows, hidden) if gone is None else (rows[gone], hidden[gone])
-        if walker.policy_answers:
-            said = answer if gone is None else answer[gone]
-        else:
-            said = walker.word_logits(index, final[:, 0])
-        for above in range(layer + 1, last + 1):
-            cache.fill(above - 1, walker.project(above, final), leaving, batch)
-            if everyone:
-                cache.close(above - 1)
-        if everyone and logits is None:
-            return Token(said, exit_index.fill_(index))
-        if logits is None:
-            logits = said.new_empty(batch, said.shape[-1])
-        logits[leaving], exit_index[leaving] = said.to(logits.dtype), index
-        if everyone:
+        gone, stay = (
+            torch.tensor([row for row, left in enumerate(decided) if left == wanted], dtype=torch.long, device=device)
+            for wanted in (True, False)
+        )
+        leaving, last_states = rows[gone], hidden[gone]
+        said = walker.said(index, last_states, None if answer is None else answer[gone])
+        kept = said.new_zeros(batch, said.shape[-1]) if kept is None else kept
+        kept[leaving], final[leaving], exit_index[leaving] = said.to(kept.dtype), last_states, index
+        running[leaving] = False
+        if not len(stay):
             break
-        keep = torch.tensor([row for row, gone_ in enumerate(decided) if not gone_], device=device)
-        rows, hidden = rows[keep], hidden[keep]
-        state = type(state)(*(part[keep] for part in state))
-        context = _of(context, keep)
-        cache.keep(rows)
-    return Token(logits, exit_index)
+        rows, hidden, context = rows[stay], hidden[stay], _of(context, stay)
+        state = type(state)(*(part[stay] for part in state))
+        left = (~running).nonzero().flatten()
+        cache.keep(rows, left, final[left])
+    for above in range(layer + 1, last + 1):
+        cache.close(above, final)
+    return walker.token(kept, exit_index)
 
 
 def _of(context: TokenContext, keep: Tensor) -> TokenContext:
@@ -155,7 +172,7 @@ def _of(context: TokenContext, keep: Tensor) -> TokenContext:
     mask, positions = (
         part if part is None or len(part) == 1 else part.index_select(0, keep) for part in (context.mask, context.positions)
     )
-    return TokenContext(context.cache, mask, positions, context.encoder)
+    return replace(context, mask=mask, positions=positions)
 
 
 def decode(
@@ -182,8 +199,9 @@ def decode(
     policy = run.policy
     if policy is not None and model.config.exit_decay is not None:
         policy = decayed(policy, model.config.exit_decay, len(run.exit_layers))
-    token = decode_token(DecoderWalker(model, policy, run), hidden, context)
-    layers = torch.tensor(model.exit_layers, device=ids.device)
+    rows = run.under_way(ids)
+    token = decode_token(DecoderWalker(model, policy, run), hidden, context, rows)
+    layers = torch.tensor((*model.exit_layers, 0), device=ids.device)  # index -1 is 0
     return EarlyExitCaptionerOutput(
         logits=token.logits[:, None],
         past_key_values=cache,
@@ -192,21 +210,20 @@ def decode(
     )
 
 
-def exit_layers_of(output: Any, run: ExitRun, eos: int | list[int] | None) -> Tensor:
+def exit_layers_of(output: Any, run: ExitRun, ends: Sequence[int]) -> Tensor:
     """The layer each token of finished captions left after, in the shape of `sequences`; 0 for prompt and padding.
 
     Args:
         output: what `generate` returned, as a dict.
         run: of that call.
-        eos: what ends a caption.
+        ends: ids that end a caption.
     """
     sequences, passes = output.sequences, torch.stack(run.exit_layers)  # [R, P + T], [T, rows]
     path = output.get("beam_indices")
     if path is None:
-        steps = len(passes)
-        layers = passes.T
-        ends = torch.isin(sequences[:, -steps:], torch.as_tensor([] if eos is None else eos, device=sequences.device))
-        layers = layers.masked_fill(ends.cumsum(1) - ends.long() > 0, 0)
+        steps, layers = len(passes), passes.T
+        ended = torch.isin(sequences[:, -steps:], torch.tensor(ends, dtype=sequences.dtype, device=sequences.device))
+        layers = layers.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
     else:
         steps = path.shape[1]
         layers = passes[:steps].T.gather(0, path.clamp_min(0)).masked_fill(path < 0, 0)

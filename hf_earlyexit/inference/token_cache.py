@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,57 +24,52 @@ class TokenCache(EncoderDecoderCache):
 
     Args:
         cache: of all rows; grows by one entry per row and layer.
+        project: makes the entry that a layer (1-based) has of states `[B, 1, H]` that do not run it.
 
     Raises:
         UsageError: for a cache whose rows cannot be taken apart.
     """
 
-    def __init__(self, cache: EncoderDecoderCache) -> None:
+    def __init__(self, cache: EncoderDecoderCache, project: Callable[[int, Tensor], Entry]) -> None:
         require_dynamic(cache)
         self.is_updated = cache.is_updated
-        self.self_attention_cache = _OwnEntries(cache.self_attention_cache.layers)
+        self.self_attention_cache = _OwnEntries(cache.self_attention_cache.layers, project)
         self.cross_attention_cache = _CrossEntries(cache.cross_attention_cache.layers)
 
-    def keep(self, rows: Tensor) -> None:
-        """Let the layers see these rows only, by their numbers in the whole batch."""
-        self.self_attention_cache.rows = self.cross_attention_cache.rows = rows
+    def keep(self, rows: Tensor, left: Tensor, states: Tensor) -> None:
+        """Let the layers see some rows only.
 
-    def fill(self, layer: int, entry: Entry, rows: Tensor, batch_size: int) -> None:
-        """Give rows that will not run a layer (0-based) their entry of it."""
-        self.self_attention_cache.fill(layer, entry, rows, batch_size)
+        Args:
+            rows: numbers of those rows in the whole batch.
+            left: numbers of the others.
+            states: what the others left with `[left, 1, H]`.
+        """
+        own = self.self_attention_cache
+        own.rows, own.left, own.states = rows, left, states
+        self.cross_attention_cache.rows = rows
 
-    def close(self, layer: int) -> None:
-        """Append the entries of a layer that no row runs any more."""
-        self.self_attention_cache.close(layer)
+    def close(self, layer: int, states: Tensor) -> None:
+        """Append the entries of a layer (1-based) that no row runs, from the states of all rows `[B, 1, H]`."""
+        own = self.self_attention_cache
+        own.layers[layer - 1].update(*own.project(layer, states))
 
 
 class _OwnEntries:
-    """Self attention: each layer appends one entry for every row, wherever it came from."""
+    """Self attention: each layer appends one entry for every row, run or not."""
 
-    def __init__(self, layers: list[Any]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[Any], project: Callable[[int, Tensor], Entry]) -> None:
+        self.layers, self.project = layers, project
         self.rows: Tensor | None = None
-        self._waiting: dict[int, Entry] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.rows is None:
             return self.layers[layer].update(keys, values)
-        waiting = self._waiting.pop(layer)
-        waiting.keys[self.rows], waiting.values[self.rows] = keys, values
-        every_key, every_value = self.layers[layer].update(*waiting)
-        return every_key[self.rows], every_value[self.rows]
-
-    def fill(self, layer: int, entry: Entry, rows: Tensor, batch_size: int) -> None:
-        if len(rows) == batch_size:
-            self._waiting[layer] = entry
-            return
-        if layer not in self._waiting:
-            self._waiting[layer] = Entry(*(part.new_empty(batch_size, *part.shape[1:]) for part in entry))
-        for whole, part in zip(self._waiting[layer], entry, strict=True):
-            whole[rows] = part
-
-    def close(self, layer: int) -> None:
-        self.layers[layer].update(*self._waiting.pop(layer))
+        whole = []
+        for own, others in zip((keys, values), self.project(layer + 1, self.states), strict=True):
+            part = own.new_empty(len(self.rows) + len(self.left), *own.shape[1:])
+            part[self.rows], part[self.left] = own, others
+            whole.append(part)
+        return tuple(part.index_select(0, self.rows) for part in self.layers[layer].update(*whole))
 
 
 class _CrossEntries:
@@ -89,7 +85,9 @@ class _CrossEntries:
 
     def __getitem__(self, layer: int) -> Any:
         entry = self._layers[layer]
-        return entry if self.rows is None else Entry(entry.keys[self.rows], entry.values[self.rows])
+        return (
+            entry if self.rows is None else Entry(*(part.index_select(0, self.rows) for part in (entry.keys, entry.values)))
+        )
 
 
 def require_dynamic(cache: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -53,7 +53,14 @@ def check_images(images: Any, model: Any, any_size: bool) -> None:
         )
 
 
-def check_generation(model: Any, settings: Any, given: dict[str, Any], early: bool, wants_layers: bool) -> None:
+class Asked(NamedTuple):
+    """What a call of `generate` asks for: ids that end a caption, and whether rows keep their places (beams do not)."""
+
+    ends: tuple[int, ...]
+    rows_stay: bool
+
+
+def check_generation(model: Any, settings: Any, given: dict[str, Any], early: bool, wants_layers: bool) -> Asked:
     """Refuse settings of `generate` that cannot work.
 
     Args:
@@ -70,8 +77,7 @@ def check_generation(model: Any, settings: Any, given: dict[str, Any], early: bo
     settings = settings or model.generation_config
 
     def value(name: str) -> Any:
-        found = given.get(name)
-        return getattr(settings, name, None) if found is None else found
+        return given[name] if name in given else getattr(settings, name, None)
 
     if value("decoder_start_token_id") is None and value("bos_token_id") is None and given.get("decoder_input_ids") is None:
         raise DataError(
@@ -94,3 +100,6 @@ def check_generation(model: Any, settings: Any, given: dict[str, Any], early: bo
             "return_exit_layers out.",
             field="assistant_model",
         )
+    ends = value("eos_token_id")
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    return Asked(ends, (value("num_beams") or 1) == 1)

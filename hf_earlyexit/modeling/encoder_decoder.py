@@ -93,6 +93,10 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         """Logits `[..., V]` of exit `exit_index` (0-based) from the states after its layer `[..., H]`."""
         return self._head(exit_index)(hidden, self._stock_head)
 
+    def words(self, features: Tensor) -> Tensor:
+        """Logits `[..., V]` from what the decoder's own vocabulary layer reads `[..., H]`."""
+        return self._stock_head.words(features)
+
     def vocabulary(self, exit_index: int) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, F]` and bias `[V]` of the vocabulary layer of exit `exit_index` (0-based)."""
         return self._head(exit_index).matrix(self._stock_head)
@@ -221,14 +225,13 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         images = kwargs.get("pixel_values") if inputs is None else inputs
         if images is not None or kwargs.get("encoder_outputs") is None:
             check_images(images, self, kwargs.get("interpolate_pos_encoding", False))
-        check_generation(self, generation_config, kwargs, policy is not None, return_exit_layers)
-        run = ExitRun(policy)
+        asked = check_generation(self, generation_config, kwargs, policy is not None, return_exit_layers)
+        run = ExitRun(policy, asked.ends if asked.rows_stay else ())
         if return_exit_layers:
             kwargs["return_dict_in_generate"] = True
         output = super().generate(inputs, generation_config, *args, decoder_exits=run, **kwargs)
         if return_exit_layers:
-            settings = generation_config or self.generation_config
-            output["exit_layers"] = exit_layers_of(output, run, kwargs.get("eos_token_id", settings.eos_token_id))
+            output["exit_layers"] = exit_layers_of(output, run, asked.ends)
         return output
 
 

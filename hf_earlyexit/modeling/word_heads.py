@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class WordHead(ABC, nn.Module):
         rank: width of a "low-rank" head.
         epsilon: of the head's own layer norm.
     """
+
+    borrows: ClassVar[bool] = True  # whether its vocabulary layer is the decoder's own
 
     def __init__(self, hidden_size: int, vocab_size: int, rank: int, epsilon: float) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class TunedHead(WordHead):
 class OwnHead(WordHead):
     """A vocabulary layer of the exit's own."""
 
+    borrows: ClassVar[bool] = False
     vocabulary: nn.Linear
 
     def matrix(self, stock: StockHead) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,20 @@ def test_every_rule_decodes_row_by_row(captioner, images, mixed, kind, rule):
         assert torch.equal(alone.exit_layers[0], together.exit_layers[row, :length])
 
 
+def test_rows_that_ended_run_no_more(captioner, images, mixed):
+    """What a stock batch spends on padding; nothing that is written depends on it."""
+    model = captioner()
+    model.set_exit_policy(mixed(model, "confidence"))
+    end = int(generated(model, images(8), eos_token_id=None).sequences[0, 6])
+    ran = []
+    model.backbone.layers(model.decoder)[0].register_forward_hook(lambda _, inputs, __: ran.append(len(inputs[0])))
+    output = generated(model, images(8), eos_token_id=end)
+    written = (output.exit_layers > 0).sum(1)
+    assert written.min() < written.max(), "captions must end at different places here"
+    assert sum(ran) == int(written.sum())
+    assert all(not layers[count + 1 :].any() for layers, count in zip(output.exit_layers, written.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_see_the_layers_that_are_reported(captioner, images, mixed, kind, mode):
