@@ -10,6 +10,7 @@ from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 from transformers import initialization as init
 
 from ..backbones import DecoderBackbone, decoder_backbone
+from ..errors import UsageError
 from ..losses import WeightedObjective
 from ..problems import SINGLE_LABEL
 from .captioner_checks import check_generation, check_images
@@ -153,6 +154,12 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         if run.policy is not None and token and _holds_prompt(past_key_values, self.exit_layers[-1]):
             output = decode(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values, run, kwargs)
         else:
+            if early_exit:
+                raise UsageError(
+                    "early_exit=True, but tokens leave early only where they are decoded one by one over a cache that holds "
+                    "the prompt; call generate.",
+                    field="early_exit",
+                )
             every_exit = decoder_exits is None and (self.training or early_exit is False)
             hidden_wanted = kwargs.pop("output_hidden_states", None)
             output = EarlyExitCaptionerOutput(

@@ -59,6 +59,8 @@ def test_early_exit_without_policy_in_training_or_without_cache(captioner, image
         model.generate(images(1), output_hidden_states=True)
     with pytest.raises(UsageError, match="assistant"):
         model.generate(images(1), prompt_lookup_num_tokens=2)
+    with pytest.raises(UsageError, match="one by one over a cache"):
+        model(images(1), decoder_input_ids=torch.tensor([[1, 5]]), early_exit=True)
     with pytest.raises(UsageError, match=r"model\.eval"):
         model.train().generate(images(1), early_exit=True)
 
