@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
+from .exchange import exchanged, list_files, sync
+
+if sys.platform != "win32":
+    import fcntl
 
 CONFIG = Path("config.json")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -23,10 +29,13 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 @contextmanager
 def replaced_folder(folder: str | PathLike[str], needs: int = 0) -> Iterator[Path]:
-    """An empty folder to write into, whose files move to `folder` when the block ends without an error.
+    """An empty folder to write into, that takes the place of `folder` when the block ends without an error.
 
-    Weights move near the end, right before config.json. Other files in `folder` stay, except weights that would be read in
-    place of the new ones. File modes follow the umask. After an error `folder` is as it was, and nothing is left beside it.
+    Other files in `folder` stay, except weights that would be read in place of the new ones. Modes of new files follow the
+    umask. After an error `folder` is as it was, and nothing is left beside it. Old and new folder swap in one step, so that
+    a kill at any instant leaves one of them whole. Where that cannot be done (Windows, network file systems, a mount point,
+    the folder that one works in, more than 1,000 other files), files move one by one, weights near the end and config.json
+    last. What a kill leaves beside the folder is removed when it is written again.
 
     Args:
         folder: made if it is not there.
@@ -38,34 +47,39 @@ def replaced_folder(folder: str | PathLike[str], needs: int = 0) -> Iterator[Pat
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; expected a folder, or a name that is free.", path=target)
+    _sweep(target)
     stage = _beside(target)
     try:
         new = stage / "new"
         new.mkdir(parents=True)
-        yield new
-        _make_durable(new)
-        if target.is_dir():
-            _move_into(target, new, stage / "former")
-        else:
-            new.rename(target)
+        with _claimed(stage):
+            yield new
+            _make_durable(new)
+            written = list_files(new)
+            if not target.is_dir():
+                new.rename(target)
+                sync(target.parent)
+            elif not exchanged(target, new, {*written, *_outdated(target, written)}):
+                _move_into(target, new, stage / "former", written)
     except (OSError, SafetensorError, CheckpointError) as error:
         if isinstance(error, CheckpointError) and not str(error.path).startswith(str(stage)):
             raise
         raise _not_written(target, error.__cause__ or error, needs) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        _remove(stage)
 
 
 def write_file(path: str | PathLike[str], data: bytes) -> None:
-    """Replace one file whole; after an error it is as it was.
+    """Replace one file whole; after an error or a kill it is as it was, or new.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
     target = Path(path).resolve()
+    _sweep(target)
     temporary = _beside(target)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, _claimed(temporary):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -108,22 +122,56 @@ def _beside(target: Path) -> Path:
     return (target if shut_in else target.parent) / f"_{target.name}.saving-{secrets.token_hex(4)}"
 
 
+def _sweep(target: Path) -> None:
+    """Remove what a killed save left; the lock of one that is still running says so."""
+    for place in (target.parent, target):
+        for left in place.glob(f"_{glob.escape(target.name)}.saving-*"):
+            with suppress(OSError), _claimed(left) as free:
+                if free:
+                    _remove(left)
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Hold a lock that ends with the process; yields whether it is held. Not every file system has them."""
+    if sys.platform == "win32":
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
 def _make_durable(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666  # a folder just made shows the umask
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+    for name in list_files(folder):
+        (folder / name).chmod(mode)
+        with open(folder / name, "rb+") as file:
+            os.fsync(file.fileno())
+    for home, _, _ in os.walk(folder):
+        sync(Path(home))
 
 
-def _move_into(target: Path, new: Path, former: Path) -> None:
-    names = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
-    weights = [name for name in names if WEIGHTS.fullmatch(str(name))]
-    stale = [Path(path.name) for path in target.iterdir() if WEIGHTS.fullmatch(path.name)] if weights else []
-    stale = [name for name in stale if name not in weights]
-    config = [name for name in names if name == CONFIG]
-    others = [name for name in names if name not in weights and name != CONFIG]
+def _outdated(target: Path, written: list[Path]) -> list[Path]:
+    """Weights that would be read in place of those just written."""
+    if not any(WEIGHTS.fullmatch(str(name)) for name in written):
+        return []
+    found = [Path(path.name) for path in target.iterdir() if WEIGHTS.fullmatch(path.name)]
+    return [name for name in found if name not in written]
+
+
+def _move_into(target: Path, new: Path, former: Path, written: list[Path]) -> None:
+    weights = [name for name in written if WEIGHTS.fullmatch(str(name))]
+    stale = _outdated(target, written)
+    config = [name for name in written if name == CONFIG]
+    others = [name for name in written if name not in weights and name != CONFIG]
     order = [*others, *weights, *stale, *config]
     for name in order:
         _keep(target / name, former / name)
@@ -134,6 +182,7 @@ def _move_into(target: Path, new: Path, former: Path) -> None:
             else:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 (new / name).replace(target / name)
+        sync(target)
     except BaseException:
         for name in order:
             if (former / name).exists():
@@ -151,6 +200,16 @@ def _keep(place: Path, copy: Path) -> None:
         os.link(place, copy)
     except OSError:  # a file system without hard links
         shutil.copy2(place, copy)
+
+
+def _remove(left: Path) -> None:
+    """Whatever it is, with folders in it that may not be written."""
+    for home, _, _ in os.walk(left):
+        with suppress(OSError):
+            Path(home).chmod(0o700)
+    shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):
+        left.unlink()
 
 
 def _not_written(target: Path, error: BaseException, needs: int) -> CheckpointError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_earlyexit import exchange
 from hf_earlyexit.errors import CheckpointError
 from hf_earlyexit.files import inside, read_json, replaced_folder, write_file
 
@@ -29,6 +30,24 @@ def target(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def no_swap(monkeypatch):
+    """A system that cannot swap two folders."""
+
+    def swap(one, other):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(exchange, "swap", swap)
+
+
+@pytest.fixture(params=["swapped", "moved"])
+def way(request):
+    """Both ways in which a folder is replaced."""
+    if request.param == "moved":
+        request.getfixturevalue("no_swap")
+
+
+@pytest.mark.usefixtures("way")
 def test_new_files_take_their_places_and_others_stay(target):
     with replaced_folder(target) as new:
         fill(new, NEW)
@@ -44,6 +63,7 @@ def test_a_folder_that_is_not_there_appears_at_once(tmp_path):
     assert content(tmp_path / "deep" / "model") == NEW
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("error", [OSError("full"), RuntimeError("own"), KeyboardInterrupt()])
 def test_an_error_while_writing_changes_nothing(target, error):
     def write():
@@ -61,6 +81,7 @@ def test_an_error_while_writing_changes_nothing(target, error):
     assert os.listdir(target.parent) == ["model"]
 
 
+@pytest.mark.usefixtures("no_swap")
 @pytest.mark.parametrize("moves", range(4))
 def test_an_error_while_files_move_takes_them_all_back(target, moves, monkeypatch):
     replace, left = Path.replace, [moves]
@@ -87,6 +108,7 @@ def test_without_hard_links_the_former_files_are_copied(target, monkeypatch):
     assert content(target) == FORMER
 
 
+@pytest.mark.usefixtures("no_swap")
 def test_the_config_moves_last_and_right_after_the_weights(target, monkeypatch):
     order, replace = [], Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, place: (order.append(self.name), replace(self, place))[1])
@@ -95,6 +117,7 @@ def test_the_config_moves_last_and_right_after_the_weights(target, monkeypatch):
     assert order[-2:] == ["model.safetensors", "config.json"]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -134,6 +157,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.usefixtures("way")
 def test_a_link_to_a_folder_is_followed(target, tmp_path):
     (tmp_path / "link").symlink_to(target)
     with replaced_folder(tmp_path / "link") as new:
@@ -142,6 +166,7 @@ def test_a_link_to_a_folder_is_followed(target, tmp_path):
     assert content(target) == FORMER | NEW
 
 
+@pytest.mark.usefixtures("way")
 def test_a_link_in_the_folder_is_replaced_not_written_through(target, tmp_path):
     (tmp_path / "elsewhere").write_bytes(b"keep")
     (target / "config.json").unlink()
