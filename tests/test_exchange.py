@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -26,7 +27,6 @@ from hf_earlyexit.files import replaced_folder, write_file
 OLD = {"config.json": "old", "model.safetensors": "old weights", "notes.txt": "mine", "plots/a.svg": "plot", "deep/b/c": "1"}
 NEW = {"config.json": "new", "model.safetensors": "new weights", "card.md": "card", "plots/a.svg": "new plot"}
 target = Path("model")
-os.fsync = lambda descriptor: None  # slow, and against power cuts only
 def fill(folder, files):
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,14 @@ print(json.dumps({"found": found, "leftovers": leftovers}))
 """
 
 
+@pytest.fixture
+def in_memory():
+    """A folder on a file system without a disk, if there is one: thousands of small files are written there."""
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with TemporaryDirectory(dir=shared) as folder:
+        yield folder
+
+
 def killed(folder, way, start="full"):
     """What a child found that was killed before each line of ours and each call of the system, one after another."""
     words = [sys.executable, "-c", KILLED, str(ROOT), way, start]
@@ -92,22 +100,22 @@ def killed(folder, way, start="full"):
 
 
 @pytest.mark.parametrize("start", ["full", "absent"])
-def test_a_kill_at_any_instant_leaves_the_former_folder_or_the_new_one(tmp_path, start):
-    states = killed(tmp_path, "swapped", start)
+def test_a_kill_at_any_instant_leaves_the_former_folder_or_the_new_one(in_memory, start):
+    states = killed(in_memory, "swapped", start)
     assert len(states) > 100
     assert set(states) == {"old", "new"}
     assert list(states) == sorted(states, reverse=True), "old first, and new from one instant on"
 
 
-def test_a_kill_while_a_file_is_written_leaves_the_former_file_or_the_new_one(tmp_path):
-    states = killed(tmp_path, "file")
+def test_a_kill_while_a_file_is_written_leaves_the_former_file_or_the_new_one(in_memory):
+    states = killed(in_memory, "file")
     assert list(states) == sorted(states, reverse=True)
     assert set(states) == {"old", "new"}
 
 
-def test_where_folders_cannot_be_swapped_only_a_kill_between_moves_shows_both(tmp_path):
+def test_where_folders_cannot_be_swapped_only_a_kill_between_moves_shows_both(in_memory):
     """Also the proof that the kills above come at the instants that matter."""
-    states = killed(tmp_path, "moved")
+    states = killed(in_memory, "moved")
     torn = [state for state in states if state.startswith("torn")]
     assert (states[0], states[-1]) == ("old", "new")
     assert torn

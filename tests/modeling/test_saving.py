@@ -1,4 +1,4 @@
-"""A save that fails leaves what was there; a save that is killed leaves the old model, the new one, or an error."""
+"""A save that fails leaves what was there; a save that is killed leaves the old folder or the new one."""
 
 import json
 import os
@@ -46,32 +46,50 @@ for size in [*range(0, 20000, 2500), *range(20000, total, total // 12)]:
 print(json.dumps(found))
 """
 KILLED = """
-import torch.serialization, safetensors.torch, shutil
+import shutil
+from hf_earlyexit import exchange
 def killed_at(step):
     seen = [0]
-    def counting(call):
+    def reached():
+        seen[0] += 1
+        if seen[0] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def around(call):
         def counted(*args, **kwargs):
-            seen[0] += 1
-            if seen[0] == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
+            reached()
+            result = call(*args, **kwargs)
+            reached()
+            return result
         return counted
-    os.fsync, os.link, Path.replace = counting(os.fsync), counting(os.link), counting(Path.replace)
-    Path.write_text, Path.unlink = counting(Path.write_text), counting(Path.unlink)
-    new.save_pretrained("model")
+    os.fsync, os.link, os.mkdir, os.rename = map(around, (os.fsync, os.link, os.mkdir, os.rename))
+    os.replace, os.unlink = map(around, (os.replace, os.unlink))
+    exchange.swap, Path.write_text, shutil.rmtree = map(around, (exchange.swap, Path.write_text, shutil.rmtree))
+    save(new)
     os._exit(0)
+def one_folder():
+    return {name: data for name, data in content().items() if name.startswith("model/")}
+def save(model):
+    model.save_pretrained("model")
+def refuse(*paths):
+    raise OSError("not here")
+if sys.argv[1] == "moved":
+    exchange.swap = refuse
 def state():
+    now = one_folder()
+    if now in (first, second):
+        return "old" if now == first else "new"
     try:
-        model = Door.from_pretrained("model")
+        Door.from_pretrained("model")
     except ee.EarlyExitError as error:
         return f"{type(error).__name__}: {error}"
-    heads = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("exit_heads")}
-    for name, one in (("old", old), ("new", new)):
-        if all(torch.equal(one.state_dict()[key], value) for key, value in heads.items()):
-            return name if model.exit_policy == one.exit_policy else "TORN"
-found = []
+    return "torn"
+save(new)
+second = one_folder()
+save(old)
+first, found = one_folder(), []
 while not found or found[-1][0] != 0:
-    old.save_pretrained("model")
+    save(old)
+    assert one_folder() == first and not [path for path in Path().iterdir() if "saving" in path.name]
     child = os.fork()
     if not child:
         killed_at(len(found) + 1)
@@ -80,11 +98,17 @@ print(json.dumps(found))
 """
 
 
-def run(folder, code):
+def run(folder, code, *words):
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", PRELUDE + code]
-    child = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    child = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code, *words],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -96,14 +120,19 @@ def test_a_full_disk_leaves_the_former_folder(tmp_path):
     assert sum("CheckpointError" in one for one in found) >= 18
 
 
-def test_a_kill_leaves_the_old_model_the_new_one_or_an_error(tmp_path):
-    found = run(tmp_path, KILLED)
-    states = [state for _, state in found]
-    assert len(states) >= 10
+def test_a_kill_leaves_the_old_model_or_the_new_one(tmp_path):
+    states = [state for _, state in run(tmp_path, KILLED, "swapped")]
+    assert len(states) >= 20
+    assert states == sorted(states, reverse=True)
+    assert set(states) == {"old", "new"}
+
+
+def test_a_kill_where_folders_cannot_be_swapped_leaves_a_model_or_an_error(tmp_path):
+    states = [state for _, state in run(tmp_path, KILLED, "moved")]
     assert (states[0], states[-1]) == ("old", "new")
-    torn = [state for state in states if state not in ("old", "new")]
-    assert len(torn) <= 1  # between the renames of weights and config: the certificate tells
-    assert all("CheckpointError" in state and "saved or edited in part" in state for state in torn)
+    mixed = [state for state in states if state not in ("old", "new")]
+    assert mixed  # between the renames of weights and config: the certificate tells
+    assert all("CheckpointError" in state and "saved or edited in part" in state for state in mixed)
 
 
 def test_a_save_in_place_keeps_the_other_files(tiny_model, tmp_path):
