@@ -11,11 +11,11 @@ from typing import Any
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_file
+from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
 
 CALIBRATION_FILE = "calibration.json"
 SEVERAL = "hf_earlyexit.calibrations/1"
-ONLY = "default"
 
 Calibrations = CalibrationResult | Mapping[str, CalibrationResult] | None
 
@@ -93,19 +93,19 @@ def add_calibration(
     known = {} if former is None else _by_name(former)
     served, own = _served(model), heads_fingerprint(model)
     results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
-    _write_calibrations(Path(folder), results | {operating_point or ONLY: result})
+    _write_calibrations(Path(folder), results | {operating_point or DEFAULT: result})
 
 
 def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> None:
-    if list(results) == [ONLY]:
-        results[ONLY].save(folder / CALIBRATION_FILE)
+    if list(results) == [DEFAULT]:
+        results[DEFAULT].save(folder / CALIBRATION_FILE)
         return
     values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
     write_file(folder / CALIBRATION_FILE, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:
-    return {ONLY: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
+    return {DEFAULT: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
 
 
 def _served(model: Any) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from .shim import LoadedByShim, auto_map, write_shim
 FORMAT_VERSION = "1.0"
 MOST_LAYERS = 1024
 EXACT = "exact"
+DEFAULT = "default"  # in calibration.json: the policy that serves without a name
 
 logger = logging.get_logger(__name__)
 

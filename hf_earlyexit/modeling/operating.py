@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..calibration.result import CalibrationResult
-from ..errors import UsageError
+from ..errors import EarlyExitConfigError, UsageError
 from ..policies import ExitPolicy
 from ..registry import unknown_name
 from .certificate import certify
-from .configuration import EXACT
+from .configuration import DEFAULT, EXACT
 
 
 class OperatingPoints:
@@ -54,9 +54,16 @@ class OperatingPoints:
 
         Raises:
             UnknownNameError: for a default that is none of the points.
-            EarlyExitConfigError, CheckpointError: as in `set_exit_policy`, or for the name "exact".
+            EarlyExitConfigError, CheckpointError: as in `set_exit_policy`, or for the names "exact" and "default".
         """
         points = dict(points or {})
+        if DEFAULT in points:  # a config that has it still loads
+            raise EarlyExitConfigError(
+                f"exit_operating_points has the name {DEFAULT!r}, which stands for the policy that serves without a name; "
+                "choose another.",
+                field="exit_operating_points",
+                value=DEFAULT,
+            )
         if default is not None and default not in (EXACT, *points):
             raise unknown_name("operating point", default, (EXACT, *points))
         accepted = {name: self._accept(source, name) for name, source in points.items()}

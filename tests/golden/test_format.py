@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_a_folder_of_an_older_format_gives_the_stored_answers(folder, auto):
         assert list(model.policy_at(name).thresholds) == thresholds
         assert load_calibrations(folder)[name].policy == model.policy_at(name)
     assert model.config.exit_certificate["fingerprint"] == load_calibrations(folder)["balanced"].fingerprint
+
+
+def test_an_operating_point_of_a_name_no_longer_given_still_loads(tmp_path):
+    shutil.copytree(Path(__file__).parent / "format-1.0", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field in ("exit_operating_points", "exit_point_certificates"):
+        config[field]["default"] = config[field].pop("fast")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModel.from_pretrained(tmp_path)
+    found = ee.predict(model, texts(), tokenizer=make_tokenizer(), operating_point="default").exit_layer.tolist()
+    assert found == json.loads((tmp_path / "answers.json").read_text())["answers"]["fast"]["exit_layer"]
+    fast = load_calibrations(tmp_path)["fast"]
+    model.set_operating_points({"fast": fast}, keep_others=True)
+    ee.save(model, tmp_path, calibration={"fast": fast}, card=False)
+    assert set(AutoModel.from_pretrained(tmp_path).operating_points) == {"exact", "default", "balanced", "fast"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)

@@ -116,6 +116,7 @@ def test_points_can_be_replaced_and_taken_off(results):
     ("points", "error", "message"),
     [
         ({"exact": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "the full model"),
+        ({"default": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "serves without a name"),
         ({"": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "not empty"),
         ({"a": ee.ConfidencePolicy(thresholds=[0.5] * 2)}, EarlyExitConfigError, "3 thresholds"),
         ({"a": {"name": "confidence"}}, UsageError, "expected an ExitPolicy"),
