@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 AT_FDCWD = -100
@@ -42,7 +43,7 @@ def swap(one: Path, other: Path) -> None:
     Raises:
         OSError: where the system or the file system cannot do it; nothing has changed then.
     """
-    library = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
+    library: Any = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(one), os.fsencode(other)
     if hasattr(library, "renameat2"):
         failed = library.renameat2(AT_FDCWD, first, AT_FDCWD, second, ctypes.c_uint(SWAP))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import transformers
@@ -10,6 +11,7 @@ from transformers import TextClassificationPipeline
 from .errors import UsageError
 from .modeling.certificate import warn_of_other_tokenizer
 from .modeling.classifier import EarlyExitClassifier
+from .modeling.loading import check_config_file
 
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
@@ -48,7 +50,10 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
 
     Raises:
         UsageError: for a model without exits.
+        CheckpointError: if it is damaged.
     """
+    if isinstance(model, (str, PathLike)):
+        check_config_file(model)
     pipe = transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)
     if not isinstance(pipe.model, EarlyExitClassifier):
         raise UsageError(

@@ -7,11 +7,12 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..inference.bench import as_table, bench
 from ..inference.quantize import quantize_int8
 from ..inference.rows import encode_rows
+from .loading import load_model
 
 
 @dataclass
@@ -35,7 +36,7 @@ ARGUMENTS = (BenchArguments,)
 
 def run(args: BenchArguments) -> None:
     """Read, measure, tell."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.model).eval()
+    model = load_model(args.model).eval()
     texts = Path(args.input).read_text(encoding="utf-8").splitlines()
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
     models = {"fp32": model}

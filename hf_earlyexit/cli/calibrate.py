@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..calibration import calibrate
 from ..errors import UsageError
@@ -21,6 +21,7 @@ from ..hub.save import add_calibration
 from ..inference.collect import collect_trace
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
+from .loading import load_model
 from .train import TRACE_FILE
 
 
@@ -54,7 +55,7 @@ def run(args: CalibrateArguments) -> None:
         options = json.loads(args.options)
     except json.JSONDecodeError as error:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model = load_model(folder)
     if args.dataset is not None:
         rows = require_split(load_splits(args.dataset), args.split, args.dataset)
         trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(folder), split=args.split)

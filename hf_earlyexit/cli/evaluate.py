@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..errors import UsageError
 from ..inference.predict import predict
@@ -23,6 +23,7 @@ from ..inference.timing import compare_speed
 from ..modeling.configuration import EXACT
 from ..problems import quality_name, row_quality
 from ..training.data import load_splits, require_split
+from .loading import load_model
 
 
 @dataclass
@@ -46,7 +47,7 @@ def run(args: EvaluateArguments) -> None:
     """Predict early and in full, compare, print."""
     if args.repeats < 1:
         raise UsageError(f"repeats is {args.repeats}; expected at least 1.", field="repeats", value=args.repeats)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    model = load_model(args.model)
     if args.operating_point == EXACT:
         raise UsageError(
             f"At {EXACT!r} every row runs through all layers; there is nothing to compare.", field="operating_point"

@@ -11,9 +11,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..inference.explain import explain
+from .loading import load_model
 
 
 @dataclass
@@ -32,7 +33,7 @@ ARGUMENTS = (ExplainArguments,)
 
 def run(args: ExplainArguments) -> None:
     """Explain one text."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    model = load_model(args.model)
     text = args.text if args.text_pair is None else (args.text, args.text_pair)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     told = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)

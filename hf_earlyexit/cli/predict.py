@@ -13,13 +13,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..inference.predict import predict
 from ..inference.rows import text_columns
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
+from .loading import load_model
 
 
 @dataclass
@@ -40,7 +41,7 @@ ARGUMENTS = (PredictArguments,)
 
 def run(args: PredictArguments) -> None:
     """Read, classify, write."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    model = load_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     warn_of_other_tokenizer(model, tokenizer)
     texts = _texts(args)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..errors import UsageError
 from ..hub.push import push_to_hub
 from ..hub.save import load_calibrations
+from .loading import load_model
 
 
 @dataclass
@@ -40,7 +41,7 @@ def run(args: PushArguments) -> None:
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     told = {"base_model": args.base_model, "datasets": args.datasets, "language": args.language, "license": args.license}
     commit = push_to_hub(
-        AutoModelForSequenceClassification.from_pretrained(folder),
+        load_model(folder),
         args.repo_id,
         tokenizer=AutoTokenizer.from_pretrained(folder) if has_tokenizer else None,
         calibration=load_calibrations(folder),

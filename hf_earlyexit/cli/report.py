@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..errors import UsageError
 from ..inference.collect import collect_trace
@@ -22,6 +22,7 @@ from ..modeling.fingerprint import heads_fingerprint
 from ..reports import write_report
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
+from .loading import load_model
 
 
 @dataclass
@@ -47,7 +48,7 @@ def run(args: ReportArguments) -> None:
         raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
     if args.operating_point == EXACT:
         raise UsageError(f"At {EXACT!r} every row runs through all layers; name another.", field="operating_point")
-    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    model = load_model(args.model)
     policy = model.policy_at(args.operating_point)
     rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
     if args.trace is None:

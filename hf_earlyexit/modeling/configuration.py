@@ -2,15 +2,18 @@
 
 # No `from __future__ import annotations` here: it would turn the type checks of strict configs off without a word.
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BertConfig
 from transformers.utils import logging
 
-from ..errors import EarlyExitConfigError
+from ..errors import EarlyExitConfigError, EarlyExitError
 from ..files import read_json
 from ..policies import ExitPolicy
 from ..problems import REGRESSION, SINGLE_LABEL
@@ -76,6 +79,18 @@ class EarlyExitConfig(LoadedByShim):
     def num_exit_layers(self) -> int:
         """Layers L of the part that has the exits."""
         return self.num_hidden_layers  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; errors tell where the config came from."""
+        with _told_where(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; the Auto classes come this way, and say from where."""
+        with _told_where(kwargs.get("name_or_path")):
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -199,6 +214,24 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
         super().__post_init__(**kwargs)
         if self.is_decoder:
             raise wrong("is_decoder", True, "False: this class classifies with an encoder")
+
+
+@contextmanager
+def _told_where(place: Any) -> Iterator[None]:
+    """Add to errors the folder or Hub id whose config is at fault; wrong types become errors of this library."""
+    try:
+        yield
+    except (EarlyExitError, StrictDataclassError) as error:
+        if place is None or (isinstance(error, EarlyExitError) and error.path is not None):
+            raise
+        kind = type(error) if isinstance(error, EarlyExitError) else EarlyExitConfigError
+        field = re.search(r"field '(\w+)'", str(error))
+        raise kind(
+            f"config.json of {place}: {' '.join(str(error).split())}",
+            field=getattr(error, "field", field and field[1]),
+            value=getattr(error, "value", None),
+            path=place,
+        ) from error
 
 
 def is_count(value: Any, most: int = MOST_LAYERS) -> bool:

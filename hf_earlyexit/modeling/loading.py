@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ..errors import CheckpointError
+from ..files import CONFIG, read_json
 from .fingerprint import HEAD_PREFIXES, NEW_PARTS
 
 logger = logging.get_logger(__name__)
+
+
+def check_config_file(name: Any) -> None:
+    """Refuse a folder whose config.json holds no JSON object, which the Auto classes do not do in so many words.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if (Path(name) / CONFIG).is_file():
+        read_json(Path(name) / CONFIG)
 
 
 def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
