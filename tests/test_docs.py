@@ -91,7 +91,7 @@ def test_commands_use_flags_that_exist(page, command, monkeypatch, tmp_path):
     words = shlex.split(command[command.index("hf-earlyexit ") :], comments=True)
     assert words[1] in COMMANDS.names()
     arguments = import_module(f"hf_earlyexit.cli.{words[1]}").ARGUMENTS
-    assert parse_arguments(arguments, words[2:], words[1], None)
+    assert parse_arguments(arguments, words[2:], words[1], None)[0]
 
 
 def test_commands_are_shown():

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from ..inference.bench import as_table, bench
 from ..inference.quantize import quantize_int8
 from ..inference.rows import encode_rows
+from .answer import Answer
 from .loading import load_model
 
 
@@ -34,7 +35,7 @@ class BenchArguments:
 ARGUMENTS = (BenchArguments,)
 
 
-def run(args: BenchArguments) -> None:
+def run(args: BenchArguments) -> Answer:
     """Read, measure, tell."""
     model = load_model(args.model).eval()
     texts = Path(args.input).read_text(encoding="utf-8").splitlines()
@@ -52,12 +53,13 @@ def run(args: BenchArguments) -> None:
         latency_rows=args.latency_rows,
         seed=args.seed,
     )
-    print(as_table(result))
+    lines = [as_table(result)]
     for name, exits in result["exits"].items():
-        print(
+        lines.append(
             f"\n{name}: mean exit layer {exits['mean_layer']:.2f}, layer speed-up {exits['layer_speed_up']:.2f}x, "
             f"token-layer bound {exits['token_layer_bound']:.2f}x, of which {100 * exits['share_of_bound']:.0f} % reached"
         )
-        print(result["advice"][name])
+        lines.append(result["advice"][name])
     if args.output is not None:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return Answer(result, "\n".join(lines))

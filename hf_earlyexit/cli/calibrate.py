@@ -17,10 +17,11 @@ from transformers import AutoTokenizer
 
 from ..calibration import calibrate
 from ..errors import UsageError
-from ..hub.save import add_calibration
+from ..hub.save import save_calibrated
 from ..inference.collect import collect_trace
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
+from .answer import Answer
 from .loading import load_model
 from .train import TRACE_FILE
 
@@ -46,8 +47,8 @@ class CalibrateArguments:
 ARGUMENTS = (CalibrateArguments,)
 
 
-def run(args: CalibrateArguments) -> None:
-    """Calibrate, print, save."""
+def run(args: CalibrateArguments) -> Answer:
+    """Calibrate and save."""
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; calibrate writes into one. Download the model first.", path=folder)
@@ -78,6 +79,5 @@ def run(args: CalibrateArguments) -> None:
     else:
         default = point if model.exit_policy is None else None
         model.set_operating_points({point: result}, default, keep_others=True)
-    model.save_pretrained(folder)
-    add_calibration(model, folder, result, point)
-    print(result)
+    save_calibrated(model, folder, result, point)
+    return Answer({"model": str(folder), "operating_point": point, **result.to_dict()}, str(result))

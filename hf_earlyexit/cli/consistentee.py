@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..inference.collect import collect_trace
 from ..training import ConsistentTrainer, ConsistentTrainingArguments
+from .answer import Answer
 from .train import TRACE_FILE, TrainArguments, prepare
 
 
@@ -25,7 +26,7 @@ class GateArguments:
 ARGUMENTS = (TrainArguments, GateArguments, ConsistentTrainingArguments)
 
 
-def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> None:
+def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> Answer:
     """Train in phases, save, trace."""
     model, tokenizer, train, held = prepare(
         args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
@@ -33,11 +34,15 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     trainer = ConsistentTrainer(model, training, train, held, processing_class=tokenizer)
     log = trainer.train(resume_from_checkpoint=str(training.resume_from_checkpoint).lower() == "true")
     trainer.save_model()
-    collect_trace(model, held, tokenizer=tokenizer).save(Path(training.output_dir) / TRACE_FILE)
+    trace = Path(training.output_dir) / TRACE_FILE
+    collect_trace(model, held, tokenizer=tokenizer).save(trace)
+    lines, phases = [], []
     for phase in trainer.phases:
         told = [entry for entry in log if entry["phase"] == phase.folder][-1]
         last = told[f"exit_{model.exit_layers[-1]}_quality"]
-        print(
+        phases.append(told)
+        lines.append(
             f"{phase.folder:12s} last exit {last:.4f}   gates {told['gate_quality']:.4f} at {told['gate_layers']:.2f} layers"
         )
-    print(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate")
+    lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate")
+    return Answer({"model": training.output_dir, "held_back": str(trace), "phases": phases}, "\n".join(lines))

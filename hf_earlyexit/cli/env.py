@@ -7,13 +7,14 @@ Paste it under what went wrong.
 
 from __future__ import annotations
 
-import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from .answer import Answer
 
 PACKAGES = (
     "hf_earlyexit",
@@ -33,18 +34,16 @@ PACKAGES = (
 
 @dataclass
 class EnvArguments:
-    """How to print."""
-
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of lines"})
+    """None."""
 
 
 ARGUMENTS = (EnvArguments,)
 
 
-def run(args: EnvArguments) -> None:
-    """Look around and print."""
+def run(args: EnvArguments) -> Answer:
+    """Look around."""
     found = environment()
-    print(json.dumps(found) if args.json else "\n".join(f"{name:16s} {value}" for name, value in found.items()))
+    return Answer(found, "\n".join(f"{name:16s} {value}" for name, value in found.items()))
 
 
 def environment() -> dict[str, Any]:

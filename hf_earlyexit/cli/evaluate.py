@@ -9,7 +9,6 @@ machine.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..inference.timing import compare_speed
 from ..modeling.configuration import EXACT
 from ..problems import quality_name, row_quality
 from ..training.data import load_splits, require_split
+from .answer import Answer
 from .loading import load_model
 
 
@@ -36,15 +36,14 @@ class EvaluateArguments:
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use"})
     time: bool = field(default=False, metadata={"help": "measure the time of both, in turns"})
     repeats: int = field(default=5, metadata={"help": "rounds of measuring"})
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of sentences"})
     max_batch_tokens: int = field(default=2048, metadata={"help": "padded tokens in a batch"})
 
 
 ARGUMENTS = (EvaluateArguments,)
 
 
-def run(args: EvaluateArguments) -> None:
-    """Predict early and in full, compare, print."""
+def run(args: EvaluateArguments) -> Answer:
+    """Predict early and in full, compare."""
     if args.repeats < 1:
         raise UsageError(f"repeats is {args.repeats}; expected at least 1.", field="repeats", value=args.repeats)
     model = load_model(args.model)
@@ -63,7 +62,7 @@ def run(args: EvaluateArguments) -> None:
         )
     encoded = encode_rows(rows, AutoTokenizer.from_pretrained(args.model))  # once, so that measuring does not tokenize
     found = figures(model, encoded, torch.as_tensor(rows["label"]), args)
-    print(json.dumps(found, allow_nan=False) if args.json else _sentences(found))
+    return Answer(found, _sentences(found))
 
 
 def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments) -> dict[str, Any]:

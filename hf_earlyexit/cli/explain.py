@@ -8,12 +8,12 @@ All layers are run for it, also those that serving skips.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 
 from ..inference.explain import explain
+from .answer import Answer
 from .loading import load_model
 
 
@@ -25,16 +25,15 @@ class ExplainArguments:
     text: str = field(metadata={"help": "the text"})
     text_pair: str | None = field(default=None, metadata={"help": "second text, for models of pairs"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to explain"})
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of sentences"})
 
 
 ARGUMENTS = (ExplainArguments,)
 
 
-def run(args: ExplainArguments) -> None:
+def run(args: ExplainArguments) -> Answer:
     """Explain one text."""
     model = load_model(args.model)
     text = args.text if args.text_pair is None else (args.text, args.text_pair)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     told = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)
-    print(json.dumps(dataclasses.asdict(told), ensure_ascii=False) if args.json else told)
+    return Answer(dataclasses.asdict(told), str(told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 
 from transformers.utils import logging
@@ -45,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS.get(words[0])
         command = import_module(f".{words[0]}", __package__)
         logging.set_verbosity_warning()
-        command.run(*parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__))
+        objects, as_json = parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whatever else prints, such as a Trainer
+            answer = command.run(*objects)
+        if told := answer.printed(as_json):
+            print(told)
     except ModuleNotFoundError as error:
         print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report]"', file=sys.stderr)
         return 2

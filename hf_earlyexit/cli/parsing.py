@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from ..errors import UsageError
 
@@ -19,8 +20,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Defaults of every flag; the examples above them as they were written."""
 
 
-def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str, about: str | None) -> tuple[Any, ...]:
-    """One object for each dataclass.
+def parse_arguments(
+    classes: Sequence[type], words: Sequence[str], command: str, about: str | None
+) -> tuple[tuple[Any, ...], bool]:
+    """One object for each dataclass, and whether JSON is asked for.
 
     Args:
         classes: dataclasses whose fields are the flags.
@@ -34,6 +37,9 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
     """
     parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about, formatter_class=_Help)
     parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
+    parser.add_argument(
+        "--json", type=string_to_bool, default=False, const=True, nargs="?", help="print one JSON object and nothing else"
+    )
     words = ["--model", *words] if words and not words[0].startswith("-") else list(words)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
@@ -41,7 +47,8 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
     *objects, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise _unknown_flag(parser, unknown[0])
-    return tuple(objects[: len(classes)])
+    *filled, common = objects
+    return tuple(filled), common.json
 
 
 def _unknown_flag(parser: HfArgumentParser, word: str) -> UsageError:

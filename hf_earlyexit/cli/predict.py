@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..inference.rows import text_columns
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
+from .answer import Answer
 from .loading import load_model
 
 
@@ -39,7 +39,7 @@ class PredictArguments:
 ARGUMENTS = (PredictArguments,)
 
 
-def run(args: PredictArguments) -> None:
+def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
     model = load_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -55,14 +55,19 @@ def run(args: PredictArguments) -> None:
         progress=args.output != "-",
     )
     single = model.config.resolved_problem_type == SINGLE_LABEL
-    with nullcontext(sys.stdout) if args.output == "-" else open(args.output, "w", encoding="utf-8") as file:
-        for text, logits, layer in zip(texts, answers.logits, answers.exit_layer.tolist(), strict=True):
-            if single:
-                score, label = logits.softmax(-1).max(-1)
-                told = {"label": model.config.id2label[int(label)], "score": float(score)}
-            else:
-                told = {"logits": logits.tolist()}
-            file.write(json.dumps({"text": text, **told, "exit_layer": layer}, ensure_ascii=False) + "\n")
+    told = []
+    for text, logits, layer in zip(texts, answers.logits, answers.exit_layer.tolist(), strict=True):
+        score, index = logits.softmax(-1).max(-1)
+        label = {"label": model.config.id2label[int(index)], "score": float(score)}
+        answer = label if single else {"logits": logits.tolist()}
+        told.append({"text": text, **answer, "exit_layer": layer})
+    lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in told)
+    mean = float(answers.exit_layer.double().mean()) if told else None
+    values = {"rows": len(told), "mean_layers": mean, "num_layers": model.exit_layers[-1]}
+    if args.output == "-":
+        return Answer({**values, "answers": told}, lines)
+    Path(args.output).write_text(lines + "\n" if told else "", encoding="utf-8")
+    return Answer({**values, "output": args.output}, f"saved {args.output}: {len(told)} texts")
 
 
 def _texts(args: PredictArguments) -> list:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from ..errors import UsageError
 from ..hub.push import push_to_hub
 from ..hub.save import load_calibrations
+from .answer import Answer
 from .loading import load_model
 
 
@@ -33,8 +34,8 @@ class PushArguments:
 ARGUMENTS = (PushArguments,)
 
 
-def run(args: PushArguments) -> None:
-    """Load, push, tell where."""
+def run(args: PushArguments) -> Answer:
+    """Load and push."""
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; name one that holds a saved model.", path=folder)
@@ -51,4 +52,5 @@ def run(args: PushArguments) -> None:
         create_pr=args.create_pr,
         commit_message=args.commit_message,
     )
-    print(f"pushed {commit.pr_url or commit.commit_url}")
+    values = {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}
+    return Answer(values, f"pushed {commit.pr_url or commit.commit_url}")

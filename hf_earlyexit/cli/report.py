@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ..calibration.replay import Replay
 from ..errors import UsageError
 from ..inference.collect import collect_trace
 from ..inference.rows import text_columns
@@ -22,6 +23,7 @@ from ..modeling.fingerprint import heads_fingerprint
 from ..reports import write_report
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
+from .answer import Answer
 from .loading import load_model
 
 
@@ -42,7 +44,7 @@ class ReportArguments:
 ARGUMENTS = (ReportArguments,)
 
 
-def run(args: ReportArguments) -> None:
+def run(args: ReportArguments) -> Answer:
     """Collect or load a trace, write the report."""
     if args.dataset is None and args.trace is None:
         raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
@@ -68,10 +70,24 @@ def run(args: ReportArguments) -> None:
         seed=args.seed,
     )
     best = comparison.best
-    print(
+    values = {
+        "output": args.output,
+        "rows": comparison.judging.num_rows,
+        "rows_that_chose": comparison.num_choosing,
+        "best": best.name,
+        "policies": {name: _figures(one.judged) for name, one in comparison.contenders.items()},
+        "left_out": comparison.left_out,
+    }
+    return Answer(
+        values,
         f"saved {args.output}: {len(comparison.contenders)} policies on {comparison.judging.num_rows} rows; fewest layers "
-        f"on the rows that chose: {best.name}, layer speed-up {best.judged.layer_speed_up:.2f}x"
+        f"on the rows that chose: {best.name}, layer speed-up {best.judged.layer_speed_up:.2f}x",
     )
+
+
+def _figures(judged: Replay) -> dict[str, float]:
+    names = ("quality", "full_quality", "standard_error", "mean_layers", "layer_speed_up")
+    return {name: getattr(judged, name) for name in names}
 
 
 def _load_trace(path: str, model: Any) -> ExitTrace:

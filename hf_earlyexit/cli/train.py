@@ -19,6 +19,7 @@ from ..inference.collect import collect_trace
 from ..modeling.doors import EarlyExitBertForSequenceClassification
 from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
 from ..training.data import encode, hold_back, label_names, load_splits, require_split, with_ids
+from .answer import Answer
 
 TRACE_FILE = "held-back.safetensors"
 
@@ -39,17 +40,20 @@ class TrainArguments:
 ARGUMENTS = (TrainArguments, EarlyExitTrainingArguments)
 
 
-def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> None:
+def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     """Train, save, trace."""
     model, tokenizer, train, held = prepare(args, training.seed)
     trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-    collect_trace(model, held, tokenizer=tokenizer).save(Path(training.output_dir) / TRACE_FILE)
+    trace = Path(training.output_dir) / TRACE_FILE
+    collect_trace(model, held, tokenizer=tokenizer).save(trace)
     metrics = trainer.evaluate()
-    for name in sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2])):
-        print(f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}")
-    print(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}")
+    by_layer = sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2]))
+    lines = [f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}" for name in by_layer]
+    lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}")
+    values = {"model": training.output_dir, "held_back": str(trace), "steps": trainer.state.global_step, "metrics": metrics}
+    return Answer(values, "\n".join(lines))
 
 
 def prepare(

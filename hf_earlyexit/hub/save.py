@@ -75,10 +75,10 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
         raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
 
 
-def add_calibration(
+def save_calibrated(
     model: Any, folder: str | PathLike[str], result: CalibrationResult, operating_point: str | None = None
 ) -> None:
-    """Put one more result into a folder's calibration file; results the model no longer uses leave it.
+    """Save a model with one more result in the folder's calibration file; results the model no longer uses leave it.
 
     Args:
         model: uses the policy of the result already.
@@ -93,7 +93,9 @@ def add_calibration(
     known = {} if former is None else _by_name(former)
     served, own = _served(model), heads_fingerprint(model)
     results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
-    _write_calibrations(Path(folder), results | {operating_point or DEFAULT: result})
+    with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
+        model.save_pretrained(new)
+        _write_calibrations(new, results | {operating_point or DEFAULT: result})
 
 
 def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> None:

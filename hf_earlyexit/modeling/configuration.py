@@ -71,8 +71,6 @@ class EarlyExitConfig(LoadedByShim):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        if self.exit_layers is None and is_count(self.num_exit_layers):
-            self.exit_layers = list(range(1, self.num_exit_layers + 1))
         self.check_exits()
 
     @property
@@ -122,6 +120,8 @@ class EarlyExitConfig(LoadedByShim):
         count = self.num_exit_layers
         if not is_count(count):
             raise wrong("num_hidden_layers", count, f"a whole number from 1 to {MOST_LAYERS}")
+        if self.exit_layers is None:
+            self.exit_layers = list(range(1, count + 1))
         layers = self.exit_layers
         right = isinstance(layers, list) and layers and all(is_count(layer, count) for layer in layers)
         if not right or sorted(set(layers)) != layers or layers[-1] != count:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import BertModel
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import EarlyExitConfigError, PolicyError, UnknownNameError
@@ -15,6 +16,15 @@ def test_every_layer_has_an_exit_unless_told_otherwise(tiny_config):
     assert tiny_config().exit_layers == [1, 2, 3, 4]
     assert tiny_config(exit_layers=[2, 4]).exit_layers == [2, 4]
     assert tiny_config(num_hidden_layers=1).exit_layers == [1]
+
+
+def test_no_exit_layers_asked_for_of_a_plain_checkpoint_are_all_of_them(tiny_config, tmp_path):
+    BertModel(tiny_config()).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    plain = {name: value for name, value in values.items() if not name.startswith("exit_")}
+    (tmp_path / "config.json").write_text(json.dumps(plain | {"model_type": "bert"}))
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path, exit_layers=None)
+    assert model.exit_layers == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize(
