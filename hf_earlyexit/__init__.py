@@ -46,6 +46,7 @@ _HOMES = {
     "pipeline": "pipelines",
     "save": "hub.save",
     "push_to_hub": "hub.push",
+    "card_figures": "hub.figures",
     "predict": "inference.predict",
     "stream": "inference.predict",
     "quantize_int8": "inference.quantize",

@@ -1,15 +1,24 @@
-"""Push a saved model with its tokenizer, calibration and card to the Hub, in one commit."""
+"""Push a saved model with its tokenizer, calibration and card to the Hub, in one commit.
+
+    hf-earlyexit push bert-with-exits --repo_id me/reviews --private true
+    hf-earlyexit push bert-with-exits --repo_id me/reviews --test_rows reviews --test_split test
+
+With labelled rows that neither trained nor chose anything, the card tells quality and measured time on them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from ..errors import UsageError
+from ..hub.figures import card_figures
 from ..hub.push import push_to_hub
 from ..hub.save import load_calibrations
+from ..training.data import load_splits, require_split
 from .answer import Answer
 from .loading import load_model
 
@@ -27,6 +36,13 @@ class PushArguments:
     card: bool = field(default=True, metadata={"help": "false leaves the model card on the Hub alone"})
     base_model: str | None = field(default=None, metadata={"help": "for the card: Hub id of the model it was made from"})
     datasets: list[str] = field(default_factory=list, metadata={"help": "for the card: Hub ids of its data sets"})
+    test_rows: str | None = field(
+        default=None,
+        metadata={"help": "for the card: data set to judge and time on, which neither trained nor chose anything"},
+    )
+    test_split: str = field(default="test", metadata={"help": "split of these rows"})
+    evaluated_on: str | None = field(default=None, metadata={"help": "for the card: Hub id of these rows"})
+    repeats: int = field(default=5, metadata={"help": "rounds of timing on these rows; 0 for no timing"})
     language: str | None = field(default=None, metadata={"help": "for the card: such as en"})
     license: str | None = field(default=None, metadata={"help": "for the card: such as apache-2.0"})
 
@@ -39,14 +55,19 @@ def run(args: PushArguments) -> Answer:
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; name one that holds a saved model.", path=folder)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    told = {"base_model": args.base_model, "datasets": args.datasets, "language": args.language, "license": args.license}
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    model, calibration = load_model(folder), load_calibrations(folder)
+    fields = ("base_model", "datasets", "language", "license", "evaluated_on")
+    card: Any = {name: getattr(args, name) for name in fields} if args.card else False
+    if args.test_rows is not None and args.card:
+        rows = require_split(load_splits(args.test_rows), args.test_split, args.test_rows)
+        card |= card_figures(model, calibration, rows, tokenizer=tokenizer, repeats=args.repeats)
     commit = push_to_hub(
-        load_model(folder),
+        model,
         args.repo_id,
-        tokenizer=AutoTokenizer.from_pretrained(folder) if has_tokenizer else None,
-        calibration=load_calibrations(folder),
-        card=told if args.card else False,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        card=card,
         private=args.private,
         revision=args.revision,
         create_pr=args.create_pr,

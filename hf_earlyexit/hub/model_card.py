@@ -23,6 +23,7 @@ from ..problems import REGRESSION, SINGLE_LABEL, quality_name
 from .citations import citations
 from .markdown import escape, hub_id, without_private
 
+TASK = "text-classification"
 METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
 MOST_LABELS = 20
 
@@ -41,6 +42,7 @@ def model_card_files(
     evaluations: Mapping[str, Replay] | None = None,
     evaluated_on: str | None = None,
     timings: Mapping[str, Timing] | None = None,
+    timed_on: str | None = None,
 ) -> dict[str, bytes]:
     """The files that describe a model on the Hub: card, results and plots.
 
@@ -55,6 +57,7 @@ def model_card_files(
         evaluations: what the operating points did on rows that chose nothing, by name.
         evaluated_on: Hub id of the data the evaluations are from; by default the only one of `datasets`.
         timings: measured speed against the full model, by name of the operating point.
+        timed_on: rows and machine of the timings, in words.
 
     Returns:
         Contents by path: `README.md`; for each accuracy on named data `.eval_results/<point>.yaml`; and, with a calibration
@@ -73,7 +76,7 @@ def model_card_files(
     policies = list(dict.fromkeys(rule.name for rule in rules))
     meta = ModelCardData(
         library_name="transformers",  # any other value makes `pipeline(model=...)` refuse the model
-        pipeline_tag="text-classification",
+        pipeline_tag=TASK,
         tags=["hf_earlyexit", "early-exit", *policies],
         base_model=hub_id(base_model),
         base_model_relation=None if hub_id(base_model) is None else "finetune",
@@ -89,6 +92,7 @@ def model_card_files(
         title=(hub_id(repo_id) or "Text classifier").split("/")[-1],
         where=Markup(hub_id(repo_id) or "FOLDER_OR_HUB_ID"),
         base_model=hub_id(base_model),
+        task=TASK,
         layers=model.exit_layers,
         labels=labels[:MOST_LABELS],
         more_labels=max(len(labels) - MOST_LABELS, 0),
@@ -99,6 +103,7 @@ def model_card_files(
         evaluations=evaluations,
         data_name=data_name,
         timings=timings,
+        timed_on=None if timed_on is None else without_private(timed_on),
         has_plots=bool(files),
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
         citations=[Markup(text) for text in citations(policies)],

@@ -36,14 +36,15 @@ def save(
         folder: made if it is not there; files in it that are not written again stay.
         tokenizer: the model's; without it pipelines cannot load the folder.
         calibration: how the model's thresholds were chosen: a result, or several by operating point.
-        card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license` and `evaluations`.
+        card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license`,
+            `evaluated_on`, and what `card_figures` returned.
         repo_id: where the folder will be pushed to, for the card.
 
     Raises:
         UsageError: for a calibration whose policy the model does not use.
         CheckpointError: for a calibration of other exit heads, or a folder that cannot be written.
     """
-    results = {} if calibration is None else _by_name(calibration)
+    results = {} if calibration is None else by_name(calibration)
     _check(model, results)
     if tokenizer is not None:
         model.config.exit_tokenizer = tokenizer_fingerprint(tokenizer)
@@ -90,7 +91,7 @@ def save_calibrated(
         former = load_calibrations(folder)
     except CheckpointError:  # what is damaged cannot be kept
         former = None
-    known = {} if former is None else _by_name(former)
+    known = {} if former is None else by_name(former)
     served, own = _served(model), heads_fingerprint(model)
     results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
@@ -106,7 +107,8 @@ def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> 
     write_file(folder / CALIBRATION_FILE, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
-def _by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:
+def by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:
+    """Results by operating point; one alone is that of the default policy."""
     return {DEFAULT: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress
+from transformers.utils import PushInProgress, logging
 from transformers.utils.hub import hf_api
 
 from .checkpoints import TRAINER_STATE
 
 PICKLES = (".bin", ".pt", ".pth")
 SETTINGS = "training_args.bin"
+
+logger = logging.get_logger(__name__)
 
 
 class NoPickledSettings:
@@ -27,11 +29,16 @@ class NoPickledSettings:
             Path(output_dir or self.args.output_dir, SETTINGS).unlink(missing_ok=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, which writes the pickle anew here; the file that config.json points to goes along."""
-        args, running = self.args, self.push_in_progress
-        busy = running is not None and not running.is_done()
+        """As in `Trainer`, which writes the pickle anew here; the file that config.json points to goes along.
+
+        With `hub_always_push` it waits until the push before is done. `Trainer` writes into the folder that is still being
+        read: the commit of one save may then hold files of the next, which is left with nothing to commit.
+        """
+        args = self.args
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END or (busy and not args.hub_always_push):
             return
+        self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
         for file in Path(checkpoint_folder).iterdir():  # a copy, since the checkpoint may be deleted before it is uploaded
             if file.is_file() and file.suffix not in PICKLES and file.name != TRAINER_STATE:
@@ -43,10 +50,15 @@ class NoPickledSettings:
             only_last = args.hub_strategy == HubStrategy.CHECKPOINT
             place = "last-checkpoint" if only_last else Path(checkpoint_folder).name
             jobs.append(self._upload(checkpoint_folder, f"Training in progress, {done}, checkpoint", path_in_repo=place))
-        if busy:
-            running.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        """As in `Trainer`; an upload that failed is told."""
+        super()._finish_current_push()
+        running, self.push_in_progress = getattr(self, "push_in_progress", None), None
+        for error in [job.exception() for job in running.jobs] if running is not None else []:
+            if error is not None:
+                logger.warning(f"A push to {self.hub_model_id} failed ({error}); training goes on.")
 
     def _upload(self, folder: str, message: str, **kwargs: Any) -> Any:
         return hf_api().upload_folder(  # the one client whose uploads queue up in order

@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import EvalResultEntry, ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
@@ -21,6 +23,7 @@ from hf_earlyexit.hub.citations import citations
 from hf_earlyexit.hub.model_card import model_card_files
 from hf_earlyexit.inference.timing import Timing
 from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from tests.hub.toy import make_all, texts
 from tests.samples import learned_trace
 
 HOSTILE = ["a|b", "---\n---\n# x", "<script>alert(1)</script>\n\n| c | d |\n|---|---|"]
@@ -109,6 +112,36 @@ def test_without_evaluation_the_rows_that_chose_speak_and_say_so(model, calibrat
     assert row[2:4] == ["600, chose the thresholds", f"{calibration['balanced'].quality:.4f}"]
     assert "Time was not measured" in text
     assert "measured speed-up" not in text
+
+
+def test_figures_for_the_card_are_those_of_predict_and_the_clock(tmp_path):
+    model, tokenizer, results = make_all()
+    rows = {"text": texts(60), "label": [number % 3 for number in range(60)]}
+    figures = ee.card_figures(model, results, Dataset.from_dict(rows), tokenizer=tokenizer, repeats=2, progress=False)
+    for name in results:
+        layers = ee.predict(model, rows["text"], tokenizer=tokenizer, operating_point=name).exit_layer
+        assert figures["evaluations"][name].exit_layer.tolist() == layers.tolist()
+        assert figures["timings"][name].low <= figures["timings"][name].speed_up <= figures["timings"][name].high
+    untimed = ee.card_figures(model, results, rows["text"], tokenizer=tokenizer, labels=rows["label"], repeats=0)
+    assert set(untimed) == {"evaluations"}
+    ee.save(model, tmp_path, calibration=results, card={"license": "mit", **figures})
+    text = (tmp_path / "README.md").read_text()
+    assert f"60 texts, cpu, {torch.get_num_threads()} threads, float32" in text
+    assert f"{figures['timings']['fast'].speed_up:.2f}x" in text
+    with pytest.raises(UsageError, match="no calibration"):
+        ee.card_figures(model, None, rows["text"])
+    with pytest.raises(UsageError, match="at least 0"):
+        ee.card_figures(model, results, rows["text"], repeats=-1)
+
+
+def test_where_time_was_measured_names_no_machine(model, calibration):
+    timings = {"fast": Timing(1.0, 1.5, 1.4, 1.6)}
+    text = model_card_files(model, calibration, timings=timings, timed_on=f"on /home/alice/x {SECRET} <b>")[
+        "README.md"
+    ].decode()
+    assert "alice" not in text
+    assert SECRET not in text
+    assert "<b>" not in text
 
 
 def test_results_are_written_for_named_data_only(model, calibration, evaluations):

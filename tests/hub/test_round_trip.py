@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import socket
+from hashlib import sha256
 
 import pytest
 
@@ -211,17 +213,62 @@ def test_an_upload_that_dies_half_way_leaves_a_folder_and_a_retry_works(hub, run
     assert json.loads(repo.files()["calibration.json"])["results"].keys() == {"fast", "balanced"}
 
 
-def test_trainer_pushes_every_save(hub, run_child, tmp_path):
+def test_a_pushed_card_tells_measured_time_and_is_valid(hub, run_child, tmp_path):
     code = """
+    from hf_earlyexit.cli.main import main
+    from huggingface_hub import ModelCard
+    model, tokenizer, results = make_all()
+    hostile = ["a|b", "---\\n# x", "<script>alert(1)</script>"]
+    model.config.id2label = dict(enumerate(hostile))
+    model.config.label2id = {name: number for number, name in enumerate(hostile)}
+    ee.save(model, "model", tokenizer=tokenizer, calibration=results)
+    rows = [f"{text},{number % 3}" for number, text in enumerate(texts(50))]
+    Path("data").mkdir()
+    Path("data/test.csv").write_text("\\n".join(["text,label", *rows]))
+    words = ["push", "model", "--repo_id", "tester/measured", "--test_rows", "data", "--repeats", "3", "--license", "mit"]
+    assert main([*words, "--evaluated_on", "me/reviews", "--json"]) == 0
+    card = ModelCard.load("tester/measured")
+    card.validate()
+    out["metadata"], out["text"] = card.data.to_dict(), card.text
+    """
+    found = run_child(hub, tmp_path, code)
+    pushed = json.loads(found["stdout"])
+    repo = hub.repos["tester/measured"]
+    assert (pushed["repo_id"], pushed["commit"]) == ("tester/measured", repo.branches["main"])
+    assert len(repo.commits) == 2
+    assert found["metadata"]["license"] == "mit"
+    points = re.findall(
+        r"^[|] (fast|balanced) [|] confidence [|] 50, chose nothing [|].*x [(].* to .*[)] [|]$", found["text"], re.M
+    )
+    assert points == ["fast", "balanced"]
+    assert "50 texts, cpu, 1 threads, float32" in found["text"]
+    assert "<script" not in found["text"]
+    assert {".eval_results/fast.yaml", ".eval_results/balanced.yaml"} <= set(repo.files())
+    assert_no_trace(repo.commits, hub, tmp_path)
+
+
+def test_trainer_pushes_every_save(hub, run_child, tmp_path):
+    """Our Trainer waits for the push before, so each save has a commit of its own, whose files are those of that save."""
+    hub.fail("slow", match="POST .*/tester/trained/preupload/", seconds=2)
+    hub.add_repo("tester/failing")
+    hub.fail("500", match="POST .*/tester/failing/commit/")
+    code = """
+    from hashlib import sha256
     tokenizer = make_tokenizer()
     rows = [{**tokenizer(text), "labels": number % 3} for number, text in enumerate(texts())]
-    arguments = ee.EarlyExitTrainingArguments(
-        "trained", max_steps=4, save_steps=2, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True,
-        push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/trained", hub_always_push=True,
-        hub_token=os.environ["HF_TOKEN"],
-    )
-    trainer = ee.EarlyExitTrainer(make_model(), arguments, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
+    def train(name):
+        arguments = ee.EarlyExitTrainingArguments(
+            name, max_steps=4, save_steps=2, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True,
+            push_to_hub=True, hub_strategy="every_save", hub_model_id="tester/" + name, hub_always_push=True,
+            hub_token=os.environ["HF_TOKEN"],
+        )
+        trainer = ee.EarlyExitTrainer(make_model(), arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        return trainer
+    train("failing")
+    trainer = train("trained")
+    saved = [Path("trained", f"checkpoint-{step}", "model.safetensors").read_bytes() for step in (2, 4)]
+    out["saved"] = [sha256(data).hexdigest() for data in saved]
     trainer.push_to_hub(commit_message="done")
     out["files"] = sorted(path.name for path in Path("trained").iterdir())
     out["checkpoint"] = sorted(path.name for path in Path("trained/checkpoint-4").iterdir())
@@ -232,9 +279,11 @@ def test_trainer_pushes_every_save(hub, run_child, tmp_path):
     found = run_child(hub, tmp_path, code)
     commits = hub.repos["tester/trained"].commits[1:]
     steps = [commit.message for commit in commits]
-    assert (steps[0], steps[-1]) == ("Training in progress, step 2", "done")
-    # Trainer uploads while it goes on: where step 4 is saved before step 2 is sent, step 4 has nothing new to send
-    assert steps[1:-1] in (["Training in progress, step 4"], [])
+    assert steps == ["Training in progress, step 2", "Training in progress, step 4", "done"]
+    pushed = [sha256(commit.files["model.safetensors"]).hexdigest() for commit in commits]
+    assert pushed == [*found["saved"], found["saved"][-1]]
+    assert [commit.message for commit in hub.repos["tester/failing"].commits[1:]] == ["Training in progress, step 4"]
+    assert "A push to tester/failing failed" in found["stderr"]
     for commit in commits:
         assert {"config.json", "model.safetensors", "modeling_hf_earlyexit.py"} <= set(commit.files)
     assert {"optimizer.pt", "trainer_state.json", "model.safetensors", "config.json"} <= set(found["checkpoint"])

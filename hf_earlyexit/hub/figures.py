@@ -1,0 +1,73 @@
+"""What a card can tell of operating points beyond their calibration: quality on other rows, and measured time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..calibration.replay import replay
+from ..errors import UsageError
+from ..inference.batching import evaluation_mode
+from ..inference.collect import collect_trace
+from ..inference.rows import encode_rows
+from ..inference.scheduler import Scheduler
+from ..inference.timing import compare_speed
+from ..inference.walker import ModelWalker
+from ..modeling.configuration import EXACT
+from .save import Calibrations, by_name
+
+
+def card_figures(
+    model: Any,
+    calibration: Calibrations,
+    rows: Any,
+    *,
+    tokenizer: Any = None,
+    labels: Any = None,
+    repeats: int = 5,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Judge the operating points on labelled rows that chose nothing and, in turns with the full model, time them.
+
+    Args:
+        model: as for `save`.
+        calibration: as for `save`.
+        rows: labelled rows that neither trained nor chose anything.
+        tokenizer: needed for texts.
+        labels: one a row, where `rows` has no label column.
+        repeats: rounds of timing after one to warm up; 0 for no timing.
+        progress: show a bar.
+
+    Returns:
+        `evaluations`, `timings` and `timed_on`, for the argument `card` of `save` and `push_to_hub`.
+
+    Raises:
+        UsageError: without a calibration, or for a negative number of repeats.
+        DataError: for rows without labels.
+
+    Example:
+        figures = ee.card_figures(model, results, rows, tokenizer=tokenizer)
+        ee.save(model, "folder", tokenizer=tokenizer, calibration=results, card={"license": "mit", **figures})
+    """
+    results = {} if calibration is None else by_name(calibration)
+    if not results:
+        raise UsageError("There is no calibration to judge; calibrate first.", field="calibration")
+    if repeats < 0:
+        raise UsageError(f"repeats is {repeats}; expected at least 0.", field="repeats", value=repeats)
+    trace = collect_trace(model, rows, tokenizer=tokenizer, labels=labels, split="card", progress=progress)
+    evaluations = {name: replay(result.policy, trace) for name, result in results.items()}
+    if repeats == 0:
+        return {"evaluations": evaluations}
+    with evaluation_mode(model):
+        walker, encoded = ModelWalker(model), encode_rows(rows, tokenizer)
+        runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
+        runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
+        timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
+    del timings[EXACT]
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return {
+        "evaluations": evaluations,
+        "timings": timings,
+        "timed_on": f"{len(encoded)} texts, {model.device.type}{threads}, {str(model.dtype).removeprefix('torch.')}",
+    }
