@@ -9,12 +9,12 @@ from typing import Any, Self
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import CheckpointError, UsageError
+from ..errors import UsageError
 from ..files import replaced_folder
 from ..policies import ExitPolicy
 from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
-from .loading import check_tensors
+from .loading import check_tensors, unreadable
 from .operating import OperatingPoints
 from .shim import LoadedByShim
 
@@ -81,16 +81,25 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
         """As in transformers, but the folder is replaced whole or not at all.
 
         After an error it is as it was. A policy whose heads have been trained since it was calibrated is left out. With
-        `distributed_checkpoint` every process writes its own part, straight into the folder.
+        `distributed_checkpoint` every process writes its part of a sharded model straight into the folder, the config first;
+        a failure there leaves what was written. Give it a new folder.
 
         Args:
             save_directory, is_main_process, state_dict, push_to_hub, kwargs: as in transformers.
 
         Raises:
             CheckpointError: if the folder cannot be written.
+            UsageError: for `distributed_checkpoint` with a model that is not sharded.
         """
+        distributed = bool(kwargs.get("distributed_checkpoint"))
+        if distributed and getattr(self, "_device_mesh", None) is None:  # transformers finds out after writing the config
+            raise UsageError(
+                "distributed_checkpoint=True is for a model sharded over processes, which this one is not; leave it out.",
+                field="distributed_checkpoint",
+                value=True,
+            )
         self.config.early_exit_version = FORMAT_VERSION
-        if not is_main_process or kwargs.get("distributed_checkpoint"):
+        if not is_main_process or distributed:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
         drop_outdated(self, state_dict)
@@ -125,10 +134,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
-            raise CheckpointError(
-                f"The weights in {path} cannot be read ({error}); the file is cut short or damaged. Download it again.",
-                path=path,
-            ) from error
+            raise unreadable(path, error) from error
         check_tensors(model, info, path, init_missing, any_size)
         check_certificates(model, path, drop_uncertified=ignore_certificate or init_missing)
         return (model, info) if wants_info else model

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from ..errors import CheckpointError
@@ -23,6 +24,24 @@ def check_config_file(name: Any) -> None:
     """
     if (Path(name) / CONFIG).is_file():
         read_json(Path(name) / CONFIG)
+
+
+def unreadable(name: Any, error: SafetensorError) -> CheckpointError:
+    """The error for weights that cannot be read; tells the damaged file and its size where they lie in a folder."""
+    found = [path for path in sorted(Path(name).glob("*.safetensors")) if not _opens(path)]
+    place = f"{found[0]} ({found[0].stat().st_size:,} bytes)" if found else str(name)
+    return CheckpointError(
+        f"The weights in {place} cannot be read ({error}); the file is cut short or damaged. Download it again.",
+        path=found[0] if found else name,
+    )
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:

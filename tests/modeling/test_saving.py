@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import CheckpointError
+from hf_earlyexit.errors import CheckpointError, UsageError
 from tests.test_files import DAMAGED, content
 
 Door = ee.EarlyExitBertForSequenceClassification
@@ -178,6 +178,14 @@ def test_shards_come_and_go(tiny_model, tmp_path, random_batch):
 def test_other_processes_of_a_run_write_nothing(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model", is_main_process=False)
     assert content(tmp_path) == {}
+
+
+def test_a_distributed_save_of_a_model_in_one_piece_changes_nothing(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    former = content(tmp_path)
+    with pytest.raises(UsageError, match="sharded over processes"):
+        tiny_model(seed=1).save_pretrained(tmp_path / "model", distributed_checkpoint=True)
+    assert content(tmp_path) == former
 
 
 def test_a_given_state_dict_is_saved_and_left_whole(tiny_model, tmp_path):
