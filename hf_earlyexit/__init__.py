@@ -1,14 +1,14 @@
 """Early exiting for Hugging Face transformers: rows leave the network at the layer where they are decided.
 
-Importing the package registers its models with the Auto classes and does nothing else; every other name is loaded when it
-is first used.
+Importing the package makes transformers know its models and its pipeline and does nothing else; every other name is loaded
+when it is first used.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from .modeling.doors import register_auto_classes
+from .modeling.doors import register_auto_classes, register_pipelines
 
 __version__ = version("hf_earlyexit")
 
@@ -17,6 +17,7 @@ _HOMES = {
     "EarlyExitBertForSequenceClassification": "modeling.doors",
     "EarlyExitVisionEncoderDecoder": "modeling.encoder_decoder",
     "EarlyExitVisionEncoderDecoderConfig": "modeling.captioner_configuration",
+    "EarlyExitCaptionProcessor": "modeling.caption_processor",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
     "ConsistentTrainer": "training.consistent",
@@ -52,6 +53,7 @@ _HOMES = {
     "quantize_int8": "inference.quantize",
     "explain": "inference.explain",
     "write_report": "reports.write",
+    "caption_page": "reports.captions",
     "EarlyExitMetric": "evaluation",
     "EarlyExitError": "errors",
 }
@@ -59,6 +61,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 register_auto_classes()
+register_pipelines()
 
 
 def __getattr__(name: str) -> Any:

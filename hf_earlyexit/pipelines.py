@@ -1,17 +1,23 @@
-"""The text-classification pipeline, with the layer each answer came from."""
+"""Pipelines for text classification and captioning, with the layers that answers came from."""
 
 from __future__ import annotations
 
+import copy
 from os import PathLike
 from typing import Any
 
 import transformers
-from transformers import TextClassificationPipeline
+from transformers import Pipeline, TextClassificationPipeline
 
-from .errors import UsageError
+from .errors import DataError, UsageError
+from .inference.captions import told_caption
 from .modeling.certificate import warn_of_other_tokenizer
 from .modeling.classifier import EarlyExitClassifier
-from .modeling.loading import check_config_file
+from .modeling.doors import CAPTIONING
+from .modeling.encoder_decoder import EarlyExitVisionEncoderDecoder
+from .modeling.loading import check_config_file, check_input_parts
+from .pictures import open_picture
+from .registry import unknown_name
 
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
@@ -37,27 +43,135 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
         return [{**one, **told} for one in answer] if isinstance(answer, list) else {**answer, **told}
 
 
+class EarlyExitCaptioningPipeline(Pipeline):
+    """Captions of pictures, and the layer that each token left the decoder after.
+
+    Takes, when it is made and when it is called, `operating_point`, the name of the policy to use; `early_exit`, `False` for
+    the full model; `max_new_tokens`, `num_beams` and, as the mapping `generate_kwargs`, anything else that `generate` takes.
+
+    Raises:
+        UsageError: for a model without exits, or one without a tokenizer or image processor.
+        DataError: for what is no picture.
+    """
+
+    _load_tokenizer = True
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_processor = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, EarlyExitVisionEncoderDecoder):
+            raise _other_model(self.model)
+        for name in ("tokenizer", "image_processor"):
+            if getattr(self, name) is None:
+                raise UsageError(
+                    f"The {CAPTIONING} pipeline has no {name}; pass one, or save it beside the model with ee.save.",
+                    field=name,
+                )
+        if self.tokenizer.pad_token_id is None:  # GPT-2's: transformers makes no batches without, of pictures neither
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def __call__(self, images: Any, **kwargs: Any) -> Any:
+        """Caption one picture, or each of several.
+
+        Args:
+            images: the name of a file, a PIL image, a list of these, or a generator or data set of them.
+            kwargs: `batch_size`, which changes no answer, and what the class takes.
+
+        Returns:
+            For each picture `generated_text`; `tokens` and `exit_layers` (1 to L), the token that ends a caption included;
+            `words`, each with its `word` and `exit_layer`, that of its deepest token; and `mean_exit_layer`. Where
+            `num_return_sequences` is above 1, a list of these.
+
+        Raises:
+            DataError: for no picture, or what is none.
+        """
+        if isinstance(images, (list, tuple)) and not images:
+            raise DataError("No pictures to caption: the list is empty.", field="images")
+        return super().__call__(list(images) if isinstance(images, tuple) else images, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        operating_point: str | None = None,
+        early_exit: bool | None = None,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[dict, dict, dict]:
+        if operating_point is not None and isinstance(self.model, EarlyExitVisionEncoderDecoder):
+            self.model.policy_at(operating_point)  # refuse an unknown name now
+        given: dict[str, Any] = {
+            "operating_point": operating_point,
+            "early_exit": early_exit,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+        }
+        named = {name: value for name, value in given.items() if value is not None}
+        if twice := sorted(named.keys() & (generate_kwargs or {})):
+            raise UsageError(f"{twice[0]} is given twice, by name and in generate_kwargs; give it once.", field=twice[0])
+        return {}, {**named, **(generate_kwargs or {})}, {}
+
+    def preprocess(self, image: Any) -> Any:
+        pixels = self.image_processor(images=open_picture(image), return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels.to(self.dtype)}
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        pixels = model_inputs["pixel_values"]
+        output = self.model.generate(pixels, return_exit_layers=True, **generate_kwargs)
+        several = (len(pixels), -1, output.sequences.shape[-1])
+        return {"sequences": output.sequences.reshape(several), "exit_layers": output.exit_layers.reshape(several)}
+
+    def postprocess(self, model_outputs: Any) -> Any:
+        told = []
+        for ids, layers in zip(model_outputs["sequences"][0], model_outputs["exit_layers"][0], strict=True):
+            made = layers > 0  # no prompt, no padding
+            told.append(told_caption(self.tokenizer, ids[made].tolist(), layers[made].tolist()))
+        return told[0] if len(told) == 1 else told
+
+
+PIPELINES = {
+    "text-classification": (EarlyExitTextClassificationPipeline, EarlyExitClassifier),
+    CAPTIONING: (EarlyExitCaptioningPipeline, EarlyExitVisionEncoderDecoder),
+}
+
+
 def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any) -> Any:
     """`transformers.pipeline` for models with exits: answers also tell where they left.
 
     Args:
-        task: "text-classification".
+        task: "text-classification" or "early-exit-captioning".
         model: a model with exits, or the folder or Hub id of one.
         kwargs: as in `transformers.pipeline`, and `operating_point`, the name of the policy to use.
 
     Returns:
-        A pipeline; call it with a text or a list of texts.
+        A pipeline; call it with a text or a picture, or a list of them.
 
     Raises:
-        UsageError: for a model without exits.
-        CheckpointError: if it is damaged.
+        UsageError: for a model without exits, or one for another task.
+        UnknownNameError: for another task.
+        CheckpointError: if the model is damaged.
     """
+    if task not in PIPELINES:
+        raise unknown_name("task", task, tuple(PIPELINES))
+    kind, expected = PIPELINES[task]
     if isinstance(model, (str, PathLike)):
         check_config_file(model)
-    pipe = transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)
-    if not isinstance(pipe.model, EarlyExitClassifier):
-        raise UsageError(
-            f"{type(pipe.model).__name__} has no exits; use transformers.pipeline, or give it exits first.", field="model"
-        )
+        if kind is EarlyExitCaptioningPipeline:
+            check_input_parts(model, kwargs)
+    elif model is not None and not isinstance(model, expected):
+        raise _other_model(model)
+    pipe = transformers.pipeline(task, model=model, pipeline_class=kind, **kwargs)
+    if not isinstance(pipe.model, expected):
+        raise _other_model(pipe.model)
     warn_of_other_tokenizer(pipe.model, pipe.tokenizer)
     return pipe
+
+
+def _other_model(model: Any) -> UsageError:
+    name = type(model).__name__
+    for task, (_, kind) in PIPELINES.items():
+        if isinstance(model, kind):
+            return UsageError(f"{name} is for another task: ee.pipeline({task!r}, ...).", field="task", value=task)
+    return UsageError(f"{name} has no exits; use transformers.pipeline, or give it exits first.", field="model")

@@ -20,6 +20,7 @@ def push_to_hub(
     repo_id: str,
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     calibration: Calibrations = None,
     card: bool | Mapping[str, Any] = True,
     private: bool | None = None,
@@ -28,12 +29,12 @@ def push_to_hub(
     commit_message: str = "Upload model with early exits",
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Push model, tokenizer, calibration and card in one commit.
+    """Push model, tokenizer, image processor, calibration and card in one commit.
 
     Weights and a calibration that are there and not pushed again are removed by the same commit; other files stay.
 
     Args:
-        model, tokenizer, calibration, card: as in `save`; `card=False` leaves the card on the Hub alone.
+        model, tokenizer, image_processor, calibration, card: as in `save`; `card=False` leaves the card on the Hub alone.
         repo_id: "owner/name"; made if it is not there.
         private: of a new repository; the owner's default if `None`.
         revision: branch to push to, made if it is not there; the main branch by default.
@@ -53,7 +54,8 @@ def push_to_hub(
     home = Path(mkdtemp(prefix="hf_earlyexit-"))
     folder = home / repo_id.rpartition("/")[2]
     try:
-        save(model, folder, tokenizer=tokenizer, calibration=calibration, card=card, repo_id=repo_id)
+        parts = {"tokenizer": tokenizer, "image_processor": image_processor, "calibration": calibration}
+        save(model, folder, **parts, card=card, repo_id=repo_id)
     except BaseException:
         shutil.rmtree(home)
         raise

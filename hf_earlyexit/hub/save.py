@@ -11,6 +11,7 @@ from typing import Any
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_file
+from ..modeling.caption_processor import EarlyExitCaptionProcessor
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
 
@@ -25,16 +26,18 @@ def save(
     folder: str | PathLike[str],
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     calibration: Calibrations = None,
     card: bool | Mapping[str, Any] = True,
     repo_id: str | None = None,
 ) -> None:
-    """Save model, tokenizer, calibration and card; the folder is replaced whole or not at all.
+    """Save model, tokenizer, image processor, calibration and card; the folder is replaced whole or not at all.
 
     Args:
         model: a model with exits.
         folder: made if it is not there; files in it that are not written again stay.
         tokenizer: the model's; without it pipelines cannot load the folder.
+        image_processor: a captioner's; the same holds for it.
         calibration: how the model's thresholds were chosen: a result, or several by operating point.
         card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license`,
             `evaluated_on`, and what `card_figures` returned.
@@ -50,12 +53,20 @@ def save(
         model.config.exit_tokenizer = tokenizer_fingerprint(tokenizer)
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
         model.save_pretrained(new)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+        for part in _input_parts(model, tokenizer, image_processor):
+            part.save_pretrained(new)
         if results:
             _write_calibrations(new, results)
         if card is not False:
             _write_card(new, model, results, repo_id, {} if card is True else dict(card))
+
+
+def _input_parts(model: Any, tokenizer: Any, image_processor: Any) -> list[Any]:
+    """What makes inputs, as it is saved: both parts of a captioner's as the one that image-text-to-text wants."""
+    if tokenizer is not None and image_processor is not None:
+        start = model.generation_config.decoder_start_token_id
+        return [EarlyExitCaptionProcessor(image_processor, tokenizer, start_token_id=start)]
+    return [part for part in (tokenizer, image_processor) if part is not None]
 
 
 def load_calibrations(folder: str | PathLike[str]) -> Calibrations:

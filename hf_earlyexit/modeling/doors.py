@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BertForSequenceClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..backbones import BertBackbone
+from .caption_processor import EarlyExitCaptionProcessor
+from .captioner_configuration import EarlyExitVisionEncoderDecoderConfig
 from .classifier import EarlyExitClassifier
 from .configuration import EarlyExitBertConfig
 from .encoder_decoder import EarlyExitVisionEncoderDecoder
+
+CAPTIONING = "early-exit-captioning"
 
 
 class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenceClassification):
@@ -40,3 +45,13 @@ def register_auto_classes() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for name in config.auto_models:
             getattr(transformers, name).register(config, model, exist_ok=True)
+    AutoProcessor.register(EarlyExitVisionEncoderDecoderConfig, EarlyExitCaptionProcessor, exist_ok=True)
+
+
+def register_pipelines() -> None:
+    """Make `transformers.pipeline` know the task of captioners; the pipeline itself is loaded by who asks for it."""
+    PIPELINE_REGISTRY.supported_tasks[CAPTIONING] = {
+        "impl": "hf_earlyexit.pipelines.EarlyExitCaptioningPipeline",
+        "pt": (AutoModelForImageTextToText,),
+        "type": "image",
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from transformers.utils import logging
 from ..errors import CheckpointError
 from ..files import CONFIG, read_json
 from .fingerprint import HEAD_PREFIXES, NEW_PARTS
+
+INPUT_PARTS = {
+    "tokenizer": ("tokenizer_config.json",),
+    "image_processor": ("processor_config.json", "preprocessor_config.json"),
+}
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +48,28 @@ def _opens(path: Path) -> bool:
             return True
     except SafetensorError:
         return False
+
+
+def check_input_parts(name: Any, given: Mapping[str, Any]) -> None:
+    """Refuse a captioner's folder without the files that make its inputs; transformers tells of them in words of its own.
+
+    Args:
+        name: a folder; a Hub id is let through.
+        given: parts that are not looked for, by name.
+
+    Raises:
+        CheckpointError: naming what is missing.
+    """
+    if not Path(name).is_dir():
+        return
+    for part, files in INPUT_PARTS.items():
+        if given.get(part) is None and not any((Path(name) / file).is_file() for file in files):
+            raise CheckpointError(
+                f"{name} holds no {part.replace('_', ' ')} ({' or '.join(files)}); save it there, as ee.save does with "
+                f"{part}=..., or pass one.",
+                field=part,
+                path=name,
+            )
 
 
 def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
