@@ -90,8 +90,8 @@ def test_commands_use_flags_that_exist(page, command, monkeypatch, tmp_path):
             Path(title).write_text(text, encoding="utf-8")
     words = shlex.split(command[command.index("hf-earlyexit ") :], comments=True)
     assert words[1] in COMMANDS.names()
-    arguments = import_module(f"hf_earlyexit.cli.{words[1]}").ARGUMENTS
-    assert parse_arguments(arguments, words[2:], words[1], None)[0]
+    module = import_module(f"hf_earlyexit.cli.{words[1]}")
+    assert parse_arguments(module.ARGUMENTS, words[2:], words[1], None, getattr(module, "REST", None))[0]
 
 
 def test_commands_are_shown():

@@ -4,30 +4,69 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from ..errors import CheckpointError, EarlyExitError, UsageError
-from ..modeling.loading import check_config_file
+from ..modeling.configuration import EarlyExitConfig
+from ..modeling.loading import check_config_file, check_input_parts
 from ..modeling.operating import OperatingPoints
 
 
 def load_model(name: Any) -> Any:
-    """A model with exits, from a folder or the Hub.
+    """A classifier with exits, from a folder or the Hub.
 
     Raises:
         CheckpointError: if it is damaged.
-        UsageError: if it has no exits.
+        UsageError: if it has no exits, or is no classifier.
     """
-    check_config_file(name)
+    return _load(AutoModelForSequenceClassification, name, f"run `hf-earlyexit train --model {name}` first")
+
+
+def load_captioner(name: Any) -> Any:
+    """A captioner with exits; otherwise as `load_model`."""
+    return _load(AutoModelForImageTextToText, name, "load it as EarlyExitVisionEncoderDecoder and train its exits first")
+
+
+def load_any(name: Any) -> Any:
+    """Whatever model with exits it is; otherwise as `load_model`."""
+    return _load(AutoModel, name, "train its exits first")
+
+
+def load_input_parts(name: Any) -> dict[str, Any]:
+    """A captioner's tokenizer and image processor, by name.
+
+    Raises:
+        CheckpointError: if one is missing or damaged.
+    """
+    check_input_parts(name, {})
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)  # never asks
+        return {
+            "tokenizer": AutoTokenizer.from_pretrained(name),
+            "image_processor": AutoImageProcessor.from_pretrained(name),
+        }
+    except ValueError as error:
+        raise CheckpointError(f"{name}: tokenizer or image processor cannot be loaded: {error}", path=name) from error
+
+
+def _load(auto: Any, name: Any, remedy: str) -> Any:
+    check_config_file(name)
+    trust = {"trust_remote_code": False}  # never asks
+    try:
+        config = AutoConfig.from_pretrained(name, **trust)
+        if isinstance(config, EarlyExitConfig) and auto.__name__ not in config.auto_models:
+            raise UsageError(f"{name} is an {config.door}, which this command is not for.", field="model", value=config.door)
+        model = auto.from_pretrained(name, **trust)
     except EarlyExitError:
         raise
     except ValueError as error:  # such as a model type that transformers does not know
         raise CheckpointError(f"{name} cannot be loaded: {error}", path=name) from error
     if not isinstance(model, OperatingPoints):
-        raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no exits; run `hf-earlyexit train --model {name}` first.",
-            field="model",
-        )
+        raise UsageError(f"{name} is a {type(model).__name__}, which has no exits; {remedy}.", field="model")
     return model

@@ -23,6 +23,7 @@ for _name, _help in (
     ("report", "compare all policies on held-back rows in one HTML file"),
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("caption", "caption pictures, each word with the layer it was decided at"),
     ("push", "push a model with its tokenizer, calibration and card to the Hub"),
     ("bench", "measure what early exit brings in time, beside the alternatives"),
 ):
@@ -46,13 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS.get(words[0])
         command = import_module(f".{words[0]}", __package__)
         logging.set_verbosity_warning()
-        objects, as_json = parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__)
+        rest = getattr(command, "REST", None)
+        objects, as_json = parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__, rest)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whatever else prints, such as a Trainer
             answer = command.run(*objects)
         if told := answer.printed(as_json):
             print(told)
     except ModuleNotFoundError as error:
-        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report]"', file=sys.stderr)
+        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report,caption]"', file=sys.stderr)
         return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parse_arguments(
-    classes: Sequence[type], words: Sequence[str], command: str, about: str | None
+    classes: Sequence[type], words: Sequence[str], command: str, about: str | None, rest: str | None = None
 ) -> tuple[tuple[Any, ...], bool]:
     """One object for each dataclass, and whether JSON is asked for.
 
@@ -29,6 +29,7 @@ def parse_arguments(
         classes: dataclasses whose fields are the flags.
         words: the command line after the command; a first word that is no flag is the model; `--config FILE` names a YAML
             file of the same fields.
+        rest: the flag that words between the model and the first flag are for, such as "--images".
         command: for the usage line.
         about: shown by `--help`.
 
@@ -40,7 +41,7 @@ def parse_arguments(
     parser.add_argument(
         "--json", type=string_to_bool, default=False, const=True, nargs="?", help="print one JSON object and nothing else"
     )
-    words = ["--model", *words] if words and not words[0].startswith("-") else list(words)
+    words = _with_flags(list(words), rest)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
         _use_as_defaults(parser, words[words.index("--config") + 1])
@@ -49,6 +50,15 @@ def parse_arguments(
         raise _unknown_flag(parser, unknown[0])
     *filled, common = objects
     return tuple(filled), common.json
+
+
+def _with_flags(words: list[str], rest: str | None) -> list[str]:
+    plain = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if plain == 0:
+        return words
+    if rest is None or plain == 1:
+        return ["--model", *words]
+    return ["--model", words[0], rest, *words[1:]]
 
 
 def _unknown_flag(parser: HfArgumentParser, word: str) -> UsageError:

@@ -20,7 +20,7 @@ from ..inference.collect import collect_trace
 from ..inference.rows import text_columns
 from ..modeling.configuration import EXACT
 from ..modeling.fingerprint import heads_fingerprint
-from ..reports import write_report
+from ..reports.write import write_report
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
 from .answer import Answer

@@ -1,5 +1,1 @@
-"""Reports for people: one HTML file that needs nothing else. Needs the [report] extra."""
-
-from .write import write_report
-
-__all__ = ["write_report"]
+"""Pages for people: one HTML file that needs nothing else. Needs the [report] or the [caption] extra."""

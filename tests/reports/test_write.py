@@ -11,7 +11,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from hf_earlyexit.reports import write_report
+from hf_earlyexit.reports.write import write_report
 from tests.samples import learned_trace
 
 HOSTILE = '<script>alert("x")</script><img src=//evil.example/p> {{ 7 * 7 }} & ' + "W" * 300

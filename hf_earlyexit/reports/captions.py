@@ -1,0 +1,121 @@
+"""Pictures with their captions on one HTML page, each word in the colour of the layer it was decided at."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..errors import DataError
+from ..pictures import open_picture, picture_name
+
+LONGEST_SIDE = 560  # of a picture on the page, in pixels
+EARLY, LATE = (224, 242, 238), (11, 79, 74)  # from a light teal to a dark one
+INK, PAPER = "#12312e", "#ffffff"
+
+
+class Shade(NamedTuple):
+    """How a layer looks on the page."""
+
+    layer: int
+    back: str
+    front: str
+
+
+def caption_page(
+    images: Sequence[Any],
+    captions: Sequence[Mapping[str, Any]],
+    path: str | PathLike[str],
+    *,
+    num_layers: int,
+    full: Sequence[Mapping[str, Any]] | None = None,
+    title: str = "Captions",
+) -> None:
+    """Write pictures and captions as one HTML file without scripts or links.
+
+    Pictures are made small and written anew, so that no place or camera that a photo names goes along.
+
+    Args:
+        images: names of files, or PIL images.
+        captions: what the early-exit-captioning pipeline answered, one for each picture.
+        path: file to write; an existing one is replaced.
+        num_layers: L of the decoder, `model.exit_layers[-1]`.
+        full: what the full model answered, shown where it says something else.
+        title: of the page.
+
+    Raises:
+        DataError: for no pictures, captions that are not one for each, and what is no picture.
+
+    Example:
+        >>> import hf_earlyexit as ee
+        >>> pipe = ee.pipeline("early-exit-captioning", model="captioner")  # doctest: +SKIP
+        >>> ee.caption_page(photos, pipe(photos), "captions.html", num_layers=12)  # doctest: +SKIP
+    """
+    _check(images, captions, full, num_layers)
+    layers = [layer for caption in captions for layer in caption["exit_layers"]]
+    mean = sum(layers) / len(layers) if layers else None
+    items = [
+        {
+            "picture": _embedded(image),
+            "name": picture_name(image),
+            "caption": caption,
+            "full": None if full is None else full[place]["generated_text"],
+        }
+        for place, (image, caption) in enumerate(zip(images, captions, strict=True))
+    ]
+    environment = Environment(
+        loader=PackageLoader("hf_earlyexit.reports", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("captions.html").render(
+        title=title,
+        items=items,
+        shades=[_shade(layer, num_layers) for layer in range(1, num_layers + 1)],
+        shares=[layers.count(layer) / max(len(layers), 1) for layer in range(1, num_layers + 1)],
+        num_layers=num_layers,
+        num_tokens=len(layers),
+        mean=mean,
+        compared=full is not None,
+        same=sum(item["full"] == item["caption"]["generated_text"] for item in items),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _check(images: Sequence[Any], captions: Sequence[Any], full: Sequence[Any] | None, num_layers: int) -> None:
+    if not len(images):
+        raise DataError("No pictures: expected at least one.", field="images")
+    for name, given in (("captions", captions), ("full", full)):
+        if given is not None and len(given) != len(images):
+            raise DataError(
+                f"{len(given)} {name} for {len(images)} pictures; expected one for each.", field=name, value=len(given)
+            )
+    deepest = max((layer for caption in captions for layer in caption["exit_layers"]), default=1)
+    if deepest > num_layers:
+        raise DataError(
+            f"num_layers is {num_layers}, but a token left after layer {deepest}; pass model.exit_layers[-1].",
+            field="num_layers",
+            value=num_layers,
+        )
+
+
+def _shade(layer: int, num_layers: int) -> Shade:
+    part = (layer - 1) / max(num_layers - 1, 1)
+    back = [round(early + part * (late - early)) for early, late in zip(EARLY, LATE, strict=True)]
+    front = INK if part < 0.5 else PAPER
+    return Shade(layer, "#{:02x}{:02x}{:02x}".format(*back), front)
+
+
+def _embedded(image: Any) -> str:
+    small = open_picture(image)
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
