@@ -16,7 +16,7 @@ from ..pictures import open_picture, picture_name
 
 LONGEST_SIDE = 560  # of a picture on the page, in pixels
 EARLY, LATE = (224, 242, 238), (11, 79, 74)  # from a light teal to a dark one
-INK, PAPER = "#12312e", "#ffffff"
+MIDDLE = 0.179  # of luminance: black reads better on what is lighter, white on what is darker
 
 
 class Shade(NamedTuple):
@@ -109,7 +109,9 @@ def _check(images: Sequence[Any], captions: Sequence[Any], full: Sequence[Any] |
 def _shade(layer: int, num_layers: int) -> Shade:
     part = (layer - 1) / max(num_layers - 1, 1)
     back = [round(early + part * (late - early)) for early, late in zip(EARLY, LATE, strict=True)]
-    front = INK if part < 0.5 else PAPER
+    linear = [(value / 255 / 12.92) if value <= 10 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in back]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    front = "#000000" if luminance > MIDDLE else "#ffffff"
     return Shade(layer, "#{:02x}{:02x}{:02x}".format(*back), front)
 
 

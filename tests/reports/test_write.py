@@ -1,9 +1,6 @@
 """The page: one file, true to its data, closed to hostile texts, and no wider than a phone."""
 
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
 
@@ -12,36 +9,10 @@ from hf_earlyexit.errors import DataError
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.reports.write import write_report
+from tests.reports.pages import HOSTILE, Page, browser_widths
 from tests.samples import learned_trace
 
-HOSTILE = '<script>alert("x")</script><img src=//evil.example/p> {{ 7 * 7 }} & ' + "W" * 300
 NAMES = ["<b>a</b>", "b|c", "d" * 120]
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page, and the cells of its tables."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.rows, self.in_cell = [], [], [], [], False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self.in_cell = True
-
-    def handle_endtag(self, tag):
-        self.in_cell = self.in_cell and tag not in ("td", "th")
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if self.in_cell:
-            self.rows[-1][-1] += data.strip()
 
 
 @pytest.fixture(scope="module")
@@ -124,36 +95,8 @@ def test_what_does_not_fit_is_refused(trace, tmp_path):
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
 def test_nothing_overflows_in_a_real_browser(width, written, tmp_path):
-    """A page around the report, in a frame of this width, writes down how wide the report wants to be."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    report = written[0].read_text(encoding="utf-8")
-    probe = """<script>addEventListener("load", () => {
-      const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 0.5);
-      parent.postMessage(JSON.stringify({inner: innerWidth, wants: document.documentElement.scrollWidth,
-        wide: wide.slice(0, 5).map(e => e.tagName)}), "*");
-    });</script></body>"""
-    (tmp_path / "report.html").write_text(report.replace("</body>", probe), encoding="utf-8")
-    (tmp_path / "frame.html").write_text(
-        '<body><pre id="told">nothing</pre><script>addEventListener("message", e => told.textContent = e.data);</script>'
-        f'<iframe src="report.html" style="width:{width}px;height:800px;border:0"></iframe></body>'
-    )
-    quiet = [
-        "--hide-scrollbars",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ]
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'profile'}",
-         "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    told = re.search(r'<pre id="told">(.*?)</pre>', done.stdout)
-    assert told, done.stderr[-500:]
-    assert told[1] == f'{{"inner":{width},"wants":{width},"wide":[]}}'
+    html = written[0].read_text(encoding="utf-8")
+    assert browser_widths(html, width, tmp_path) == {"inner": width, "wants": width, "wide": []}
 
 
 def test_hardness_is_shown_where_answers_are_right_or_wrong(tmp_path):
