@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
 
 from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
-from ..modeling.loading import check_config_file, check_input_parts
+from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
 
 
@@ -46,13 +47,24 @@ def load_input_parts(name: Any) -> dict[str, Any]:
         CheckpointError: if one is missing or damaged.
     """
     check_input_parts(name, {})
+    return {part: _load_part(part, name) for part in INPUT_PARTS}
+
+
+def load_parts_there(folder: Path) -> dict[str, Any]:
+    """What a folder holds of tokenizer and image processor, by name; otherwise `None`.
+
+    Raises:
+        CheckpointError: if one is damaged.
+    """
+    return {part: _load_part(part, folder) if has_input_part(folder, part) else None for part in INPUT_PARTS}
+
+
+def _load_part(part: str, name: Any) -> Any:
+    auto = AutoTokenizer if part == "tokenizer" else AutoImageProcessor
     try:
-        return {
-            "tokenizer": AutoTokenizer.from_pretrained(name),
-            "image_processor": AutoImageProcessor.from_pretrained(name),
-        }
+        return auto.from_pretrained(name)
     except ValueError as error:
-        raise CheckpointError(f"{name}: tokenizer or image processor cannot be loaded: {error}", path=name) from error
+        raise CheckpointError(f"{name}: the {part.replace('_', ' ')} cannot be loaded: {error}", path=name) from error
 
 
 def _load(auto: Any, name: Any, remedy: str) -> Any:

@@ -24,7 +24,7 @@ for _name, _help in (
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
     ("caption", "caption pictures, each word with the layer it was decided at"),
-    ("push", "push a model with its tokenizer, calibration and card to the Hub"),
+    ("push", "push a model with all that belongs to it and a card to the Hub"),
     ("bench", "measure what early exit brings in time, beside the alternatives"),
 ):
     COMMANDS.register(_name)(_help)

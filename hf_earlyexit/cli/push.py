@@ -1,4 +1,4 @@
-"""Push a saved model with its tokenizer, calibration and card to the Hub, in one commit.
+"""Push a saved model with its tokenizer, image processor, calibration and card to the Hub, in one commit.
 
     hf-earlyexit push bert-with-exits --repo_id me/reviews --private true
     hf-earlyexit push bert-with-exits --repo_id me/reviews --test_rows reviews --test_split test
@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from ..errors import UsageError
 from ..hub.figures import card_figures
 from ..hub.push import push_to_hub
 from ..hub.save import load_calibrations
 from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_model
+from .loading import load_any, load_parts_there
 
 
 @dataclass
@@ -55,17 +53,17 @@ def run(args: PushArguments) -> Answer:
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; name one that holds a saved model.", path=folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
-    model, calibration = load_model(folder), load_calibrations(folder)
+    parts = load_parts_there(folder)
+    model, calibration = load_any(folder), load_calibrations(folder)
     fields = ("base_model", "datasets", "language", "license", "evaluated_on")
     card: Any = {name: getattr(args, name) for name in fields} if args.card else False
     if args.test_rows is not None and args.card:
         rows = require_split(load_splits(args.test_rows), args.test_split, args.test_rows)
-        card |= card_figures(model, calibration, rows, tokenizer=tokenizer, repeats=args.repeats)
+        card |= card_figures(model, calibration, rows, tokenizer=parts["tokenizer"], repeats=args.repeats)
     commit = push_to_hub(
         model,
         args.repo_id,
-        tokenizer=tokenizer,
+        **parts,
         calibration=calibration,
         card=card,
         private=args.private,

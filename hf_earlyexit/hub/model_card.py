@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCardData
@@ -19,13 +19,44 @@ from ..calibration.replay import Replay
 from ..calibration.result import CalibrationResult
 from ..errors import UsageError
 from ..inference.timing import Timing
+from ..modeling.doors import CAPTIONING
 from ..problems import REGRESSION, SINGLE_LABEL, quality_name
 from .citations import citations
 from .markdown import escape, hub_id, without_private
 
-TASK = "text-classification"
 METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
 MOST_LABELS = 20
+
+
+class Kind(NamedTuple):
+    """What a card calls things.
+
+    Attributes:
+        task: of our pipeline.
+        tag: task on the Hub.
+        about: template of the card's beginning.
+        title: of a card that goes to no repository.
+        unit: what leaves early.
+        inputs: what is answered.
+        example: one of them, in code.
+        measure: name of the quality; `None` for that of the problem.
+    """
+
+    task: str
+    tag: str
+    about: str
+    title: str
+    unit: str
+    inputs: str
+    example: str
+    measure: str | None = None
+
+
+TASK = "text-classification"
+CLASSIFIER = Kind(TASK, TASK, "about_classifier.md", "Text classifier", "text", "texts", "one text")
+CAPTIONER = Kind(
+    CAPTIONING, "image-text-to-text", "about_captioner.md", "Captioner", "token", "pictures", "one.jpg", "token accuracy"
+)
 
 logger = logging.get_logger(__name__)
 
@@ -71,32 +102,38 @@ def model_card_files(
     known = [name for name in map(hub_id, datasets) if name is not None]
     data_name = hub_id(evaluated_on) or (known[0] if len(known) == 1 else None)
     problem = model.config.resolved_problem_type
+    kind = CAPTIONER if "AutoModelForImageTextToText" in getattr(model.config, "auto_models", ()) else CLASSIFIER
+    measure = kind.measure or quality_name(problem)
     served = model.exit_policy
     rules = [result.policy for result in calibration.values()] + ([] if served is None else [served])
     policies = list(dict.fromkeys(rule.name for rule in rules))
     meta = ModelCardData(
         library_name="transformers",  # any other value makes `pipeline(model=...)` refuse the model
-        pipeline_tag=TASK,
+        pipeline_tag=kind.tag,
         tags=["hf_earlyexit", "early-exit", *policies],
         base_model=hub_id(base_model),
         base_model_relation=None if hub_id(base_model) is None else "finetune",
         datasets=known or None,
         language=language,
         license=license,
-        metrics=METRICS.get(problem),
+        metrics=METRICS.get(problem) if kind is CLASSIFIER else None,
     )
-    files = _plots(model, calibration, evaluations, quality_name(problem))
-    labels = [str(name) for _, name in sorted(model.config.id2label.items())]
+    files = _plots(model, calibration, evaluations, measure)
+    labels = [str(name) for _, name in sorted(model.config.id2label.items())] if kind is CLASSIFIER else []
     files["README.md"] = _render(
         meta=Markup(meta.to_yaml()),
-        title=(hub_id(repo_id) or "Text classifier").split("/")[-1],
+        title=(hub_id(repo_id) or kind.title).split("/")[-1],
         where=Markup(hub_id(repo_id) or "FOLDER_OR_HUB_ID"),
         base_model=hub_id(base_model),
-        task=TASK,
+        about=kind.about,
+        task=kind.task,
+        unit=kind.unit,
+        inputs=kind.inputs,
+        example=kind.example,
         layers=model.exit_layers,
         labels=labels[:MOST_LABELS],
         more_labels=max(len(labels) - MOST_LABELS, 0),
-        measure=quality_name(problem),
+        measure=measure,
         points=calibration,
         served=[name for name, result in calibration.items() if result.policy == served],
         callable_points=[Markup(json.dumps(name)) for name in getattr(model.config, "exit_operating_points", None) or {}],
@@ -108,7 +145,7 @@ def model_card_files(
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
         citations=[Markup(text) for text in citations(policies)],
     ).encode()
-    if data_name is not None and problem == SINGLE_LABEL:
+    if data_name is not None and problem == SINGLE_LABEL and kind is CLASSIFIER:
         for name, done in evaluations.items():
             path = f".eval_results/{file_name(name)}.yaml"
             if path in files:

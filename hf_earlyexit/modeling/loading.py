@@ -50,6 +50,11 @@ def _opens(path: Path) -> bool:
         return False
 
 
+def has_input_part(folder: Path, part: str) -> bool:
+    """Whether a folder holds a "tokenizer" or an "image_processor"."""
+    return any((folder / file).is_file() for file in INPUT_PARTS[part])
+
+
 def check_input_parts(name: Any, given: Mapping[str, Any]) -> None:
     """Refuse a captioner's folder without the files that make its inputs; transformers tells of them in words of its own.
 
@@ -63,7 +68,7 @@ def check_input_parts(name: Any, given: Mapping[str, Any]) -> None:
     if not Path(name).is_dir():
         return
     for part, files in INPUT_PARTS.items():
-        if given.get(part) is None and not any((Path(name) / file).is_file() for file in files):
+        if given.get(part) is None and not has_input_part(Path(name), part):
             raise CheckpointError(
                 f"{name} holds no {part.replace('_', ' ')} ({' or '.join(files)}); save it there, as ee.save does with "
                 f"{part}=..., or pass one.",
