@@ -1,6 +1,7 @@
 """A toy for the examples of this documentation: reviews that call a film good or bad, and a tiny BERT to read them.
 
-The model starts from random numbers, so everything here runs in seconds without a network. It is no benchmark.
+Also plain pictures, and a tiny captioner that has learned nothing. The models start from random numbers, so everything
+here runs in seconds without a network. It is no benchmark.
 """
 
 import random
@@ -65,3 +66,29 @@ def trained_model() -> ee.EarlyExitBertForSequenceClassification:
     rows, tokenizer = encode(make_rows(1000)), make_tokenizer()
     ee.EarlyExitTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer).train()
     return model.eval()
+
+
+def make_pictures(count: int = 4) -> list:
+    """Pictures of one colour each."""
+    from PIL import Image
+
+    return [Image.new("RGB", (64, 48), (60 * number % 256, 200 - 40 * number, 90)) for number in range(count)]
+
+
+def make_captioner(**fields: object) -> tuple:
+    """A captioner of four decoder layers that has learned nothing, its tokenizer and its image processor."""
+    from transformers import GPT2Config, ViTConfig, ViTImageProcessorPil
+
+    set_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = ViTConfig(**shape, image_size=16, patch_size=8)
+    decoder = GPT2Config(
+        vocab_size=len(WORDS), n_embd=32, n_layer=4, n_head=2, n_positions=32, add_cross_attention=True,
+        bos_token_id=2, eos_token_id=3, initializer_range=0.3,
+    )  # fmt: skip
+    config = ee.EarlyExitVisionEncoderDecoderConfig(encoder=encoder, decoder=decoder, **fields)
+    model = ee.EarlyExitVisionEncoderDecoder(config).eval()
+    for settings in (model.config, model.generation_config):
+        settings.decoder_start_token_id, settings.eos_token_id, settings.pad_token_id = 2, 3, 0
+    model.generation_config.max_new_tokens = 8
+    return model, make_tokenizer(), ViTImageProcessorPil(size={"height": 16, "width": 16})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import BertModel
 
 import hf_earlyexit as ee
@@ -62,3 +63,33 @@ def test_learning_when_to_leave_runs_through_all_phases_and_is_taken_up_again(tm
     assert all(f"\n{name}" in tables[0] for name in ("01-exits", "02-hardness", "03-gates", "04-chosen", "one half"))
     model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.exit_policy == ee.GatePolicy.half(4, exit_layers=model.exit_policy.exit_layers)
+
+
+@pytest.mark.slow
+def test_the_captions_of_the_example_are_those_of_the_pipeline(tmp_path):
+    command = [sys.executable, EXAMPLES / "caption.py", "--out", tmp_path / "out", "--steps", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shares = re.search(r"share of right words at each exit: (.*)", done.stdout)[1].split()
+    assert len(shares) == 6
+    assert float(shares[-1]) > 0.4  # thirty steps teach little; by default it takes more
+    assert len(re.findall(r"^\d\.\d\d(?: [\w\[\]]+/\d)*$", done.stdout, re.MULTILINE)) == 12
+    assert (tmp_path / "out" / "captions.html").read_text().count("<img ") == 12
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    again = [
+        sys.executable,
+        EXAMPLES / "caption.py",
+        "--model",
+        tmp_path / "out",
+        "--images",
+        picture,
+        "--out",
+        tmp_path / "page",
+    ]
+    done = subprocess.run(again, capture_output=True, text=True, cwd=tmp_path, timeout=140)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = ee.pipeline("early-exit-captioning", model=tmp_path / "out")(picture)
+    words = " ".join(f"{word['word']}/{word['exit_layer']}" for word in answer["words"])
+    assert f"{answer['mean_exit_layer']:.2f} {words}".strip() in done.stdout
+    assert picture.name in (tmp_path / "page" / "captions.html").read_text()

@@ -43,7 +43,7 @@ def caption_page(
     Args:
         images: names of files, or PIL images.
         captions: what the early-exit-captioning pipeline answered, one for each picture.
-        path: file to write; an existing one is replaced.
+        path: file to write, its folder made if it is not there; an existing one is replaced.
         num_layers: L of the decoder, `model.exit_layers[-1]`.
         full: what the full model answered, shown where it says something else.
         title: of the page.
@@ -86,6 +86,7 @@ def caption_page(
         compared=full is not None,
         same=sum(item["full"] == item["caption"]["generated_text"] for item in items),
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 
 
