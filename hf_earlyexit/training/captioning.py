@@ -90,7 +90,7 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
             pooler.requires_grad_(False)  # its answer is not used
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise TrainingError(
-                f"Nothing learns: {self.model.config.exit_head!r} heads have no weights of their own, and all else is frozen. "
+                f"Nothing learns: {self.model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
                 "Load the model with exit_head='tuned', 'linear' or 'low-rank', or train with another objective.",
                 field="exit_head",
             )
