@@ -11,6 +11,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import CalibrationError
+from ..modeling.captioner_checks import check_generation
 from ..policies.base import ExitPolicy
 from ..problems import SINGLE_LABEL
 from .caption_rows import image_batches
@@ -104,13 +105,13 @@ def write_captions(model: Any, states: Tensor, policy: ExitPolicy | None, option
         policy: `None` for the full model.
         options: for `generate`.
     """
-    run = ExitRun(policy)
+    asked = check_generation(model, options.get("generation_config"), options, policy is not None, True)
+    run = ExitRun(policy, asked.ends if asked.rows_stay else ())
     given = BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype))
     output = GenerationMixin.generate(
         model, encoder_outputs=given, decoder_exits=run, **{**options, "return_dict_in_generate": True}
     )
-    settings = options.get("generation_config") or model.generation_config
-    layers = exit_layers_of(output, run, options.get("eos_token_id", settings.eos_token_id))
+    layers = exit_layers_of(output, run, asked.ends)
     return Captions(output.sequences.cpu(), layers.cpu())
 
 
