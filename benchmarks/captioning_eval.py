@@ -34,7 +34,7 @@ def generate_captions(
     """One caption a photo, from the encoder's features; `options` go to `generate`."""
     captions = []
     for first in range(0, len(features), batch_size):
-        hidden = torch.from_numpy(features[first : first + batch_size]).float()
+        hidden = torch.from_numpy(features[first : first + batch_size].astype(np.float32))
         ids = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), **options)
         captions += tokenizer.decode(ids, skip_special_tokens=True)
     return captions

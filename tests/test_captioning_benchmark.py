@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import math
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import VisionEncoderDecoderModel, ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CAPTIONS = [["A dog runs .", "A black dog runs on grass"], ["A boy jumps", "A boy in red jumps over a dog , a rope"]]
@@ -141,3 +149,25 @@ def test_captioner_saves_as_an_ordinary_model_that_generates(part, parts, tmp_pa
     said = [part("eval").generate_captions(each.eval(), tokenizer, hidden, batch_size=2) for each in (model, loaded)]
     assert said[0] == said[1]
     assert len(said[0]) == 3
+
+
+def test_the_epoch_with_the_best_captions_on_dev_is_kept(part, parts, monkeypatch):
+    train, evaluation, tokenizer = part("train"), part("eval"), part("data").load_tokenizer(parts)
+    runs, biases = parts / "checkpoints/tiny-0", {5: 0.5, 10: 1.0, 100: 2.0}
+    for step, bias in biases.items():
+        model = train.make_model(parts, train.Recipe(layers=1, width=16, heads=2), tokenizer)
+        torch.nn.init.constant_(model.decoder.transformer.ln_f.bias, bias)
+        model.save_pretrained(runs / f"checkpoint-{step}")
+    (runs / "train.json").write_text('{"log": [{"eval_loss": 3.0}, {"loss": 9.0}, {"eval_loss": 2.9}, {"eval_loss": 2.8}]}')
+    np.save(parts / "parts/dev.npy", np.zeros((2, 5, 32), np.float16))
+    figures = iter([{"CIDEr": 0.4}, {"CIDEr": 0.6}, {"CIDEr": 0.5}])
+    monkeypatch.setattr(evaluation, "load_captions", lambda split: CAPTIONS)
+    monkeypatch.setattr(evaluation, "score", lambda captions, references: next(figures))
+    evaluation.pick("tiny", 0, parts)
+    record = json.loads((parts / "tiny-0/train.json").read_text())
+    assert record["epoch_chosen"] == 2
+    assert record["dev"][1] == {"loss": 2.9, "CIDEr": 0.6}
+    kept = VisionEncoderDecoderModel.from_pretrained(parts / "tiny-0")
+    assert kept.decoder.transformer.ln_f.bias[0] == biases[10]
+    assert AutoTokenizer.from_pretrained(parts / "tiny-0").get_vocab() == tokenizer.get_vocab()
+    assert AutoImageProcessor.from_pretrained(parts / "tiny-0", backend="pil").size == {"height": 14, "width": 14}
