@@ -2,9 +2,8 @@
 
     python benchmarks/captioning_data.py --out build/captioning
 
-writes OUT/parts/: `encoder/` (an ordinary ViT for 126 x 126 photos, with its image processor), `tokenizer/` and, per
-split, `<split>.npy` (what the encoder makes of each photo, [photos, tokens, width], float16). What is there is left as it
-is.
+writes to OUT/parts/: `encoder/` (an ordinary ViT for 126 x 126 photos, with its image processor), `tokenizer/` and, per
+split, `<split>.npy` (what the encoder makes of each photo, [photos, tokens, width], float16). What is there is left.
 """
 
 from __future__ import annotations
