@@ -6,14 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from ..files import read_json, write_file
 from ..policies.base import ExitPolicy
 from .replay import ExitReport
-
-FORMAT = "hf_earlyexit.calibration/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,8 @@ class CalibrationResult:
         seed: of the split of the two; split, dtype, fingerprint, versions: where the rows and the model came from.
         notes: what a user should know, in sentences.
     """
+
+    FORMAT: ClassVar[str] = "hf_earlyexit.calibration/1"
 
     policy: ExitPolicy
     target: str
@@ -56,18 +56,26 @@ class CalibrationResult:
         """Plain JSON values; `from_dict` reads them back."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["exits"] = [dataclasses.asdict(report) for report in self.exits]
-        return {"format": FORMAT, **fields, "policy": self.policy.to_dict()}
+        return {"format": self.FORMAT, **fields, "policy": self.policy.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CalibrationResult:
-        """The result that `to_dict` described.
+        """The result that `to_dict` described, a captioner's as such.
 
         Raises:
             CheckpointError: for another format.
         """
-        if values.get("format") != FORMAT:
-            raise CheckpointError(f"Calibration has format {values.get('format')!r}; expected {FORMAT!r}.", field="format")
-        given = {key: value for key, value in values.items() if key != "format"}
+        kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__())}
+        kind = kinds.get(values.get("format", ""))
+        if kind is None:
+            raise CheckpointError(
+                f"Calibration has format {values.get('format')!r}; expected {' or '.join(map(repr, kinds))}.", field="format"
+            )
+        return kind._from_values({key: value for key, value in values.items() if key != "format"})
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> CalibrationResult:
+        given = dict(values)
         given["policy"] = ExitPolicy.from_dict(given["policy"])
         given["exits"] = tuple(ExitReport(**report) for report in given["exits"])
         given["curve"] = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in given["curve"])

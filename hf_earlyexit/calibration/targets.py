@@ -221,7 +221,7 @@ def _best_within(curve: Curve, most: float, wish: str) -> int:
     if not allowed.any():
         raise CalibrationError(
             f"No threshold reaches {wish}: the cheapest setting still costs {curve.cost.min():.2f} layers a row. "
-            "Ask for less, add earlier exits, or keep weak exits open with keep_weak_exits=True.",
+            "Ask for less, or add earlier exits; with classifiers, keep weak exits open with keep_weak_exits=True.",
             field="target",
         )
     quality = np.where(allowed, curve.quality, -np.inf)

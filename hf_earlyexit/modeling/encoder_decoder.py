@@ -123,6 +123,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         return_dict: bool | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
+        exit_tokens: Tensor | None = None,
         decoder_exits: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -137,6 +138,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
             labels: `[B, T]`, -100 where nothing is learned. In training the loss is the mean over all exits weighted by
                 depth.
             early_exit, operating_point: as in `generate`.
+            exit_tokens: booleans `[B, T]` with N true: where every exit answers, only these tokens get `exit_logits`
+                `[N, E, V]` and `exit_gates` `[N, E - 1]`; that saves memory in training.
             decoder_exits: what `generate` carries from token to token.
             decoder_attention_mask, past_key_values, decoder_inputs_embeds, use_cache, return_dict, kwargs: as in the stock
                 model.
@@ -178,7 +181,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                 )
             )
             if every_exit:
-                self._ask_every_exit(output, labels)
+                self._ask_every_exit(output, labels, exit_tokens)
                 if not hidden_wanted:
                     output.decoder_hidden_states = output.encoder_hidden_states = None
             output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
@@ -186,17 +189,21 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         plain = self.config.return_dict if return_dict is None else return_dict
         return output if plain else output.to_tuple()
 
-    def _ask_every_exit(self, output: EarlyExitCaptionerOutput, labels: Tensor | None) -> None:
-        """Write what every exit says of every token into the output of a full pass."""
-        early = list(enumerate(self.exit_layers[:-1]))
-        states = output.decoder_hidden_states
-        said = [self.exit_logits(index, states[layer]) for index, layer in early]
-        output.exit_logits = torch.stack([*said, output.logits], 2)  # [B, T, E, V]
+    def _ask_every_exit(self, output: EarlyExitCaptionerOutput, labels: Tensor | None, tokens: Tensor | None) -> None:
+        """Write what every exit says of every token, or of some, into the output of a full pass."""
+
+        def chosen(states: Tensor) -> Tensor:
+            return states if tokens is None else states[tokens]
+
+        states = [chosen(output.decoder_hidden_states[layer]) for layer in self.exit_layers[:-1]]
+        said = [self.exit_logits(index, state) for index, state in enumerate(states)]
+        output.exit_logits = torch.stack([*said, chosen(output.logits)], -2)  # [B, T, E, V]
         if self.exit_gates:
-            output.exit_gates = torch.stack([self.exit_gates[str(layer)](states[layer], None) for _, layer in early], 2)
+            gates = zip(self.exit_layers, states, strict=False)
+            output.exit_gates = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)
         if self.training and labels is not None:
-            given = labels.flatten()
-            logits = output.exit_logits.flatten(0, 1)
+            given = chosen(labels).flatten()
+            logits = output.exit_logits.reshape(len(given), *output.exit_logits.shape[-2:])
             output.loss = WeightedObjective()(logits, given, SINGLE_LABEL, self.exit_layers).loss
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import MULTI_LABEL, SINGLE_LABEL, row_quality
+from ..problems import MULTI_LABEL, SINGLE_LABEL
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import log_odds, margin, max_probability, measure
@@ -127,7 +127,7 @@ class BeemAccuracyPolicy(BeemPolicy):
             options: other fields of the policy.
         """
         require_choice("normalize", normalize, NORMALIZATIONS)
-        accuracy = row_quality(trace.logits, trace.labels, trace.problem_type).mean(0).tolist()
+        accuracy = trace.quality.mean(0).tolist()
         divisor = {"none": 1.0, "sum": sum(accuracy), "max": max(accuracy)}[normalize]
         return {"weights": tuple(value / divisor for value in accuracy), **options}
 

@@ -54,18 +54,23 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
-        config = self.model.config
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 if part is not None:
-                    check_data_set(part, name, config.num_labels, config.problem_type)
+                    self._check_rows(part, name)
+        self._choose_what_learns()
+
+    def _check_rows(self, rows: Any, name: str) -> None:
+        check_data_set(rows, name, self.model.config.num_labels, self.model.config.problem_type)
+
+    def _choose_what_learns(self) -> None:
         for name, parameter in self.model.named_parameters():
             if name.startswith("exit_gates."):  # all exits run here, so nothing teaches when to leave
                 parameter.requires_grad_(False)
         if self.objective.freezes_backbone:
-            if len(config.exit_layers) == 1:
+            if len(self.model.config.exit_layers) == 1:
                 raise TrainingError(
-                    f"The {args.objective} objective trains early exits only, and the model has none; set exit_layers.",
+                    f"The {self.args.objective} objective trains early exits only, and the model has none; set exit_layers.",
                     field="objective",
                 )
             for name, parameter in self.model.named_parameters():
