@@ -5,6 +5,9 @@
     python benchmarks/captioning_eval.py  full12 static6 --out build/captioning
     python benchmarks/captioning_exits.py tuned linear --out build/captioning
     python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning.json
+    python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning-joint.json \\
+        --rules "all layers, joint" "static, joint" "saturation, joint" "gate, joint" "margin, shortlist, joint" \\
+        "beem-c, shortlist, joint" "confidence, joint"
 
 Thresholds are chosen on photos of dev by captions really written, CIDEr photo by photo; figures are those of test, which
 nothing was chosen on. Times are ratios of decoding, the encoder's part told beside, interleaved in one run.
@@ -43,7 +46,15 @@ RULES = {  # model, signal, policy
     "beem-c": ("linear", "vocabulary", "beem-c"),
     "beem-a": ("linear", "vocabulary", "beem-a"),
     "static": ("tuned", "vocabulary", "static"),
+    "all layers, joint": ("joint", "vocabulary", "full"),
+    "static, joint": ("joint", "vocabulary", "static"),
+    "saturation, joint": ("joint", "vocabulary", "saturation"),
+    "gate, joint": ("joint", "vocabulary", "gate"),
+    "margin, shortlist, joint": ("joint", "shortlist", "margin"),
+    "beem-c, shortlist, joint": ("joint", "shortlist", "beem-c"),
+    "confidence, joint": ("joint", "vocabulary", "confidence"),
 }
+FROZEN = [rule for rule, (model, *_) in RULES.items() if model != "joint"]
 
 
 def cider(captions: list[str], references: list[list[str]]) -> list[float]:
@@ -108,7 +119,7 @@ def main() -> None:
     parser.add_argument("--proposals", type=int, default=12)
     parser.add_argument("--timed", type=int, nargs=2, default=(12, 48), help="photos timed at batch 1 and batch 8")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--rules", nargs="*", default=FROZEN, choices=list(RULES))
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     out, seed = args.out, args.seed
@@ -117,10 +128,11 @@ def main() -> None:
         name: ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"{name}-{seed}").eval()
         for name in sorted({RULES[rule][0] for rule in args.rules})
     }
+    whole = ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"full12-{seed}").eval()
     half = VisionEncoderDecoderModel.from_pretrained(out / f"static6-{seed}").eval()
     dev, test = load_features(out, "dev")[: args.dev], load_features(out, "test")
     dev_captions, test_captions = load_captions("dev")[: args.dev], load_captions("test")
-    captioners = {"full model": Captioner(models[min(models)], None), "half-depth model": Captioner(half, None)}
+    captioners = {"full model": Captioner(whole, None), "half-depth model": Captioner(half, None)}
     rows, chosen = {}, {}
     rows["full model"] = judge(captioners["full model"], tokenizer, test, test_captions, None)
     base = rows["full model"]["per_photo"]
@@ -129,8 +141,11 @@ def main() -> None:
         name, signal, policy = RULES[rule]
         model = models[name]
         model.config.exit_signal = signal
-        if policy == "static":
-            policies = {"6 of 12 layers": ee.StaticPolicy.at(5, 12)}
+        if policy == "full":
+            policies = {"12 of 12 layers": None}
+        elif policy == "static":
+            layers = model.exit_layers
+            policies = {"6 of 12 layers": ee.StaticPolicy.at(layers.index(6), len(layers))}
         else:
             result = ee.calibrate_captions(
                 model,
@@ -158,7 +173,7 @@ def main() -> None:
             key = f"{rule}: {target}"
             captioners[key] = Captioner(model, ready, signal)
             rows[key] = judge(captioners[key], tokenizer, test, test_captions, base)
-            chosen[key] = ready.to_dict()
+            chosen[key] = ready and ready.to_dict()
             shown = {name: value for name, value in rows[key].items() if isinstance(value, float)}
             print(key, {name: round(value, 4) for name, value in shown.items()}, flush=True)
     plain = np.asarray(rows["full model"]["captions"])

@@ -1,11 +1,14 @@
-"""Teach a trained captioner its exits, and the gates beside them; the decoder itself stays as it is.
+"""Teach a trained captioner its exits, and the gates beside them.
 
-    python benchmarks/captioning_exits.py tuned linear --out build/captioning
+    python benchmarks/captioning_exits.py tuned linear joint --out build/captioning
 
 writes OUT/<exits>-<seed>/: the model of OUT/full12-<seed> with exits, its tokenizer and image processor, and exits.json.
 
 - linear: the paper's recipe, a head of its own for each exit; each starts as a copy of the decoder's.
 - tuned: a linear map for each exit before the decoder's own head, gates, and a shortlist of frequent words.
+- joint: every second layer is an exit, all use the decoder's own head, and the whole decoder learns with them.
+
+The first two leave the decoder as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class ExitRecipe:
 
     exit_head: str
     exit_gate: str | None = None
+    exit_layers: tuple[int, ...] | None = None
+    objective: str = "two-stage"
     shortlist: int | None = None
     photos: int = 2400
     epochs: float = 1.0
@@ -42,6 +47,17 @@ class ExitRecipe:
 RECIPES = {
     "linear": ExitRecipe(exit_head="linear"),
     "tuned": ExitRecipe(exit_head="tuned", exit_gate="linear", shortlist=500),
+    "joint": ExitRecipe(
+        exit_head="tied",
+        exit_gate="linear",
+        exit_layers=(2, 4, 6, 8, 10, 12),
+        objective="weighted",
+        shortlist=500,
+        photos=6000,
+        epochs=1.0,
+        gate_epochs=0.1,
+        learning_rate=3e-4,
+    ),
 }
 
 
@@ -49,8 +65,12 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
     set_seed(seed)
     tokenizer = load_tokenizer(out)
     model = ee.EarlyExitVisionEncoderDecoder.from_pretrained(
-        out / f"full12-{seed}", exit_head=recipe.exit_head, exit_gate=recipe.exit_gate
+        out / f"full12-{seed}",
+        exit_head=recipe.exit_head,
+        exit_gate=recipe.exit_gate,
+        exit_layers=None if recipe.exit_layers is None else list(recipe.exit_layers),
     )
+    model.encoder.requires_grad_(False)
     if recipe.shortlist:
         ids = tokenizer([caption for five in load_captions("train") for caption in five])["input_ids"]
         model.set_exit_shortlist(torch.tensor([word for caption in ids for word in caption[1:]]), recipe.shortlist)
@@ -68,12 +88,12 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
             continue
         args = ee.EarlyExitTrainingArguments(
             output_dir=str(out / "checkpoints" / f"{name}-{seed}-{stage}"),
-            objective="two-stage",
-            objective_options={"strength": 1.0, "direction": "last-to-exit"},
+            objective=recipe.objective,
+            objective_options={"strength": 1.0, "direction": "last-to-exit"} if recipe.objective == "two-stage" else None,
             num_train_epochs=epochs,
             per_device_train_batch_size=recipe.photos_a_step,
             per_device_eval_batch_size=recipe.photos_a_step,
-            learning_rate=recipe.learning_rate,
+            learning_rate=recipe.learning_rate if stage == "exits" else 2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=recipe.warmup,
             train_sampling_strategy="group_by_length",
