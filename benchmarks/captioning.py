@@ -1,0 +1,209 @@
+"""Early exit on a captioner: every policy against the full model, a static half, and the clock.
+
+    python benchmarks/captioning_data.py  --out build/captioning     # once: vocabulary, encoder, features
+    python benchmarks/captioning_train.py full12 static6 --out build/captioning
+    python benchmarks/captioning_eval.py  full12 static6 --out build/captioning
+    python benchmarks/captioning_exits.py tuned linear --out build/captioning
+    python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning.json
+    python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning-joint.json \\
+        --rules "all layers, joint" "static, joint" "saturation, joint" "gate, joint" "margin, shortlist, joint" \\
+        "beem-c, shortlist, joint" "confidence, joint"
+
+Thresholds are chosen on photos of dev by captions really written, CIDEr photo by photo; figures are those of test, which
+nothing was chosen on. Times are ratios of decoding, the encoder's part told beside, interleaved in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from captioning_data import IMAGE_SIZE, load_captions, load_encoder, load_features, load_tokenizer
+from captioning_metrics import TOKENISER, per_photo, score
+from transformers import VisionEncoderDecoderModel
+from transformers.modeling_outputs import BaseModelOutput
+
+import hf_earlyexit as ee
+from hf_earlyexit.calibration.captions import curve_of
+from hf_earlyexit.inference.timing import compare_speed
+
+TARGETS = {"at least as good on dev": ee.MaxDrop(0.0), "1.8x in layers on dev": ee.SpeedUp(1.8)}
+RULES = {  # model, signal, policy
+    "saturation": ("tuned", "vocabulary", "saturation"),
+    "gate": ("tuned", "vocabulary", "gate"),
+    "confidence, shortlist": ("tuned", "shortlist", "confidence"),
+    "margin, shortlist": ("tuned", "shortlist", "margin"),
+    "beem-c, shortlist": ("tuned", "shortlist", "beem-c"),
+    "confidence, tuned": ("tuned", "vocabulary", "confidence"),
+    "confidence": ("linear", "vocabulary", "confidence"),
+    "margin": ("linear", "vocabulary", "margin"),
+    "patience": ("linear", "vocabulary", "patience"),
+    "beem-c": ("linear", "vocabulary", "beem-c"),
+    "beem-a": ("linear", "vocabulary", "beem-a"),
+    "static": ("tuned", "vocabulary", "static"),
+    "all layers, joint": ("joint", "vocabulary", "full"),
+    "static, joint": ("joint", "vocabulary", "static"),
+    "saturation, joint": ("joint", "vocabulary", "saturation"),
+    "gate, joint": ("joint", "vocabulary", "gate"),
+    "margin, shortlist, joint": ("joint", "shortlist", "margin"),
+    "beem-c, shortlist, joint": ("joint", "shortlist", "beem-c"),
+    "confidence, joint": ("joint", "vocabulary", "confidence"),
+}
+FROZEN = [rule for rule, (model, *_) in RULES.items() if model != "joint"]
+
+
+def cider(captions: list[str], references: list[list[str]]) -> list[float]:
+    """CIDEr of each caption."""
+    return list(per_photo(captions, references)["CIDEr"])
+
+
+class Captioner:
+    """A model, a policy and a way to write captions from the encoder's features."""
+
+    def __init__(self, model: VisionEncoderDecoderModel, policy: ee.ExitPolicy | None, signal: str = "vocabulary") -> None:
+        self.model, self.policy, self.signal = model, policy, signal
+
+    def write(self, features: np.ndarray, batch_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Ids and, from a model with exits, the layer of each token, per batch."""
+        options = {}
+        if isinstance(self.model, ee.EarlyExitVisionEncoderDecoder):
+            self.model.config.exit_signal = self.signal
+            self.model.set_exit_policy(self.policy)
+            options = {"return_exit_layers": True}
+        ids, layers = [], []
+        for first in range(0, len(features), batch_size):
+            hidden = torch.from_numpy(features[first : first + batch_size].astype(np.float32))
+            output = self.model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), **options)
+            ids.append(output.sequences if options else output)
+            layers += [output.exit_layers] if options else []
+        return ids, layers
+
+
+def judge(captioner: Captioner, tokenizer, features: np.ndarray, references: list, full: np.ndarray | None) -> dict:
+    """Scores on one split, mean layers, and CIDEr's difference to the full model photo by photo."""
+    ids, layers = captioner.write(features, 50)
+    captions = [text for batch in ids for text in tokenizer.batch_decode(batch, skip_special_tokens=True)]
+    left = torch.cat([part.flatten() for part in layers]) if layers else torch.zeros(0)
+    mean = float(left[left > 0].float().mean()) if len(left) else float(captioner.model.config.decoder.n_layer)
+    own = np.asarray(cider(captions, references))
+    row = {"photos": len(captions), "mean_layers": mean, "layer_speed_up": 12 / mean, **score(captions, references)}
+    if full is not None:
+        apart = own - full
+        row |= {"CIDEr_difference": float(apart.mean()), "standard_error": float(apart.std() / len(apart) ** 0.5)}
+    return row | {"captions": captions, "per_photo": own, "shares": _shares(left)}
+
+
+def _shares(left: torch.Tensor) -> list[float]:
+    return [float((left[left > 0] == layer).float().mean()) for layer in range(1, 13)] if len(left) else []
+
+
+def time_decoding(captioners: dict[str, Captioner], features: np.ndarray, batch_size: int, repeats: int) -> dict:
+    """Decoding time of each against the full model's, in turn."""
+    runs = {
+        name: (lambda captioner=captioner: captioner.write(features, batch_size)) for name, captioner in captioners.items()
+    }
+    return {name: timing._asdict() for name, timing in compare_speed(runs, "full model", repeats).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
+    parser.add_argument("--report", type=Path, default=Path("benchmarks/results/captioning.json"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dev", type=int, default=300, help="photos that choose thresholds")
+    parser.add_argument("--proposals", type=int, default=12)
+    parser.add_argument("--timed", type=int, nargs=2, default=(12, 48), help="photos timed at batch 1 and batch 8")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rules", nargs="*", default=FROZEN, choices=list(RULES))
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    out, seed = args.out, args.seed
+    tokenizer, start = load_tokenizer(out), time.perf_counter()
+    models = {
+        name: ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"{name}-{seed}").eval()
+        for name in sorted({RULES[rule][0] for rule in args.rules})
+    }
+    whole = ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"full12-{seed}").eval()
+    half = VisionEncoderDecoderModel.from_pretrained(out / f"static6-{seed}").eval()
+    dev, test = load_features(out, "dev")[: args.dev], load_features(out, "test")
+    dev_captions, test_captions = load_captions("dev")[: args.dev], load_captions("test")
+    captioners = {"full model": Captioner(whole, None), "half-depth model": Captioner(half, None)}
+    rows, chosen = {}, {}
+    rows["full model"] = judge(captioners["full model"], tokenizer, test, test_captions, None)
+    base = rows["full model"]["per_photo"]
+    rows["half-depth model"] = judge(captioners["half-depth model"], tokenizer, test, test_captions, base)
+    for rule in args.rules:
+        name, signal, policy = RULES[rule]
+        model = models[name]
+        model.config.exit_signal = signal
+        if policy == "full":
+            policies = {"12 of 12 layers": None}
+        elif policy == "static":
+            layers = model.exit_layers
+            policies = {"6 of 12 layers": ee.StaticPolicy.at(layers.index(6), len(layers))}
+        else:
+            result = ee.calibrate_captions(
+                model,
+                [{"encoder_hidden_states": torch.from_numpy(states.astype(np.float32))} for states in dev],
+                policy,
+                ee.MaxDrop(0.0),
+                tokenizer=tokenizer,
+                references=dev_captions,
+                metric=cider,
+                proposals=args.proposals,
+                batch_size=50,
+                progress=False,
+            )
+            print(f"{rule}\n{result}", flush=True)
+            curve = curve_of(result.settings)
+            policies = {}
+            for target, goal in TARGETS.items():
+                try:
+                    thresholds = result.settings[goal.pick(curve)].thresholds
+                except ee.EarlyExitError as error:
+                    chosen[f"{rule}: {target}"] = {"refused": str(error)}
+                    continue
+                policies[target] = result.policy.with_thresholds(thresholds)
+        for target, ready in policies.items():
+            key = f"{rule}: {target}"
+            captioners[key] = Captioner(model, ready, signal)
+            rows[key] = judge(captioners[key], tokenizer, test, test_captions, base)
+            chosen[key] = ready and ready.to_dict()
+            shown = {name: value for name, value in rows[key].items() if isinstance(value, float)}
+            print(key, {name: round(value, 4) for name, value in shown.items()}, flush=True)
+    plain = np.asarray(rows["full model"]["captions"])
+    for name, row in rows.items():
+        row["same_caption"] = float(np.mean(np.asarray(row["captions"]) == plain))
+        row["examples"] = row.pop("captions")[:5]
+        row.pop("per_photo")
+        if name in captioners:
+            row["signal"] = captioners[name].signal
+    timings = {
+        f"batch {batch}": time_decoding(captioners, test[:count], batch, args.repeats)
+        for batch, count in zip((1, 8), args.timed, strict=True)
+    }
+    pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    encoder = load_encoder(out)[0]
+    one = test[:1]
+    share = compare_speed(
+        {"decode": lambda: captioners["full model"].write(one, 1), "encode": lambda: encoder(pixels)}, "decode", args.repeats
+    )
+    report = {
+        "data": "Flickr8k", "seed": seed, "dev_photos": len(dev), "test_photos": len(test), "tokeniser": TOKENISER,
+        "vocabulary": len(tokenizer), "rows": rows, "policies": chosen, "decode_time": timings,
+        "encoder_over_decode": share["encode"].seconds / share["decode"].seconds, "repeats": args.repeats,
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                    "torch": torch.__version__},
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+    }  # fmt: skip
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
