@@ -6,7 +6,6 @@ Without --model and --images: draws shapes, trains a small captioner with exits 
 import argparse
 from random import Random
 
-import torch
 import transformers
 from PIL import Image, ImageDraw
 from transformers import BertTokenizer, GPT2Config, Trainer, TrainingArguments, ViTConfig, ViTImageProcessorPil
@@ -14,23 +13,24 @@ from transformers import BertTokenizer, GPT2Config, Trainer, TrainingArguments, 
 import hf_earlyexit as ee
 
 COLOURS, SIDES = ["red", "green", "blue", "yellow", "white"], {"circle": 24, "square": 4, "triangle": 3}
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "a", "left", "right", "of", *COLOURS, *SIDES]
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "a", "beside", "above", *COLOURS, *SIDES]
 
 
 def draw(random):
     """Two shapes on grey, and what to say of them."""
-    picture, phrases, place = Image.new("RGB", (32, 32), "#777777"), [], random.choice(["left", "right"])
-    for x in (8, 24) if place == "left" else (24, 8):
-        colour, shape, at = random.choice(COLOURS), random.choice(list(SIDES)), (x, random.randint(10, 22), 7)
+    picture, phrases, place = Image.new("RGB", (32, 32), "#777777"), [], random.choice(["beside", "above"])
+    for near, far in ((8, random.randint(10, 22)), (24, random.randint(10, 22))):
+        colour, shape = random.choice(COLOURS), random.choice(list(SIDES))
+        at = (near, far, 7) if place == "beside" else (far, near, 7)
         ImageDraw.Draw(picture).regular_polygon(at, SIDES[shape], fill=colour)
         phrases.append(f"a {colour} {shape}")
-    return picture, f" {place} of ".join(phrases)
+    return picture, f" {place} ".join(phrases)
 
 
 def train(out, steps):
     transformers.set_seed(0)
-    random, tokenizer = Random(0), BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    random, processor = Random(0), ViTImageProcessorPil(size={"height": 32, "width": 32})
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
     small = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
     encoder = ViTConfig(image_size=32, patch_size=8, **small)
     decoder = {"vocab_size": len(WORDS), "n_embd": 64, "n_layer": 6, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
@@ -38,6 +38,7 @@ def train(out, steps):
     model = ee.EarlyExitVisionEncoderDecoder(ee.EarlyExitVisionEncoderDecoderConfig(**parts))
     for settings in (model.config, model.generation_config):
         settings.decoder_start_token_id, settings.pad_token_id, settings.eos_token_id = 1, 0, 2
+    model.generation_config.max_new_tokens = 12
 
     def rows(count):
         pictures, texts = zip(*(draw(random) for _ in range(count)), strict=True)
@@ -49,8 +50,7 @@ def train(out, steps):
     args = TrainingArguments(out, **recipe, save_strategy="no", report_to=[], logging_steps=100)
     Trainer(model, args, train_dataset=rows(3000)).train()  # every exit at once: in training that is the model's loss
     batch = transformers.default_data_collator(rows(500))
-    with torch.inference_mode():
-        said = model.eval()(**batch, early_exit=False).exit_logits  # [pictures, tokens, exits, words]
+    said = model.eval()(**batch, early_exit=False).exit_logits.detach()  # [pictures, tokens, exits, words]
     trace = ee.ExitTrace(logits=said.flatten(0, 1), labels=batch["labels"].flatten(), exit_layers=model.exit_layers)
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in trace.quality.mean(0)))
     model.set_exit_policy(ee.calibrate(trace, "confidence", ee.MaxDrop(0.005)))

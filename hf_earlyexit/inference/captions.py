@@ -19,7 +19,7 @@ def told_caption(tokenizer: Any, ids: Sequence[int], layers: Sequence[int]) -> d
         `exit_layer` of its tokens; and `mean_exit_layer` over all tokens, `None` where there is none.
     """
     text, homes = _homes(tokenizer, ids)
-    words = [{"word": word, "exit_layer": 0} for word in text.split()]
+    words: list[dict[str, Any]] = [{"word": word, "exit_layer": 0} for word in text.split()]
     for home, layer in zip(homes, layers, strict=True):
         if home is not None:
             words[home]["exit_layer"] = max(words[home]["exit_layer"], layer)

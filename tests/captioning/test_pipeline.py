@@ -245,7 +245,7 @@ assert not heavy, heavy
 assert not [name for name in ("pipelines", "pictures", "inference", "reports") if "hf_earlyexit." + name in sys.modules]
 assert "early-exit-captioning" in PIPELINE_REGISTRY.get_supported_tasks()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-1500:]
 
 
