@@ -10,7 +10,7 @@ import torch
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.inference.rows import encode_rows
-from hf_earlyexit.inference.scheduler import Answers, Scheduler
+from hf_earlyexit.inference.scheduler import Answers, Leaving, Scheduler
 from hf_earlyexit.inference.walker import ModelWalker
 from hf_earlyexit.policies import POLICIES
 
@@ -27,9 +27,9 @@ class CountingWalker(ModelWalker):
 
     def run_layer(self, layer, hidden, context):
         time.sleep(self.pause)
-        rows, width = hidden.shape[:2]
-        real = rows * width if context.lengths is None else sum(context.lengths)
-        self.calls.append((layer, rows, rows * width, real))
+        padded = hidden.shape[:-1].numel()
+        real = padded if context.lengths is None else sum(context.lengths)
+        self.calls.append((layer, context.count(hidden), padded, real))
         return super().run_layer(layer, hidden, context)
 
     def exit_signal(self, exit_index, hidden, context, with_gate=False):
@@ -56,7 +56,7 @@ def alone(model, rows):
         for place, row in enumerate(rows):
             output = model(input_ids=torch.tensor([row["input_ids"]]))
             exit_index = model.exit_layers.index(int(output.exit_layer))
-            answers.write(torch.tensor([place]), output.logits, exit_index, output.exit_score, ["policy"])
+            answers.write([Leaving([place], output.logits, exit_index, output.exit_score, ["policy"])])
     return answers
 
 
