@@ -173,11 +173,12 @@ def page(results: dict) -> str:
         lines += [f"### {TITLES.get(part, part)}", ""]
         rows, environment = found["rows"], found["environment"]
         lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean.", "", as_table(found), ""]
-        lines += ["| model | mean exit layer | layer speed-up | token-layer bound | share reached | at batch 1 |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += ["| model | mean exit layer | layer speed-up | token-layer bound | share reached | arrival order | at batch 1 |",
+                  "|---|---|---|---|---|---|---|"]  # fmt: skip
         for name, e in found["exits"].items():
             lines.append(f"| {name} | {e['mean_layer']:.2f} | {e['layer_speed_up']:.2f}x | {e['token_layer_bound']:.2f}x "
-                         f"| {e['share_of_bound']:.2f} | {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
+                         f"| {e['share_of_bound']:.2f} | {e['share_of_bound_in_arrival_order']:.2f} "
+                         f"| {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
         lines.append("")
         for name, ways in found.get("accuracy", {}).items():
             lines.append(f"Accuracy, {name}: " + ", ".join(f"{way} {100 * a:.2f} %" for way, a in ways.items()) + ".  ")

@@ -21,6 +21,9 @@ from .heads import HEADS
 from .outputs import EarlyExitClassifierOutput
 
 
+UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing to layers that exit early
+
+
 class EarlyExitClassifier(ModelWithExits):
     """Put before a stock sequence classifier, adds exits to it.
 
@@ -111,8 +114,8 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        plain = attention_mask is None or (attention_mask.ndim == 2 and attention_mask.numel() > 0)
-        if policy is not None and plain and not kwargs and self.backbone.packs(self.base_model):
+        plain = not kwargs.keys() - UNREAD and (attention_mask is None or attention_mask.ndim == 2 and len(attention_mask))
+        if policy is not None and plain and self.backbone.packs(self.base_model):
             hidden, context = self.backbone.begin_packed(self.base_model, inputs)
         else:
             hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)
