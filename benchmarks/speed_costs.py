@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed_costs.py --shape bert
 
-adds "costs" to that shape in benchmarks/results/speed.json; `speed.py` makes the page of them. Each figure is a ratio of runs
-taken in turn in one process, in random order: the median, and the middle half. Time is the CPU time of one thread.
+adds them to benchmarks/results/speed.json and makes docs/how-to/speed.md anew. Each figure is a ratio of runs taken in turn
+in one process, in random order: the median, and the middle half. Time is the CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from speed import RESULTS, SHAPES, all_exits, mixed_rows, spread_out
+from speed import PAGE, RESULTS, SHAPES, all_exits, mixed_rows, page, spread_out
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_earlyexit as ee
@@ -115,9 +115,7 @@ def nobody_leaves(shape: dict, repeats: int) -> dict:
     walker, found = ModelWalker(model), {}
     full, asked = Scheduler(walker, None, 512), Scheduler(walker, never, 512)
     assert set(asked.run(rows).exit_index.tolist()) == {11}
-    found["batched"] = ratios(
-        {"full": partial(full.run, rows), "asked": partial(asked.run, rows)}, "full", repeats
-    )["asked"]
+    found["batched"] = ratios({"full": partial(full.run, rows), "asked": partial(asked.run, rows)}, "full", repeats)["asked"]
     few = [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows[:8]]
 
     @torch.inference_mode()
@@ -182,7 +180,10 @@ def thresholds_sweep(repeats: int) -> dict:
     some = np.arange(0, 2000, 50)
     fast = np.array(sweep(scores, [cost, quality], thresholds))
     times = ratios(
-        {"sweep": partial(sweep, scores, [cost, quality], thresholds), "loop, 40 thresholds": partial(loop, thresholds[some])},
+        {
+            "sweep": partial(sweep, scores, [cost, quality], thresholds),
+            "loop, 40 thresholds": partial(loop, thresholds[some]),
+        },
         "sweep",
         repeats,
     )
@@ -246,6 +247,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results.setdefault("costs", {})[args.shape] = found
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

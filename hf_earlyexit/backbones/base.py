@@ -30,14 +30,17 @@ class Context:
         """Rows."""
         return hidden.shape[0]
 
-    def for_head(self, hidden: Tensor, first_token: bool) -> tuple[Tensor, Tensor | None]:
-        """What an exit head reads: hidden states `[B, T, H]` and which tokens are real `[B, T]`.
+    def for_head(self, hidden: Tensor, first_token: bool) -> list[tuple[Tensor, Tensor | None]]:
+        """What an exit head reads, in parts that make up all rows in order.
 
         Args:
             hidden: of these rows.
             first_token: whether the first token alone is enough.
+
+        Returns:
+            Hidden states `[B, T, H]`, and which tokens are real `[B, T]`; `None` if no row is padded.
         """
-        return hidden, self.tokens
+        return [(hidden, self.tokens)]
 
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Context]:
         """Keep some rows and cut the columns that are padding for all of them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
@@ -47,32 +47,31 @@ class Packed(Context):
             lengths, None if real is None else torch.cat([real[row] for row in rows]), hidden.device
         )
 
-    def for_head(self, hidden: Tensor, first_token: bool) -> tuple[Tensor, Tensor | None]:
+    def for_head(self, hidden: Tensor, first_token: bool) -> list[tuple[Tensor, Tensor | None]]:
         if first_token:
-            return hidden.index_select(0, self.starts)[:, None], None
-        if len(self.runs) == 1:
-            rows, length = self.runs[0]
-            return hidden.view(rows, length, -1), None if self.real is None else self.real.view(rows, length)
-        width = max(self.lengths)
-        ends = torch.tensor(self.lengths, device=hidden.device)
-        tokens = torch.arange(width, device=hidden.device) < ends[:, None]
-        padded = hidden.new_zeros(len(self.lengths), width, hidden.shape[-1])
-        padded[tokens] = hidden
-        if self.real is not None:
-            tokens = tokens.masked_scatter(tokens, self.real)
-        return padded, tokens
+            return [(hidden.index_select(0, self.starts)[:, None], None)]
+        parts = []
+        for start, stop, rows, length in self._spans():
+            real = None if self.real is None else self.real[start:stop].view(rows, length)
+            parts.append((hidden[start:stop].view(rows, length, -1), real))
+        return parts
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of every row to itself, `[tokens, heads, D]` to `[tokens, heads * D]`."""
-        start, mixed = 0, []
-        for rows, length in self.runs:
-            stop = start + rows * length
+        mixed = []
+        for start, stop, rows, length in self._spans():
             ours = [part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)]
             mask = None if self.real is None else self.real[start:stop].view(rows, 1, 1, length)
             run = functional.scaled_dot_product_attention(*ours, attn_mask=mask)
             mixed.append(run.transpose(1, 2).reshape(rows * length, -1))
-            start = stop
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _spans(self) -> Iterator[tuple[int, int, int, int]]:
+        """For each run its first token, the token after its last, its rows and their length."""
+        start = 0
+        for rows, length in self.runs:
+            yield start, start + rows * length, rows, length
+            start += rows * length
 
 
 def pack(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> tuple[Tensor | None, Packed]:

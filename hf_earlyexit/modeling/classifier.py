@@ -20,7 +20,6 @@ from .gates import new_gates
 from .heads import HEADS
 from .outputs import EarlyExitClassifierOutput
 
-
 UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing to layers that exit early
 
 
@@ -62,9 +61,10 @@ class EarlyExitClassifier(ModelWithExits):
         """What exit `exit_index` (0-based) says of the hidden states after its layer, its gate where there is one."""
         layer = self.config.exit_layers[exit_index]
         if layer == self.config.num_hidden_layers:
-            return ExitSignal(self.classify(context.for_head(hidden, True)[0]))
+            return ExitSignal(self.classify(context.for_head(hidden, True)[0][0]))
         head = self.exit_heads[str(layer)]
-        state = head.pool(*context.for_head(hidden, head.first_token), self._stock_pool)
+        states = [head.pool(*part, self._stock_pool) for part in context.for_head(hidden, head.first_token)]
+        state = states[0] if len(states) == 1 else torch.cat(states)
         logits = head(state)
         with_gate = with_gate and str(layer) in self.exit_gates
         return ExitSignal(logits, self.exit_gates[str(layer)](state, logits) if with_gate else None)
@@ -114,8 +114,8 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        plain = not kwargs.keys() - UNREAD and (attention_mask is None or attention_mask.ndim == 2 and len(attention_mask))
-        if policy is not None and plain and self.backbone.packs(self.base_model):
+        plain = attention_mask is None or (attention_mask.ndim == 2 and len(attention_mask))
+        if policy is not None and plain and not kwargs.keys() - UNREAD and self.backbone.packs(self.base_model):
             hidden, context = self.backbone.begin_packed(self.base_model, inputs)
         else:
             hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)

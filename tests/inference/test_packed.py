@@ -86,7 +86,9 @@ def test_taking_and_joining_keep_every_row_as_it_is(tiny_model, random_batch):
         some, kept = context.take(hidden, order, torch.tensor(order))
         both, joined = walker.join([(some, kept), (hidden, context)])
     parts, original = both.split(joined.lengths), hidden.split(context.lengths)
-    assert [torch.equal(part, original[row]) for part, row in zip(parts, order + list(range(10)), strict=True)] == [True] * 13
+    assert [torch.equal(part, original[row]) for part, row in zip(parts, order + list(range(10)), strict=True)] == [
+        True
+    ] * 13
     assert joined.starts.tolist() == [sum(joined.lengths[:row]) for row in range(13)]
     assert sum(rows * length for rows, length in joined.runs) == len(both)
 
