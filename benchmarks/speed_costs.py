@@ -17,7 +17,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from speed import PAGE, RESULTS, SHAPES, all_exits, mixed_rows, page, spread_out
+from speed import PAGE, RESULTS, all_exits, mixed_rows, spread_out
+from speed_page import SHAPES, page
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_earlyexit as ee
