@@ -17,8 +17,8 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import pad_batch
-from hf_earlyexit.inference.rows import encode_rows
+from hf_earlyexit.inference.batching import pad_batch, sorted_batches
+from hf_earlyexit.inference.rows import encode_rows, text_columns
 from hf_earlyexit.policies import POLICIES
 
 NEAR = 1e-5
@@ -101,12 +101,61 @@ def rows_apart(model, encoded, traces, policy, pairs: int, seed: int = 0) -> dic
     return {"pairs": seen, "changed": changed, "changed_at_near_ties": flips, "rows_near_a_threshold": int(near.sum())}
 
 
+def on_every_path(model, tokenizer, texts, rows, policy) -> dict:
+    """Label and exit layer of each row alone against forward in batches, the engine in every way, and the pipeline."""
+    near = torch.empty(len(rows), dtype=torch.bool)
+    for places, batch in sorted_batches(rows, 512):
+        near[places] = near_ties(policy, policy.scan(full_trace(model, batch)).scores)
+    alone = [model(**pad_batch([row]), early_exit=True) for row in rows]
+    labels = torch.stack([output.logits[0].argmax() for output in alone])
+    layers = torch.cat([output.exit_layer for output in alone])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    shuffled = [rows[place] for place in order.tolist()]
+
+    def forward():
+        outputs = [model(**pad_batch(rows[start : start + 32]), early_exit=True) for start in range(0, len(rows), 32)]
+        return torch.cat([out.logits.argmax(-1) for out in outputs]), torch.cat([out.exit_layer for out in outputs])
+
+    def engine(given, **options):
+        answers = ee.predict(model, given, **options)
+        return answers.logits.argmax(-1), answers.exit_layer
+
+    def two_threads():
+        torch.set_num_threads(2)
+        try:
+            return engine(rows)
+        finally:
+            torch.set_num_threads(1)
+
+    def pipeline():
+        told = ee.pipeline(model=model, tokenizer=tokenizer)(texts, truncation=True)
+        ids = [model.config.label2id[one["label"]] for one in told]
+        return torch.tensor(ids), torch.tensor([one["exit_layer"] for one in told])
+
+    back = order.argsort()
+    paths = {
+        "forward, batches of 32 in arrival order": forward,
+        "engine, 64 tokens": lambda: engine(rows, max_batch_tokens=64),
+        "engine, 4,096 tokens, another order": lambda: [part[back] for part in engine(shuffled, max_batch_tokens=4096)],
+        "engine, two threads": two_threads,
+        "pipeline": pipeline,
+    }
+    found = {"rows": len(rows), "rows_near_a_threshold": int(near.sum()), "paths": {}}
+    for name, path in paths.items():
+        got_labels, got_layers = path()
+        off = (got_labels != labels) | (got_layers != layers)
+        found["paths"][name] = {"changed": int((off & ~near).sum()), "changed_at_near_ties": int((off & near).sum())}
+        print(name, found["paths"][name], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--pool", type=int, default=200, help="rows that the pairs are drawn from")
+    parser.add_argument("--paths-only", action="store_true", help="only compare forward, engine and pipeline")
     args = parser.parse_args()
     recipe = json.loads((args.model / "train.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -115,6 +164,20 @@ def main() -> None:
     splits = load_rows(TASKS[recipe["task"]])
     report = encode_rows(splits["report"], tokenizer)
     rows = (report + encode_rows(splits["held-back"], tokenizer))[: args.rows]
+    out = Path(__file__).parent / "results" / "hold.json"
+    out.parent.mkdir(exist_ok=True)
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    column = text_columns(splits["report"].column_names)[0]
+    texts = [*splits["report"][column], *splits["held-back"][column]][: args.rows]
+    with torch.inference_mode():
+        policy = ee.calibrate(held, "confidence", ee.LayerBudget(4.5)).policy
+        model.set_exit_policy(policy)
+        paths = on_every_path(model, tokenizer, texts, rows, policy)
+        out.write_text(json.dumps({**kept, "paths": paths}, indent=1) + "\n")
+        if any(path["changed"] for path in paths["paths"].values()):
+            raise SystemExit(f"Paths differ: {paths}")
+    if args.paths_only:
+        return
     pool, results = report[: args.pool], {}
     with torch.inference_mode():
         batches = with_traces(model, rows, 32)
@@ -126,9 +189,7 @@ def main() -> None:
             apart = rows_apart(model, pool, traces, policy, args.pairs)
             results[name] = served_as_calibrated(model, batches, policy) | apart
             print(name, results[name], flush=True)
-    out = Path(__file__).parent / "results" / "hold.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"model": recipe, "near": NEAR, "policies": results}, indent=1) + "\n")
+    out.write_text(json.dumps({"model": recipe, "near": NEAR, "policies": results, "paths": paths}, indent=1) + "\n")
     for name, found in results.items():
         counted = abs(found["mean_layers_reported"] - found["mean_layers_counted_by_hooks"])
         if found["differences"] or found["changed"] or counted > 1e-9:

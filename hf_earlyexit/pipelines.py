@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator, Sized
 from os import PathLike
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import Pipeline, TextClassificationPipeline
 
 from .errors import DataError, UsageError
 from .inference.captions import told_caption
+from .inference.predict import WINDOW, stream
+from .inference.rows import MODEL_COLUMNS, TokenIds
 from .modeling.certificate import warn_of_other_tokenizer
 from .modeling.classifier import EarlyExitClassifier
 from .modeling.doors import CAPTIONING
@@ -23,7 +27,8 @@ from .registry import unknown_name
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
 
-    Takes `operating_point`, when it is made and when it is called: the name of the policy to use.
+    Takes `operating_point`, when it is made and when it is called: the name of the policy to use. Lists and data sets run
+    through the engine of `predict`, whatever `batch_size` says; a generator is read `batch_size` rows ahead.
     """
 
     def _sanitize_parameters(self, operating_point: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -35,6 +40,26 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
 
     def _forward(self, model_inputs: Any, operating_point: str | None = None) -> Any:
         return self.model(**model_inputs, operating_point=operating_point)
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[Any]:
+        def rows() -> Iterator[TokenIds]:
+            for one in (inputs[place] for place in range(len(inputs))) if isinstance(inputs, Sized) else inputs:
+                encoded = self.preprocess(one, **preprocess_params)
+                yield {name: values[0].tolist() for name, values in encoded.items() if name in MODEL_COLUMNS}
+
+        window = WINDOW if isinstance(inputs, Sized) else batch_size
+        for answer in stream(self.model, rows(), window=window, **forward_params):
+            score = None if math.isnan(answer.exit_score) else [answer.exit_score]
+            told = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
+            yield self.postprocess(told, **postprocess_params)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
         answer = super().postprocess(model_outputs, **kwargs)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_earlyexit as ee
 from tests.conftest import SHAPE
@@ -44,7 +46,8 @@ def test_stock_pipeline_runs_no_layer_after_a_row_has_left(batch_size, saved, ra
     ours = ee.pipeline(model=str(saved), batch_size=batch_size)
     counts, texts = layers_run(pipe.model), random_texts(24)
     answers, told = pipe(texts), ours(texts)
-    assert [(a["label"], a["score"]) for a in answers] == [(t["label"], t["score"]) for t in told]
+    assert [a["label"] for a in answers] == [t["label"] for t in told]
+    assert [a["score"] for a in answers] == pytest.approx([t["score"] for t in told], abs=1e-5)
     layers = [answer["exit_layer"] for answer in told]
     assert len(set(layers)) >= 3
     assert counts == [sum(layer >= depth for layer in layers) for depth in range(1, 5)]
@@ -82,3 +85,37 @@ def test_a_model_without_exits_is_refused(tiny_config, tokenizer):
     plain = BertForSequenceClassification(BertConfig(**SHAPE))
     with pytest.raises(ee.EarlyExitError, match="has no exits"):
         ee.pipeline(model=plain, tokenizer=tokenizer)
+
+
+def test_lists_and_data_sets_run_through_the_engine_in_full_chunks(saved, random_texts):
+    pipe, texts = ee.pipeline(model=str(saved)), random_texts(40, seed=2)
+    chunks = []
+    first = pipe.model.bert.encoder.layer[0].intermediate.dense
+    first.register_forward_hook(lambda module, given, output: chunks.append(len(given[0])))
+    told = pipe(texts)
+    assert 0 < len(chunks) <= 2  # 40 rows of up to 12 words are not walked one by one
+    expected = ee.predict(pipe.model, texts, tokenizer=pipe.tokenizer)
+    assert [one["exit_layer"] for one in told] == expected.exit_layer.tolist()
+    again = list(pipe(KeyDataset(Dataset.from_dict({"text": texts}), "text")))
+    assert [(one["label"], one["exit_layer"]) for one in again] == [(one["label"], one["exit_layer"]) for one in told]
+
+
+def test_a_generator_is_read_no_further_than_it_is_answered(saved, random_texts):
+    read = []
+
+    def supply():
+        for text in random_texts(9):
+            read.append(text)
+            yield text
+
+    answers = ee.pipeline(model=str(saved))(supply())
+    next(answers)
+    assert len(read) <= 2  # the stock pipeline looks at the first to know its kind
+
+
+def test_pairs_and_an_operating_point_reach_the_engine(saved, random_texts):
+    pipe = ee.pipeline(model=str(saved))
+    pairs = [{"text": a, "text_pair": b} for a, b in zip(random_texts(5), random_texts(5, seed=8), strict=True)]
+    assert {one["exit_layer"] for one in pipe(pairs, operating_point="exact")} == {4}
+    together = [one["exit_layer"] for one in pipe(pairs)]
+    assert together == [pipe(pair)["exit_layer"] for pair in pairs]

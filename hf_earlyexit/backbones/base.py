@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,22 @@ class Context:
     tokens: Tensor | None
     lengths: tuple[int, ...] | None
     options: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, hidden: Tensor) -> int:
+        """Rows."""
+        return hidden.shape[0]
+
+    def for_head(self, hidden: Tensor, first_token: bool) -> list[tuple[Tensor, Tensor | None]]:
+        """What an exit head reads, in parts that make up all rows in order.
+
+        Args:
+            hidden: of these rows.
+            first_token: whether the first token alone is enough.
+
+        Returns:
+            Hidden states `[B, T, H]`, and which tokens are real `[B, T]`; `None` if no row is padded.
+        """
+        return [(hidden, self.tokens)]
 
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Context]:
         """Keep some rows and cut the columns that are padding for all of them.
@@ -79,6 +95,21 @@ class Backbone(ABC):
     @abstractmethod
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after one layer."""
+
+    def packs(self, model: nn.Module) -> bool:
+        """Whether rows can be walked end to end, without padding, by `begin_packed` and `packed_layer`.
+
+        Only for networks whose pooler and classifier read the first token alone.
+        """
+        return False
+
+    def begin_packed(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Context]:
+        """As `begin`, but `[tokens, H]` and a `Packed` context; the attention mask is `[B, T]` or not there."""
+        raise NotImplementedError
+
+    def packed_layer(self, layer: nn.Module) -> Callable[[Tensor, Any], Tensor]:
+        """The layer for packed rows: a function of hidden states `[tokens, H]` and their `Packed` context."""
+        raise NotImplementedError
 
     @abstractmethod
     def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import BatchEncoding
 
 
@@ -49,7 +50,7 @@ def pad_batch(rows: Sequence[dict[str, list[int]]], pad_token_id: int = 0) -> Ba
             if name in row:
                 padding = pad_token_id if name == "input_ids" else 0
                 filled.setdefault(name, []).append(list(row[name]) + [padding] * (width - length))
-    return BatchEncoding(filled, tensor_type="pt")
+    return BatchEncoding({name: torch.tensor(values) for name, values in filled.items()})
 
 
 @contextmanager

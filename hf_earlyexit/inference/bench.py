@@ -117,7 +117,8 @@ def bench(
     for name in models:
         share = result["throughput"][name]
         few_exits = exits_of(models[name], few, predict(models[name], few))
-        exits[name]["share_of_bound"] = share[FULL]["seconds"] / share[EARLY]["seconds"] / exits[name]["token_layer_bound"]
+        for key, way in (("share_of_bound", EARLY), ("share_of_bound_in_arrival_order", FORWARD)):
+            exits[name][key] = share[FULL]["seconds"] / share[way]["seconds"] / exits[name]["token_layer_bound"]
         exits[name]["share_of_bound_at_batch_1"] = (
             result["latency"][name][STOCK]["seconds"]
             / result["latency"][name][FORWARD]["seconds"]

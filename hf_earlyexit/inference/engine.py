@@ -44,7 +44,7 @@ def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPoli
     Returns:
         Answers in the order the rows came.
     """
-    batch, device = hidden.shape[0], hidden.device
+    batch, device = context.count(hidden), hidden.device
     result = Early(
         hidden.new_zeros(batch, num_classes),
         torch.zeros(batch, dtype=torch.long, device=device),

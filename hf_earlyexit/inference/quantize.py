@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import UsageError
+
+SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
+HALF_RANGE = not getattr(
+    torch.cpu, "_is_vnni_supported", bool
+)()  # older instructions add up in 16 bits, which would overflow
 
 
 class Int8Linear(nn.Module):
@@ -27,15 +35,34 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")  # torch plans another way to make 8-bit tensors, but has no fast one yet
             rounded = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8)
             bias = None if linear.bias is None else linear.bias.detach().float()
-            self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+            with _fastest_kernels():
+                self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`, float32."""
-        return torch.ops.quantized.linear_dynamic(inputs, self.packed, True)
+        flat = inputs.flatten(0, -2)
+        tokens = len(flat)
+        missing = -tokens % FEW_SIZES if tokens > SMALL else 0
+        if missing:
+            flat = functional.pad(flat, (0, 0, 0, missing))
+        return torch.ops.quantized.linear_dynamic(flat, self.packed, HALF_RANGE)[:tokens].view(*inputs.shape[:-1], -1)
+
+
+@contextmanager
+def _fastest_kernels() -> Iterator[None]:
+    """oneDNN's, where there are any: 2 to 3 times as fast at 256 tokens as those torch takes by itself on x86."""
+    backend = torch.backends.quantized
+    before = backend.engine
+    try:
+        if "onednn" in backend.supported_engines:
+            backend.engine = "onednn"
+        yield
+    finally:
+        backend.engine = before
 
 
 def quantize_int8(model: Any) -> Any:
-    """A copy of a model whose layers compute in 8 bits: 1.5 to 2.5 times as fast on CPUs with 8-bit instructions.
+    """A copy of a model whose layers compute in 8 bits: 2 to 4 times as fast on CPUs with 8-bit instructions.
 
     Heads, pooler, norms and attention stay in float32. The copy has no policy: its logits differ from the model's, so
     thresholds must be chosen anew on a trace of the copy itself (`collect_trace`, `calibrate`, `set_exit_policy`). Inputs

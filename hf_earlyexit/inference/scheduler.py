@@ -7,6 +7,7 @@ rows that meet are of similar length and hardly any padding is computed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,10 +51,10 @@ class Passed(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows of one depth: their places `[B]`, what the layers need, what the policy and the deadline remember."""
+    """Rows of one depth: their places, what the layers need, what the policy and the deadline remember."""
 
     depth: int
-    places: Tensor
+    places: list[int]
     hidden: Tensor
     context: Context
     state: Any
@@ -61,8 +62,18 @@ class Chunk(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Padded tokens."""
-        return self.hidden.shape[0] * self.hidden.shape[1]
+        """Tokens, padding included."""
+        return math.prod(self.hidden.shape[:-1])
+
+
+class Leaving(NamedTuple):
+    """Rows that leave together: their places, and as in `Passed` what they leave with, and why."""
+
+    places: list[int]
+    answer: Tensor
+    exit_index: Tensor | int
+    score: Tensor
+    reasons: list[str]
 
 
 @dataclass
@@ -81,13 +92,20 @@ class Answers:
         nan = torch.full((rows, num_classes), torch.nan)
         return cls(nan, torch.full((rows,), -1), torch.full((rows,), torch.nan), [DEADLINE] * rows)
 
-    def write(self, places: Tensor, answer: Tensor, index: Tensor | int, score: Tensor, reasons: Sequence[str]) -> None:
-        """Rows `places` leave with these."""
-        self.logits[places] = answer.float().cpu()
-        self.exit_index[places] = index.cpu() if isinstance(index, Tensor) else index
-        self.score[places] = score.float().cpu()
-        for place, reason in zip(places.tolist(), reasons, strict=True):
-            self.reason[place] = reason
+    def write(self, groups: Sequence[Leaving]) -> None:
+        """Put down what rows left with."""
+        if not groups:
+            return
+        places = torch.tensor([place for group in groups for place in group.places])
+        self.logits[places] = torch.cat([group.answer for group in groups]).float().cpu()
+        self.score[places] = torch.cat([group.score for group in groups]).float().cpu()
+        exits = [
+            g.exit_index.tolist() if isinstance(g.exit_index, Tensor) else [g.exit_index] * len(g.places) for g in groups
+        ]
+        self.exit_index[places] = torch.tensor([index for group in exits for index in group])
+        for group in groups:
+            for place, reason in zip(group.places, group.reasons, strict=True):
+                self.reason[place] = reason
 
 
 class Scheduler:
@@ -148,17 +166,19 @@ class Scheduler:
             first: the number of the first row, for the errors.
         """
         answers = Answers.blank(len(rows), self.walker.num_classes)
+        gone: list[Leaving] = []
         waiting: list[list[Chunk]] = [[] for _ in range(self.walker.exit_layers[self.last] + 1)]
         for chunk in self._let_in(rows, first, answers):
             going: Chunk | None = chunk
             while going is not None:
-                left = self._advance(going, answers)
+                left = self._advance(going, gone)
                 going = None if left is None else self._meet(waiting[left.depth], left)
         for depth, pile in enumerate(waiting):
             if pile:
-                left = self._advance(self._join(pile), answers)
+                left = self._advance(self._join(pile), gone)
                 if left is not None:
                     waiting[depth + 1].append(left)
+        answers.write(gone)
         return answers
 
     def _let_in(self, rows: Sequence[TokenIds | DataError], first: int, answers: Answers) -> Iterator[Chunk]:
@@ -182,14 +202,13 @@ class Scheduler:
             if self.ends_at is not None:
                 nothing = torch.full((size,), torch.nan, device=device)
                 passed = Passed(nothing[:, None].repeat(1, classes), torch.full((size,), -1, device=device), nothing)
-            places = torch.tensor([good[number][0] for number in chosen])
-            yield Chunk(0, places, hidden, context, state, passed)
+            yield Chunk(0, [good[number][0] for number in chosen], hidden, context, state, passed)
 
-    def _advance(self, chunk: Chunk, answers: Answers) -> Chunk | None:
+    def _advance(self, chunk: Chunk, gone: list[Leaving]) -> Chunk | None:
         """One layer, and the exit after it; `None` if nobody is left."""
         if self._late():
             if chunk.passed is not None:
-                answers.write(chunk.places, *chunk.passed, [DEADLINE] * len(chunk.places))
+                gone.append(Leaving(chunk.places, *chunk.passed, [DEADLINE] * len(chunk.places)))
             self.on_done(len(chunk.places))
             return None
         depth = chunk.depth + 1
@@ -207,37 +226,37 @@ class Scheduler:
             decided = leave.tolist()  # the one wait for the device
         if index == self.last:
             deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
-            reasons = [LAST_LAYER if deepest else POLICY if gone else LAYER_BUDGET for gone in decided]
-            answers.write(chunk.places, answer, index, score, reasons)
+            reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]
+            gone.append(Leaving(chunk.places, answer, index, score, reasons))
             self.on_done(len(chunk.places))
             return None
         passed = None if chunk.passed is None else Passed(answer, torch.full_like(chunk.passed.exit_index, index), score)
         chunk = chunk._replace(state=state, passed=passed)
-        return self._part(chunk, decided, answer, score, index, answers) if any(decided) else chunk
-
-    def _part(
-        self, chunk: Chunk, decided: list[bool], answer: Tensor, score: Tensor, index: int, answers: Answers
-    ) -> Chunk | None:
-        """Write the answers of the decided rows and keep the others."""
-        leaving = [row for row, gone in enumerate(decided) if gone]
-        staying = [row for row, gone in enumerate(decided) if not gone]
+        if not any(decided):
+            return chunk
+        leaving = [row for row, leaves in enumerate(decided) if leaves]
         out = torch.tensor(leaving, device=answer.device)
-        answers.write(chunk.places[leaving], answer[out], index, score[out], [POLICY] * len(leaving))
+        places = [chunk.places[row] for row in leaving]
+        gone.append(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
         self.on_done(len(leaving))
-        if not staying:
-            return None
-        keep = torch.tensor(staying, device=answer.device)
+        return None if len(leaving) == len(decided) else self._stay(chunk, decided)
+
+    def _stay(self, chunk: Chunk, decided: list[bool]) -> Chunk:
+        """The rows that are not decided."""
+        staying = [row for row, leaves in enumerate(decided) if not leaves]
+        keep = torch.tensor(staying, device=chunk.hidden.device)
         hidden, context = chunk.context.take(chunk.hidden, staying, keep)
         passed = None if chunk.passed is None else Passed(*(part[keep] for part in chunk.passed))
         state = None if chunk.state is None else type(chunk.state)(*(part[keep] for part in chunk.state))
-        return Chunk(chunk.depth, chunk.places[staying], hidden, context, state, passed)
+        return Chunk(chunk.depth, [chunk.places[row] for row in staying], hidden, context, state, passed)
 
     def _meet(self, pile: list[Chunk], chunk: Chunk) -> Chunk | None:
         """The chunk that goes on from this depth, or `None` while those who wait there are too few."""
         if 2 * chunk.tokens >= self.max_batch_tokens:
             return chunk
         pile.append(chunk)
-        together = sum(part.hidden.shape[0] for part in pile) * max(part.hidden.shape[1] for part in pile)
+        widest = max(math.prod(part.hidden.shape[1:-1]) for part in pile)  # 1 where rows stand end to end
+        together = widest * sum(part.hidden.shape[0] for part in pile)
         if 2 * together < self.max_batch_tokens:
             return None
         ready = pile[:-1] if together > self.max_batch_tokens else list(pile)
@@ -251,7 +270,7 @@ class Scheduler:
         hidden, context = self.walker.join([(part.hidden, part.context) for part in parts])
         passed = None if first.passed is None else Passed(*map(torch.cat, zip(*(p.passed for p in parts), strict=True)))
         state = first.state and type(first.state)(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
-        return Chunk(first.depth, torch.cat([part.places for part in parts]), hidden, context, state, passed)
+        return Chunk(first.depth, [place for part in parts for place in part.places], hidden, context, state, passed)
 
     def _late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at

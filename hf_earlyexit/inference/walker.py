@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backbones.base import Context
+from ..backbones.packed import join as join_packed
 from ..errors import DataError
 from ..policies.base import ExitSignal
 from .batching import pad_batch
@@ -26,7 +28,9 @@ class ModelWalker:
 
     def __init__(self, model: Any) -> None:
         self.model, self.base = model, model.base_model
-        self.layers = list(model.backbone.layers(self.base))
+        self.packs: bool = model.backbone.packs(self.base)
+        prepared = model.backbone.packed_layer if self.packs else partial(partial, model.backbone.step)
+        self.layers = [prepared(layer) for layer in model.backbone.layers(self.base)]
         self.exit_layers: tuple[int, ...] = model.exit_layers
         self.num_classes: int = model.num_labels
         self.device: torch.device = model.device
@@ -40,18 +44,22 @@ class ModelWalker:
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""
         batch = pad_batch(rows, self.base.config.pad_token_id or 0).to(self.device)
+        if self.packs:
+            return self.model.backbone.begin_packed(self.base, dict(batch))
         return self.model.backbone.begin(self.base, dict(batch), {})
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
-        return self.model.backbone.step(self.layers[layer - 1], hidden, context)
+        return self.layers[layer - 1](hidden, context)
 
     def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
         """What exit `exit_index` (0-based) says."""
         return self.model.exit_signal(exit_index, hidden, context, with_gate)
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
-        """Batches of the same depth as one, padded to the widest."""
+        """Batches of the same depth as one, padded to the widest where they are padded."""
+        if self.packs:
+            return join_packed(parts)
         width = max(hidden.shape[1] for hidden, _ in parts)
         joined = torch.cat([_widened(hidden, width) for hidden, _ in parts])
         masks = [_widened(hidden.new_ones(hidden.shape[:2]) if c.tokens is None else c.tokens, width) for hidden, c in parts]

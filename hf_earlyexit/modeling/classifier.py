@@ -10,6 +10,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..backbones.base import Backbone, Context
+from ..backbones.packed import Packed
 from ..errors import DataError
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitSignal
@@ -18,6 +19,8 @@ from .exits import ModelWithExits
 from .gates import new_gates
 from .heads import HEADS
 from .outputs import EarlyExitClassifierOutput
+
+UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing to layers that exit early
 
 
 class EarlyExitClassifier(ModelWithExits):
@@ -49,15 +52,19 @@ class EarlyExitClassifier(ModelWithExits):
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
-        return self.backbone.step(self.backbone.layers(self.base_model)[layer - 1], hidden, context)
+        module = self.backbone.layers(self.base_model)[layer - 1]
+        if isinstance(context, Packed):
+            return self.backbone.packed_layer(module)(hidden, context)
+        return self.backbone.step(module, hidden, context)
 
     def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
         """What exit `exit_index` (0-based) says of the hidden states after its layer, its gate where there is one."""
         layer = self.config.exit_layers[exit_index]
         if layer == self.config.num_hidden_layers:
-            return ExitSignal(self.classify(hidden))
+            return ExitSignal(self.classify(context.for_head(hidden, True)[0][0]))
         head = self.exit_heads[str(layer)]
-        state = head.pool(hidden, context.tokens, self._stock_pool)
+        states = [head.pool(*part, self._stock_pool) for part in context.for_head(hidden, head.first_token)]
+        state = states[0] if len(states) == 1 else torch.cat(states)
         logits = head(state)
         with_gate = with_gate and str(layer) in self.exit_gates
         return ExitSignal(logits, self.exit_gates[str(layer)](state, logits) if with_gate else None)
@@ -107,7 +114,11 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)
+        plain = attention_mask is None or (attention_mask.ndim == 2 and len(attention_mask))
+        if policy is not None and plain and not kwargs.keys() - UNREAD and self.backbone.packs(self.base_model):
+            hidden, context = self.backbone.begin_packed(self.base_model, inputs)
+        else:
+            hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)
         if policy is not None:
             early = run_early(self, hidden, context, policy, self.num_labels)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)

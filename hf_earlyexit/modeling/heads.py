@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ class ExitHead(ABC, nn.Module):
         num_labels: C.
         dropout: applied to the pooled state in training.
     """
+
+    first_token: ClassVar[bool] = False  # True: reads the first token alone (a stock pooler does), so only it is handed over
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
@@ -52,6 +55,8 @@ class SharedPoolerHead(ExitHead):
     On backbones whose first token gathers nothing in lower layers these exits know nothing there; calibration says so.
     """
 
+    first_token = True
+
     def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
         return stock_pool(hidden)
 
@@ -59,6 +64,8 @@ class SharedPoolerHead(ExitHead):
 @HEADS.register("pooler")
 class OwnPoolerHead(ExitHead):
     """A pooler of its own (dense and tanh on the first token), then linear."""
+
+    first_token = True
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
@@ -71,6 +78,8 @@ class OwnPoolerHead(ExitHead):
 @HEADS.register("linear-cls")
 class FirstTokenHead(ExitHead):
     """Linear straight on the first token: the cheapest."""
+
+    first_token = True
 
     def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
         return hidden[:, 0]

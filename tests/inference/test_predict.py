@@ -45,8 +45,10 @@ def test_no_rows_give_no_answers(model, tokenizer):
     assert (answers.logits.shape, answers.exit_layer.shape, answers.exit_score.shape) == ((0, 3), (0,), (0,))
 
 
-def test_blank_texts_are_answered(model, tokenizer):
-    assert bool(ee.predict(model, ["", " "], tokenizer=tokenizer).logits.isfinite().all())
+def test_nothing_but_blank_texts_is_answered_alike(model, tokenizer):
+    answers = ee.predict(model, ["", " ", "\t\n"] * 5, tokenizer=tokenizer)
+    assert bool(answers.logits.isfinite().all())
+    assert torch.allclose(answers.logits, answers.logits[:1].expand(15, -1), atol=1e-5)
 
 
 def test_a_data_set_of_pairs_equals_a_list_of_pairs(model, tokenizer, random_texts):
