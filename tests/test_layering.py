@@ -18,7 +18,7 @@ ALLOWED = {
     "registry": {"errors"},
     "files": {"errors"},
     "problems": {"errors"},
-    "policies": BASE,
+    "policies": BASE | {"losses"},
     "trace": BASE | {"policies"},
     "metrics": BASE | {"trace"},
     "cost": BASE,

@@ -7,6 +7,7 @@ from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
 from .gate import GatePolicy
 from .laws import check_exit_policy
 from .patience import PatiencePolicy
+from .reward import RewardPolicy
 from .static import StaticPolicy
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GatePolicy",
     "MarginPolicy",
     "PatiencePolicy",
+    "RewardPolicy",
     "Scan",
     "StaticPolicy",
     "check_exit_policy",
