@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, set_seed
 import hf_earlyexit as ee
 from hf_earlyexit.inference.rows import text_columns
 
-LOGGED = ("phase", "epoch", "gate_quality", "gate_layers", "gate_reward", "exit_12_quality")
+LOGGED = ("phase", "gate_quality", "gate_layers", "gate_reward", "exit_12_quality")
 
 
 def train(start: Path, out: Path, settings: dict) -> None:
@@ -68,7 +68,7 @@ def train(start: Path, out: Path, settings: dict) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     shutil.rmtree(out / "run")
-    told = [{key: entry[key] for key in LOGGED if key in entry} for entry in log if "gate_quality" in entry]
+    told = [{key: entry[key] for key in LOGGED} for entry in log if "exit_12_quality" in entry]  # the end of each phase
     values = {"start": start.name, "autocast": "bfloat16", "minutes": round(minutes, 1), "recipe": recipe, "log": told}
     (out / "train.json").write_text(json.dumps(values, indent=1) + "\n")
 
