@@ -8,7 +8,7 @@ import pytest
 
 from hf_earlyexit import exchange
 from hf_earlyexit.errors import CheckpointError
-from hf_earlyexit.files import inside, read_json, replaced_folder, write_file
+from hf_earlyexit.files import inside, read_json, replaced_folder, write_file, write_json
 
 FORMER = {"config.json": b"old", "model.safetensors": b"old weights", "notes.txt": b"mine", "plots/a.svg": b"old plot"}
 NEW = {"config.json": b"new", "model.safetensors": b"new weights", "card.md": b"card", "plots/a.svg": b"new plot"}
@@ -188,6 +188,14 @@ def test_one_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"calibration.json could not be written \(full\)"):
         write_file(path, b"new")
     assert content(tmp_path) == {"calibration.json": b"old"}
+
+
+def test_json_comes_back_as_it_was_and_its_folder_is_made(tmp_path):
+    path = tmp_path / "run" / "done.json"
+    write_json(path, {"log": [1.5, None, "é"]})
+    assert read_json(path) == {"log": [1.5, None, "é"]}
+    with pytest.raises(CheckpointError, match=r"below\.json could not be written"):
+        write_json(path / "below.json", {})
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ".", "", "link/x", "leak"])

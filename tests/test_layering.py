@@ -20,7 +20,7 @@ ALLOWED = {
     "files": {"errors", "exchange"},
     "problems": {"errors"},
     "pictures": {"errors"},
-    "policies": BASE,
+    "policies": BASE | {"losses"},
     "trace": BASE | {"policies"},
     "metrics": BASE | {"trace"},
     "caption_metrics": {"errors"},

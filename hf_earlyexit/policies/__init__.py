@@ -7,6 +7,7 @@ from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
 from .gate import GatePolicy
 from .laws import check_exit_policy
 from .patience import PatiencePolicy
+from .reward import RewardPolicy
 from .saturation import SaturationPolicy
 from .static import StaticPolicy
 
@@ -24,6 +25,7 @@ __all__ = [
     "GatePolicy",
     "MarginPolicy",
     "PatiencePolicy",
+    "RewardPolicy",
     "SaturationPolicy",
     "Scan",
     "StaticPolicy",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
-
-from ..errors import CheckpointError
 
 # Trainer writes its state last, so a whole one says that the rest is there
 TRAINER_STATE = "trainer_state.json"
@@ -51,26 +47,3 @@ def _fault(path: Path) -> str | None:
     lost = [name for name in NEEDED if not (path / name).is_file()]
     lost += [] if list(path.glob("rng_state*.pth")) else ["rng_state.pth"]
     return f"no {', '.join(lost)}" if lost else None
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); start again in another folder.", path=path) from error

@@ -17,7 +17,7 @@ from ..losses.noise import row_keys, row_noise
 from .checkpoints import newest_complete_checkpoint
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments
-from .gate_report import gate_metrics, warn_of_collapse
+from .gate_report import gate_metrics, warn_of_trouble
 from .gates import train_gates
 from .hardness import ExampleId, HardnessTable
 from .run_folder import RunFolder
@@ -181,7 +181,7 @@ class ConsistentTrainer:
         def report(epoch: int) -> None:
             metrics = gate_metrics(judged.judged(self.model.exit_gates), self._objective, self.args.hardness)
             logs.append({"epoch": epoch, **metrics})
-            warn_of_collapse([*self.log_history, *logs])
+            warn_of_trouble([*self.log_history, *logs])
 
         train_gates(
             self.model.exit_gates,

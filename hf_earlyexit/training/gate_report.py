@@ -1,4 +1,4 @@
-"""What trained gates do: figures for the log, and a warning when they all say the same."""
+"""What trained gates do: figures for the log, and warnings when they no longer tell rows apart."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from ..calibration.replay import replay
 from ..losses.base import row_losses
 from ..losses.consistentee import ConsistentObjective
 from ..policies.gate import GatePolicy
+from ..problems import SINGLE_LABEL
 from ..trace import ExitTrace
 from .hardness import HARDNESS
 
 CROWD = 0.95  # a layer that takes more than this share of the rows
+CERTAIN = 1e-3  # a gate this close to 0 or 1 hardly learns any more
 SHARE = re.compile(r"exit_(\d+)_share$")
 
 logger = logging.get_logger(__name__)
@@ -31,11 +33,19 @@ def gate_metrics(trace: ExitTrace, objective: ConsistentObjective | None = None,
         measure: of the rows' hardness, for the reward; a name of `HARDNESS`.
 
     Returns:
-        `gate_quality` (accuracy for one label), `gate_layers` (mean), `exit_<layer>_share` for every exit, `gate_reward`.
+        `gate_quality` (accuracy for one label), `gate_layers` (mean), `exit_<layer>_share` for every exit, `gate_certain`
+        (share of gates closer to 0 or 1 than 0.001), `gate_reward`; for one label also `gate_stuck_classes`: how many
+        classes have no row that leaves early.
     """
     done = replay(GatePolicy.half(trace.num_exits, problem_type=trace.problem_type), trace)
     metrics = {"gate_quality": done.quality, "gate_layers": done.mean_layers}
     metrics |= {f"exit_{exit.layer}_share": exit.share for exit in done.exits}
+    chance = torch.zeros(0) if trace.gates is None else trace.gates.float().sigmoid()
+    metrics["gate_certain"] = float(((chance < CERTAIN) | (chance > 1 - CERTAIN)).float().mean()) if chance.numel() else 0.0
+    if trace.problem_type == SINGLE_LABEL:
+        early = torch.as_tensor(done.exit_layer) < trace.exit_layers[-1]
+        labels = trace.labels.reshape(-1)
+        metrics["gate_stuck_classes"] = float(len(set(labels.tolist()) - set(labels[early].tolist())))
     if objective is not None:
         layers = torch.tensor(trace.exit_layers, dtype=torch.float32)
         losses = row_losses(trace.logits, trace.labels, trace.problem_type)
@@ -45,24 +55,45 @@ def gate_metrics(trace: ExitTrace, objective: ConsistentObjective | None = None,
     return metrics
 
 
-def warn_of_collapse(logs: Sequence[dict[str, Any]]) -> int | None:
-    """Warn if one layer took nearly all rows in the last two evaluations.
+def warn_of_trouble(logs: Sequence[dict[str, Any]]) -> list[str]:
+    """Warn of what is wrong in both of the last two evaluations.
+
+    That is a layer that took nearly all rows, gates that are certain of nearly everything, or classes of which no row leaves
+    early.
 
     Args:
         logs: of a run, in order; only entries with shares count.
 
     Returns:
-        That layer, or `None`.
+        The warnings, as they were logged.
     """
-    crowded = [_crowded_layer(log) for log in logs if any(SHARE.search(name) for name in log)][-2:]
-    if len(crowded) < 2 or crowded[0] is None or crowded[0] != crowded[1]:
-        return None
-    logger.warning(
-        f"The gates send more than {CROWD:.0%} of the rows out after layer {crowded[0]}, twice in a row: they have "
-        "collapsed and no longer tell rows apart. Lower alpha if the layer is early, raise it if it is the last, or lower "
-        "the gates' learning rate."
-    )
-    return crowded[0]
+    last = [log for log in logs if any(SHARE.search(name) for name in log)][-2:]
+    if len(last) < 2:
+        return []
+    told = []
+    crowded = {_crowded_layer(log) for log in last}
+    collapsed = len(crowded) == 1 and None not in crowded
+    if collapsed:
+        told.append(
+            f"The gates send more than {CROWD:.0%} of the rows out after layer {crowded.pop()}, twice in a row: they have "
+            "collapsed and no longer tell rows apart. Lower alpha if the layer is early, raise it if it is the last, or "
+            "lower the gates' learning rate."
+        )
+    if all(log.get("gate_certain", 0.0) > CROWD for log in last):
+        told.append(
+            f"More than {CROWD:.0%} of the gates are within {CERTAIN:g} of 0 or 1, twice in a row: they are saturated, "
+            "learn hardly any more, and thresholds other than one half do little. Train them for fewer epochs or at a "
+            "lower rate, or on rows held back (gate_dataset)."
+        )
+    stuck = min(int(log.get("gate_stuck_classes", 0)) for log in last)
+    if stuck and not collapsed:
+        told.append(
+            f"No row of {stuck} {'class leaves' if stuck == 1 else 'classes leaves'} early, twice in a row. Look at the "
+            "quality of the exits on these classes: where early exits never answer them rightly, gates cannot help."
+        )
+    for text in told:
+        logger.warning(text)
+    return told
 
 
 def _crowded_layer(log: dict[str, Any]) -> int | None:

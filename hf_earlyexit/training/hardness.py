@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
+from ..files import write_file
 from ..losses.base import row_losses
 from ..metrics import memorized_layer, right_exits
 from ..registry import Registry
@@ -155,9 +156,10 @@ class HardnessTable:
         return {layer: count / max(len(self.ids), 1) for layer, count in enumerate(counts.tolist())}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, whole or not at all."""
         plain = {"ids": self.ids, "num_layers": self.num_layers, "measure": self.measure}
-        save_file({"layers": self.layers.contiguous()}, path, metadata={"format": FORMAT, "table": json.dumps(plain)})
+        metadata = {"format": FORMAT, "table": json.dumps(plain)}
+        write_file(path, save({"layers": self.layers.contiguous()}, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HardnessTable:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import CheckpointError, TrainingError, UsageError
-from .checkpoints import read_json, write_json
+from ..files import read_json, write_json
 
 SETTINGS_FILE, DONE_FILE, MODEL_FOLDER = "run.json", "done.json", "model"
 

@@ -8,6 +8,7 @@ import torch
 from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy, check_exit_policy
 from hf_earlyexit.policies.laws import LAWS
+from hf_earlyexit.policies.reward import NUM_WEIGHTS
 from hf_earlyexit.problems import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
 from tests.samples import learned_trace, scan
 
@@ -37,6 +38,7 @@ BEEM = [
     {"thresholds": [0.5], "weights": [0.7, 0.8]},
 ]
 LINES = {"slopes": [0.5, 1.0, 1.5, 2.0], "offsets": [[0.1, -0.2, 0.0], [0.0, 1.0, -1.0], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]}
+NETWORK = {"weights": torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(5)).tolist()}
 CONFIGURATIONS = {
     "beem": BEEM,
     "beem-a": BEEM,
@@ -59,6 +61,12 @@ CONFIGURATIONS = {
         {"thresholds": [1, 1, 2], "problem_type": REGRESSION, "tolerance": 0.5},
         {"thresholds": [None, 1, 2], "muted": [0], "problem_type": REGRESSION, "tolerance": 2.0},
         {"thresholds": [1]},
+    ],
+    "reward": [
+        {"thresholds": [0.5, 0.5, 0.5], **NETWORK},
+        {"thresholds": [None, 0.5, None], **NETWORK, **MUTED},
+        {"thresholds": [0.3, None, 0.6], "weights": [50.0] * NUM_WEIGHTS, "exit_layers": [3, 6, 9, 12]},
+        {"thresholds": [0.5], "weights": [0.0] * NUM_WEIGHTS},
     ],
     "saturation": [*MEASURED, {"thresholds": [0.5, None], "problem_type": REGRESSION}],
     "static": [
@@ -147,6 +155,8 @@ def test_no_score_is_above_the_highest_threshold(values):
 def test_every_score_that_was_seen_can_be_a_threshold(name):
     cls = POLICIES.get(name)
     weights = {"weights": (0.1, 0.2, 0.0)} if issubclass(cls, BeemPolicy) else {}
+    if name == "reward":
+        weights = {"weights": tuple(NETWORK["weights"])}
     if name == "beem-calibrated":
         weights = {"slopes": (1.0, 1.0, 1.0), "offsets": ((0.0, 0.0),) * 3}
     certain = torch.tensor([[1e4, -1e4]]).expand(1, 3, 2)
@@ -276,6 +286,16 @@ def test_calibrated_lines_are_one_per_exit_with_finite_numbers(field, bad):
     assert ExitPolicy.from_dict(good).num_exits == 2
     with pytest.raises(PolicyError, match=field):
         ExitPolicy.from_dict({**good, field: bad})
+
+
+@pytest.mark.parametrize("bad", [0.1, [0.1], [0.0] * (NUM_WEIGHTS + 1)], ids=["number", "short", "long"])
+def test_a_network_of_another_size_is_refused(bad):
+    refused("reward", {"thresholds": [0.5], "weights": bad}, "weights", f"expected {NUM_WEIGHTS} numbers")
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD_NUMBERS if bad != -0.1], ids=repr)
+def test_a_network_without_numbers_is_refused(bad):
+    refused("reward", {"thresholds": [0.5], "weights": [0.0] * (NUM_WEIGHTS - 1) + [bad]}, f"weights[{NUM_WEIGHTS - 1}]")
 
 
 @pytest.mark.parametrize(("field", "bad"), [("vote", "max"), ("vote", None), ("reset", "one"), ("reset", 0)])

@@ -52,6 +52,14 @@ def test_saturated_gates_give_finite_losses_and_gradients(estimator, gate):
     assert all(bool(torch.isfinite(part).all()) for part in (*value, gates.grad))
 
 
+@pytest.mark.parametrize("action", ["sample", "argmax"])
+def test_the_last_exit_takes_whoever_no_gate_lets_out(action):
+    objective = ConsistentObjective(action=action, rollouts=50)
+    noise = row_noise(torch.arange(6), 0, 0, (50, 3))
+    assert bool((objective.draw_exits(torch.full((6, 3), -1e4), noise) == 3).all())
+    assert objective.draw_exits(torch.zeros(6, 0), torch.zeros(6, 50, 0)).max() == 0
+
+
 # --- the two estimators -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,186 @@
+"""Leave when what the exits said so far promises more reward than going on, as learned from held-back rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..losses.consistentee import exit_log_probabilities
+from ..problems import SINGLE_LABEL, row_quality
+from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from .measures import certainty, log_odds
+
+FEATURES = 8
+WIDTH = 8
+NUM_WEIGHTS = (FEATURES + 2) * WIDTH + 1
+FLOOR = -20.0  # log-probabilities are cut here
+HALF_PRICE = 0.02  # the price of a layer at which the threshold is one half
+PRICES = (0.0005, 1.0)
+PRICE_SCALE = 0.05  # far above it, only the share of the layers counts, not their price
+STEPS, LEARNING_RATE, RIDGE, MOST_ROWS = 200, 0.03, 1e-3, 1000
+
+
+class History(NamedTuple):
+    """What a row's exits have said so far.
+
+    Attributes:
+        total, lowest, previous: the sum, the smallest and the last of each class's log-probabilities, `[B, C]`.
+        votes: how many exits chose each class, `[B, C]`.
+        seen: how many exits there were, `[B]`.
+    """
+
+    total: Tensor
+    lowest: Tensor
+    previous: Tensor
+    votes: Tensor
+    seen: Tensor
+
+    @classmethod
+    def empty(cls, batch_size: int, num_classes: int, device: torch.device | str) -> History:
+        """The history before the first exit."""
+        zeros = torch.zeros(batch_size, num_classes, device=device)
+        return cls(zeros, zeros, zeros, zeros, zeros.new_zeros(batch_size))
+
+
+@register_policy("reward")
+@dataclass(frozen=True, kw_only=True)
+class RewardPolicy(ExitPolicy):
+    """Leave when the history of answers promises more than going on; the score is in `[0, 1]`.
+
+    One small network, the same at every exit, reads how sure the exit is, how its answer fared at the exits before, and
+    how deep it is. It is taught by reward: leaving costs 1 where it does harm (the last exit would be right and this one is
+    wrong), and every layer has a price. It learns all prices at once, so that each threshold belongs to one: one half to
+    0.02 a layer, lower ones to dearer layers. It learns what weak exits are good for, so calibrate it with
+    `keep_weak_exits=True`, and with a larger `learning_share` where rows are few.
+
+    Args:
+        weights: of the network, in a row.
+
+    Paper: after ConsistentEE (https://arxiv.org/abs/2312.11882), of which it keeps the reward and the exact form of its
+    expectation. That it learns from held-back rows, reads answers instead of hidden states, counts harm instead of the loss,
+    and covers all prices is ours.
+    """
+
+    weights: tuple[float, ...]
+
+    problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
+    learns: ClassVar[bool] = True
+
+    @property
+    def highest_threshold(self) -> float:
+        return 1.0
+
+    def validate(self) -> None:
+        if not isinstance(self.weights, tuple) or len(self.weights) != NUM_WEIGHTS:
+            raise PolicyError(
+                f"weights is {self.weights!r}; expected {NUM_WEIGHTS} numbers.", field="weights", value=self.weights
+            )
+        for index, number in enumerate(self.weights):
+            require_number(f"weights[{index}]", number, -1e6, 1e6)
+        super().validate()
+
+    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> History:
+        return History.empty(batch_size, num_classes, device)
+
+    def update(self, state: History, signal: ExitSignal, exit_index: int) -> tuple[History, Tensor, Tensor]:
+        depth = (exit_index + 1) / self.num_exits
+        state, features = _look(state, signal.logits, depth)
+        said = _network(features, torch.tensor(self.weights, device=signal.logits.device))
+        return state, 1 / (1 + torch.exp(-said)), signal.logits  # unlike sigmoid, the same to the bit in every batch size
+
+    @classmethod
+    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
+        """Teach the network; the same rows give the same numbers.
+
+        Args:
+            trace: labelled rows, not those that choose the thresholds; a few hundred are enough.
+            options: other fields of the policy.
+        """
+        muted = set(options.get("muted", ()))
+        kept = [index for index in range(trace.num_exits) if index not in muted]
+        if "weights" in options or len(kept) == 1:
+            return {"weights": (0.0,) * NUM_WEIGHTS, **options}
+        return {"weights": _taught(trace.select(range(min(trace.num_rows, MOST_ROWS))), kept), **options}
+
+
+def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
+    """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
+    said = logits.float().log_softmax(-1).clamp_min(FLOOR)
+    answer = said.argmax(-1, keepdim=True)
+    now = History(
+        total=state.total + said,
+        lowest=torch.minimum(state.lowest, said),  # of numbers at or below 0
+        previous=said,
+        votes=state.votes.scatter_add(1, answer, torch.ones_like(said[:, :1])),
+        seen=state.seen + 1,
+    )
+
+    def of_answer(values: Tensor) -> Tensor:
+        return values.gather(1, answer)[:, 0]
+
+    own = of_answer(said)
+    risen = torch.where(state.seen == 0, torch.zeros_like(own), own - of_answer(state.previous))
+    return now, [
+        own + 0.5,
+        log_odds(said) / 2 - 1,
+        certainty(said) - 0.5,
+        of_answer(now.total) / now.seen + 0.5,
+        risen,
+        of_answer(now.votes) / now.seen - 0.5,
+        (of_answer(now.lowest) + 1) / 2,
+        torch.full_like(own, 2 * depth - 1),
+    ]
+
+
+def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Leave logits in the shape of the features. Element by element: matrix products depend on the size of the batch."""
+    *inner, bias, outer = weights[:-1].view(FEATURES + 2, WIDTH)
+    hidden = bias.expand(*features[0].shape, WIDTH)
+    for feature, row in zip(features, inner, strict=True):
+        hidden = hidden + feature[..., None] * row
+    said = weights[-1].expand(features[0].shape)
+    for column in (hidden.relu() * outer).unbind(-1):
+        said = said + column
+    return said
+
+
+def _taught(trace: Any, kept: list[int]) -> tuple[float, ...]:
+    """Weights that earn the most over all prices, from a fixed start and in full batches.
+
+    Args:
+        trace: the rows.
+        kept: exits that are looked at, the last one included.
+    """
+    looks, state = [], History.empty(trace.num_rows, trace.logits.shape[-1], "cpu")
+    for index in kept[:-1]:
+        state, features = _look(state, trace.signal(index).logits, (index + 1) / trace.num_exits)
+        looks.append(torch.stack(features))
+    seen = torch.stack(looks, -1).unbind(0)  # [N, K - 1] each
+    right = row_quality(trace.logits, trace.labels, trace.problem_type)[:, kept] > 0
+    harm = (right[:, -1:] & ~right).float()[:, None]  # [N, 1, K]
+    layers = torch.tensor(trace.costs, dtype=torch.float32)[kept]
+    prices = torch.logspace(math.log10(PRICES[0]), math.log10(PRICES[1]), 10)
+    dearer = (prices / HALF_PRICE).log()[:, None]
+
+    weights = 0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        weights.requires_grad_()
+        sharpness = torch.zeros((), requires_grad=True)  # how fast a price turns a gate; serving needs only where it turns
+        optimizer = torch.optim.Adam([weights, sharpness], lr=LEARNING_RATE)
+        shrink = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+        for _ in range(STEPS):
+            gates = sharpness.exp() * (_network(seen, weights)[:, None] + dearer)  # [N, prices, K - 1]
+            chance = exit_log_probabilities(gates).exp()
+            paid = (chance * (harm + prices[:, None] * layers)).sum(-1).mean(0)
+            loss = (paid / (prices + PRICE_SCALE)).mean() + RIDGE * weights.square().mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            shrink.step()
+    return tuple(weights.tolist())
