@@ -9,7 +9,7 @@ from transformers import TextClassificationPipeline
 
 from .errors import UsageError
 from .modeling.certificate import warn_of_other_tokenizer
-from .modeling.classifier import EarlyExitClassifier
+from .modeling.operating import OperatingPoints
 
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
@@ -40,7 +40,7 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
 
     Args:
         task: "text-classification".
-        model: a model with exits, or the folder or Hub id of one.
+        model: a model with exits, or the folder or Hub id of one; or an `OnnxClassifier`, together with `tokenizer`.
         kwargs: as in `transformers.pipeline`, and `operating_point`, the name of the policy to use.
 
     Returns:
@@ -50,7 +50,7 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
         UsageError: for a model without exits.
     """
     pipe = transformers.pipeline(task, model=model, pipeline_class=EarlyExitTextClassificationPipeline, **kwargs)
-    if not isinstance(pipe.model, EarlyExitClassifier):
+    if not isinstance(pipe.model, OperatingPoints):
         raise UsageError(
             f"{type(pipe.model).__name__} has no exits; use transformers.pipeline, or give it exits first.", field="model"
         )

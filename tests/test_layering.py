@@ -27,13 +27,16 @@ ALLOWED = {
     "backbones": BASE,
     "modeling": PURE | {"backbones"},
     "inference": PURE | {"backbones", "modeling"},
+    "onnx": PURE | {"backbones", "modeling", "inference"},
     "training": PURE | {"backbones", "modeling", "inference"},
     "evaluation": BASE,
     "plots": PURE,
     "hub": PURE | {"backbones", "modeling", "inference", "training", "plots"},
     "reports": PURE | {"plots"},
     "pipelines": PURE | {"backbones", "modeling", "inference", "training"},
-    "cli": PURE | {"backbones", "modeling", "inference", "training", "plots", "hub", "reports", "pipelines", "__init__"},
+    "cli": PURE
+    | {"backbones", "modeling", "inference", "training", "plots", "hub", "reports", "pipelines", "onnx"}
+    | {"__init__"},
 }
 UPWARD = {  # the loops, by local imports
     ("modeling/classifier.py", "inference.engine"),

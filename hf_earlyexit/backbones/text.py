@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -48,7 +49,12 @@ class BertBackbone(Backbone):
         mask = create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=attention_mask)
         padded = attention_mask is not None and attention_mask.ndim == 2 and mask is not None
         tokens = attention_mask.bool() if padded else None
-        return Context(mask, tokens, None if tokens is None else _lengths(tokens), options)
+        return Context(mask, tokens, None if tokens is None else row_lengths(tokens), options)
+
+    def traced_context(self, hidden: Tensor, tokens: Tensor) -> Context:
+        lowest = torch.finfo(hidden.dtype).min
+        mask = torch.where(tokens, 0.0, lowest)[:, None, None]  # [B, 1, 1, T]
+        return Context(mask.to(hidden.dtype), tokens, None)
 
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         return layer(hidden, context.mask, **context.options)
@@ -57,7 +63,7 @@ class BertBackbone(Backbone):
         return model.pooler(hidden)
 
 
-def _lengths(tokens: Tensor) -> tuple[int, ...]:
+def row_lengths(tokens: Tensor) -> tuple[int, ...]:
     """Position after the last real token of each row; the full width for a row without any."""
     width = tokens.shape[1]
     return tuple((width - tokens.flip(1).int().argmax(1)).tolist())

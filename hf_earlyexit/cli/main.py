@@ -23,6 +23,7 @@ for _name, _help in (
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
     ("push", "push a model with its tokenizer, calibration and card to the Hub"),
+    ("export", "write a model as ONNX files that skip layers, also in 8 bits"),
     ("bench", "measure what early exit brings in time, beside the alternatives"),
 ):
     COMMANDS.register(_name)(_help)
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.set_verbosity_warning()
         command.run(*parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__))
     except ModuleNotFoundError as error:
-        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report]"', file=sys.stderr)
+        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report,onnx]"', file=sys.stderr)
         return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)

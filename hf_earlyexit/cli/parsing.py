@@ -24,8 +24,8 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
 
     Args:
         classes: dataclasses whose fields are the flags.
-        words: the command line after the command; a first word that is no flag is the model; `--config FILE` names a YAML
-            file of the same fields.
+        words: the command line after the command; first words that are no flags are the model, or what the first dataclass
+            says in `WORDS`; `--config FILE` names a YAML file of the same fields.
         command: for the usage line.
         about: shown by `--help`.
 
@@ -34,7 +34,10 @@ def parse_arguments(classes: Sequence[type], words: Sequence[str], command: str,
     """
     parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about, formatter_class=_Help)
     parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
-    words = ["--model", *words] if words and not words[0].startswith("-") else list(words)
+    words = list(words)
+    for place, name in enumerate(getattr(classes[0], "WORDS", ("model",))):
+        if len(words) > 2 * place and not words[2 * place].startswith("-"):
+            words.insert(2 * place, f"--{name}")
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
         _use_as_defaults(parser, words[words.index("--config") + 1])

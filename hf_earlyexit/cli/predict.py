@@ -12,12 +12,14 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..inference.predict import predict
 from ..inference.rows import text_columns
 from ..modeling.certificate import warn_of_other_tokenizer
+from ..onnx.manifest import MANIFEST
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
 
@@ -26,7 +28,7 @@ from ..training.data import READERS, load_splits, require_split
 class PredictArguments:
     """Which model on which texts."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
     input: str = field(metadata={"help": "text file with one text a line, '-' for standard input, or a data set"})
     split: str = field(default="test", metadata={"help": "split of the data set"})
     output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
@@ -40,7 +42,7 @@ ARGUMENTS = (PredictArguments,)
 
 def run(args: PredictArguments) -> None:
     """Read, classify, write."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    model = _load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     warn_of_other_tokenizer(model, tokenizer)
     texts = _texts(args)
@@ -62,6 +64,14 @@ def run(args: PredictArguments) -> None:
             else:
                 told = {"logits": logits.tolist()}
             file.write(json.dumps({"text": text, **told, "exit_layer": layer}, ensure_ascii=False) + "\n")
+
+
+def _load(path: str) -> Any:
+    if not (Path(path) / MANIFEST).is_file():
+        return AutoModelForSequenceClassification.from_pretrained(path)
+    from ..onnx.classifier import OnnxClassifier
+
+    return OnnxClassifier.from_pretrained(path)
 
 
 def _texts(args: PredictArguments) -> list:
