@@ -56,6 +56,8 @@ _HOMES = {
     "predict": "inference.predict",
     "stream": "inference.predict",
     "quantize_int8": "inference.quantize",
+    "export_onnx": "onnx.export",
+    "OnnxClassifier": "onnx.classifier",
     "explain": "inference.explain",
     "write_report": "reports.write",
     "caption_page": "reports.captions",

@@ -16,10 +16,10 @@ from .inference.captions import told_caption
 from .inference.predict import WINDOW, stream
 from .inference.rows import MODEL_COLUMNS, TokenIds
 from .modeling.certificate import warn_of_other_tokenizer
-from .modeling.classifier import EarlyExitClassifier
 from .modeling.doors import CAPTIONING
 from .modeling.encoder_decoder import EarlyExitVisionEncoderDecoder
 from .modeling.loading import check_config_file, check_input_parts
+from .modeling.operating import OperatingPoints
 from .pictures import open_picture
 from .registry import unknown_name
 
@@ -156,10 +156,15 @@ class EarlyExitCaptioningPipeline(Pipeline):
         return told[0] if len(told) == 1 else told
 
 
-PIPELINES = {
-    "text-classification": (EarlyExitTextClassificationPipeline, EarlyExitClassifier),
-    CAPTIONING: (EarlyExitCaptioningPipeline, EarlyExitVisionEncoderDecoder),
-}
+CLASSIFYING = "text-classification"
+PIPELINES = {CLASSIFYING: EarlyExitTextClassificationPipeline, CAPTIONING: EarlyExitCaptioningPipeline}
+
+
+def _task_of(model: Any) -> str | None:
+    """What a model with exits is for; `None` for other models."""
+    if not isinstance(model, OperatingPoints):
+        return None
+    return CAPTIONING if isinstance(model, EarlyExitVisionEncoderDecoder) else CLASSIFYING
 
 
 def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any) -> Any:
@@ -167,7 +172,7 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
 
     Args:
         task: "text-classification" or "early-exit-captioning".
-        model: a model with exits, or the folder or Hub id of one.
+        model: a model with exits, or the folder or Hub id of one; or an `OnnxClassifier`, together with `tokenizer`.
         kwargs: as in `transformers.pipeline`, and `operating_point`, the name of the policy to use.
 
     Returns:
@@ -180,23 +185,22 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     """
     if task not in PIPELINES:
         raise unknown_name("task", task, tuple(PIPELINES))
-    kind, expected = PIPELINES[task]
+    kind = PIPELINES[task]
     if isinstance(model, (str, PathLike)):
         check_config_file(model)
         if kind is EarlyExitCaptioningPipeline:
             check_input_parts(model, kwargs)
-    elif model is not None and not isinstance(model, expected):
+    elif model is not None and _task_of(model) != task:
         raise _other_model(model)
     pipe = transformers.pipeline(task, model=model, pipeline_class=kind, **kwargs)
-    if not isinstance(pipe.model, expected):
+    if _task_of(pipe.model) != task:
         raise _other_model(pipe.model)
     warn_of_other_tokenizer(pipe.model, pipe.tokenizer)
     return pipe
 
 
 def _other_model(model: Any) -> UsageError:
-    name = type(model).__name__
-    for task, (_, kind) in PIPELINES.items():
-        if isinstance(model, kind):
-            return UsageError(f"{name} is for another task: ee.pipeline({task!r}, ...).", field="task", value=task)
+    name, task = type(model).__name__, _task_of(model)
+    if task is not None:
+        return UsageError(f"{name} is for another task: ee.pipeline({task!r}, ...).", field="task", value=task)
     return UsageError(f"{name} has no exits; use transformers.pipeline, or give it exits first.", field="model")

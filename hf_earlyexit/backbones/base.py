@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import UsageError
+
 
 @dataclass(frozen=True)
 class Context:
@@ -91,6 +93,18 @@ class Backbone(ABC):
             attention_mask: `[B, T]`, 0 or False at padding; `None` if no row is padded.
             options: keyword arguments for every layer.
         """
+
+    def traced_context(self, hidden: Tensor, tokens: Tensor) -> Context:
+        """As `frame`, without looking at any value, so that it can be traced into a graph.
+
+        Args:
+            hidden: `[B, T, H]`.
+            tokens: True at real tokens `[B, T]`.
+
+        Raises:
+            UsageError: where the family cannot be traced.
+        """
+        raise UsageError(f"{type(self).__name__} cannot be exported: it does not say how to trace its mask.", field="model")
 
     @abstractmethod
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
@@ -49,6 +50,11 @@ class BertBackbone(Backbone):
         padded = attention_mask is not None and attention_mask.ndim == 2 and mask is not None
         tokens = attention_mask.bool() if padded else None
         return Context(mask, tokens, None if tokens is None else row_lengths(tokens), options)
+
+    def traced_context(self, hidden: Tensor, tokens: Tensor) -> Context:
+        lowest = torch.finfo(hidden.dtype).min
+        mask = torch.where(tokens, 0.0, lowest)[:, None, None]  # [B, 1, 1, T]
+        return Context(mask.to(hidden.dtype), tokens, None)
 
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         return layer(hidden, context.mask, **context.options)

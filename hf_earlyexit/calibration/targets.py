@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -177,12 +178,15 @@ class FinalLayerError(Target):
 
 
 def parse_target(text: str) -> Target:
-    """A target from words, such as `max-drop:0.01`, `speed-up:2`, `layer-budget:5`, `final-layer-error`.
+    """A target from words, such as `max-drop:0.01`, `speed-up:2`, `layer-budget:5`, `final-layer-error`, or a printed one.
 
     Raises:
         UnknownNameError: for an unknown name.
         CalibrationError: for a missing or impossible number.
     """
+    for printed in map(TARGETS.get, TARGETS.names()):
+        if text.startswith(f"{printed.__name__}(") and text.endswith(")"):
+            return _parse_printed(printed, text)
     name, _, number = text.partition(":")
     cls = TARGETS.get(name)
     try:
@@ -193,6 +197,15 @@ def parse_target(text: str) -> Target:
         raise CalibrationError(
             f"Target {text!r}: {error}; write it like `{name}:0.01`.", field="target", value=text
         ) from error
+
+
+def _parse_printed(cls: type[Target], text: str) -> Target:
+    try:
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call)
+        return cls(**{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None})
+    except (AssertionError, SyntaxError, TypeError, ValueError) as error:
+        raise CalibrationError(f"Target {text!r} cannot be read: {error}.", field="target", value=text) from error
 
 
 def _require(field: str, value: float, lowest: float) -> None:

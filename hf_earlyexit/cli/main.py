@@ -25,6 +25,7 @@ for _name, _help in (
     ("predict", "classify texts, each with the layer it left after"),
     ("caption", "caption pictures, each word with the layer it was decided at"),
     ("push", "push a model with all that belongs to it and a card to the Hub"),
+    ("export", "write a model as ONNX files that skip layers, also in 8 bits"),
     ("bench", "measure what early exit brings in time, beside the alternatives"),
 ):
     COMMANDS.register(_name)(_help)
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told := answer.printed(as_json):
             print(told)
     except ModuleNotFoundError as error:
-        print(f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report,caption]"', file=sys.stderr)
+        print(
+            f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report,caption,onnx]"', file=sys.stderr
+        )
         return 2
     except UnknownNameError as error:
         print(f"hf-earlyexit: {error}", file=sys.stderr)

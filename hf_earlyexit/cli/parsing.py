@@ -27,9 +27,9 @@ def parse_arguments(
 
     Args:
         classes: dataclasses whose fields are the flags.
-        words: the command line after the command; a first word that is no flag is the model; `--config FILE` names a YAML
-            file of the same fields.
-        rest: the flag that words between the model and the first flag are for, such as "--images".
+        words: the command line after the command; first words that are no flags are the model, or what the first dataclass
+            names in `WORDS`; `--config FILE` names a YAML file of the same fields.
+        rest: the flag that words between those and the first flag are for, such as "--images".
         command: for the usage line.
         about: shown by `--help`.
 
@@ -41,7 +41,7 @@ def parse_arguments(
     parser.add_argument(
         "--json", type=string_to_bool, default=False, const=True, nargs="?", help="print one JSON object and nothing else"
     )
-    words = _with_flags(list(words), rest)
+    words = _with_flags(list(words), getattr(classes[0], "WORDS", ("model",)), rest)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
         _use_as_defaults(parser, words[words.index("--config") + 1])
@@ -52,13 +52,11 @@ def parse_arguments(
     return tuple(filled), common.json
 
 
-def _with_flags(words: list[str], rest: str | None) -> list[str]:
+def _with_flags(words: list[str], names: Sequence[str], rest: str | None) -> list[str]:
     plain = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    if plain == 0:
-        return words
-    if rest is None or plain == 1:
-        return ["--model", *words]
-    return ["--model", words[0], rest, *words[1:]]
+    named = [part for name, word in zip(names, words[:plain], strict=False) for part in (f"--{name}", word)]
+    more = words[len(names) :] if plain > len(names) else words[plain:]
+    return [*named, rest, *more] if rest is not None and plain > len(names) else [*named, *more]
 
 
 def _unknown_flag(parser: HfArgumentParser, word: str) -> UsageError:

@@ -11,12 +11,14 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from ..inference.predict import predict
 from ..inference.rows import text_columns
 from ..modeling.certificate import warn_of_other_tokenizer
+from ..onnx.manifest import MANIFEST
 from ..problems import SINGLE_LABEL
 from ..training.data import READERS, load_splits, require_split
 from .answer import Answer
@@ -27,7 +29,7 @@ from .loading import load_model
 class PredictArguments:
     """Which model on which texts."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
     input: str = field(metadata={"help": "text file with one text a line, '-' for standard input, or a data set"})
     split: str = field(default="test", metadata={"help": "split of the data set"})
     output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
@@ -41,7 +43,7 @@ ARGUMENTS = (PredictArguments,)
 
 def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
-    model = load_model(args.model)
+    model = _load(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     warn_of_other_tokenizer(model, tokenizer)
     texts = _texts(args)
@@ -68,6 +70,14 @@ def run(args: PredictArguments) -> Answer:
         return Answer({**values, "answers": told}, lines)
     Path(args.output).write_text(lines + "\n" if told else "", encoding="utf-8")
     return Answer({**values, "output": args.output}, f"saved {args.output}: {len(told)} texts")
+
+
+def _load(path: str) -> Any:
+    if not (Path(path) / MANIFEST).is_file():
+        return load_model(path)
+    from ..onnx.classifier import OnnxClassifier
+
+    return OnnxClassifier.from_pretrained(path)
 
 
 def _texts(args: PredictArguments) -> list:

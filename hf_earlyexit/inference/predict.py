@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..errors import DataError, UsageError
 from .batching import evaluation_mode
 from .rows import encode_window, windows
-from .scheduler import Answers, Scheduler
+from .scheduler import Answers, BatchWalker, Scheduler
 from .walker import ModelWalker
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
@@ -173,7 +173,7 @@ def _answered(
     """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
     if errors not in ("raise", "slot"):
         raise UsageError(f"errors is {errors!r}; expected 'raise' or 'slot'.", field="errors", value=errors)
-    walker, first = ModelWalker(model), 0
+    walker, first = getattr(model, "walker", None) or ModelWalker(model), 0
     budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
     for window in windows(rows, size):
         if ends_at is not None and time.monotonic() >= ends_at:
@@ -191,7 +191,7 @@ def _answered(
         first += len(window)
 
 
-def _raise_first(walker: ModelWalker, encoded: list[Any], first: int) -> None:
+def _raise_first(walker: BatchWalker, encoded: list[Any], first: int) -> None:
     for place, row in enumerate(encoded):
         error = row if isinstance(row, DataError) else walker.check(row, first + place)
         if error is not None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..files import replaced_folder
-from ..policies import ExitPolicy
 from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
 from .loading import check_tensors, unreadable
@@ -22,51 +21,10 @@ from .shim import LoadedByShim
 class ModelWithExits(OperatingPoints, LoadedByShim):
     """Put before a stock model class; `exit_heads` and `exit_gates` hold what is new."""
 
-    training: bool
-
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """Layers (1-based) after which rows may leave, the last one included."""
         return tuple(self.config.exit_layers)
-
-    def choose_policy(
-        self, early_exit: bool | None, operating_point: str | None, kwargs: dict[str, Any]
-    ) -> ExitPolicy | None:
-        """The policy that a call asks for; `None` to run in full.
-
-        Args:
-            early_exit, operating_point: as in the model's `forward`.
-            kwargs: the call's other arguments.
-
-        Raises:
-            UsageError: for arguments that contradict each other, or early exit where it cannot be.
-            UnknownNameError: for an unknown operating point.
-        """
-        policy = self.policy_at(operating_point)
-        if operating_point is not None:
-            if early_exit is not None and early_exit != (policy is not None):
-                raise UsageError(
-                    f"early_exit={early_exit} contradicts operating_point={operating_point!r}; give one of the two.",
-                    field="operating_point",
-                    value=operating_point,
-                )
-            early_exit = policy is not None
-        if early_exit is False or (early_exit is None and (self.training or policy is None)):
-            return None
-        if policy is None:
-            raise UsageError(
-                "early_exit=True, but no policy is set; calibrate first and call `model.set_exit_policy(result.policy)`.",
-                field="early_exit",
-            )
-        if self.training:
-            raise UsageError("Early exit asked for in training mode, which needs every exit. Call model.eval() first.")
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag, getattr(self.config, flag, False)):
-                raise UsageError(
-                    f"{flag} with early exit would give tensors of a different batch at every layer; pass early_exit=False.",
-                    field=flag,
-                )
-        return policy
 
     # --- saving and loading ---------------------------------------------------------------------------------------
 

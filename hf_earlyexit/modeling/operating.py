@@ -17,6 +17,7 @@ class OperatingPoints:
     """Part of every model with exits; all of it lives in the config."""
 
     config: Any
+    training: bool
 
     @property
     def exit_policy(self) -> ExitPolicy | None:
@@ -94,6 +95,45 @@ class OperatingPoints:
         if operating_point not in self.operating_points:
             raise unknown_name("operating point", operating_point, self.operating_points)
         return None if operating_point == EXACT else ExitPolicy.from_dict(self.config.exit_operating_points[operating_point])
+
+    def choose_policy(
+        self, early_exit: bool | None, operating_point: str | None, kwargs: dict[str, Any]
+    ) -> ExitPolicy | None:
+        """The policy that a call asks for; `None` to run in full.
+
+        Args:
+            early_exit, operating_point: as in the model's `forward`.
+            kwargs: the call's other arguments.
+
+        Raises:
+            UsageError: for arguments that contradict each other, or early exit where it cannot be.
+            UnknownNameError: for an unknown operating point.
+        """
+        policy = self.policy_at(operating_point)
+        if operating_point is not None:
+            if early_exit is not None and early_exit != (policy is not None):
+                raise UsageError(
+                    f"early_exit={early_exit} contradicts operating_point={operating_point!r}; give one of the two.",
+                    field="operating_point",
+                    value=operating_point,
+                )
+            early_exit = policy is not None
+        if early_exit is False or (early_exit is None and (self.training or policy is None)):
+            return None
+        if policy is None:
+            raise UsageError(
+                "early_exit=True, but no policy is set; calibrate first and call `model.set_exit_policy(result.policy)`.",
+                field="early_exit",
+            )
+        if self.training:
+            raise UsageError("Early exit asked for in training mode, which needs every exit. Call model.eval() first.")
+        for flag in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(flag, getattr(self.config, flag, False)):
+                raise UsageError(
+                    f"{flag} with early exit would give tensors of a different batch at every layer; pass early_exit=False.",
+                    field=flag,
+                )
+        return policy
 
     def _accept(self, source: ExitPolicy | CalibrationResult, name: str | None = None) -> tuple[dict, dict | None]:
         """A policy as the config holds it, and its certificate."""

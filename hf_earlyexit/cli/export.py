@@ -1,0 +1,73 @@
+"""Write a model as ONNX files: one file that stops at the exit, and a file for each layer.
+
+    hf-earlyexit export onnx bert-with-exits bert-onnx
+    hf-earlyexit export onnx bert-with-exits bert-int8 --int8 true --dataset reviews --split validation
+
+int8 logits differ from those that the thresholds were chosen on, so it needs held-back rows to choose them anew on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from transformers import AutoTokenizer
+
+from ..errors import UsageError
+from ..onnx.export import FORMS, export_onnx
+from ..training.data import load_splits, require_split
+from .answer import Answer
+from .loading import load_model
+
+FORMATS = ("onnx",)
+
+
+@dataclass
+class ExportArguments:
+    """Which model, where to, and how."""
+
+    WORDS: ClassVar[tuple[str, ...]] = ("format", "model", "output")
+
+    format: str = field(metadata={"help": "onnx"})
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    output: str = field(metadata={"help": "folder to write"})
+    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "one-file, layers, or both"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to export as the default"})
+    int8: bool = field(default=False, metadata={"help": "compute layers in 8 bits; thresholds are chosen anew"})
+    dataset: str | None = field(default=None, metadata={"help": "with int8: held-back rows with labels"})
+    split: str = field(default="validation", metadata={"help": "split of the data set"})
+    target: str | None = field(default=None, metadata={"help": "for the new thresholds; as the model was calibrated"})
+
+
+ARGUMENTS = (ExportArguments,)
+
+
+def run(args: ExportArguments) -> Answer:
+    """Load, export, tell what changed."""
+    if args.format not in FORMATS:
+        raise UsageError(f"format is {args.format!r}; expected {', '.join(FORMATS)}.", field="format", value=args.format)
+    model = load_model(args.model)
+    if args.operating_point is not None:
+        points = model.config
+        model.set_exit_policy(model.policy_at(args.operating_point))
+        points.exit_certificate = (points.exit_point_certificates or {}).get(args.operating_point)
+    has_tokenizer = args.dataset is not None or (Path(args.model) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if has_tokenizer else None
+    rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
+    changed = export_onnx(
+        model,
+        args.output,
+        forms=args.forms,
+        int8=args.int8,
+        rows=rows,
+        tokenizer=tokenizer,
+        target=args.target,
+        split=args.split,
+        progress=True,
+    )
+    told = [] if changed is None else [str(changed)]
+    told.append(f"written to {args.output}: {', '.join(args.forms)}{', int8' if args.int8 else ''}")
+    values = {"output": args.output, "forms": args.forms, "int8": args.int8}
+    return Answer(values if changed is None else {**values, "changed": dataclasses.asdict(changed)}, "\n".join(told))

@@ -1,0 +1,202 @@
+"""An exported model in Python, with the interface of the torch model where it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import AutoConfig
+
+from ..backbones.base import Context
+from ..backbones.packed import row_lengths
+from ..errors import DataError, UsageError
+from ..inference.batching import pad_batch
+from ..inference.engine import run_all, run_early
+from ..inference.rows import TokenIds, check_ids
+from ..inference.walker import CPU_TOKENS
+from ..modeling.operating import OperatingPoints
+from ..modeling.outputs import EarlyExitClassifierOutput
+from ..policies.base import ExitSignal
+from .manifest import read_manifest
+from .pieces import BEGIN, exit_file, layer_file
+from .walk import TOKENS, hidden_after
+
+
+class OnnxWalker:
+    """Walks an exported model layer by layer; sessions are shared by threads.
+
+    Args:
+        config: the model's.
+        read: gives the bytes of a file.
+        threads: that one layer may use.
+    """
+
+    best_batch_tokens = CPU_TOKENS // 2
+    device = torch.device("cpu")
+
+    def __init__(self, config: Any, read: Callable[[str], bytes], threads: int) -> None:
+        self.config = config
+        self.exit_layers: tuple[int, ...] = tuple(config.exit_layers)
+        self.num_classes: int = config.num_labels
+        self._begin = _session(read(BEGIN), threads)
+        self._layers = [_session(read(layer_file(layer)), threads) for layer in range(1, config.num_hidden_layers + 1)]
+        self._exits = [_session(read(exit_file(index)), threads) for index in range(len(self.exit_layers))]
+
+    def check(self, row: TokenIds, number: int) -> DataError | None:
+        """What keeps the model from reading this row, if anything."""
+        if not any(row.get("attention_mask", (1,))):  # runtimes differ in what attention to nothing gives
+            return DataError(f"Row {number} has no real token: its attention_mask is 0 throughout.", field="rows", value=row)
+        return check_ids(row, number, self.config.vocab_size, self.config.max_position_embeddings)
+
+    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
+        """Hidden states `[B, T, H]` before the first layer, and their context."""
+        batch = pad_batch(rows, self.config.pad_token_id or 0)
+        return self.begin_batch(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+
+    def begin_batch(self, ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Context]:
+        """As `begin`, from `[B, T]` tensors."""
+        segments = torch.zeros_like(ids) if segments is None else segments
+        (hidden,) = self._begin.run(None, {"input_ids": ids.numpy(), "token_type_ids": segments.numpy()})
+        return torch.from_numpy(hidden), _context(mask.bool())
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+        return torch.from_numpy(_run(self._layers[layer - 1], hidden_after(layer - 1), hidden, context)[0])
+
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says."""
+        name = hidden_after(self.exit_layers[exit_index])
+        logits, *gate = _run(self._exits[exit_index], name, hidden, context)
+        return ExitSignal(torch.from_numpy(logits), torch.from_numpy(gate[0]) if gate and with_gate else None)
+
+    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
+        """Batches of the same depth as one, padded to the widest."""
+        width = max(hidden.shape[1] for hidden, _ in parts)
+        joined = torch.cat([pad(hidden, (0, 0, 0, width - hidden.shape[1])) for hidden, _ in parts])
+        return joined, _context(torch.cat([pad(c.tokens, (0, width - c.tokens.shape[1])) for _, c in parts]))
+
+
+class OnnxClassifier(OperatingPoints):
+    """A model that `export_onnx` wrote, for `predict`, `stream`, `collect_trace` and the pipeline.
+
+    Layers run in ONNX Runtime, the policy is the very one that torch models use. Threads may share it.
+
+    Example:
+        >>> import tempfile
+        >>> import hf_earlyexit as ee
+        >>> shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = ee.EarlyExitBertForSequenceClassification(ee.EarlyExitBertConfig(vocab_size=9, **shape))
+        >>> folder = tempfile.mkdtemp()
+        >>> report = ee.export_onnx(model, folder, forms=["layers"])
+        >>> ee.OnnxClassifier.from_pretrained(folder).exit_layers
+        (1, 2)
+    """
+
+    training = False
+    device = torch.device("cpu")
+
+    def __init__(self, config: Any, read: Callable[[str], bytes], fingerprint: str, dtype: str, threads: int | None = None):
+        self.config, self.fingerprint, self.dtype = config, fingerprint, getattr(torch, dtype)
+        self.walker = OnnxWalker(config, read, threads or torch.get_num_threads())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], *, threads: int | None = None) -> Self:
+        """Load the batched form of an exported folder, once each of its files has been found unchanged.
+
+        Args:
+            folder: what `export_onnx` wrote.
+            threads: that one layer may use; as many as torch uses by default.
+
+        Raises:
+            CheckpointError: naming the file that is missing, damaged or changed.
+            UsageError: for a folder that holds the one-file form only.
+        """
+        told = read_manifest(folder)
+        if BEGIN not in told["files"]:
+            raise UsageError(
+                f"{folder} holds no layers, only one file for ONNX Runtime itself; export it with forms=['layers'].",
+                field="forms",
+            )
+        values = dict(told["config"])
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        return cls(config, lambda name: (Path(folder) / name).read_bytes(), told["fingerprint"], told["dtype"], threads)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers (1-based) after which rows may leave, the last one included."""
+        return self.walker.exit_layers
+
+    @property
+    def num_labels(self) -> int:
+        """Classes C."""
+        return self.walker.num_classes
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        early_exit: bool | None = None,
+        operating_point: str | None = None,
+    ) -> EarlyExitClassifierOutput:
+        """Classify a batch.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: `[B, T]`.
+            early_exit, operating_point: as in the torch model's `forward`.
+
+        Raises:
+            UsageError: for early exit without a policy.
+            DataError: for inputs longer than the model takes.
+        """
+        policy = self.choose_policy(early_exit, operating_point, {})
+        limit = self.config.max_position_embeddings
+        if not 1 <= input_ids.shape[1] <= limit:
+            raise DataError(
+                f"The input is {input_ids.shape[1]} tokens long; this model takes 1 to {limit}. "
+                "Pass truncation=True to the tokenizer, or split the text.",
+                field="input_ids",
+                value=input_ids.shape[1],
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if len(input_ids):
+            hidden, context = self.walker.begin_batch(input_ids, mask, token_type_ids)
+        else:
+            hidden, context = torch.zeros(*input_ids.shape, self.config.hidden_size), _context(mask.bool())
+        if policy is not None:
+            early = run_early(self.walker, hidden, context, policy, self.num_labels)
+            layers = torch.tensor(self.exit_layers)[early.exit_index]
+            return EarlyExitClassifierOutput(logits=early.logits, exit_layer=layers, exit_score=early.score)
+        exit_logits, gates = run_all(self.walker, hidden, context, self.num_labels)
+        depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
+        return EarlyExitClassifierOutput(
+            logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
+        )
+
+    def modules(self) -> tuple[()]:
+        """None: nothing here can be in training mode."""
+        return ()
+
+
+def _session(graph: bytes, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # each session has threads of its own
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: ort.InferenceSession, name: str, hidden: Tensor, context: Context) -> list[np.ndarray]:
+    return session.run(None, {name: hidden.contiguous().numpy(), TOKENS: context.tokens.contiguous().numpy()})
+
+
+def _context(tokens: Tensor) -> Context:
+    return Context(None, tokens, row_lengths(tokens))

@@ -1,0 +1,76 @@
+"""A policy as a graph: its own `step`, folded over the exits it looks at."""
+
+from __future__ import annotations
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from ..errors import PolicyError
+from ..policies import ExitPolicy, ExitSignal
+from .walk import export, gate_of, logits_of
+
+PREFIX = "policy."
+
+
+class _Fold(nn.Module):
+    def __init__(self, policy: ExitPolicy, num_classes: int) -> None:
+        super().__init__()
+        self.policy, self.num_classes = policy, num_classes
+        self.asked = [index for index in range(policy.num_exits) if policy.wants(index)]
+        self.gated = [index for index in self.asked if policy.uses_gate and index < policy.num_exits - 1]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [logits_of(index) for index in self.asked] + [gate_of(index) for index in self.gated]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [f"{part}_{index}" for index in self.asked for part in ("answer", "score", "leave")]
+
+    def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.inputs, signals, strict=True))
+        state, told = self.policy.init_state(1, self.num_classes, "cpu"), []
+        for index in self.asked:
+            signal = ExitSignal(named[logits_of(index)], named.get(gate_of(index)))
+            state, score, answer, leave = self.policy.step(state, signal, index)
+            told += [answer.clone(), score.clone(), leave.clone()]  # a score may be the state itself
+        return tuple(told)
+
+
+def policy_graph(policy: ExitPolicy, num_classes: int) -> onnx.ModelProto:
+    """Trace a policy for one row.
+
+    Args:
+        policy: with thresholds.
+        num_classes: C.
+
+    Returns:
+        A graph from the exits' logits `[1, C]` and gates `[1]` to answer, score and decision of each exit looked at.
+
+    Raises:
+        PolicyError: for a policy whose `update` depends on values in Python, or uses what ONNX does not have.
+    """
+    fold = _Fold(policy, num_classes)
+    example = tuple(torch.zeros(1, num_classes) for _ in fold.asked) + tuple(torch.zeros(1) for _ in fold.gated)
+    try:
+        return export(fold, example, fold.inputs, fold.outputs, None)
+    except Exception as error:  # the exporter raises many kinds
+        first = str(error.__cause__ or error).strip().splitlines()[0]
+        raise PolicyError(
+            f"The {policy.name} policy cannot be exported ({first}). Its `update` must be tensor operations alone, without "
+            "if, float() or item() on their values; or export forms=['layers'], where the policy runs in Python.",
+            field="policy",
+            value=policy.name,
+        ) from error
+
+
+def asked_exits(policy: ExitPolicy) -> list[tuple[int, str, str, str | None]]:
+    """Exits where rows may leave: index, and the names of answer, score and decision in a whole that holds the policy."""
+    last = policy.num_exits - 1
+    open_exits = [index for index in range(last) if policy.wants(index) and policy.thresholds[index] is not None]
+    names = [tuple(f"{PREFIX}{part}_{index}" for part in ("answer", "score", "leave")) for index in (*open_exits, last)]
+    exits: list[tuple[int, str, str, str | None]] = [
+        (index, answer, score, leave) for index, (answer, score, leave) in zip((*open_exits, last), names, strict=True)
+    ]
+    return [*exits[:-1], (*exits[-1][:3], None)]

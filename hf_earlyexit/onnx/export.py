@@ -1,0 +1,139 @@
+"""From a torch model with exits to a folder of ONNX files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import onnx
+from onnx import ModelProto, TensorProto
+from transformers.utils import logging
+
+from ..calibration.targets import Target
+from ..errors import UsageError
+from ..files import replaced_folder
+from ..modeling.certificate import warn_of_other_tokenizer
+from ..modeling.fingerprint import heads_fingerprint
+from ..policies import ExitPolicy
+from .classifier import OnnxClassifier
+from .decide import PREFIX, asked_exits, policy_graph
+from .graphs import append, nest
+from .manifest import ONE_FILE, write_manifest
+from .pieces import cut_pieces
+from .quantize import quantize_graph
+from .recalibrate import Recalibration, recalibrate
+from .walk import INPUTS, walk_graph
+
+FORMS = ONE, LAYERS = ("one-file", "layers")
+LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
+
+logger = logging.get_logger(__name__)
+
+
+def export_onnx(
+    model: Any,
+    folder: str | PathLike[str],
+    *,
+    forms: Sequence[str] = FORMS,
+    int8: bool = False,
+    rows: Any = None,
+    labels: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    target: str | Target | None = None,
+    split: str = "held-back",
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Recalibration | None:
+    """Write a model as ONNX files that really skip layers; the folder is replaced whole or not at all.
+
+    Args:
+        model: a float32 classifier with exits, on the CPU. It is not changed.
+        folder: made if it is not there.
+        forms: "one-file" writes model.onnx for one row at a time in any language, policy included; "layers" writes a file
+            for each layer and exit, for `OnnxClassifier`.
+        int8: compute the layers in 8 bits. Their logits differ, so thresholds are chosen anew on `rows`; operating points
+            are left out.
+        rows, labels: held-back rows, as for `collect_trace`; with `int8` only.
+        tokenizer: needed for texts; saved into the folder.
+        target: what the new thresholds are for; by default what the policy was calibrated for.
+        split, max_length, progress: as for `collect_trace`.
+
+    Returns:
+        With `int8` and `rows`, what changed.
+
+    Raises:
+        UsageError: for arguments that contradict each other, or a model without what the form needs.
+        PolicyError: for a policy that cannot be traced.
+        CheckpointError: if the folder cannot be written.
+    """
+    _check(model, forms, int8, rows)
+    warn_of_other_tokenizer(model, tokenizer)
+    whole = walk_graph(model)
+    config = copy.deepcopy(model.config)
+    fingerprint, dtype, changed = heads_fingerprint(model), "float32", None
+    if int8:
+        whole, dtype = quantize_graph(whole), "int8"
+        fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
+        config.exit_operating_points = config.exit_point_certificates = None
+        config.exit_policy = config.exit_certificate = None
+    pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
+    if rows is not None:
+        small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
+        collecting = {"labels": labels, "tokenizer": tokenizer, "split": split, "max_length": max_length}
+        changed = recalibrate(model, small, rows, target, **collecting, progress=progress)
+    elif int8:
+        logger.warning("int8 without rows to choose thresholds on: the export has no policy and runs all layers.")
+    files = pieces if LAYERS in forms else {}
+    if ONE in forms:
+        files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy))
+    with replaced_folder(folder, needs=sum(map(len, files.values()))) as new:
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        told = {"config": config.to_dict(), "dtype": dtype, "fingerprint": fingerprint, "forms": list(forms)}
+        write_manifest(new, {**told, "calibration": None if changed is None else changed.to_dict()})
+    return changed
+
+
+def _check(model: Any, forms: Sequence[str], int8: bool, rows: Any) -> None:
+    if not forms or not set(forms) <= set(FORMS):
+        raise UsageError(f"forms is {forms!r}; expected some of {', '.join(FORMS)}.", field="forms", value=forms)
+    if rows is not None and not int8:
+        raise UsageError("rows are for int8, whose thresholds are chosen anew; float32 keeps the model's.", field="rows")
+    if ONE in forms and model.exit_policy is None:
+        raise UsageError(
+            "The model has no exit policy, which the one-file form holds: calibrate it and call set_exit_policy first, "
+            "or export forms=['layers'].",
+            field="model",
+        )
+    if ONE in forms and int8 and rows is None:
+        raise UsageError(
+            "int8 logits differ from those that the thresholds were chosen on: pass held-back rows to choose them anew, "
+            "or export forms=['layers'] without a policy.",
+            field="rows",
+        )
+
+
+def one_file(whole: ModelProto, config: Any, policy: ExitPolicy) -> bytes:
+    """The file that stops at the first exit where the policy lets a row go.
+
+    Args:
+        whole: from `walk_graph`.
+        config: the model's.
+        policy: with thresholds for its exits.
+    """
+    joined = append(whole, policy_graph(policy, config.num_labels), PREFIX)
+    inputs = dict.fromkeys(INPUTS, (TensorProto.INT64, (1, "length")))
+    exits = [(config.exit_layers[index], answer, score, leave) for index, answer, score, leave in asked_exits(policy)]
+    nested = nest(joined, inputs, exits)
+    if (size := nested.ByteSize()) > LARGEST_FILE:
+        raise UsageError(
+            f"The model takes {size:,} bytes; one ONNX file holds {LARGEST_FILE:,}. Export forms=['layers'], or int8.",
+            field="forms",
+        )
+    onnx.checker.check_model(nested)
+    return bytes(nested.SerializeToString())

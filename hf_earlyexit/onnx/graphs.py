@@ -1,0 +1,154 @@
+"""Cutting a flat graph into pieces, and folding it into one graph whose branches hold what only deep rows need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from .walk import INPUTS
+
+ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_score": TensorProto.FLOAT}
+Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
+
+
+def cut(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
+    """The part of a flat graph between some of its values.
+
+    Args:
+        whole: a graph whose inputs are all of one shape `[B, T]`.
+        inputs: values to start from, with their element types and shapes; the first axes of one of them are `[B, T]`.
+        outputs: values to end with.
+    """
+    nodes = _ancestors(whole.graph, outputs, set(inputs))
+    shaped = next(name for name, (_, shape) in inputs.items() if len(shape) > 1)
+    kept = []
+    for node in nodes:
+        if node.op_type == "Shape" and node.input[0] in INPUTS and node.input[0] not in inputs:
+            node = _renamed(node, {node.input[0]: shaped})  # only its first two axes are ever asked for
+        kept.append(node)
+    graph = helper.make_graph(kept, "part", _infos(inputs), _infos(outputs), _weights(whole.graph, kept))
+    return _model(whole, graph)
+
+
+def nest(whole: ModelProto, inputs: Shapes, exits: Sequence[tuple[int, str, str, str | None]]) -> ModelProto:
+    """One graph that stops at the first exit that says so.
+
+    Every node stands in the branch of the first exit that needs it, with its own weights: runtimes prepare weights for fast
+    products only where the graph that uses them holds them.
+
+    Args:
+        whole: a flat graph.
+        inputs: of the whole.
+        exits: layer, and the names of answer `[1, C]`, score `[1]` and decision `[1]` (`None` at the last exit), in order.
+    """
+    placed: set[str] = set(inputs)
+    stages = []
+    for layer, answer, score, leave in exits:
+        nodes = _ancestors(whole.graph, [name for name in (answer, score, leave) if name is not None], placed)
+        placed.update(name for node in nodes for name in node.output)
+        stages.append((nodes, layer, answer, score, leave))
+    inner: GraphProto | None = None
+    for number, (nodes, layer, answer, score, leave) in reversed(list(enumerate(stages))):
+        ends = [name for name in (answer, score, leave) if name is not None]  # a constant has no node
+        weights = _weights(whole.graph, nodes, ends)
+        own = {weight.name: f"{weight.name}@{layer}" for weight in weights}
+        for weight in weights:
+            weight.name = own[weight.name]
+        nodes = [_renamed(node, own) for node in nodes]
+        told, more = _told(
+            layer, own.get(answer, answer), own.get(score, score), "" if number == 0 and inner is None else f"@{layer}"
+        )
+        if inner is None:
+            nodes += more
+        else:
+            then = helper.make_graph(more, f"leave_{layer}", [], told)
+            told = _answer_infos("" if number == 0 else f">{layer}")
+            names = [info.name for info in told]
+            asked = own.get(leave or "", leave or "")
+            nodes.append(helper.make_node("If", [asked], names, f"exit_{layer}", then_branch=then, else_branch=inner))
+        inner = helper.make_graph(nodes, f"to_{layer}", [] if number else _infos(inputs), told, weights)
+    assert inner is not None
+    return _model(whole, inner)
+
+
+def append(whole: ModelProto, other: ModelProto, prefix: str) -> ModelProto:
+    """`whole` with the nodes of `other`, whose inputs are values of `whole`; all else in `other` is prefixed."""
+    joined = ModelProto()
+    joined.CopyFrom(whole)
+    shared = {info.name for info in other.graph.input}
+    names = {name for node in other.graph.node for name in (*node.input, *node.output) if name} - shared
+    names |= {weight.name for weight in other.graph.initializer}
+    new = {name: prefix + name for name in names}
+    joined.graph.node.extend(_renamed(node, new) for node in other.graph.node)
+    for weight in other.graph.initializer:
+        copy = joined.graph.initializer.add()
+        copy.CopyFrom(weight)
+        copy.name = new[weight.name]
+    return joined
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and of all its branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from all_nodes(attribute.g)
+
+
+def _ancestors(graph: GraphProto, wanted: Iterable[str], known: set[str]) -> list[NodeProto]:
+    """Nodes that make the wanted values from known ones, in order."""
+    needed, found = set(wanted) - known, []
+    for node in reversed(graph.node):
+        if any(name in needed for name in node.output):
+            found.append(node)
+            needed.update(name for name in node.input if name and name not in known)
+    return found[::-1]
+
+
+def _weights(graph: GraphProto, nodes: Sequence[NodeProto], ends: Iterable[str] = ()) -> list[TensorProto]:
+    """Copies of the constants that these nodes read, or that are wanted themselves."""
+    used = {name for node in nodes for name in node.input} | set(ends)
+    copies = []
+    for weight in graph.initializer:
+        if weight.name in used:
+            copies.append(TensorProto())
+            copies[-1].CopyFrom(weight)
+    return copies
+
+
+def _told(layer: int, answer: str, score: str, mark: str) -> tuple[list[onnx.ValueInfoProto], list[NodeProto]]:
+    infos = _answer_infos(mark)
+    logits, exit_layer, exit_score = (info.name for info in infos)
+    value = helper.make_tensor("layer", TensorProto.INT64, [1], [layer])
+    return infos, [
+        helper.make_node("Identity", [answer], [logits]),
+        helper.make_node("Constant", [], [exit_layer], value=value),
+        helper.make_node("Identity", [score], [exit_score]),
+    ]
+
+
+def _answer_infos(mark: str) -> list[onnx.ValueInfoProto]:
+    shapes: dict[str, list[int | str | None]] = {"logits": [1, "classes"], "exit_layer": [1], "exit_score": [1]}
+    return [helper.make_tensor_value_info(name + mark, kind, shapes[name]) for name, kind in ANSWERS.items()]
+
+
+def _infos(values: Shapes) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, kind, list(shape)) for name, (kind, shape) in values.items()]
+
+
+def _renamed(node: NodeProto, new: Mapping[str, str]) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [new.get(name, name) for name in node.input]
+    copy.output[:] = [new.get(name, name) for name in node.output]
+    copy.name = ""  # names of nodes would have to be unique, too
+    return copy
+
+
+def _model(like: ModelProto, graph: GraphProto) -> ModelProto:
+    return helper.make_model(
+        graph, opset_imports=list(like.opset_import), ir_version=like.ir_version, producer_name="hf_earlyexit"
+    )

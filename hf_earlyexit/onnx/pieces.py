@@ -1,0 +1,44 @@
+"""The graphs of the batched form: one to begin, one per layer, one per exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnx import ModelProto, TensorProto
+
+from .graphs import cut
+from .walk import EMBEDDED, TOKENS, gate_of, hidden_after, logits_of
+
+BEGIN = "begin.onnx"
+
+
+def layer_file(layer: int) -> str:
+    """File of layer `layer` (1-based)."""
+    return f"layer-{layer:02d}.onnx"
+
+
+def exit_file(exit_index: int) -> str:
+    """File of exit `exit_index` (0-based)."""
+    return f"exit-{exit_index:02d}.onnx"
+
+
+def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
+    """All files of the batched form."""
+    states = ("batch", "length", config.hidden_size)
+    tokens = {TOKENS: (TensorProto.BOOL, ("batch", "length"))}
+
+    def hidden(name: str) -> dict[str, Any]:
+        return {name: (TensorProto.FLOAT, states)}
+
+    ids = dict.fromkeys(("input_ids", "token_type_ids"), (TensorProto.INT64, ("batch", "length")))
+    pieces = {BEGIN: cut(whole, ids, hidden(EMBEDDED))}
+    for layer in range(1, config.num_hidden_layers + 1):
+        given = {**hidden(hidden_after(layer - 1)), **tokens}
+        pieces[layer_file(layer)] = cut(whole, given, hidden(hidden_after(layer)))
+    made = {info.name for info in whole.graph.output}
+    for index, layer in enumerate(config.exit_layers):
+        told: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}
+        if gate_of(index) in made:
+            told[gate_of(index)] = (TensorProto.FLOAT, ("batch",))
+        pieces[exit_file(index)] = cut(whole, {**hidden(hidden_after(layer)), **tokens}, told)
+    return {name: piece.SerializeToString() for name, piece in pieces.items()}

@@ -1,0 +1,165 @@
+"""Every form leaves where the torch model leaves, for every policy, and runs no layer after that."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import PolicyError
+from hf_earlyexit.inference.batching import pad_batch
+from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.policies.confidence import MeasuredPolicy
+from hf_earlyexit.problems import MULTI_LABEL
+from tests.onnx.conftest import feeds
+
+SERVED = [name for name in POLICIES.names() if not POLICIES.get(name).uses_similarity]  # which classifiers do not give
+CASES = [("single", name) for name in SERVED] + [
+    ("multi", "confidence"), ("multi", "beem-c"), ("regression", "patience"),
+]  # fmt: skip
+
+
+def random_rows(count, seed=0):
+    """Rows of 1 to 64 tokens, the shortest and the longest among them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [1, 64, *torch.randint(1, 40, (count - 2,), generator=generator).tolist()]
+
+    def draw(low, high, length):
+        return torch.randint(low, high, (length,), generator=generator).tolist()
+
+    return [{"input_ids": draw(5, 100, length), "token_type_ids": draw(0, 2, length)} for length in lengths]
+
+
+def in_torch(model, policy, rows):
+    """Exit layers and logits, each row alone through `forward`."""
+    model.set_exit_policy(policy)
+    try:
+        with torch.inference_mode():
+            done = [model(**pad_batch([row])) for row in rows]
+    finally:
+        model.set_exit_policy(None)
+    return torch.cat([output.exit_layer for output in done]), torch.cat([output.logits for output in done])
+
+
+def in_layers(found, policy, rows, **options):
+    found.onnx.set_exit_policy(policy)
+    answers = ee.predict(found.onnx, rows, **options)
+    return answers.exit_layer, answers.logits
+
+
+def in_one_file(session, rows):
+    done = [session.run(["exit_layer", "logits"], feeds(row)) for row in rows]
+    layers, logits = zip(*done, strict=True)
+    return torch.from_numpy(np.concatenate(layers)), torch.from_numpy(np.concatenate(logits))
+
+
+def same(first, second):
+    return torch.equal(first[0], second[0]) and torch.allclose(first[1], second[1], atol=2e-5)
+
+
+def policy_for(open_policy, found, name):
+    if name == "gate":
+        gates = found.onnx(**pad_batch(random_rows(100, seed=1)), early_exit=False).exit_gates
+        return ee.GatePolicy(thresholds=tuple(gates.sigmoid().quantile(0.6, dim=0).tolist()))
+    return open_policy(found.model, name)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_all_forms_decide_as_torch_does(kind, name, traced, one_row_session, open_policy):
+    found = traced(kind)
+    policy, rows = policy_for(open_policy, found, name), random_rows(40)
+    truth = in_torch(found.model, policy, rows)
+    if name != "static":
+        assert len(set(truth[0].tolist())) > 1
+    for tokens in (1, 100, 4096):
+        assert same(in_layers(found, policy, rows, max_batch_tokens=tokens), truth)
+    assert same(in_layers(found, policy, rows[::-1]), tuple(part.flip(0) for part in truth))
+    assert same(in_one_file(one_row_session(found, policy), rows), truth)
+
+
+def test_a_graph_of_another_policy_is_told_apart(traced, one_row_session, open_policy):
+    """The mutant of the test above: thresholds a little off, or a rule without memory."""
+    found, rows = traced(), random_rows(40)
+    policy = open_policy(found.model, "beem-c")
+    truth = in_torch(found.model, policy, rows)
+    for mutant in (policy.with_thresholds(tuple(1.1 * t for t in policy.thresholds)), open_policy(found.model, "margin")):
+        assert not same(in_one_file(one_row_session(found, mutant), rows), truth)
+        assert not same(in_layers(found, mutant, rows), truth)
+
+
+def test_a_closed_and_a_muted_exit_stay_closed(traced, one_row_session, open_policy):
+    found, rows = traced(), random_rows(40)
+    opened = open_policy(found.model, "patience").with_thresholds((None, 1.0, None))
+    policy = type(opened).from_dict(opened.to_dict() | {"muted": [0]})
+    truth = in_torch(found.model, policy, rows)
+    assert set(truth[0].tolist()) <= {2, 4}
+    assert same(in_layers(found, policy, rows), truth)
+    assert same(in_one_file(one_row_session(found, policy), rows), truth)
+
+
+def test_layers_after_the_exit_do_not_run(traced, one_row_session, tmp_path):
+    """The runtime's own record of the operators it ran: one attention, hence one Softmax, a layer."""
+    found, rows = traced(), random_rows(12)
+    policy = ee.EntropyPolicy(thresholds=(0.4, 0.5, 0.6))
+    reported = in_torch(found.model, policy, rows)[0].tolist()
+    assert len(set(reported)) > 2
+    session = one_row_session(found, policy, enable_profiling=True, profile_file_prefix=str(tmp_path / "profile"))
+    for row in rows:
+        session.run(None, feeds(row))
+    with open(session.end_profiling()) as file:
+        events = json.load(file)
+    ran = [event for event in events if event.get("cat") == "Node" and event["args"].get("op_name") == "Softmax"]
+    assert len([event for event in ran if event["name"].endswith("_kernel_time")]) == sum(reported)
+
+
+def test_layers_of_the_batched_form_do_not_run_either(traced, open_policy, monkeypatch):
+    found, rows, counted = traced(), random_rows(40), []
+    run_layer = type(found.onnx.walker).run_layer
+
+    def counting(self, layer, hidden, context):
+        counted.append(len(hidden))
+        return run_layer(self, layer, hidden, context)
+
+    monkeypatch.setattr(type(found.onnx.walker), "run_layer", counting)
+    layers, _ = in_layers(found, open_policy(found.model, "confidence"), rows)
+    assert sum(counted) == int(layers.sum()) < 4 * len(rows)
+
+
+def test_a_policy_that_looks_at_values_is_refused(traced, one_row_session):
+    class Peeking(MeasuredPolicy):
+        name = "peeking"
+
+        def update(self, state, signal, exit_index):
+            top = signal.logits.softmax(-1).amax(-1)
+            return state, torch.ones_like(top) if float(top) > 0.5 else top, signal.logits
+
+    found = traced()
+    with pytest.raises(PolicyError, match="peeking policy cannot be exported"):
+        one_row_session(found, Peeking(thresholds=(0.5, 0.5, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["confidence", "beem-a"])
+def test_int8_rows_do_not_see_each_other(name, traced, one_row_session, open_policy):
+    small, rows = traced(int8=True), random_rows(40)
+    policy = open_policy(small.model, name)
+    alone = in_layers(small, policy, rows, max_batch_tokens=1)
+    assert same(in_layers(small, policy, rows, max_batch_tokens=4096), alone)
+    assert same(in_layers(small, policy, rows[::-1]), tuple(part.flip(0) for part in alone))
+    assert same(in_one_file(one_row_session(small, policy), rows), alone)
+
+
+def test_int8_is_near_float32_and_not_the_same(traced):
+    exact, small, batch = traced(), traced(int8=True), pad_batch(random_rows(40))
+    first, second = (found.onnx(**batch, early_exit=False).exit_logits for found in (exact, small))
+    gap = (first - second).abs()
+    assert 1e-4 < float(gap.max()) < 0.2 * float(first.std())
+
+
+def test_problem_types_keep_their_answers(traced):
+    found, batch = traced("multi"), pad_batch(random_rows(10))
+    with torch.inference_mode():
+        truth = found.model(**batch, early_exit=False)
+    told = found.onnx(**batch)
+    assert found.config.resolved_problem_type == MULTI_LABEL
+    assert torch.allclose(told.exit_logits, truth.exit_logits, atol=2e-5)
