@@ -8,7 +8,6 @@ int8 logits differ from those that the thresholds were chosen on, so it needs he
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -70,4 +69,4 @@ def run(args: ExportArguments) -> Answer:
     told = [] if changed is None else [str(changed)]
     told.append(f"written to {args.output}: {', '.join(args.forms)}{', int8' if args.int8 else ''}")
     values = {"output": args.output, "forms": args.forms, "int8": args.int8}
-    return Answer(values if changed is None else {**values, "changed": dataclasses.asdict(changed)}, "\n".join(told))
+    return Answer(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(told))

@@ -56,6 +56,7 @@ CASES = {
         ["{model}", "--input", "{texts}", "--repeats", "1", "--latency_rows", "2", "--batch_size", "4"],
         {"rows", "exits", "throughput", "latency", "advice", "environment"},
     ),
+    "export": (["onnx", "{model}", "{out}", "--forms", "layers"], {"output", "forms", "int8"}),
     "env": ([], {"python", "torch", "devices"}),
     "calibrate": (
         ["{model}", "--dataset", "{data}", "--split", "test", "--target", "layer-budget:3", "--keep_weak_exits"],
