@@ -162,15 +162,18 @@ def main() -> None:
     parser.add_argument("--latency-rows", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found: dict[str, dict] = {}
     if args.shape:
-        results[args.shape] = shape_run(args.shape, args.rows, args.repeats, args.latency_rows)
+        found[args.shape] = shape_run(args.shape, args.rows, args.repeats, args.latency_rows)
     if args.model and args.rivals:
-        results.setdefault("rivals", {})[args.model.name] = rivals_run(args.model, args.repeats)
+        found["rivals"] = {args.model.name: rivals_run(args.model, args.repeats)}
     elif args.model:
-        results[args.model.name] = trained_run(args.model, args.repeats, args.latency_rows)
+        found[args.model.name] = trained_run(args.model, args.repeats, args.latency_rows)
     if args.scheduler:
-        results["scheduler"] = scheduler_run()
+        found["scheduler"] = scheduler_run()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: other runs may have written meanwhile
+    found["rivals"] = results.get("rivals", {}) | found.get("rivals", {})
+    results |= found
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))

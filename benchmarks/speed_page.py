@@ -44,7 +44,8 @@ logits depend a little on its company, and a row near a threshold may leave at a
 ## What was measured
 
 Ratios are taken turn by turn in one process, in random order; the median, and the middle half in brackets. Time is the CPU
-time of one thread. *full, arrival order* is the model as most people run it, batches of 32 padded to the longest; *full*
+time of one thread. The machine was shared and busy, and each table comes from few turns, so take single figures as good to
+10 or 20 percent. *full, arrival order* is the model as most people run it, batches of 32 padded to the longest; *full*
 runs the same rows through our own batches, sorted by length. *early exit, arrival order* is `model(**batch)`, *early exit*
 is `predict`. All speed-ups are over the first row of a table. The *token-layer bound* is the speed-up if time were tokens
 times layers; the share of it is that of *early exit* over *full*, and at batch 1 over the model row by row, unpadded.

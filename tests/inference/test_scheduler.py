@@ -21,12 +21,11 @@ NAMES = [name for name in POLICIES.names() if not POLICIES.get(name).uses_gate a
 class CountingWalker(ModelWalker):
     """Remembers every layer call as (layer, rows, padded tokens, real tokens)."""
 
-    def __init__(self, model, pause=0.0):
+    def __init__(self, model):
         super().__init__(model)
-        self.calls, self.asked, self.pause = [], set(), pause
+        self.calls, self.asked = [], set()
 
     def run_layer(self, layer, hidden, context):
-        time.sleep(self.pause)
         padded = hidden.shape[:-1].numel()
         real = padded if context.lengths is None else sum(context.lengths)
         self.calls.append((layer, context.count(hidden), padded, real))
@@ -154,13 +153,15 @@ def test_a_layer_budget_before_the_first_exit_is_refused(tiny_model):
         Scheduler(ModelWalker(tiny_model(exit_layers=[2, 4])), None, 128, layer_budget=1)
 
 
-def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows):
-    full = CountingWalker(model)
-    free = Scheduler(full, ee.ConfidencePolicy(thresholds=[None] * 3), 512).run(rows)
-    walker = CountingWalker(model, pause=0.002)
-    part = Scheduler(walker, ee.ConfidencePolicy(thresholds=[None] * 3), 512, ends_at=time.monotonic() + 0.06).run(rows)
+def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows, monkeypatch):
+    closed, full = ee.ConfidencePolicy(thresholds=[None] * 3), CountingWalker(model)
+    free = Scheduler(full, closed, 512).run(rows)
+    walker = CountingWalker(model)
+    scheduler = Scheduler(walker, closed, 512, ends_at=0.0)
+    monkeypatch.setattr(scheduler, "_late", lambda: len(walker.calls) >= len(full.calls) // 2)
+    part = scheduler.run(rows)
     assert set(part.reason) >= {"deadline", "last layer"}
-    assert len(walker.calls) < len(full.calls)
+    assert len(walker.calls) == len(full.calls) // 2
     reached = part.exit_index == 3
     assert torch.allclose(part.logits[reached], free.logits[reached], atol=NEAR)
     unanswered = part.exit_index == -1
