@@ -36,7 +36,8 @@ def open_picture(picture: str | PathLike[str] | Image) -> Image:
     if isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
         raise DataError(f"{picture[:80]!r} is an address; download the picture and name the file.", field="images")
     try:
-        with Image.open(picture) if is_name else nullcontext(picture) as opened:
+        source: Any = Image.open(picture) if isinstance(picture, (str, PathLike)) else nullcontext(picture)
+        with source as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")  # this reads all of the file
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {picture}; check the name.", field="images", path=picture) from error

@@ -27,6 +27,15 @@ class Shade(NamedTuple):
     front: str
 
 
+class Item(NamedTuple):
+    """A picture on the page; `full` is what the full model says, where that is something else."""
+
+    picture: str
+    name: str | None
+    caption: Mapping[str, Any]
+    full: str | None
+
+
 def caption_page(
     images: Sequence[Any],
     captions: Sequence[Mapping[str, Any]],
@@ -59,15 +68,11 @@ def caption_page(
     _check(images, captions, full, num_layers)
     layers = [layer for caption in captions for layer in caption["exit_layers"]]
     mean = sum(layers) / len(layers) if layers else None
-    items = [
-        {
-            "picture": _embedded(image),
-            "name": picture_name(image),
-            "caption": caption,
-            "full": None if full is None else full[place]["generated_text"],
-        }
-        for place, (image, caption) in enumerate(zip(images, captions, strict=True))
-    ]
+    items = []
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        whole = None if full is None else full[place]["generated_text"]
+        differs = whole is not None and whole != caption["generated_text"]
+        items.append(Item(_embedded(image), picture_name(image), caption, whole if differs else None))
     environment = Environment(
         loader=PackageLoader("hf_earlyexit.reports", "."),
         autoescape=True,
@@ -84,7 +89,7 @@ def caption_page(
         num_tokens=len(layers),
         mean=mean,
         compared=full is not None,
-        same=sum(item["full"] == item["caption"]["generated_text"] for item in items),
+        same=sum(item.full is None for item in items),
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
