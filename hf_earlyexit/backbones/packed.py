@@ -41,15 +41,15 @@ class Packed(Context):
 
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Packed]:
         lengths = tuple(self.lengths[row] for row in rows)
-        parts = hidden.split(self.lengths)
-        real = None if self.real is None else self.real.split(self.lengths)
+        sizes = list(self.lengths)
+        parts, real = torch.split(hidden, sizes), None if self.real is None else torch.split(self.real, sizes)
         return torch.cat([parts[row] for row in rows]), Packed.of(
             lengths, None if real is None else torch.cat([real[row] for row in rows]), hidden.device
         )
 
     def for_head(self, hidden: Tensor, first_token: bool) -> list[tuple[Tensor, Tensor | None]]:
         if first_token:
-            return [(hidden.index_select(0, self.starts)[:, None], None)]
+            return [(hidden[self.starts][:, None], None)]
         parts = []
         for start, stop, rows, length in self._spans():
             real = None if self.real is None else self.real[start:stop].view(rows, length)
@@ -60,9 +60,9 @@ class Packed(Context):
         """Attention of every row to itself, `[tokens, heads, D]` to `[tokens, heads * D]`."""
         mixed = []
         for start, stop, rows, length in self._spans():
-            ours = [part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)]
+            q, k, v = (part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
             mask = None if self.real is None else self.real[start:stop].view(rows, 1, 1, length)
-            run = functional.scaled_dot_product_attention(*ours, attn_mask=mask)
+            run = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             mixed.append(run.transpose(1, 2).reshape(rows * length, -1))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
