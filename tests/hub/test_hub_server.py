@@ -129,10 +129,11 @@ def test_models_travel_through_the_hub(hub: HubServer, client: Client) -> None:
     assert found["trained"]
     assert found["card"]["library_name"] == "transformers"
     steps = [commit.message for commit in trained.commits[1:]]
-    assert (steps[0], steps[-1]) == ("Training in progress, step 1", "done")
+    assert steps[-1] == "done"
     # Uploads queue up in one thread, and Trainer copies what it saves into the folder that they read. Where it saves step 2
-    # before the upload of step 1 reads, step 1 carries step 2's files, and step 2 finds nothing to commit.
-    assert steps[1:-1] in (["Training in progress, step 2"], [])
+    # before the upload of step 1 reads, one of the two carries step 2's files, and the other finds nothing to commit.
+    assert 0 < len(steps[:-1]) <= 2
+    assert set(steps[:-1]) <= {"Training in progress, step 1", "Training in progress, step 2"}
 
 
 def test_data_sets_travel_through_the_hub(hub: HubServer, client: Client) -> None:

