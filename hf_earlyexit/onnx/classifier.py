@@ -20,7 +20,6 @@ from ..errors import DataError, UsageError
 from ..inference.batching import pad_batch
 from ..inference.engine import run_all, run_early
 from ..inference.rows import TokenIds, check_ids
-from ..inference.walker import CPU_TOKENS
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
@@ -38,7 +37,7 @@ class OnnxWalker:
         threads: that one layer may use.
     """
 
-    best_batch_tokens = CPU_TOKENS // 2
+    best_batch_tokens = 256  # a core is at its full rate, and what a layer works on stays in its cache
     device = torch.device("cpu")
 
     def __init__(self, config: Any, read: Callable[[str], bytes], threads: int) -> None:
