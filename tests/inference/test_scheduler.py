@@ -199,13 +199,13 @@ def test_no_layer_begins_after_a_deadline(model, rows):
 
 
 @pytest.mark.slow
-def test_eight_threads_share_a_model(model, rows):
-    expected = [Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[2 * n : 2 * n + 2]) for n in range(20)]
+def test_eight_threads_share_a_model_and_an_engine(model, rows):
+    scheduler = Scheduler(ModelWalker(model), model.exit_policy, 64)
+    expected = [scheduler.run([row]) for row in rows[:40]]
     before = dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()}
 
     def call(number):
-        start, same = 2 * (number % 20), expected[number % 20]
-        got = Scheduler(ModelWalker(model), model.exit_policy, 64).run(rows[start : start + 2])
+        got, same = scheduler.run([rows[number % 40]]), expected[number % 40]
         return torch.equal(got.logits, same.logits) and torch.equal(got.exit_index, same.exit_index)
 
     with ThreadPoolExecutor(8) as pool:
