@@ -33,7 +33,7 @@ def run_child():
         environment = hub.environment(folder / home, token) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         (folder / "out.json").unlink(missing_ok=True)
         child = subprocess.run(
-            [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+            [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
         )
         assert child.returncode == 0, child.stderr[-4000:]
         return json.loads((folder / "out.json").read_text()) | {"stdout": child.stdout, "stderr": child.stderr}

@@ -55,7 +55,7 @@ def run_child(
     environment = hub.environment(folder / home, token) | extra
     (folder / "out.json").unlink(missing_ok=True)
     child = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads((folder / "out.json").read_text()) | {"stderr": child.stderr}

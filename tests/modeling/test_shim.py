@@ -59,7 +59,7 @@ def run(folder, code):
     environment = os.environ | {"PYTHONPATH": paths, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", code + '\nprint("\\n" + json.dumps(out))']
     child = subprocess.run(
-        words, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+        words, env=environment, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
     )
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
