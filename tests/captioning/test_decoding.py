@@ -41,6 +41,20 @@ def test_eight_rows_are_eight_batches_of_one(captioner, images, mixed, kind, att
         assert not together.exit_layers[row, length:].any()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager_and_sdpa_write_the_same(captioner, images, mixed, kind, mode):
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = captioner(kind, attention=attention)
+        model.set_exit_policy(mixed(model, "confidence"))
+        found.append(generated(model, images(6), **MODES[mode]))
+    eager, sdpa = found
+    assert spread(eager.exit_layers) > 1
+    assert torch.equal(eager.sequences, sdpa.sequences)
+    assert torch.equal(eager.exit_layers, sdpa.exit_layers)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rule_decodes_row_by_row(captioner, images, mixed, kind, rule):
