@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from hf_earlyexit.files import replaced_folder, write_file
 from tests.test_files import FORMER, NEW, content, fill
 
 ROOT = Path(__file__).resolve().parents[1]
+NOBODY = 65534
 KILLED = """
 import json, os, shutil, signal, sys, types
 from pathlib import Path
@@ -238,14 +240,31 @@ def test_leftovers_go_but_not_those_of_a_save_that_still_runs(target):
     assert sorted(os.listdir(target.parent)) == ["_other.saving-1234abcd", "model"]
 
 
-def test_a_read_only_folder_is_refused(target):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    target.chmod(0o500)
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save(target)
-    target.chmod(0o700)
-    assert content(target) == FORMER
+@contextmanager
+def without_privileges():
+    """Root may write everywhere, so it becomes somebody else for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_read_only_folder_is_refused():
+    with TemporaryDirectory() as place:  # where others may look, unlike pytest's own folders
+        target = Path(place) / "model"
+        fill(target, FORMER)
+        for folder in (target, target.parent):
+            folder.chmod(0o555)
+        with without_privileges(), pytest.raises(CheckpointError, match="could not be written"):
+            save(target)
+        for folder in (target.parent, target):
+            folder.chmod(0o700)
+        assert content(target) == FORMER
+        assert os.listdir(place) == ["model"]
 
 
 def test_a_file_written_alone_leaves_no_leftovers_either(target):
