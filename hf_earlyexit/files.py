@@ -89,18 +89,19 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
         raise _not_written(target, error, len(data)) from error
 
 
-def write_json(path: str | PathLike[str], values: dict[str, Any]) -> None:
+def write_json(path: str | PathLike[str], values: dict[str, Any], allow_nan: bool = False) -> None:
     """As `write_file`, for a JSON object; the folder is made if it is not there.
 
     Raises:
         CheckpointError: if it cannot be written.
+        ValueError: for a number that JSON does not know, such as nan, unless `allow_nan`; only Python reads these again.
     """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_written(target, error, 0) from error
-    write_file(target, json.dumps(values, indent=1).encode())
+    write_file(target, (json.dumps(values, indent=1, allow_nan=allow_nan) + "\n").encode())
 
 
 def read_json(path: str | PathLike[str]) -> dict[str, Any]:

@@ -131,3 +131,23 @@ def data_path():
         return path
 
     return find
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """`arguments(cls=..., **fields)`: a short quiet run on the CPU."""
+
+    def make(cls=ee.EarlyExitTrainingArguments, **fields):
+        usual = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+        }
+        return cls(**{**usual, **fields})
+
+    return make

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
 
 from ..errors import CheckpointError
-from ..files import read_json, write_file
+from ..files import read_json, write_json
 from ..policies.base import ExitPolicy
 from .replay import ExitReport
 
@@ -84,7 +83,7 @@ class CalibrationResult:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one JSON file."""
-        write_file(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CalibrationResult:

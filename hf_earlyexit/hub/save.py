@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, UsageError
-from ..files import inside, read_json, replaced_folder, write_file
+from ..files import inside, read_json, replaced_folder, write_json
 from ..modeling.caption_processor import EarlyExitCaptionProcessor
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
@@ -115,7 +114,7 @@ def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> 
         results[DEFAULT].save(folder / CALIBRATION_FILE)
         return
     values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
-    write_file(folder / CALIBRATION_FILE, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / CALIBRATION_FILE, values)
 
 
 def by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:

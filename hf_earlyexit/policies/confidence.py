@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..problems import MULTI_LABEL, SINGLE_LABEL
-from .base import ExitPolicy, ExitSignal, register_policy
+from .base import ExitSignal, register_policy
 from .measures import certainty, margin, max_probability, measure
+from .memoryless import MemorylessPolicy, NoState
 
 
-class NoState(NamedTuple):
-    """Nothing is remembered."""
-
-
-class MeasuredPolicy(ExitPolicy):
+class MeasuredPolicy(MemorylessPolicy):
     """A row leaves where a measure of this exit's own output reaches the threshold."""
 
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL, MULTI_LABEL})
-    uses_history: ClassVar[bool] = False
     how: ClassVar[Callable[[Tensor], Tensor]]
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
-
-    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
-        return NoState()
 
     def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
         return state, measure(signal.logits, type(self).how, self.problem_type), signal.logits

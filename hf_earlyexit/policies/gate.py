@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .base import ExitPolicy, ExitSignal, register_policy
-from .confidence import NoState
+from .base import ExitSignal, register_policy
+from .memoryless import MemorylessPolicy, NoState
 
 HALF = 0.5
 
 
 @register_policy("gate")
 @dataclass(frozen=True, kw_only=True)
-class GatePolicy(ExitPolicy):
+class GatePolicy(MemorylessPolicy):
     """Leave where the gate's probability of leaving reaches the threshold, in `[0, 1]`.
 
     It needs a model with gates (`exit_gate` in its config) that were trained, as `ConsistentTrainer` does.
@@ -26,21 +26,13 @@ class GatePolicy(ExitPolicy):
     a curve from the same model, so `calibrate` serves it like every rule.
     """
 
-    uses_history: ClassVar[bool] = False
     uses_logits: ClassVar[bool] = False
     uses_gate: ClassVar[bool] = True
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
 
     @classmethod
     def half(cls, num_exits: int, **fields: Any) -> Self:
         """The paper's policy: threshold one half at every exit."""
         return cls(thresholds=(HALF,) * (num_exits - 1), **fields)
-
-    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
-        return NoState()
 
     def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
         if exit_index == self.num_exits - 1:  # has no gate: whoever is left leaves

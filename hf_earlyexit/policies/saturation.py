@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .base import ExitPolicy, ExitSignal, register_policy
-from .confidence import NoState
+from .base import ExitSignal, register_policy
+from .memoryless import MemorylessPolicy, NoState
 
 
 @register_policy("saturation")
 @dataclass(frozen=True, kw_only=True)
-class SaturationPolicy(ExitPolicy):
+class SaturationPolicy(MemorylessPolicy):
     """Leave where the cosine of the states before and after a layer reaches the threshold, in `[0, 1]`.
 
     For decoders, where asking the vocabulary at every layer costs more than it saves. Cosines below 0 score 0.
@@ -23,16 +22,8 @@ class SaturationPolicy(ExitPolicy):
     Paper: MuE (https://arxiv.org/abs/2211.11152), and the hidden-state measure of CALM (https://arxiv.org/abs/2207.07061).
     """
 
-    uses_history: ClassVar[bool] = False
     uses_logits: ClassVar[bool] = False
     uses_similarity: ClassVar[bool] = True
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
-
-    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
-        return NoState()
 
     def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
         _require_similarity(signal.similarity)

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .base import ExitPolicy, ExitSignal, register_policy
-from .confidence import NoState
+from .base import ExitSignal, register_policy
+from .memoryless import MemorylessPolicy, NoState
 
 
 @register_policy("static")
 @dataclass(frozen=True, kw_only=True)
-class StaticPolicy(ExitPolicy):
+class StaticPolicy(MemorylessPolicy):
     """Leave at a fixed exit, whatever the row.
 
     The score is the exit's number (1 to E), so the threshold k means "leave at the k-th exit".
     """
 
-    uses_history: ClassVar[bool] = False
     uses_logits: ClassVar[bool] = False
     counts: ClassVar[bool] = True
     lowest_threshold: ClassVar[float] = 1.0
@@ -44,9 +43,6 @@ class StaticPolicy(ExitPolicy):
         closed = (None,) * (num_exits - 1)
         opened = tuple(float(index + 1) if index == exit_index else None for index in range(num_exits - 1))
         return cls(thresholds=opened if exit_index < num_exits - 1 else closed, **fields)  # type: ignore[arg-type]
-
-    def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
-        return NoState()
 
     def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
         number = torch.full(signal.logits.shape[:1], float(exit_index + 1), device=signal.logits.device)

@@ -6,13 +6,11 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import DataError
 from ..pictures import open_picture, picture_name
+from .page import write_page
 
 LONGEST_SIDE = 560  # of a picture on the page, in pixels
 EARLY, LATE = (224, 242, 238), (11, 79, 74)  # from a light teal to a dark one
@@ -73,14 +71,9 @@ def caption_page(
         whole = None if full is None else full[place]["generated_text"]
         differs = whole is not None and whole != caption["generated_text"]
         items.append(Item(_embedded(image), picture_name(image), caption, whole if differs else None))
-    environment = Environment(
-        loader=PackageLoader("hf_earlyexit.reports", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("captions.html").render(
+    write_page(
+        "captions.html",
+        path,
         title=title,
         items=items,
         shades=[_shade(layer, num_layers) for layer in range(1, num_layers + 1)],
@@ -91,8 +84,6 @@ def caption_page(
         compared=full is not None,
         same=sum(item.full is None for item in items),
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
 
 
 def _check(images: Sequence[Any], captions: Sequence[Any], full: Sequence[Any] | None, num_layers: int) -> None:

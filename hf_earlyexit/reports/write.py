@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..calibration.replay import Replay, replay
@@ -22,6 +20,7 @@ from ..trace import ExitTrace
 from .advice import ALWAYS, doubts, summary
 from .compare import STATIC, Comparison, Contender, compare_policies
 from .mistakes import find_mistakes
+from .page import write_page
 
 SAME = 0.02  # of a curve's height: closer than that, two lines are one to the eye
 
@@ -74,15 +73,10 @@ def write_report(
         name, judged, rule = comparison.best.name, comparison.best.judged, comparison.best.chosen.policy
     else:
         name, judged, rule = f"{policy.name}, as served", replay(policy, comparison.judging), policy
-    environment = Environment(
-        loader=PackageLoader("hf_earlyexit.reports", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = find_mistakes(rule, comparison.judging, label_names, most_mistakes)
-    page = environment.get_template("report.html").render(
+    write_page(
+        "report.html",
+        path,
         title=title,
         name=name,
         served=policy is not None,
@@ -99,7 +93,6 @@ def write_report(
         places=comparison.judging_rows.tolist(),
         **_figures(name, judged, comparison),
     )
-    Path(path).write_text(page, encoding="utf-8")
     return comparison
 
 

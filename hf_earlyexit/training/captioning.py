@@ -107,9 +107,7 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
         for part in self.model.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()  # no dropout in what does not learn, as in serving
-        labels = inputs.get("labels")
-        if labels is None:
-            raise DataError("The batch has no labels; the collator must give them.", field="labels")
+        labels = _given(inputs.get("labels"))
         learned = labels != -100
         if not bool(learned.any()):
             raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field="labels")
@@ -133,16 +131,8 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
                 )
         return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Loss, and sums over each row's tokens `[B, K]` in place of logits."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, row_sums(outputs, inputs["labels"]), None
+    def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
+        return row_sums(outputs, _given(labels)), None
 
     def evaluation_loop(
         self,
@@ -160,6 +150,12 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
             values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.model.config.exit_layers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, metrics, output.num_samples)
+
+
+def _given(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise DataError("The batch has no labels; the collator must give them.", field="labels")
+    return labels
 
 
 def _has_features(rows: Any) -> bool:

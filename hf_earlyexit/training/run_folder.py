@@ -64,7 +64,7 @@ class RunFolder:
         """Keep what a phase ended with, and mark it as done."""
         if self.writes:
             model.save_pretrained(self.path / phase / MODEL_FOLDER)
-            write_json(self.path / phase / DONE_FILE, {"log": log})
+            write_json(self.path / phase / DONE_FILE, {"log": log}, allow_nan=True)  # as norms of float16 gradients are
         PartialState().wait_for_everyone()
 
     def restore(self, phase: str, model: Any) -> list[dict[str, Any]]:

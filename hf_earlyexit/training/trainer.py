@@ -123,8 +123,12 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
+        return loss, *self._kept(outputs, labels)
+
+    def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
+        """What an evaluation keeps of a batch in place of logits, and of labels."""
         gates = () if outputs.exit_gates is None else (outputs.exit_gates.detach(),)
-        return loss, (outputs.logits.detach(), outputs.exit_logits.detach(), *gates), labels
+        return (outputs.logits.detach(), outputs.exit_logits.detach(), *gates), labels
 
     def evaluation_loop(
         self,

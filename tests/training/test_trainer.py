@@ -1,6 +1,7 @@
 """The Trainer: every exit learns and is reported, nothing else changes, faults have names."""
 
 import json
+from functools import partial
 
 import datasets
 import evaluate
@@ -37,25 +38,8 @@ def rows():
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    """`arguments(**fields)`: a short quiet run on the CPU."""
-
-    def make(cls=ee.EarlyExitTrainingArguments, **fields):
-        usual = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "per_device_train_batch_size": 8,
-            "max_steps": 3,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-        }
-        return cls(**{**usual, **fields})
-
-    return make
+def arguments(arguments):
+    return partial(arguments, per_device_train_batch_size=8, max_steps=3)
 
 
 @pytest.fixture
