@@ -202,9 +202,11 @@ def parse_target(text: str) -> Target:
 def _parse_printed(cls: type[Target], text: str) -> Target:
     try:
         call = ast.parse(text, mode="eval").body
-        assert isinstance(call, ast.Call)
-        return cls(**{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None})
-    except (AssertionError, SyntaxError, TypeError, ValueError) as error:
+        if not isinstance(call, ast.Call):
+            raise ValueError("it is no call")
+        numbers = [ast.literal_eval(value) for value in call.args]
+        return cls(*numbers, **{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None})
+    except (SyntaxError, TypeError, ValueError) as error:
         raise CalibrationError(f"Target {text!r} cannot be read: {error}.", field="target", value=text) from error
 
 

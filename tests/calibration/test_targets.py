@@ -191,6 +191,8 @@ def test_constants_of_the_theorem_belong_to_the_literal_rule():
         ("speed-up:2", SpeedUp(2.0)),
         ("layer-budget:5.5", LayerBudget(5.5)),
         ("final-layer-error", FinalLayerError()),
+        ("MaxDrop(0.02)", MaxDrop(0.02)),
+        ("FinalLayerError(sigmas=2.0)", FinalLayerError(sigmas=2.0)),
     ],
 )
 def test_words_become_a_target(text, target):
