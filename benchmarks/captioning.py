@@ -3,11 +3,10 @@
     python benchmarks/captioning_data.py  --out build/captioning     # once: vocabulary, encoder, features
     python benchmarks/captioning_train.py full12 static6 --out build/captioning
     python benchmarks/captioning_eval.py  full12 static6 --out build/captioning
-    python benchmarks/captioning_exits.py tuned linear --out build/captioning
-    python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning.json
-    python benchmarks/captioning.py --out build/captioning --report benchmarks/results/captioning-joint.json \\
-        --rules "all layers, joint" "static, joint" "saturation, joint" "gate, joint" "margin, shortlist, joint" \\
-        "beem-c, shortlist, joint" "confidence, joint"
+    python benchmarks/captioning_exits.py tuned linear whole --out build/captioning
+    python benchmarks/captioning.py frozen whole --out build/captioning
+
+writes benchmarks/results/captioning-<name>.json: `frozen` adds exits to a trained decoder, `whole` trained both together.
 
 Thresholds are chosen on photos of dev by captions really written, CIDEr photo by photo; figures are those of test, which
 nothing was chosen on. Times are ratios of decoding, the encoder's part told beside, interleaved in one run.
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captioning_data import IMAGE_SIZE, load_captions, load_encoder, load_features, load_tokenizer
+from captioning_data import IMAGE_SIZE, load_captions, load_encoder, load_features, load_tokenizer, run_parser
 from captioning_metrics import TOKENISER, per_photo, score
 from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -32,29 +31,38 @@ import hf_earlyexit as ee
 from hf_earlyexit.calibration.captions import curve_of
 from hf_earlyexit.inference.timing import compare_speed
 
+RESULTS = Path(__file__).parent / "results"
 TARGETS = {"at least as good on dev": ee.MaxDrop(0.0), "1.8x in layers on dev": ee.SpeedUp(1.8)}
-RULES = {  # model, signal, policy
-    "saturation": ("tuned", "vocabulary", "saturation"),
-    "gate": ("tuned", "vocabulary", "gate"),
-    "confidence, shortlist": ("tuned", "shortlist", "confidence"),
-    "margin, shortlist": ("tuned", "shortlist", "margin"),
-    "beem-c, shortlist": ("tuned", "shortlist", "beem-c"),
-    "confidence, tuned": ("tuned", "vocabulary", "confidence"),
-    "confidence": ("linear", "vocabulary", "confidence"),
-    "margin": ("linear", "vocabulary", "margin"),
-    "patience": ("linear", "vocabulary", "patience"),
-    "beem-c": ("linear", "vocabulary", "beem-c"),
-    "beem-a": ("linear", "vocabulary", "beem-a"),
-    "static": ("tuned", "vocabulary", "static"),
-    "all layers, joint": ("joint", "vocabulary", "full"),
-    "static, joint": ("joint", "vocabulary", "static"),
-    "saturation, joint": ("joint", "vocabulary", "saturation"),
-    "gate, joint": ("joint", "vocabulary", "gate"),
-    "margin, shortlist, joint": ("joint", "shortlist", "margin"),
-    "beem-c, shortlist, joint": ("joint", "shortlist", "beem-c"),
-    "confidence, joint": ("joint", "vocabulary", "confidence"),
+RULES = {  # how exits came to be: rule: model, signal, policy
+    "frozen": {
+        "saturation": ("tuned", "vocabulary", "saturation"),
+        "gate": ("tuned", "vocabulary", "gate"),
+        "confidence, shortlist": ("tuned", "shortlist", "confidence"),
+        "margin, shortlist": ("tuned", "shortlist", "margin"),
+        "beem-c, shortlist": ("tuned", "shortlist", "beem-c"),
+        "confidence, tuned": ("tuned", "vocabulary", "confidence"),
+        "confidence": ("linear", "vocabulary", "confidence"),
+        "margin": ("linear", "vocabulary", "margin"),
+        "patience": ("linear", "vocabulary", "patience"),
+        "beem-c": ("linear", "vocabulary", "beem-c"),
+        "beem-a": ("linear", "vocabulary", "beem-a"),
+        "static": ("tuned", "vocabulary", "static"),
+    },
+    "whole": {
+        "all layers": ("whole", "vocabulary", "full"),
+        "saturation": ("whole", "vocabulary", "saturation"),
+        "gate": ("whole", "vocabulary", "gate"),
+        "confidence, shortlist": ("whole", "shortlist", "confidence"),
+        "margin, shortlist": ("whole", "shortlist", "margin"),
+        "beem-c, shortlist": ("whole", "shortlist", "beem-c"),
+        "confidence": ("whole", "vocabulary", "confidence"),
+        "margin": ("whole", "vocabulary", "margin"),
+        "patience": ("whole", "vocabulary", "patience"),
+        "beem-c": ("whole", "vocabulary", "beem-c"),
+        "beem-a": ("whole", "vocabulary", "beem-a"),
+        "static": ("whole", "vocabulary", "static"),
+    },
 }
-FROZEN = [rule for rule, (model, *_) in RULES.items() if model != "joint"]
 
 
 def cider(captions: list[str], references: list[list[str]]) -> list[float]:
@@ -110,23 +118,13 @@ def time_decoding(captioners: dict[str, Captioner], features: np.ndarray, batch_
     return {name: timing._asdict() for name, timing in compare_speed(runs, "full model", repeats).items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
-    parser.add_argument("--report", type=Path, default=Path("benchmarks/results/captioning.json"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dev", type=int, default=300, help="photos that choose thresholds")
-    parser.add_argument("--proposals", type=int, default=12)
-    parser.add_argument("--timed", type=int, nargs=2, default=(12, 48), help="photos timed at batch 1 and batch 8")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rules", nargs="*", default=FROZEN, choices=list(RULES))
-    args = parser.parse_args()
-    torch.set_grad_enabled(False)
+def compare(rules: dict[str, tuple[str, str, str]], args: argparse.Namespace) -> dict:
+    """Every rule's thresholds from dev, and what they do on test and on the clock."""
     out, seed = args.out, args.seed
     tokenizer, start = load_tokenizer(out), time.perf_counter()
     models = {
         name: ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"{name}-{seed}").eval()
-        for name in sorted({RULES[rule][0] for rule in args.rules})
+        for name in sorted({name for name, *_ in rules.values()})
     }
     whole = ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"full12-{seed}").eval()
     half = VisionEncoderDecoderModel.from_pretrained(out / f"static6-{seed}").eval()
@@ -137,8 +135,7 @@ def main() -> None:
     rows["full model"] = judge(captioners["full model"], tokenizer, test, test_captions, None)
     base = rows["full model"]["per_photo"]
     rows["half-depth model"] = judge(captioners["half-depth model"], tokenizer, test, test_captions, base)
-    for rule in args.rules:
-        name, signal, policy = RULES[rule]
+    for rule, (name, signal, policy) in rules.items():
         model = models[name]
         model.config.exit_signal = signal
         if policy == "full":
@@ -193,7 +190,7 @@ def main() -> None:
     share = compare_speed(
         {"decode": lambda: captioners["full model"].write(one, 1), "encode": lambda: encoder(pixels)}, "decode", args.repeats
     )
-    report = {
+    return {
         "data": "Flickr8k", "seed": seed, "dev_photos": len(dev), "test_photos": len(test), "tokeniser": TOKENISER,
         "vocabulary": len(tokenizer), "rows": rows, "policies": chosen, "decode_time": timings,
         "encoder_over_decode": share["encode"].seconds / share["decode"].seconds, "repeats": args.repeats,
@@ -201,8 +198,19 @@ def main() -> None:
                     "torch": torch.__version__},
         "minutes": round((time.perf_counter() - start) / 60, 1),
     }  # fmt: skip
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = run_parser(__doc__, RULES)
+    parser.add_argument("--dev", type=int, default=300, help="photos that choose thresholds")
+    parser.add_argument("--proposals", type=int, default=12)
+    parser.add_argument("--timed", type=int, nargs=2, default=(12, 48), help="photos timed at batch 1 and batch 8")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    for name in args.names:
+        report = compare(RULES[name], args)
+        (RESULTS / f"captioning-{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

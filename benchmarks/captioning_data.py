@@ -32,6 +32,15 @@ MAX_TOKENS = 40  # the longest training caption has 37 words
 SPLITS = {"train": "train-*.parquet", "dev": "dev.parquet", "test": "test.parquet"}
 
 
+def run_parser(doc: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of what trains and scores models by name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=sorted(names))
+    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
 def load_split(split: str) -> datasets.Dataset:
     """The photos of a split with `image` (JPEG bytes), `image_id` and `captions` (five each)."""
     files = sorted(str(path) for path in (DATA / FOLDER).glob(SPLITS[split]))

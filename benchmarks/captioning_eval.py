@@ -9,14 +9,13 @@ and by 3 beams.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from captioning_data import load_captions, load_encoder, load_features, load_tokenizer
+from captioning_data import load_captions, load_encoder, load_features, load_tokenizer, run_parser
 from captioning_metrics import TOKENISER, score
 from captioning_train import RECIPES
 from transformers import PreTrainedTokenizerBase, VisionEncoderDecoderModel
@@ -84,11 +83,7 @@ def plain(name: str, seed: int, out: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = run_parser(__doc__, RECIPES).parse_args()
     for name in args.names:
         target = args.out / f"{name}-{args.seed}"
         if not target.is_dir():

@@ -1,27 +1,26 @@
 """Teach a trained captioner its exits, and the gates beside them.
 
-    python benchmarks/captioning_exits.py tuned linear joint --out build/captioning
+    python benchmarks/captioning_exits.py tuned linear whole --out build/captioning
 
-writes OUT/<exits>-<seed>/: the model of OUT/full12-<seed> with exits, its tokenizer and image processor, and exits.json.
+writes OUT/<exits>-<seed>/: a model of captioning_eval.py with exits, its tokenizer and image processor, and exits.json.
 
 - linear: the paper's recipe, a head of its own for each exit; each starts as a copy of the decoder's.
 - tuned: a linear map for each exit before the decoder's own head, gates, and a shortlist of frequent words.
-- joint: every second layer is an exit, all use the decoder's own head, and the whole decoder learns with them.
+- whole: exits12, whose four exits learned with the decoder from the first step; it gets gates and a shortlist.
 
-The first two leave the decoder as it is.
+None of them changes the decoder.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from captioning_data import load_captions, load_encoder, load_features, load_tokenizer
-from captioning_train import PackedBatch, packed_split
+from captioning_data import load_captions, load_encoder, load_features, load_tokenizer, run_parser
+from captioning_train import PackedBatch, packed_split, quiet_arguments
 from transformers import set_seed
 
 import hf_earlyexit as ee
@@ -32,12 +31,12 @@ class ExitRecipe:
     """Exits, and how they are trained."""
 
     exit_head: str
+    start: str = "full12"
     exit_gate: str | None = None
     exit_layers: tuple[int, ...] | None = None
-    objective: str = "two-stage"
     shortlist: int | None = None
     photos: int = 2400
-    epochs: float = 1.0
+    epochs: float = 1.0  # of the exits
     gate_epochs: float = 0.5
     photos_a_step: int = 16  # times five captions
     learning_rate: float = 2e-3
@@ -47,16 +46,8 @@ class ExitRecipe:
 RECIPES = {
     "linear": ExitRecipe(exit_head="linear"),
     "tuned": ExitRecipe(exit_head="tuned", exit_gate="linear", shortlist=500),
-    "joint": ExitRecipe(
-        exit_head="tied",
-        exit_gate="linear",
-        exit_layers=(2, 4, 6, 8, 10, 12),
-        objective="weighted",
-        shortlist=500,
-        photos=6000,
-        epochs=1.0,
-        gate_epochs=0.1,
-        learning_rate=3e-4,
+    "whole": ExitRecipe(
+        exit_head="tied", start="exits12", exit_gate="linear", exit_layers=(3, 6, 9, 12), shortlist=500, epochs=0.0
     ),
 }
 
@@ -65,10 +56,11 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
     set_seed(seed)
     tokenizer = load_tokenizer(out)
     model = ee.EarlyExitVisionEncoderDecoder.from_pretrained(
-        out / f"full12-{seed}",
+        out / f"{recipe.start}-{seed}",
         exit_head=recipe.exit_head,
         exit_gate=recipe.exit_gate,
         exit_layers=None if recipe.exit_layers is None else list(recipe.exit_layers),
+        init_missing_exits=True,
     )
     model.encoder.requires_grad_(False)
     if recipe.shortlist:
@@ -86,27 +78,13 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
     for stage, epochs in (("exits", recipe.epochs), ("gates", recipe.gate_epochs if recipe.exit_gate else 0)):
         if not epochs:
             continue
-        args = ee.EarlyExitTrainingArguments(
-            output_dir=str(out / "checkpoints" / f"{name}-{seed}-{stage}"),
-            objective=recipe.objective,
-            objective_options={"strength": 1.0, "direction": "last-to-exit"} if recipe.objective == "two-stage" else None,
+        args = quiet_arguments(
+            out / "checkpoints" / f"{name}-{seed}-{stage}", recipe, seed,
+            objective="two-stage",
+            objective_options={"strength": 1.0, "direction": "last-to-exit"},
             num_train_epochs=epochs,
-            per_device_train_batch_size=recipe.photos_a_step,
-            per_device_eval_batch_size=recipe.photos_a_step,
-            learning_rate=recipe.learning_rate if stage == "exits" else 2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=recipe.warmup,
-            train_sampling_strategy="group_by_length",
-            eval_strategy="epoch",
             save_strategy="no",
-            remove_unused_columns=False,
-            logging_steps=25,
-            disable_tqdm=True,
-            report_to=[],
-            seed=seed,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-        )
+        )  # fmt: skip
         trainer = ee.EarlyExitCaptioningTrainer(
             model=model,
             args=args,
@@ -130,11 +108,7 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = run_parser(__doc__, RECIPES).parse_args()
     for name in args.names:
         if not (args.out / f"{name}-{args.seed}" / "exits.json").exists():
             train(name, RECIPES[name], args.seed, args.out)

@@ -1,6 +1,6 @@
-"""Write the results page of captioning from the committed figures.
+"""Write the tables of docs/results-captioning.md from the committed figures.
 
-python benchmarks/captioning_page.py benchmarks/results/captioning.json --page docs/results-captioning.md
+python benchmarks/captioning_page.py whole frozen
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-START, END = "<!-- figures: benchmarks/captioning_page.py -->", "<!-- end of figures -->"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results-captioning.md"
 HEAD = (
     "| decoder | mean layers | layer speed-up | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr | against full | "
     "decode time, batch 1 | batch 8 |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -43,12 +44,13 @@ def figures(report: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path)
-    parser.add_argument("--page", type=Path, default=Path("docs/results-captioning.md"))
+    parser.add_argument("names", nargs="*", default=["whole", "frozen"])
     args = parser.parse_args()
-    before, rest = args.page.read_text().split(START)
-    after = rest.split(END)[1]
-    args.page.write_text(f"{before}{START}\n\n{figures(json.loads(args.report.read_text()))}\n{END}{after}")
+    for name in args.names:
+        report = json.loads((ROOT / "benchmarks" / "results" / f"captioning-{name}.json").read_text())
+        start, end = f"<!-- figures of {name}: benchmarks/captioning_page.py -->", f"<!-- end of figures of {name} -->"
+        before, rest = PAGE.read_text().split(start)
+        PAGE.write_text(f"{before}{start}\n\n{figures(report)}\n{end}{rest.split(end)[1]}")
 
 
 if __name__ == "__main__":

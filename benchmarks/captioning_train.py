@@ -9,31 +9,37 @@ their positions, so cross-attention's keys and values are made once a photo.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from captioning_data import MAX_TOKENS, load_captions, load_encoder, load_features, load_tokenizer
+from captioning_data import MAX_TOKENS, load_captions, load_encoder, load_features, load_tokenizer, run_parser
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     set_seed,
 )
 
+import hf_earlyexit as ee
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A decoder and how it is trained."""
+    """A decoder and how it is trained.
+
+    Attributes:
+        layers, width, heads, dropout: of the decoder.
+        exits: layers with an exit, all of which learn from the first step on; they share the decoder's own head.
+    """
 
     layers: int
     width: int = 256
@@ -44,9 +50,10 @@ class Recipe:
     learning_rate: float = 8e-4
     weight_decay: float = 0.05
     warmup: float = 0.05
+    exits: tuple[int, ...] | None = None
 
 
-RECIPES = {"full12": Recipe(layers=12), "static6": Recipe(layers=6)}
+RECIPES = {"full12": Recipe(layers=12), "static6": Recipe(layers=6), "exits12": Recipe(layers=12, exits=(3, 6, 9, 12))}
 
 
 def make_model(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> VisionEncoderDecoderModel:
@@ -62,7 +69,12 @@ def make_model(out: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) ->
     )  # fmt: skip
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
     config.update({"decoder_start_token_id": tokenizer.bos_token_id, **special})
-    model = VisionEncoderDecoderModel(config, encoder=encoder, decoder=decoder)
+    if recipe.exits is None:
+        model = VisionEncoderDecoderModel(config, encoder=encoder, decoder=decoder)
+    else:
+        given = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+        config = ee.EarlyExitVisionEncoderDecoderConfig(**given, exit_head="tied", exit_layers=list(recipe.exits))
+        model = ee.EarlyExitVisionEncoderDecoder(config, encoder, decoder)
     model.encoder.requires_grad_(False)
     model.generation_config.update(
         decoder_start_token_id=tokenizer.bos_token_id, max_length=MAX_TOKENS, do_sample=False, num_beams=1, **special
@@ -108,37 +120,45 @@ def packed_split(split: str, tokenizer: PreTrainedTokenizerBase) -> datasets.Dat
     return rows.add_column("split", [split] * len(rows))
 
 
+def quiet_arguments(folder: Path, recipe: Any, seed: int, **own: Any) -> ee.EarlyExitTrainingArguments:
+    """Settings that every run of the benchmark shares; `recipe` gives rates and sizes."""
+    usual = {
+        "per_device_train_batch_size": recipe.photos_a_step,
+        "per_device_eval_batch_size": recipe.photos_a_step,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": recipe.warmup,
+        "train_sampling_strategy": "group_by_length",
+        "eval_strategy": "epoch",
+        "remove_unused_columns": False,
+        "logging_steps": 25,
+        "disable_tqdm": True,
+        "report_to": [],
+        "seed": seed,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return ee.EarlyExitTrainingArguments(str(folder), **(usual | own))
+
+
 def train(name: str, recipe: Recipe, seed: int, out: Path, max_steps: int = -1) -> None:
     tokenizer = load_tokenizer(out)
     set_seed(seed)
     model = make_model(out, recipe, tokenizer)
     model.decoder.set_attn_implementation("eager")  # on a CPU sdpa's backward pass takes twice the whole step's time
     parts = {split: packed_split(split, tokenizer) for split in ("train", "dev")}
-    args = TrainingArguments(
-        output_dir=str(out / "checkpoints" / f"{name}-{seed}"),
+    args = quiet_arguments(
+        out / "checkpoints" / f"{name}-{seed}", recipe, seed,
+        objective="weighted",  # of exits, where the decoder has some
         num_train_epochs=recipe.epochs,
         max_steps=max_steps,
-        per_device_train_batch_size=recipe.photos_a_step,
-        per_device_eval_batch_size=recipe.photos_a_step,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
         save_strategy="epoch" if max_steps < 0 else "no",
         save_only_model=True,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        logging_steps=25,
-        disable_tqdm=True,
-        report_to=[],
-        seed=seed,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
+        prediction_loss_only=recipe.exits is None,
+    )  # fmt: skip
     collator = PackedBatch({split: load_features(out, split) for split in parts}, tokenizer.pad_token_id)
-    trainer = Trainer(
+    trainer = (Trainer if recipe.exits is None else ee.EarlyExitCaptioningTrainer)(
         model=model, args=args, data_collator=collator, train_dataset=parts["train"], eval_dataset=parts["dev"],
         processing_class=tokenizer,
     )  # fmt: skip
@@ -153,10 +173,7 @@ def train(name: str, recipe: Recipe, seed: int, out: Path, max_steps: int = -1) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--out", type=Path, default=Path("build/captioning"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser = run_parser(__doc__, RECIPES)
     parser.add_argument("--max-steps", type=int, default=-1, help="stop early, to time a step; nothing is kept")
     args = parser.parse_args()
     for name in args.names:
