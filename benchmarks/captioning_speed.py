@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from transformers import GPT2Config, ViTConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.policies import ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
+from hf_earlyexit.backbones.causal import TokenContext
+from hf_earlyexit.inference.decoding import DecoderWalker, ExitRun
+from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
 
 LAYERS, PATCHES = 12, 197
 
@@ -63,6 +66,34 @@ def make_model(width: int, words: int) -> ee.EarlyExitVisionEncoderDecoder:
     return model
 
 
+def time_tests(model: ee.EarlyExitVisionEncoderDecoder, repeats: int) -> dict[str, float]:
+    """What a test of one row costs, as a share of what a layer costs for its token: medians of calls in turn."""
+    states = torch.randn(1, PATCHES, model.config.decoder.n_embd)
+    encoded, prompt = BaseModelOutput(last_hidden_state=states), torch.ones(1, 8, dtype=torch.long)
+    cache = model(encoder_outputs=encoded, decoder_input_ids=prompt, use_cache=True).past_key_values
+    hidden, before = (torch.randn(1, 1, states.shape[-1]) for _ in range(2))
+    context = TokenContext(cache, None, torch.full((1, 1), 8), states)
+    layer = model.backbone.layers(model.decoder)[5]
+    calls = {"layer": lambda: model.backbone.step(layer, hidden, context)}
+    for name in ("saturation", "gate"):
+        policy = POLICIES.get(name)(thresholds=[0.5] * (LAYERS - 1))
+        walker = DecoderWalker(model, policy, ExitRun(policy))
+        calls[name] = partial(_test, walker, policy, policy.init_state(1, 0, "cpu"), hidden, before)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(21 * repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        cache.self_attention_cache.layers[5].crop(-1)
+    medians = {name: statistics.median(own[repeats:]) for name, own in times.items()}  # the first warm up
+    return {name: medians[name] / medians["layer"] for name in ("saturation", "gate")}
+
+
+def _test(walker: DecoderWalker, policy: ee.ExitPolicy, state: object, hidden: Tensor, before: Tensor) -> list[bool]:
+    return policy.step(state, walker.signal(5, hidden, before), 5)[-1].tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
@@ -87,6 +118,8 @@ def main() -> None:
         )
         return time.process_time() - start, float(output.exit_layers[:, 2:].float().mean()) if tokens > 1 else LAYERS
 
+    tests = time_tests(model, args.repeats)
+    print(json.dumps({"a test's share of a layer": tests}))
     found = {}
     for batch in (1, 8):
         states = torch.randn(batch, PATCHES, args.width)
@@ -113,8 +146,11 @@ def main() -> None:
                 {name: [round(v["speed_up"], 2), round(v["mean_layers"], 2)] for name, v in found[f"batch {batch}"].items()}
             )
         )
-    report = {"width": args.width, "layers": LAYERS, "words": args.words, "tokens": args.tokens, "repeats": args.repeats}
-    args.report.write_text(json.dumps({**report, "cpu_time": True, "decode": found}, indent=1) + "\n")
+    report = {
+        "width": args.width, "layers": LAYERS, "words": args.words, "tokens": args.tokens, "repeats": args.repeats,
+        "cpu_time": True, "test_over_layer": tests, "decode": found,
+    }  # fmt: skip
+    args.report.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from ..errors import UsageError
 
@@ -128,3 +129,16 @@ class Backbone(ABC):
     @abstractmethod
     def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """The stock model's pooled state of these hidden states, `[B, H]`."""
+
+
+def is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody looks at the calls of some modules, so that they must be called.
+
+    Transformers' own hooks, which stay once hidden states were asked for, do nothing outside the stock model's forward.
+    """
+    for module in modules:
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        own = [hook for hook in hooks if getattr(hook, "__module__", None) != output_capturing.__name__]
+        if own or "forward" in vars(module):
+            return True
+    return False

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.masking_utils import create_causal_mask
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from ..errors import EarlyExitConfigError
+from .base import is_watched
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class TokenContext:
         mask: of earlier tokens, `[B, 1, 1, T]`, or `None` where nothing is masked.
         positions: of the new token, `[B, 1]` or `[1, 1]`.
         encoder: hidden states of the encoder; layers see that they are there and read the cache.
+        rows: places in the cache of the rows that run, where others of the batch rest.
     """
 
     cache: Any
     mask: Tensor | None
     positions: Tensor
     encoder: Tensor
+    rows: tuple[int, ...] | None = None
 
 
 class DecoderBackbone(ABC):
@@ -80,7 +85,20 @@ class Gpt2Decoder(DecoderBackbone):
         return hidden if types is None else hidden + decoder.transformer.wte(types)
 
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        if context.rows is not None and hidden.device.type == "cpu" and _is_plain(layer):
+            return self._step_some(layer, hidden, context, context.rows)
         return layer(hidden, context.cache, context.mask, context.encoder, use_cache=True, position_ids=context.positions)
+
+    def _step_some(self, layer: Any, hidden: Tensor, context: TokenContext, rows: tuple[int, ...]) -> Tensor:
+        """As the layer does it, but attention reads each row's entries where they lie; copying them out costs more."""
+        own, cross = layer.attn, layer.crossattention
+        query, *new = own.c_attn(layer.ln_1(hidden)).view(len(rows), 1, 3, own.num_heads, own.head_dim).unbind(2)
+        entries = context.cache.append(own.layer_idx, *(part.transpose(1, 2) for part in new))
+        hidden = hidden + own.c_proj(_attend(query, entries, rows, context.mask, own.scaling))
+        query = cross.q_attn(layer.ln_cross_attn(hidden)).view(len(rows), 1, cross.num_heads, cross.head_dim)
+        entries = context.cache.of_images(own.layer_idx)
+        hidden = hidden + cross.c_proj(_attend(query, entries, rows, None, cross.scaling))
+        return hidden + layer.mlp(layer.ln_2(hidden))
 
     def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         attention, size = layer.attn, hidden.shape[-1]
@@ -94,6 +112,23 @@ class Gpt2Decoder(DecoderBackbone):
 
     def vocabulary(self, decoder: Any) -> nn.Linear:
         return decoder.lm_head
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a GPT-2 layer is the stock one with plain attention, and nobody watches it."""
+    plain = layer.attn.config._attn_implementation == "sdpa" and not layer.training
+    return plain and type(layer) is GPT2Block and not is_watched((layer, layer.attn, layer.crossattention))
+
+
+def _attend(query: Tensor, entries: Any, rows: tuple[int, ...], mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one token of each row `[R, 1, heads, d]` to the row's own entries among those of a batch, `[R, 1, H]`."""
+    mixed = []
+    for place, row in enumerate(rows):
+        own = mask if mask is None or len(mask) == 1 else mask[place : place + 1]
+        keys, values = (part[row : row + 1] for part in entries)
+        asked = query[place : place + 1].transpose(1, 2)
+        mixed.append(functional.scaled_dot_product_attention(asked, keys, values, attn_mask=own, scale=scale))
+    return torch.cat(mixed).flatten(1)[:, None]
 
 
 class BertDecoder(DecoderBackbone):

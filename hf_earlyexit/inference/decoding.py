@@ -132,7 +132,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
     if len(rows) < batch:
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
-        hidden, context = hidden[rows], _of(context, rows)
+        hidden, context = hidden[rows], _of(context, rows, rows)
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     last = walker.exit_layers[-1]
     for layer in range(1, last + 1):
@@ -158,7 +158,8 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         running[leaving] = False
         if not len(stay):
             break
-        rows, hidden, context = rows[stay], hidden[stay], _of(context, stay)
+        rows, hidden = rows[stay], hidden[stay]
+        context = _of(context, stay, rows)
         state = type(state)(*(part[stay] for part in state))
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
@@ -167,12 +168,12 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
     return walker.token(kept, exit_index)
 
 
-def _of(context: TokenContext, keep: Tensor) -> TokenContext:
-    """The context of some rows; what is the same for all rows has one row or none."""
+def _of(context: TokenContext, keep: Tensor, rows: Tensor) -> TokenContext:
+    """The context of some of its rows, which are these of the batch; what is the same for all rows has one row or none."""
     mask, positions = (
         part if part is None or len(part) == 1 else part.index_select(0, keep) for part in (context.mask, context.positions)
     )
-    return replace(context, mask=mask, positions=positions)
+    return replace(context, mask=mask, positions=positions, rows=tuple(rows.tolist()))
 
 
 def decode(

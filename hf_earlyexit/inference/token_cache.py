@@ -18,6 +18,10 @@ class Entry(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def of(self, rows: Tensor) -> Entry:
+        """Those of some rows of the batch."""
+        return Entry(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
 
 class TokenCache(EncoderDecoderCache):
     """What the layers are given as `past_key_values` while one token per row is decoded.
@@ -48,6 +52,23 @@ class TokenCache(EncoderDecoderCache):
         own.rows, own.left, own.states = rows, left, states
         self.cross_attention_cache.rows = rows
 
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Entry:
+        """Append the entries of layer `layer` (0-based), as `update` does.
+
+        Args:
+            layer: counted as in transformers' caches.
+            keys, values: of the rows that the layers see.
+
+        Returns:
+            The entries of all rows of the batch so far.
+        """
+        return self.self_attention_cache.append(keys, values, layer)
+
+    def of_images(self, layer: int) -> Entry:
+        """Entries of the images of all rows of the batch, in layer `layer` (0-based)."""
+        entry = self.cross_attention_cache.all[layer]
+        return Entry(entry.keys, entry.values)
+
     def close(self, layer: int, states: Tensor) -> None:
         """Append the entries of a layer (1-based) that no row runs, from the states of all rows `[B, 1, H]`."""
         own = self.self_attention_cache
@@ -61,22 +82,28 @@ class _OwnEntries:
         self.layers, self.project = layers, project
         self.rows: Tensor | None = None
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.rows is None:
-            return self.layers[layer].update(keys, values)
-        whole = []
-        for own, others in zip((keys, values), self.project(layer + 1, self.states), strict=True):
-            part = own.new_empty(len(self.rows) + len(self.left), *own.shape[1:])
-            part[self.rows], part[self.left] = own, others
-            whole.append(part)
-        return tuple(part.index_select(0, self.rows) for part in self.layers[layer].update(*whole))
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Entry:
+        entry = self.append(keys, values, layer)
+        return entry if self.rows is None else entry.of(self.rows)
+
+    def append(self, keys: Tensor, values: Tensor, layer: int) -> Entry:
+        new = Entry(keys, values)
+        if self.rows is not None:
+            new = Entry(*map(self._together, new, self.project(layer + 1, self.states)))
+        return Entry(*self.layers[layer].update(*new))
+
+    def _together(self, own: Tensor, others: Tensor) -> Tensor:
+        """What belongs to the rows that run and to the others, as one batch."""
+        whole = own.new_empty(len(self.rows) + len(self.left), *own.shape[1:])
+        whole[self.rows], whole[self.left] = own, others
+        return whole
 
 
 class _CrossEntries:
     """Cross attention: entries are there since the prompt; layers read those of the rows under way."""
 
     def __init__(self, layers: list[Any]) -> None:
-        self._layers = layers
+        self.all = layers
         self.rows: Tensor | None = None
 
     @property
@@ -84,10 +111,8 @@ class _CrossEntries:
         return self
 
     def __getitem__(self, layer: int) -> Any:
-        entry = self._layers[layer]
-        return (
-            entry if self.rows is None else Entry(*(part.index_select(0, self.rows) for part in (entry.keys, entry.values)))
-        )
+        entry = self.all[layer]
+        return entry if self.rows is None else Entry(entry.keys, entry.values).of(self.rows)
 
 
 def require_dynamic(cache: Any) -> None:

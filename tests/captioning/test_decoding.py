@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import hf_earlyexit as ee
+from hf_earlyexit.backbones import causal
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.inference import decoding
 from hf_earlyexit.policies.decay import decayed
@@ -99,6 +100,43 @@ def test_hooks_see_the_layers_that_are_reported(captioner, images, mixed, kind, 
     left = torch.cat(run.exit_layers)
     assert ran == [int((left >= layer).sum()) for layer in range(1, LAYERS + 1)]
     assert ran[-1] < ran[0]
+
+
+def entries_read_where_they_lie(captioner, images, mixed, monkeypatch):
+    """What eight rows write whose attention reads the cache in place, and what the layers themselves write."""
+    model, ran = captioner("gpt2", attention="sdpa"), []
+    model.set_exit_policy(mixed(model, "confidence"))
+    step = causal.Gpt2Decoder._step_some
+    monkeypatch.setattr(causal.Gpt2Decoder, "_step_some", lambda *args: ran.append(len(args[-1])) or step(*args))
+    in_place = generated(model, images(8), eos_token_id=None)
+    assert len(set(ran)) > 3, "rows must part here"
+    ran.clear()
+    for layer in model.backbone.layers(model.decoder):
+        layer.register_forward_hook(lambda *_: None)  # watched layers run themselves
+    by_layers = generated(model, images(8), eos_token_id=None)
+    assert not ran
+    return in_place, by_layers
+
+
+def test_attention_in_place_is_that_of_the_layers(captioner, images, mixed, monkeypatch):
+    in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)
+    assert torch.equal(in_place.sequences, by_layers.sequences)
+    assert torch.equal(in_place.exit_layers, by_layers.exit_layers)
+    for one, other in zip(in_place.past_key_values.self_attention_cache.layers,
+                          by_layers.past_key_values.self_attention_cache.layers, strict=True):  # fmt: skip
+        assert torch.allclose(one.keys, other.keys, atol=1e-5)
+        assert torch.allclose(one.values, other.values, atol=1e-5)
+
+
+def test_attention_to_another_rows_entries_is_noticed(captioner, images, mixed, monkeypatch):
+    attend = causal._attend
+
+    def shifted(query, entries, rows, mask, scale):
+        return attend(query, entries, tuple(range(len(rows))), mask, scale)
+
+    monkeypatch.setattr(causal, "_attend", shifted)
+    in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)
+    assert not torch.equal(in_place.sequences, by_layers.sequences)
 
 
 def reference_entries(model, image, ids, exits):
