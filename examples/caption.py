@@ -8,7 +8,7 @@ from random import Random
 
 import transformers
 from PIL import Image, ImageDraw
-from transformers import BertTokenizer, GPT2Config, Trainer, TrainingArguments, ViTConfig, ViTImageProcessorPil
+from transformers import BertTokenizer, GPT2Config, ViTConfig, ViTImageProcessorPil
 
 import hf_earlyexit as ee
 
@@ -41,21 +41,25 @@ def train(out, steps):
     model.generation_config.max_new_tokens = 12
 
     def rows(count):
-        pictures, texts = zip(*(draw(random) for _ in range(count)), strict=True)
-        pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        labels = tokenizer([f"{text} [SEP]" for text in texts], add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return [{"pixel_values": one, "labels": label} for one, label in zip(pixels, labels, strict=True)]
+        return [dict(zip(("image", "captions"), draw(random), strict=True)) for _ in range(count)]
 
-    recipe = {"max_steps": steps, "learning_rate": 2e-3, "per_device_train_batch_size": 64, "warmup_steps": 0.1}
-    args = TrainingArguments(out, **recipe, save_strategy="no", report_to=[], logging_steps=100)
-    Trainer(model, args, train_dataset=rows(3000)).train()  # every exit at once: in training that is the model's loss
-    batch = transformers.default_data_collator(rows(500))
-    said = model.eval()(**batch, early_exit=False).exit_logits.detach()  # [pictures, tokens, exits, words]
-    trace = ee.ExitTrace(logits=said.flatten(0, 1), labels=batch["labels"].flatten(), exit_layers=model.exit_layers)
-    print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in trace.quality.mean(0)))
-    # A rule by hand; `ee.calibrate(trace, "confidence", ee.MaxDrop(0.01))` chooses thresholds that may lose a little.
-    model.set_exit_policy(ee.ConfidencePolicy(thresholds=(0.9,) * 5))
-    ee.save(model, out, tokenizer=tokenizer, image_processor=processor)
+    args = ee.EarlyExitTrainingArguments(
+        out, max_steps=steps, learning_rate=2e-3, per_device_train_batch_size=64, per_device_eval_batch_size=64,
+        warmup_steps=0.1, save_strategy="no", report_to=[], logging_steps=100,
+    )  # fmt: skip
+    train, judged = (ee.CaptionRows(rows(count), processor, tokenizer) for count in (3000, 500))
+    trainer = ee.EarlyExitCaptioningTrainer(model, args, train_dataset=train, eval_dataset=judged)
+    trainer.train()
+    right = [value for name, value in trainer.evaluate().items() if name.endswith("token_accuracy")]
+    print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
+    held_back = rows(150)
+    result = ee.calibrate_captions(
+        model, held_back, "confidence", ee.MaxDrop(0.01), image_processor=processor, tokenizer=tokenizer,
+        references=[row["captions"] for row in held_back], progress=False,
+    )  # fmt: skip
+    print(result)
+    model.set_exit_policy(result)
+    ee.save(model, out, tokenizer=tokenizer, image_processor=processor, calibration=result)
 
 
 def main():
