@@ -38,8 +38,8 @@ small.set_exit_policy(ee.calibrate(trace, "confidence", ee.MaxDrop(0.01)))
 answers = ee.predict(small, rows, tokenizer=tokenizer)
 ```
 
-A copy cannot be saved: make it again after loading. Its inputs are rounded by the largest value of a batch, so a row's
-logits depend a little on its company, and a row near a threshold may leave at another exit from batch to batch.
+A copy cannot be saved: make it again after loading. Every token is rounded by its own values, so a row's answer and exit
+do not depend on its company.
 
 ## What was measured
 

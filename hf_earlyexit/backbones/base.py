@@ -126,6 +126,13 @@ class Backbone(ABC):
         """The layer for packed rows: a function of hidden states `[tokens, H]` and their `Packed` context."""
         raise NotImplementedError
 
+    def same_input(self, layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]] | None:
+        """A part of a layer, and the names of its linear maps that read the same input.
+
+        `packed_layer` takes one map in their place, with their outputs side by side, where the part has one named `joint`.
+        """
+        return None
+
     @abstractmethod
     def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """The stock model's pooled state of these hidden states, `[B, H]`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.utils import output_capturing as capturing
 
 from ..errors import DataError, UsageError
 from .base import Backbone, Context
@@ -62,6 +63,9 @@ class BertBackbone(Backbone):
     def packed_layer(self, layer: nn.Module) -> Callable[[Tensor, Packed], Tensor]:
         return PackedBertLayer(layer)
 
+    def same_input(self, layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+        return layer.attention.self, ("query", "key", "value")
+
     def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:
         return model.pooler(hidden)
 
@@ -76,15 +80,16 @@ class PackedBertLayer:
     def __init__(self, layer: nn.Module) -> None:
         own, after, end = layer.attention.self, layer.attention.output, layer.output
         self.heads = (own.num_attention_heads, own.attention_head_size)
-        self.inputs = [_bare(linear) for linear in (own.query, own.key, own.value)]
+        maps = (own.joint,) if hasattr(own, "joint") else (own.query, own.key, own.value)
+        self.inputs = [_bare(linear) for linear in maps]
         self.after, self.norm = _bare(after.dense), _bare(after.LayerNorm)
         self.inner, self.activation = _bare(layer.intermediate.dense), layer.intermediate.intermediate_act_fn
         self.outer, self.last_norm = _bare(end.dense), _bare(end.LayerNorm)
 
     def __call__(self, hidden: Tensor, context: Packed) -> Tensor:
         """Hidden states after the layer, `[tokens, H]`."""
-        mixed = context.attend(*[linear(hidden).view(-1, *self.heads) for linear in self.inputs])
-        hidden = self.norm(self.after(mixed) + hidden)
+        parts = [part for linear in self.inputs for part in linear(hidden).view(len(hidden), -1, *self.heads).unbind(1)]
+        hidden = self.norm(self.after(context.attend(*parts)) + hidden)
         return self.last_norm(self.outer(self.activation(self.inner(hidden))) + hidden)
 
 
@@ -128,5 +133,11 @@ def _is_stock(layer: nn.Module) -> bool:
     own = layer.attention.self
     parts = (layer, layer.attention, own, layer.attention.output, layer.intermediate, layer.output)
     return type(own) is BertSelfAttention and not any(
-        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts
+        part._forward_pre_hooks or "forward" in part.__dict__ or any(map(_watches, part._forward_hooks.values()))
+        for part in parts
     )
+
+
+def _watches(hook: Callable[..., Any]) -> bool:
+    """Whether a hook may look: transformers leaves its own behind once hidden states were asked for, and they sleep."""
+    return hook.__module__ != capturing.__name__

@@ -87,7 +87,7 @@ def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) 
     Returns:
         Logits of all exits `[B, E, C]`, and leave logits `[B, E - 1]` where the model has gates.
     """
-    if not hidden.shape[0]:  # stock attention cannot reshape an empty batch
+    if not context.count(hidden):  # stock attention cannot reshape an empty batch
         return hidden.new_zeros(0, len(walker.exit_layers), num_classes), None
     logits, gates = [], []
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}

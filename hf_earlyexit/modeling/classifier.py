@@ -13,7 +13,7 @@ from ..backbones.base import Backbone, Context
 from ..backbones.packed import Packed
 from ..errors import DataError
 from ..losses import WeightedObjective, task_loss
-from ..policies import ExitSignal
+from ..policies import ExitPolicy, ExitSignal
 from ..problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .exits import ModelWithExits
 from .gates import new_gates
@@ -31,6 +31,7 @@ class EarlyExitClassifier(ModelWithExits):
     """
 
     backbone: ClassVar[Backbone]
+    pads = True  # rows of a full pass, as the stock model does; False where its answers are not to be had anyway
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
     def __init__(self, config: Any) -> None:
@@ -71,6 +72,15 @@ class EarlyExitClassifier(ModelWithExits):
 
     def _stock_pool(self, hidden: Tensor) -> Tensor:
         return self.backbone.pool(self.base_model, hidden)
+
+    def _may_pack(self, policy: ExitPolicy | None, mask: Tensor | None, options: dict[str, Any]) -> bool:
+        """Whether nothing asks for padded rows: neither the inputs, nor the promise that who does not exit early gets the
+        stock model's answers to the bit."""
+        if self.pads and (policy is None or all(threshold is None for threshold in policy.thresholds)):
+            return False
+        if any(options.get(name) for name in UNREAD - {"use_cache"}) or options.keys() - UNREAD:
+            return False
+        return mask is None or (mask.ndim == 2 and len(mask) > 0)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -114,8 +124,7 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        plain = attention_mask is None or (attention_mask.ndim == 2 and len(attention_mask))
-        if policy is not None and plain and not kwargs.keys() - UNREAD and self.backbone.packs(self.base_model):
+        if self._may_pack(policy, attention_mask, kwargs) and self.backbone.packs(self.base_model):
             hidden, context = self.backbone.begin_packed(self.base_model, inputs)
         else:
             hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)
@@ -127,7 +136,7 @@ class EarlyExitClassifier(ModelWithExits):
             )
         else:
             exit_logits, gates = run_all(self, hidden, context, self.num_labels)
-            depth = torch.full(hidden.shape[:1], self.config.num_hidden_layers, device=hidden.device)
+            depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
             )

@@ -10,7 +10,7 @@ from hf_earlyexit.inference.engine import run_all, run_early
 from hf_earlyexit.inference.walker import ModelWalker
 from hf_earlyexit.modeling.heads import HEADS
 
-CLOSED = ee.ConfidencePolicy(thresholds=[None] * 3)
+OPEN = ee.ConfidencePolicy(thresholds=[1.0] * 3)  # out of reach: every row runs in full
 
 
 def padded_signals(model, batch):
@@ -59,7 +59,7 @@ def test_masks_with_holes_are_kept(tiny_model, random_batch, head):
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     expected = padded_signals(model, batch)
-    model.set_exit_policy(CLOSED)
+    model.set_exit_policy(OPEN)
     with torch.inference_mode():
         packed = model(**batch, early_exit=True).logits
     assert (packed - expected[:, -1]).abs().max() <= 1e-5
@@ -71,7 +71,7 @@ def test_segments_positions_and_embeddings_are_packed_too(tiny_model, random_bat
     generator = torch.Generator().manual_seed(0)
     batch["token_type_ids"] = torch.randint(2, batch["input_ids"].shape, generator=generator)
     batch["position_ids"] = torch.arange(16).flip(0)[None]
-    model.set_exit_policy(CLOSED)
+    model.set_exit_policy(OPEN)
     for given in (batch, {**batch, "input_ids": None, "inputs_embeds": torch.randn(9, 16, 32, generator=generator)}):
         with torch.inference_mode():
             assert (model(**given).logits - model(**given, early_exit=False).logits).abs().max() <= 1e-5
@@ -93,14 +93,24 @@ def test_taking_and_joining_keep_every_row_as_it_is(tiny_model, random_batch):
     assert sum(rows * length for rows, length in joined.runs) == len(both)
 
 
-def test_forward_packs_a_padded_batch(tiny_model, random_batch):
+def test_forward_packs_a_padded_batch_where_rows_may_leave(tiny_model, random_batch):
     model, batch, seen = tiny_model(), random_batch(20, seed=2), []
-    model.set_exit_policy(CLOSED)
     for layer in model.bert.encoder.layer:
-        layer.output.dense.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+        layer.output.dense.register_forward_hook(lambda module, given, output: seen.append(given[0].shape[:-1].numel()))
+    for thresholds, tokens in (([1.0] * 3, int(batch["attention_mask"].sum())), ([None] * 3, 20 * 16)):
+        model.set_exit_policy(ee.ConfidencePolicy(thresholds=thresholds))
+        with torch.inference_mode():
+            model(**batch)
+        assert seen == [tokens] * 4
+        seen.clear()
+
+
+def test_hooks_that_transformers_leaves_behind_do_not_keep_rows_padded(tiny_model, random_batch):
+    model, batch = tiny_model(), random_batch(3)
     with torch.inference_mode():
-        model(**batch)
-    assert seen == [int(batch["attention_mask"].sum())] * 4
+        model(**batch, output_hidden_states=True, output_attentions=False)
+    assert model.bert.encoder.layer[0]._forward_hooks
+    assert ModelWalker(model).packs
 
 
 def watched(model):
@@ -155,7 +165,7 @@ def test_maps_put_in_place_of_linear_ones_are_used(tiny_model, random_batch):
 
 def test_custom_masks_and_training_are_not_packed(tiny_model, random_batch):
     model, batch = tiny_model(), random_batch(6, padded=False)
-    model.set_exit_policy(CLOSED)
+    model.set_exit_policy(OPEN)
     batch["attention_mask"] = torch.ones(6, 1, 16, 16).tril().bool()
     with torch.inference_mode():
         assert torch.allclose(model(**batch).logits, model(**batch, early_exit=False).logits, atol=1e-5)
@@ -166,7 +176,7 @@ def test_gradients_flow_through_packed_rows(tiny_model, random_batch):
     model, batch = tiny_model(), random_batch(5)
     hidden, context = model.backbone.begin_packed(model.bert, batch)
     assert isinstance(context, Packed)
-    run_early(model, hidden, context, CLOSED, 3).logits.sum().backward()
+    run_early(model, hidden, context, OPEN, 3).logits.sum().backward()
     packed = model.bert.encoder.layer[0].attention.self.query.weight.grad.clone()
     model.zero_grad()
     hidden, context = model.backbone.begin(model.bert, batch, {})

@@ -54,11 +54,10 @@ def test_closed_exits_give_the_stock_answers(tiny_model, random_batch, attention
     stock = as_stock(model)
     batch = random_batch(32)
     early = run(model, batch)
-    assert torch.allclose(early.logits, run(stock, batch).logits, atol=1e-6, rtol=1e-6)
+    assert (early.logits - run(stock, batch).logits).abs().max() <= 1e-6
     assert early.exit_layer.tolist() == [4] * 32
     for row in range(8):
-        length = int(batch["attention_mask"][row].sum())  # to the bit where the stock model computes no padding
-        single = {name: value[row : row + 1, :length] for name, value in batch.items()}
+        single = {name: value[row : row + 1] for name, value in batch.items()}
         assert torch.equal(run(model, single).logits, run(stock, single).logits)
 
 
