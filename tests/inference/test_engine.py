@@ -10,7 +10,8 @@ from hf_earlyexit.inference.engine import run_early
 from hf_earlyexit.policies import POLICIES, ExitSignal
 from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
-NEAR = 1e-5  # float32 noise between batches of another shape; a decision this close may flip
+NEAR = 1e-5  # float32 noise between batches of another shape, on numbers around 1; a decision this close may flip
+SMALLEST = 0.01  # of a threshold whose noise is still in proportion to it
 RULES = [POLICIES.get(name) for name in POLICIES.names()]
 SERVABLE = sorted(
     (name, problem)
@@ -53,12 +54,15 @@ def pick(batch, rows):
 
 
 def gaps(policy, trace):
-    """How near each row comes to another decision, `[N]`: by score against threshold, and by what the exits say."""
+    """How near each row comes to another decision, `[N]`: by score against threshold, and by what the exits say.
+
+    A threshold below 1 is a unit of its own: scores of a hundredth are told apart a hundred times as finely as scores of 1.
+    """
     scores = policy.scan(trace).scores
     near = torch.full((trace.num_rows,), float("inf"))
     for index, threshold in enumerate(policy.thresholds):
         if threshold is not None and not policy.counts:
-            near = near.minimum((scores[:, index] - threshold).abs())
+            near = near.minimum((scores[:, index] - threshold).abs() / min(max(abs(threshold), SMALLEST), 1.0))
     if policy.problem_type == SINGLE_LABEL:
         top = trace.logits.topk(2, -1).values
         return near.minimum((top[..., 0] - top[..., 1]).amin(1))
@@ -117,7 +121,7 @@ def test_the_engine_leaves_where_the_scan_of_its_own_signals_says(made, random_b
         output = model(**batch)
     rows = torch.arange(200)
     sure = gaps(policy, trace) > NEAR
-    assert sure.sum() >= 190
+    assert sure.sum() >= 198
     layers = torch.tensor(model.exit_layers)[expected]
     assert torch.equal(output.exit_layer[sure], layers[sure])
     assert (output.logits - scan.answers[rows, expected])[sure].abs().max() <= NEAR
