@@ -23,13 +23,21 @@ from .modeling.operating import OperatingPoints
 from .pictures import open_picture
 from .registry import unknown_name
 
+ENGINE = 0  # in place of a batch size where none is given
+
 
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
 
     Takes `operating_point`, when it is made and when it is called: the name of the policy to use. Lists and data sets run
-    through the engine of `predict`, whatever `batch_size` says; a generator is read `batch_size` rows ahead.
+    through the engine of `predict`, and a generator is read row by row. With `batch_size`, batches of so many rows, in the
+    order they come, go through `forward`: the answers are then those of the stock pipeline, to the bit.
     """
+
+    def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+        if batch_size is None and self._batch_size is None:
+            batch_size = ENGINE
+        return super().__call__(inputs, batch_size=batch_size, **kwargs)
 
     def _sanitize_parameters(self, operating_point: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -50,12 +58,20 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator[Any]:
+        if batch_size != ENGINE:
+            iterator = super().get_iterator
+            return iterator(inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params)
+        return self._through_engine(inputs, preprocess_params, forward_params, postprocess_params)
+
+    def _through_engine(
+        self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict
+    ) -> Iterator[Any]:
         def rows() -> Iterator[TokenIds]:
             for one in (inputs[place] for place in range(len(inputs))) if isinstance(inputs, Sized) else inputs:
                 encoded = self.preprocess(one, **preprocess_params)
                 yield {name: values[0].tolist() for name, values in encoded.items() if name in MODEL_COLUMNS}
 
-        window = WINDOW if isinstance(inputs, Sized) else batch_size
+        window = WINDOW if isinstance(inputs, Sized) else 1
         for answer in stream(self.model, rows(), window=window, **forward_params):
             score = None if math.isnan(answer.exit_score) else [answer.exit_score]
             told = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
