@@ -21,11 +21,14 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from onnx_page import write_page
+from speed import all_exits, mixed_rows, spread_out
+from speed_page import SHAPES
 from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import pad_batch, sorted_batches
+from hf_earlyexit.inference.batching import pad_batch
+from hf_earlyexit.inference.bench import _in_turns
 from hf_earlyexit.inference.rows import encode_rows
 from hf_earlyexit.onnx.classifier import OnnxClassifier
 from hf_earlyexit.onnx.export import one_file
@@ -36,22 +39,12 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "onnx.json"
 NEAR = 1e-5
 POLICIES = ("confidence", "beem-a", "beem-calibrated")
-SHAPES = {
-    "bert": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-    "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},
-}
 
 
-def in_turns(ways: dict, repeats: int, seed: int = 0) -> dict[str, list[float]]:
+def in_turns(ways: dict, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of every way, after one turn to warm up."""
-    order, seconds = random.Random(seed), {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name in order.sample(list(ways), len(ways)):
-            start = time.thread_time()
-            ways[name]()
-            if turn:
-                seconds[name].append(time.thread_time() - start)
-    return seconds
+    seconds = _in_turns({name: [way] for name, way in ways.items()}, repeats, time.thread_time, 0)
+    return {name: times[:, 0].tolist() for name, times in seconds.items()}
 
 
 def over(first: list[float], second: list[float]) -> dict[str, float]:
@@ -224,39 +217,19 @@ def throughput_part(trained: Trained, count: int, repeats: int) -> dict:
     return {**found, "mean_layers": mean}
 
 
-def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
-    """Thresholds that spread rows over the exits as a normal of mean 6 and deviation 2.5."""
-    policy = ee.ConfidencePolicy.from_trace(trace)
-    scores = policy.scan(trace).scores.double()
-    wanted = np.clip(np.random.default_rng(1).normal(6, 2.5, 100_000).round(), 1, 12)
-    left, thresholds = torch.arange(trace.num_rows), []
-    for layer in range(1, 12):
-        share = (wanted == layer).sum() / (wanted >= layer).sum()
-        thresholds.append(float(scores[left, layer - 1].quantile(1 - share)))
-        left = left[scores[left, layer - 1] < thresholds[-1]]
-    return policy.with_thresholds(tuple(min(max(t, 0.0), 1.0) for t in thresholds))
-
-
 def shape_part(shape: str, count: int, repeats: int) -> dict:
     """Random weights, mixed lengths (log-normal, median 28 tokens), rows leaving after 6 of 12 layers in the mean."""
     torch.manual_seed(0)
     config = ee.EarlyExitBertConfig(num_hidden_layers=12, num_labels=2, exit_head="linear-cls", **SHAPES[shape])
     model = ee.EarlyExitBertForSequenceClassification(config).eval()
-    draw = np.random.default_rng(0)
-    lengths = np.clip(np.exp(draw.normal(np.log(28), 0.5, count)).round(), 3, 128).astype(int)
-    rows = [{"input_ids": draw.integers(1000, 30000, length).tolist()} for length in lengths]
-    forms = {}
+    rows, forms = mixed_rows(count), {}
     for name, folder in (("float32", RESULTS.parent / "shape"), ("int8", RESULTS.parent / "shape8")):
         ee.export_onnx(model, folder, forms=["layers"], int8=name == "int8")
         forms[name] = ee.OnnxClassifier.from_pretrained(folder, threads=1)
         for path in folder.iterdir():
             path.unlink()
         folder.rmdir()
-        logits = torch.empty(count, 12, 2)
-        for places, batch in sorted_batches(rows, 512):
-            logits[places] = forms[name](**batch, early_exit=False).exit_logits
-        trace = ee.ExitTrace(logits=logits, labels=torch.zeros(count, dtype=torch.long), exit_layers=model.exit_layers)
-        forms[name].set_exit_policy(spread_out(trace))
+        forms[name].set_exit_policy(spread_out(all_exits(forms[name], rows)))
     model.set_exit_policy(forms["float32"].exit_policy)
     ways = {name: lambda way=way: way(rows) for name, way in layered_ways(model, *forms.values()).items()}
     mean = {name: float(ee.predict(one, rows).exit_layer.double().mean()) for name, one in forms.items()}

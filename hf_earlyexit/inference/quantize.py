@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UsageError
+from ..modeling.exits import require_float32_on_cpu
 
 SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
 # Of a weight. Instructions before VNNI add two products up in 16 bits, where 2 * 255 * 63 just fits.
@@ -84,12 +85,7 @@ def quantize_int8(model: Any) -> Any:
         >>> small.exit_policy is None
         True
     """
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise UsageError(
-            f"The model is {str(model.dtype).removeprefix('torch.')} on {model.device}; int8 needs float32 on the CPU: "
-            'call model.to("cpu").float() first.',
-            field="model",
-        )
+    require_float32_on_cpu(model, "int8")
     small = copy.deepcopy(model).eval().requires_grad_(False)
     small.set_exit_policy(None)
     small.save_pretrained = _cannot_save

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -96,3 +97,21 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
         check_tensors(model, info, path, init_missing, any_size)
         check_certificates(model, path, drop_uncertified=ignore_certificate or init_missing)
         return (model, info) if wants_info else model
+
+
+def require_float32_on_cpu(model: Any, purpose: str) -> None:
+    """Refuse models that cannot be copied into another form.
+
+    Args:
+        model: any model.
+        purpose: what the model is wanted for, for the error.
+
+    Raises:
+        UsageError: for a model on another device or of another precision.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise UsageError(
+            f"The model is {str(model.dtype).removeprefix('torch.')} on {model.device}; {purpose} needs float32 on the CPU: "
+            'call model.to("cpu").float() first.',
+            field="model",
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
+from ..modeling.exits import require_float32_on_cpu
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TOKENS, EMBEDDED = "tokens", "hidden_0"  # attention_mask as booleans; hidden states before the first layer
@@ -74,12 +75,7 @@ def walk_graph(model: Any) -> onnx.ModelProto:
     kind = type(model)
     if not issubclass(kind, EarlyExitClassifier):
         raise UsageError(f"{kind.__name__} cannot be exported; expected a classifier with exits.", field="model")
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise UsageError(
-            f"The model is {str(model.dtype).removeprefix('torch.')} on {model.device}; expected float32 on the CPU: "
-            'call model.to("cpu").float() first.',
-            field="model",
-        )
+    require_float32_on_cpu(model, "ONNX")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_attn_implementation("eager")  # the plainest graph; the sums are the same
     walk = _Walk(model)
