@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
-from transformers.utils import output_capturing as capturing
 
 from ..errors import DataError, UsageError
-from .base import Backbone, Context
+from .base import Backbone, Context, is_watched
 from .packed import Packed, pack, row_lengths
 
 EMBEDDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -132,12 +131,4 @@ def _is_stock(layer: nn.Module) -> bool:
         return False
     own = layer.attention.self
     parts = (layer, layer.attention, own, layer.attention.output, layer.intermediate, layer.output)
-    return type(own) is BertSelfAttention and not any(
-        part._forward_pre_hooks or "forward" in part.__dict__ or any(map(_watches, part._forward_hooks.values()))
-        for part in parts
-    )
-
-
-def _watches(hook: Callable[..., Any]) -> bool:
-    """Whether a hook may look: transformers leaves its own behind once hidden states were asked for, and they sleep."""
-    return hook.__module__ != capturing.__name__
+    return type(own) is BertSelfAttention and not is_watched(parts)
