@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError
+from .answers import Answers
 from .batching import evaluation_mode
 from .rows import encode_window, windows
-from .scheduler import Answers, BatchWalker, Scheduler
-from .walker import ModelWalker
+from .scheduler import Scheduler
+from .walker import BatchWalker, ModelWalker
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 

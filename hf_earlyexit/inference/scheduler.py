@@ -1,57 +1,44 @@
 """Many rows through the layers: chunks stay full although rows leave them at every exit.
 
-A chunk runs on from layer to layer as long as it is at least half full. Once it is not, it waits at its depth, and the next
+A chunk runs on from exit to exit as long as it is at least half full. Once it is not, it waits at its depth, and the next
 rows are let in; whoever waits at the same depth is joined to them when there are enough. Rows are let in by length, so the
 rows that meet are of similar length and hardly any padding is computed.
+
+A step has two halves: launch (layers, exit, policy) and settle (wait for who leaves, and drop them). With several lanes the
+next chunks are launched before the first is settled, so that an accelerator computes while its decisions travel.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backbones.base import Context
 from ..errors import DataError, UsageError
-from ..policies.base import ExitPolicy, ExitSignal
+from ..policies.base import ExitPolicy
+from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import cut
 from .rows import TokenIds
-
-POLICY, LAST_LAYER, LAYER_BUDGET, DEADLINE, ERROR = "policy", "last layer", "layer budget", "deadline", "error"
-
-
-class BatchWalker(Protocol):
-    """A model whose rows can be put together anew at every depth."""
-
-    exit_layers: tuple[int, ...]
-    num_classes: int
-
-    def check(self, row: TokenIds, number: int) -> DataError | None: ...
-
-    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]: ...
-
-    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor: ...
-
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal: ...
-
-    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]: ...
+from .transfer import placed, sent
+from .walker import BatchWalker
 
 
 class Passed(NamedTuple):
-    """The last exit that rows passed: its answer `[B, C]`, exit index `[B]` (-1 before the first) and score `[B]`."""
+    """What an exit said of the rows that passed it: answer `[B, C]`, exit index (-1: none yet) and score `[B]`."""
 
     answer: Tensor
-    exit_index: Tensor
+    exit_index: int
     score: Tensor
 
 
 class Chunk(NamedTuple):
-    """Rows of one depth: their places, what the layers need, what the policy and the deadline remember."""
+    """Rows of one depth: their places, what the layers need, what the policy remembers, and the last exit for a deadline."""
 
     depth: int
     places: list[int]
@@ -66,50 +53,22 @@ class Chunk(NamedTuple):
         return math.prod(self.hidden.shape[:-1])
 
 
-class Leaving(NamedTuple):
-    """Rows that leave together: their places, and as in `Passed` what they leave with, and why."""
+class Flight(NamedTuple):
+    """A chunk that has been launched.
 
-    places: list[int]
-    answer: Tensor
-    exit_index: Tensor | int
-    score: Tensor
-    reasons: list[str]
+    Attributes:
+        chunk: behind its layers.
+        said: by the exit there; `None` if none is asked.
+        decided: waits for who leaves, `[B]`.
+    """
 
-
-@dataclass
-class Answers:
-    """Answers of N rows on the host, filled as rows leave; a row without one has nan, exit index -1 and the reason why."""
-
-    logits: Tensor
-    exit_index: Tensor
-    score: Tensor
-    reason: list[str]
-    errors: dict[int, DataError] = field(default_factory=dict)
-
-    @classmethod
-    def blank(cls, rows: int, num_classes: int) -> Answers:
-        """No answers yet."""
-        nan = torch.full((rows, num_classes), torch.nan)
-        return cls(nan, torch.full((rows,), -1), torch.full((rows,), torch.nan), [DEADLINE] * rows)
-
-    def write(self, groups: Sequence[Leaving]) -> None:
-        """Put down what rows left with."""
-        if not groups:
-            return
-        places = torch.tensor([place for group in groups for place in group.places])
-        self.logits[places] = torch.cat([group.answer for group in groups]).float().cpu()
-        self.score[places] = torch.cat([group.score for group in groups]).float().cpu()
-        exits = [
-            g.exit_index.tolist() if isinstance(g.exit_index, Tensor) else [g.exit_index] * len(g.places) for g in groups
-        ]
-        self.exit_index[places] = torch.tensor([index for group in exits for index in group])
-        for group in groups:
-            for place, reason in zip(group.places, group.reasons, strict=True):
-                self.reason[place] = reason
+    chunk: Chunk
+    said: Passed | None
+    decided: Callable[[], list[bool]]
 
 
 class Scheduler:
-    """Runs windows of rows. Holds no more than one chunk a layer besides the rows' token ids.
+    """Runs windows of rows. Holds no more than one chunk a layer and a lane besides the rows' token ids.
 
     Args:
         walker: the model.
@@ -118,6 +77,7 @@ class Scheduler:
         layer_budget: most layers a row may run; whoever is left leaves at the last exit within it.
         ends_at: `time.monotonic()` from which on no layer is begun; rows then leave at the last exit they passed.
         on_done: told the number of rows whenever some have been answered.
+        lanes: chunks that are under way at once, at least 1; as the walker likes it by default.
 
     Raises:
         UsageError: for numbers out of range.
@@ -131,20 +91,19 @@ class Scheduler:
         layer_budget: int | None = None,
         ends_at: float | None = None,
         on_done: Callable[[int], Any] = lambda rows: None,
+        lanes: int | None = None,
     ) -> None:
-        if max_batch_tokens < 1:
-            raise UsageError(
-                f"max_batch_tokens is {max_batch_tokens}; expected at least 1.",
-                field="max_batch_tokens",
-                value=max_batch_tokens,
-            )
-        self.walker, self.policy, self.max_batch_tokens = walker, policy, max_batch_tokens
+        lanes = walker.lanes if lanes is None else lanes
+        for name, number in (("max_batch_tokens", max_batch_tokens), ("lanes", lanes)):
+            if number < 1:
+                raise UsageError(f"{name} is {number}; expected at least 1.", field=name, value=number)
+        self.walker, self.policy, self.max_batch_tokens, self.lanes = walker, policy, max_batch_tokens, lanes
         self.ends_at, self.on_done = ends_at, on_done
         muted = () if policy is None else policy.muted
-        self.open = [index for index in range(len(walker.exit_layers)) if index not in muted]
-        within = [i for i in self.open if layer_budget is None or walker.exit_layers[i] <= layer_budget]
+        in_use = [index for index in range(len(walker.exit_layers)) if index not in muted]
+        within = [i for i in in_use if layer_budget is None or walker.exit_layers[i] <= layer_budget]
         if not within:
-            first = walker.exit_layers[self.open[0]]
+            first = walker.exit_layers[in_use[0]]
             raise UsageError(
                 f"layer_budget is {layer_budget}; the first exit in use is after layer {first}: expected at least {first}.",
                 field="layer_budget",
@@ -152,6 +111,8 @@ class Scheduler:
             )
         self.last = within[-1]
         self.exit_at = {walker.exit_layers[index]: index for index in within if self._asks(index)}
+        every_layer = range(1, walker.exit_layers[self.last] + 1)
+        self.stops = list(self.exit_at if ends_at is None else every_layer)  # depths at which a chunk can wait, ascending
 
     def _asks(self, index: int) -> bool:
         """Whether an exit must be computed: the policy looks at it, or rows may have to leave there all the same."""
@@ -167,19 +128,38 @@ class Scheduler:
         """
         answers = Answers.blank(len(rows), self.walker.num_classes)
         gone: list[Leaving] = []
-        waiting: list[list[Chunk]] = [[] for _ in range(self.walker.exit_layers[self.last] + 1)]
-        for chunk in self._let_in(rows, first, answers):
-            going: Chunk | None = chunk
-            while going is not None:
-                left = self._advance(going, gone)
-                going = None if left is None else self._meet(waiting[left.depth], left)
-        for depth, pile in enumerate(waiting):
-            if pile:
-                left = self._advance(self._join(pile), gone)
-                if left is not None:
-                    waiting[depth + 1].append(left)
+        arriving, ready = self._let_in(rows, first, answers), list[Chunk]()
+        waiting: dict[int, list[Chunk]] = {depth: [] for depth in self.stops}
+        flying: deque[Flight] = deque()
+        while True:
+            while len(flying) < self.lanes and (chunk := self._next(ready, arriving, waiting, flying)) is not None:
+                flight = self._launch(chunk, gone)
+                if flight is not None:
+                    flying.append(flight)
+            if not flying:
+                break
+            left = self._settle(flying.popleft(), gone)
+            going = None if left is None else self._meet(waiting[left.depth], left)
+            if going is not None:
+                ready.append(going)
         answers.write(gone)
         return answers
+
+    def _next(
+        self, ready: list[Chunk], arriving: Iterator[Chunk], waiting: dict[int, list[Chunk]], flying: Sequence[Flight]
+    ) -> Chunk | None:
+        """The chunk to launch: one that goes on, else new rows, else those who wait and whom nobody can join any more."""
+        if ready:
+            return ready.pop(0)
+        chunk = next(arriving, None)
+        if chunk is not None:
+            return chunk
+        behind = min((flight.chunk.depth for flight in flying), default=math.inf)
+        for depth, pile in waiting.items():
+            if pile and depth < behind:
+                waiting[depth] = []
+                return self._join(pile)
+        return None
 
     def _let_in(self, rows: Sequence[TokenIds | DataError], first: int, answers: Answers) -> Iterator[Chunk]:
         good: list[tuple[int, TokenIds]] = []
@@ -201,41 +181,49 @@ class Scheduler:
             passed = None
             if self.ends_at is not None:
                 nothing = torch.full((size,), torch.nan, device=device)
-                passed = Passed(nothing[:, None].repeat(1, classes), torch.full((size,), -1, device=device), nothing)
+                passed = Passed(nothing[:, None].repeat(1, classes), -1, nothing)
             yield Chunk(0, [good[number][0] for number in chosen], hidden, context, state, passed)
 
-    def _advance(self, chunk: Chunk, gone: list[Leaving]) -> Chunk | None:
-        """One layer, and the exit after it; `None` if nobody is left."""
+    def _launch(self, chunk: Chunk, gone: list[Leaving]) -> Flight | None:
+        """Layers up to where the chunk can wait, and the exit there; looks at no value, so it waits for no device."""
+        rows, device = len(chunk.places), chunk.hidden.device
         if self._late():
             if chunk.passed is not None:
-                gone.append(Leaving(chunk.places, *chunk.passed, [DEADLINE] * len(chunk.places)))
-            self.on_done(len(chunk.places))
+                gone.append(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
+            self.on_done(rows)
             return None
-        depth = chunk.depth + 1
-        chunk = chunk._replace(depth=depth, hidden=self.walker.run_layer(depth, chunk.hidden, chunk.context))
-        index = self.exit_at.get(depth)
-        if index is None:
-            return chunk
+        depth = next(stop for stop in self.stops if stop > chunk.depth)
+        layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
         with_gate = self.policy is not None and self.policy.uses_gate
-        signal = self.walker.exit_signal(index, chunk.hidden, chunk.context, with_gate)
-        if self.policy is None:
-            unknown = torch.full((len(chunk.places),), torch.nan, device=chunk.hidden.device)
-            state, score, answer, decided = None, unknown, signal.logits, [False] * len(chunk.places)
-        else:
-            state, score, answer, leave = self.policy.step(chunk.state, signal, index)
-            decided = leave.tolist()  # the one wait for the device
+        hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, with_gate)
+        state, said, leave = chunk.state, None, None
+        if index is not None and signal is not None and self.policy is not None:
+            state, score, answer, leave = self.policy.step(state, signal, index)
+            said = Passed(answer, index, score)
+        elif index is not None and signal is not None:
+            said = Passed(signal.logits, index, torch.full((rows,), torch.nan, device=device))
+        passed = chunk.passed if chunk.passed is None or said is None else said
+        if leave is None and self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
+            leave = torch.zeros(rows, dtype=torch.bool, device=device)
+        chunk = chunk._replace(depth=depth, hidden=hidden, state=state, passed=passed)
+        return Flight(chunk, said, (lambda: [False] * rows) if leave is None else sent(leave))
+
+    def _settle(self, flight: Flight, gone: list[Leaving]) -> Chunk | None:
+        """Let go who leaves; `None` if nobody is left."""
+        chunk, said, decided = flight.chunk, flight.said, flight.decided()
+        if said is None:
+            return chunk
+        answer, index, score = said
         if index == self.last:
             deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
             reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]
             gone.append(Leaving(chunk.places, answer, index, score, reasons))
             self.on_done(len(chunk.places))
             return None
-        passed = None if chunk.passed is None else Passed(answer, torch.full_like(chunk.passed.exit_index, index), score)
-        chunk = chunk._replace(state=state, passed=passed)
         if not any(decided):
             return chunk
         leaving = [row for row, leaves in enumerate(decided) if leaves]
-        out = torch.tensor(leaving, device=answer.device)
+        out = placed(torch.tensor(leaving), answer.device)
         places = [chunk.places[row] for row in leaving]
         gone.append(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
         self.on_done(len(leaving))
@@ -244,9 +232,9 @@ class Scheduler:
     def _stay(self, chunk: Chunk, decided: list[bool]) -> Chunk:
         """The rows that are not decided."""
         staying = [row for row, leaves in enumerate(decided) if not leaves]
-        keep = torch.tensor(staying, device=chunk.hidden.device)
+        keep = placed(torch.tensor(staying), chunk.hidden.device)
         hidden, context = chunk.context.take(chunk.hidden, staying, keep)
-        passed = None if chunk.passed is None else Passed(*(part[keep] for part in chunk.passed))
+        passed = chunk.passed and chunk.passed._replace(answer=chunk.passed.answer[keep], score=chunk.passed.score[keep])
         state = None if chunk.state is None else type(chunk.state)(*(part[keep] for part in chunk.state))
         return Chunk(chunk.depth, [chunk.places[row] for row in staying], hidden, context, state, passed)
 
@@ -268,7 +256,10 @@ class Scheduler:
         if len(parts) == 1:
             return first
         hidden, context = self.walker.join([(part.hidden, part.context) for part in parts])
-        passed = None if first.passed is None else Passed(*map(torch.cat, zip(*(p.passed for p in parts), strict=True)))
+        passed = first.passed
+        if passed is not None:  # rows of one depth have passed the same exit
+            before = [part.passed for part in parts if part.passed is not None]
+            passed = Passed(torch.cat([p.answer for p in before]), passed.exit_index, torch.cat([p.score for p in before]))
         state = first.state and type(first.state)(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
         return Chunk(first.depth, [place for part in parts for place in part.places], hidden, context, state, passed)
 

@@ -20,6 +20,7 @@ from ..errors import DataError, UsageError
 from ..inference.batching import pad_batch
 from ..inference.engine import run_all, run_early
 from ..inference.rows import TokenIds, check_ids
+from ..inference.walker import BatchWalker
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
@@ -28,7 +29,7 @@ from .pieces import BEGIN, exit_file, layer_file
 from .walk import TOKENS, hidden_after
 
 
-class OnnxWalker:
+class OnnxWalker(BatchWalker):
     """Walks an exported model layer by layer; sessions are shared by threads.
 
     Args:
@@ -42,8 +43,8 @@ class OnnxWalker:
 
     def __init__(self, config: Any, read: Callable[[str], bytes], threads: int) -> None:
         self.config = config
-        self.exit_layers: tuple[int, ...] = tuple(config.exit_layers)
-        self.num_classes: int = config.num_labels
+        self.exit_layers = tuple(config.exit_layers)
+        self.num_classes = config.num_labels
         self._begin = _session(read(BEGIN), threads)
         self._layers = [_session(read(layer_file(layer)), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [_session(read(exit_file(index)), threads) for index in range(len(self.exit_layers))]

@@ -1,0 +1,39 @@
+"""Between host and device without waiting: one wait for CUDA is a wait for everything it has been given to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def sent(mask: Tensor) -> Callable[[], list[bool]]:
+    """Send booleans `[B]` to the host.
+
+    Returns:
+        A function that waits for them, and for nothing that CUDA was given to do after them.
+    """
+    if mask.device.type != "cuda":
+        return mask.tolist
+    host = torch.empty(mask.shape, dtype=mask.dtype, pin_memory=True)
+    host.copy_(mask, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(mask.device))
+
+    def wait() -> list[bool]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+def placed(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, there in time for what the device is given to do next."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def finished(device: torch.device) -> None:
+    """Wait until a device has done what it was given to do, as a clock must."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
