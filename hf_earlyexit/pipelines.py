@@ -29,9 +29,10 @@ ENGINE = 0  # in place of a batch size where none is given
 class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
 
-    Takes `operating_point`, when it is made and when it is called: the name of the policy to use. Lists and data sets run
-    through the engine of `predict`, and a generator is read row by row. With `batch_size`, batches of so many rows, in the
-    order they come, go through `forward`: the answers are then those of the stock pipeline, to the bit.
+    Takes, when it is made and when it is called, `operating_point`, the name of the policy to use, and `cuda_graphs`, as
+    `predict` does. Lists and data sets run through the engine of `predict`, and a generator is read row by row. With
+    `batch_size`, batches of so many rows, in the order they come, go through `forward`: the answers are then those of the
+    stock pipeline, to the bit.
     """
 
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
@@ -39,14 +40,18 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
             batch_size = ENGINE
         return super().__call__(inputs, batch_size=batch_size, **kwargs)
 
-    def _sanitize_parameters(self, operating_point: str | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def _sanitize_parameters(
+        self, operating_point: str | None = None, cuda_graphs: bool | None = None, **kwargs: Any
+    ) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if cuda_graphs is not None:
+            forward["cuda_graphs"] = cuda_graphs
         if operating_point is not None:
             self.model.policy_at(operating_point)  # refuse an unknown name now
             forward["operating_point"] = operating_point
         return preprocess, forward, postprocess
 
-    def _forward(self, model_inputs: Any, operating_point: str | None = None) -> Any:
+    def _forward(self, model_inputs: Any, operating_point: str | None = None, cuda_graphs: bool = True) -> Any:
         return self.model(**model_inputs, operating_point=operating_point)
 
     def get_iterator(
@@ -189,7 +194,8 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     Args:
         task: "text-classification" or "early-exit-captioning".
         model: a model with exits, or the folder or Hub id of one; or an `OnnxClassifier`, together with `tokenizer`.
-        kwargs: as in `transformers.pipeline`, and `operating_point`, the name of the policy to use.
+        kwargs: as in `transformers.pipeline`; `operating_point`, the name of the policy to use; and for texts `cuda_graphs`,
+            as in `predict`.
 
     Returns:
         A pipeline; call it with a text or a picture, or a list of them.

@@ -53,8 +53,8 @@ class BertBackbone(Backbone):
 
     def traced_context(self, hidden: Tensor, tokens: Tensor) -> Context:
         lowest = torch.finfo(hidden.dtype).min
-        mask = torch.where(tokens, 0.0, lowest)[:, None, None]  # [B, 1, 1, T]
-        return Context(mask.to(hidden.dtype), tokens, None)
+        mask = torch.zeros_like(tokens, dtype=hidden.dtype).masked_fill(~tokens, lowest)  # `where` would copy its numbers
+        return Context(mask[:, None, None], tokens, None)  # [B, 1, 1, T]
 
     def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
         return layer(hidden, context.mask, **context.options)

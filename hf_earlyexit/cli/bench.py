@@ -6,9 +6,12 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
+from ..errors import UsageError
 from ..inference.bench import as_table, bench
 from ..inference.quantize import quantize_int8
 from ..inference.rows import encode_rows
@@ -25,7 +28,9 @@ class BenchArguments:
     rows: int = field(default=500, metadata={"help": "rows to measure with, drawn from the file"})
     batch_size: int = field(default=32, metadata={"help": "rows of a batch in arrival order"})
     static_layer: int | None = field(default=None, metadata={"help": "where the static model stops; the mean exit layer"})
-    int8: bool = field(default=False, metadata={"help": "measure an int8 copy too, with the same thresholds"})
+    device: str = field(default="cpu", metadata={"help": "where to measure, such as cuda"})
+    dtype: str = field(default="float32", metadata={"help": "of the model: float32, bfloat16 or float16"})
+    int8: bool = field(default=False, metadata={"help": "measure an int8 copy too, with the same thresholds; on a CPU"})
     repeats: int = field(default=3, metadata={"help": "turns after one to warm up"})
     latency_rows: int = field(default=50, metadata={"help": "rows that are run one by one"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
@@ -33,14 +38,15 @@ class BenchArguments:
 
 
 ARGUMENTS = (BenchArguments,)
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def run(args: BenchArguments) -> Answer:
     """Read, measure, tell."""
-    model = load_model(args.model).eval()
+    model = _as_asked(load_model(args.model).eval(), args)
     texts = Path(args.input).read_text(encoding="utf-8").splitlines()
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
-    models = {"fp32": model}
+    models = {SHORT[args.dtype]: model}
     if args.int8:
         models["int8"] = quantize_int8(model)
         models["int8"].set_exit_policy(model.exit_policy)  # for its speed alone; to serve it, calibrate it
@@ -63,3 +69,17 @@ def run(args: BenchArguments) -> Answer:
     if args.output is not None:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return Answer(result, "\n".join(lines))
+
+
+def _as_asked(model: Any, args: BenchArguments) -> Any:
+    """The model on the device and in the dtype asked for."""
+    if args.dtype not in SHORT:
+        raise UsageError(f"dtype is {args.dtype!r}; expected {', '.join(SHORT)}.", field="dtype", value=args.dtype)
+    try:
+        return model.to(args.device, getattr(torch, args.dtype))
+    except (RuntimeError, AssertionError) as error:  # torch says both of devices it has not
+        raise UsageError(
+            f"device is {args.device!r}, which cannot be used here: {error}. `hf-earlyexit env` lists the devices.",
+            field="device",
+            value=args.device,
+        ) from error

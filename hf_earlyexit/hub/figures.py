@@ -10,10 +10,10 @@ from ..calibration.replay import replay
 from ..errors import UsageError
 from ..inference.batching import evaluation_mode
 from ..inference.collect import collect_trace
+from ..inference.graph_walker import walker_for
 from ..inference.rows import encode_rows
 from ..inference.scheduler import Scheduler
 from ..inference.timing import compare_speed
-from ..inference.walker import ModelWalker
 from ..modeling.configuration import EXACT
 from .save import Calibrations, by_name
 
@@ -60,7 +60,7 @@ def card_figures(
     if repeats == 0:
         return {"evaluations": evaluations}
     with evaluation_mode(model):
-        walker, encoded = ModelWalker(model), encode_rows(rows, tokenizer)
+        walker, encoded = walker_for(model), encode_rows(rows, tokenizer)
         runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
         runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
         timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)

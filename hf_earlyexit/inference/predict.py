@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from ..errors import DataError, UsageError
 from .answers import Answers
 from .batching import evaluation_mode
+from .graph_walker import walker_for
 from .rows import encode_window, windows
 from .scheduler import Scheduler
-from .walker import BatchWalker, ModelWalker
+from .walker import BatchWalker
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 
@@ -60,6 +61,7 @@ def predict(
     layer_budget: int | None = None,
     deadline: float | None = None,
     errors: str = "raise",
+    cuda_graphs: bool = True,
     progress: bool = False,
 ) -> Predictions:
     """Classify many rows; batches hold rows of similar length and are filled up again as rows leave them.
@@ -68,13 +70,14 @@ def predict(
         model: a model with exits. Nothing is written on it, so threads may share it.
         rows: texts, text pairs, or a data set with texts or token ids; or any iterator of these.
         tokenizer: needed for texts.
-        max_batch_tokens: padded tokens in a batch; by default what suits the device (512 on a CPU).
+        max_batch_tokens: padded tokens in a batch; by default what suits the device (512 on a CPU, 16,384 elsewhere).
         max_length: cut longer texts; the tokenizer's own limit by default.
         early_exit, operating_point: as in `forward`.
         layer_budget: most layers a row may run; it then leaves at the last exit within.
-        deadline: seconds for the whole call, kept to one layer of one batch. Rows that are under way then leave at the last
-            exit they passed; those that passed none have no answer.
+        deadline: seconds for the whole call, kept to one layer of one batch (of two on CUDA). Rows that are under way then
+            leave at the last exit they passed; those that passed none have no answer.
         errors: "raise", or "slot" to go on with the other rows and keep the error in the row's place.
+        cuda_graphs: on a CUDA device, run what comes again as CUDA graphs; without effect elsewhere.
         progress: show a bar.
 
     Returns:
@@ -93,7 +96,18 @@ def predict(
         choice = (early_exit, operating_point)
         done = list(
             _answered(
-                model, rows, tokenizer, size, max_batch_tokens, max_length, choice, layer_budget, ends_at, errors, bar.update
+                model,
+                rows,
+                tokenizer,
+                size,
+                max_batch_tokens,
+                max_length,
+                choice,
+                layer_budget,
+                ends_at,
+                errors,
+                cuda_graphs,
+                bar.update,
             )
         )
     done = done or [Answers.blank(0, model.num_labels)]
@@ -121,12 +135,13 @@ def stream(
     operating_point: str | None = None,
     layer_budget: int | None = None,
     errors: str = "raise",
+    cuda_graphs: bool = True,
 ) -> Iterator[Answer]:
     """Classify an endless supply of rows in constant memory; answers come in the order of the rows.
 
     Args:
-        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors: as in
-            `predict`.
+        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors, cuda_graphs:
+            as in `predict`.
         window: rows that are read before the first of them is answered, at least 1. Few answer soon, many run faster.
 
     Yields:
@@ -147,6 +162,7 @@ def stream(
             layer_budget,
             None,
             errors,
+            cuda_graphs,
         ),
     )
 
@@ -169,12 +185,13 @@ def _answered(
     layer_budget: int | None,
     ends_at: float | None,
     errors: str,
+    cuda_graphs: bool,
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
     """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
     if errors not in ("raise", "slot"):
         raise UsageError(f"errors is {errors!r}; expected 'raise' or 'slot'.", field="errors", value=errors)
-    walker, first = getattr(model, "walker", None) or ModelWalker(model), 0
+    walker, first = walker_for(model, cuda_graphs), 0
     budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
     for window in windows(rows, size):
         if ends_at is not None and time.monotonic() >= ends_at:

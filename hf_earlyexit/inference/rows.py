@@ -128,6 +128,13 @@ def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int) -> Data
     return None
 
 
+def check_any_token(row: TokenIds, number: int) -> DataError | None:
+    """What keeps a model from reading a row where attention to nothing has no defined answer, if anything."""
+    if any(row.get("attention_mask", (1,))):
+        return None
+    return _bad(number, "has no real token: its attention_mask is 0 throughout. Drop the row.", row)
+
+
 def _kind(row: Any, number: int) -> int | DataError:
     """0 for token ids, 1 for a text, 2 for a pair."""
     if isinstance(row, str):

@@ -18,8 +18,7 @@ def sent(mask: Tensor) -> Callable[[], list[bool]]:
         return mask.tolist
     host = torch.empty(mask.shape, dtype=mask.dtype, pin_memory=True)
     host.copy_(mask, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(mask.device))
+    arrived = torch.cuda.current_stream(mask.device).record_event()
 
     def wait() -> list[bool]:
         arrived.synchronize()

@@ -53,5 +53,5 @@ class PatiencePolicy(ExitPolicy):
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
         logits = signal.logits.float()
         agrees = state.agrees(logits, self.problem_type, self.tolerance)
-        count = torch.where(agrees, state.total + 1, 0.0)
+        count = (state.total + 1).masked_fill(~agrees, 0.0)
         return state.follow(logits, count), count, signal.logits

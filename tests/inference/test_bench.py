@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import UsageError
+from hf_earlyexit.inference import bench as bench_module
 from hf_earlyexit.inference.bench import EARLY, FORWARD, FULL, STOCK, advice, as_table, bench, exits_of
 from hf_earlyexit.inference.rows import encode_rows
+from hf_earlyexit.inference.transfer import finished
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,41 @@ def test_the_bound_weighs_layers_with_tokens(tiny_model):
     assert exits == pytest.approx({"mean_layer": 2.5, "layer_speed_up": 1.6, "token_layer_bound": 160 / 130})
 
 
+def test_the_clock_is_read_when_the_device_has_finished(model, tokenizer, random_texts, monkeypatch):
+    rows, told = encode_rows(random_texts(5), tokenizer), []
+    model_forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: (told.append("forward"), model_forward(*a, **k))[1])
+    monkeypatch.setattr(bench_module, "finished", lambda device: told.append(f"wait for {device}"))
+    ways = bench_module.ways_to_run(model, 2, 2)
+    ways[FORWARD](rows)
+    assert told == ["forward"] * 3 + ["wait for cpu"]
+    told.clear()
+    ways[STOCK](rows)
+    assert told == ["wait for cpu"]
+
+
+def test_accelerators_are_waited_for_and_the_cpu_is_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    for kind in ("cpu", "cuda", "mps"):
+        finished(torch.device(kind))
+    assert waited == [torch.device("cuda"), torch.device("mps")]
+
+
+@pytest.mark.parametrize("warm_up", [1, 2])
+def test_turns_to_warm_up_are_not_counted(warm_up):
+    seconds = []
+
+    def job():
+        seconds.append(len(seconds) + 1.0)
+
+    def clock():
+        return sum(seconds)
+
+    found = bench_module._in_turns({"way": [job]}, 3, clock, 0, warm_up)
+    assert found["way"].flatten().tolist() == [warm_up + 1.0, warm_up + 2.0, warm_up + 3.0]
+
+
 def test_advice_is_plain():
     assert advice(figures(0.5, static=0.6), "m").endswith("and 1.20x that of the first 2 layers alone.")
     assert "take that one if it is as accurate" in advice(figures(0.5, static=0.4), "m")
@@ -71,3 +109,30 @@ def test_the_command_prints_a_table_and_writes_json(model, tokenizer, random_tex
     assert "| int8 | early exit |" in told
     assert "token-layer bound" in told
     assert set(json.loads((tmp_path / "speed.json").read_text())["exits"]) == {"fp32", "int8"}
+
+
+def test_the_command_measures_in_half_precision_and_refuses_what_is_not_there(
+    model, tokenizer, random_texts, tmp_path, capsys
+):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "texts.txt").write_text("\n".join(random_texts(9)), encoding="utf-8")
+    words = [
+        "bench",
+        "--model",
+        str(tmp_path),
+        "--input",
+        str(tmp_path / "texts.txt"),
+        "--repeats",
+        "1",
+        "--latency_rows",
+        "2",
+    ]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    assert "| bf16 | early exit |" in capsys.readouterr().out
+    for wrong, said in (
+        (["--dtype", "float8"], "dtype is 'float8'; expected float32"),
+        (["--device", "nowhere"], "device is"),
+    ):
+        assert main([*words, *wrong]) != 0
+        assert said in capsys.readouterr().err
