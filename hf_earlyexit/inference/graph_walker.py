@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, Context
+from ..backbones.base import Backbone, Context, is_watched
 from ..errors import DataError
 from ..policies.base import ExitSignal
 from .batching import pad_batch
@@ -42,9 +42,7 @@ def walker_for(model: Any, cuda_graphs: bool = True) -> BatchWalker:
 def captures(model: Any) -> bool:
     """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
     traced = type(model.backbone).traced_context is not Backbone.traced_context
-    return traced and not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
+    return traced and not is_watched(model.modules())
 
 
 class GraphWalker(ModelWalker):
