@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 from .exchange import exchanged, list_files, sync
@@ -87,6 +87,25 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _not_written(target, error, len(data)) from error
+
+
+def read_tensors(path: str | PathLike[str], form: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and tensors of a safetensors file.
+
+    Args:
+        path: the file.
+        form: what its metadata must say under "format".
+
+    Raises:
+        ValueError: if it says something else.
+        OSError, SafetensorError: if it cannot be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata() or {}
+        if meta.get("format") != form:
+            raise ValueError(f"its format is {meta.get('format')!r}, expected {form!r}")
+        names = list(file.keys())
+        return meta, {name: file.get_tensor(name) for name in names}
 
 
 def write_json(path: str | PathLike[str], values: dict[str, Any], allow_nan: bool = False) -> None:

@@ -11,12 +11,12 @@ from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CheckpointError, DataError
-from .files import write_file
+from .files import read_tensors, write_file
 from .policies.base import ExitSignal
 from .problems import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 
@@ -171,23 +171,11 @@ class ExitTrace:
             CheckpointError: if the file is damaged or not a trace.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except Exception as error:
-            raise CheckpointError(
-                f"{path} cannot be read as safetensors ({error}); collect the trace again.", path=path
-            ) from error
-        if meta.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} is not an exit trace: its format is {meta.get('format')!r}, expected {FORMAT!r}.", path=path
-            )
-        try:
+            meta, tensors = read_tensors(path, FORMAT)
             plain = json.loads(meta["trace"])
             plain["cost"] = None if plain["cost"] is None else tuple(plain["cost"])
             return cls(**plain, **tensors)
-        except (KeyError, TypeError, ValueError) as error:  # JSON and data errors are ValueErrors
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # JSON and data errors are ValueErrors
             raise CheckpointError(
-                f"{path} lacks what a trace needs ({error}); collect the trace again.", path=path
+                f"{path} is not an exit trace, or cannot be read as one ({error}); collect the trace again.", path=path
             ) from error

@@ -92,6 +92,7 @@ class ExitPolicy(ABC):
     learns: ClassVar[bool] = False  # True: `learn` fits numbers to labelled rows
     counts: ClassVar[bool] = False  # True: scores are whole numbers, and so are thresholds
     lowest_threshold: ClassVar[float] = 0.0
+    highest_score: ClassVar[float] = math.inf  # of any row at any exit
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON brings lists
@@ -121,7 +122,7 @@ class ExitPolicy(ABC):
     @property
     def highest_threshold(self) -> float:
         """No score is ever above this; `inf` where scores have no bound."""
-        return math.inf
+        return self.highest_score
 
     @classmethod
     def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:

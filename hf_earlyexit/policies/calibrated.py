@@ -13,7 +13,7 @@ from ..errors import PolicyError
 from ..problems import SINGLE_LABEL, row_quality
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
-from .measures import log_odds, measure
+from .measures import log_odds, measure, probability
 
 
 @register_policy("beem-calibrated")
@@ -40,10 +40,7 @@ class CalibratedBeemPolicy(ExitPolicy):
 
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
+    highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
         for name, values in (("slopes", self.slopes), ("offsets", self.offsets)):
@@ -71,8 +68,7 @@ class CalibratedBeemPolicy(ExitPolicy):
         vote = offsets[logits.argmax(-1)] + self.slopes[exit_index] * measure(logits, log_odds, self.problem_type)
         agrees = state.agrees(logits, self.problem_type)
         running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
-        probability = 1 / (1 + torch.exp(-running))  # unlike sigmoid, the same to the bit in every batch size
-        return state.follow(logits, running), probability, signal.logits
+        return state.follow(logits, running), probability(running), signal.logits
 
     @classmethod
     def learn(cls, trace: Any, ridge: float = 1.0, **options: Any) -> dict[str, Any]:

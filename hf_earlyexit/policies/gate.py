@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from .base import ExitSignal, register_policy
+from .measures import probability
 from .memoryless import MemorylessPolicy, NoState
 
 HALF = 0.5
@@ -38,8 +39,7 @@ class GatePolicy(MemorylessPolicy):
         if exit_index == self.num_exits - 1:  # has no gate: whoever is left leaves
             return state, torch.ones(signal.logits.shape[:1], device=signal.logits.device), signal.logits
         _require_gates(signal.gate)
-        # unlike sigmoid, the same to the bit in every batch size
-        return state, 1 / (1 + torch.exp(-signal.gate.float())), signal.logits  # type: ignore[union-attr]
+        return state, probability(signal.gate.float()), signal.logits  # type: ignore[union-attr]
 
     @classmethod
     def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def log_odds(log_probs: Tensor) -> Tensor:
     return top[..., 0] - top[..., 1]
 
 
+def probability(log_odds: Tensor) -> Tensor:
+    """What has these log-odds, in `[0, 1]`; unlike `sigmoid`, the same to the bit in every batch size."""
+    chance: Tensor = 1 / (1 + torch.exp(-log_odds))
+    return chance
+
+
 def measure(logits: Tensor, how: Callable[[Tensor], Tensor], problem_type: str) -> Tensor:
     """Apply a measure to the rows of one exit in float32.
 

@@ -17,10 +17,7 @@ class MemorylessPolicy(ExitPolicy):
     """A rule without memory. Scores are at most 1, unless a rule says otherwise."""
 
     uses_history: ClassVar[bool] = False
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
+    highest_score: ClassVar[float] = 1.0
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> NoState:
         return NoState()

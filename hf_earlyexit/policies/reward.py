@@ -14,7 +14,7 @@ from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
 from ..problems import SINGLE_LABEL, row_quality
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
-from .measures import certainty, log_odds
+from .measures import certainty, log_odds, probability
 
 FEATURES = 8
 WIDTH = 8
@@ -71,10 +71,7 @@ class RewardPolicy(ExitPolicy):
 
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
-
-    @property
-    def highest_threshold(self) -> float:
-        return 1.0
+    highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
         if not isinstance(self.weights, tuple) or len(self.weights) != NUM_WEIGHTS:
@@ -92,7 +89,7 @@ class RewardPolicy(ExitPolicy):
         depth = (exit_index + 1) / self.num_exits
         state, features = _look(state, signal.logits, depth)
         said = _network(features, torch.tensor(self.weights, device=signal.logits.device))
-        return state, 1 / (1 + torch.exp(-said)), signal.logits  # unlike sigmoid, the same to the bit in every batch size
+        return state, probability(said), signal.logits
 
     @classmethod
     def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:

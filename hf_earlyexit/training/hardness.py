@@ -9,12 +9,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
-from ..files import write_file
+from ..files import read_tensors, write_file
 from ..losses.base import row_losses
 from ..metrics import memorized_layer, right_exits
 from ..registry import Registry
@@ -169,11 +168,8 @@ class HardnessTable:
             CheckpointError: if the file is damaged or holds something else.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != FORMAT:
-                    raise ValueError(f"its format is {meta.get('format')!r}, expected {FORMAT!r}")
-                return cls(layers=file.get_tensor("layers"), **json.loads(meta["table"]))
+            meta, tensors = read_tensors(path, FORMAT)
+            return cls(layers=tensors["layers"], **json.loads(meta["table"]))
         except Exception as error:
             raise CheckpointError(f"{path} is no hardness table ({error}); measure it again.", path=path) from error
 
