@@ -60,7 +60,7 @@ class RewardPolicy(ExitPolicy):
     `keep_weak_exits=True`, and with a larger `learning_share` where rows are few.
 
     Args:
-        weights: of the network, in a row.
+        weights: of the network, in a row: 81 numbers, and 80 more for each further member.
 
     Paper: after ConsistentEE (https://arxiv.org/abs/2312.11882), of which it keeps the reward and the exact form of its
     expectation. That it learns from held-back rows, reads answers instead of hidden states, counts harm instead of the loss,
@@ -74,9 +74,12 @@ class RewardPolicy(ExitPolicy):
     highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
-        if not isinstance(self.weights, tuple) or len(self.weights) != NUM_WEIGHTS:
+        if not isinstance(self.weights, tuple) or len(self.weights) < 2 or len(self.weights) % (NUM_WEIGHTS - 1) != 1:
             raise PolicyError(
-                f"weights is {self.weights!r}; expected {NUM_WEIGHTS} numbers.", field="weights", value=self.weights
+                f"weights is {self.weights!r}; expected {NUM_WEIGHTS} numbers, and {NUM_WEIGHTS - 1} more for each further "
+                "member.",
+                field="weights",
+                value=self.weights,
             )
         for index, number in enumerate(self.weights):
             require_number(f"weights[{index}]", number, -1e6, 1e6)
@@ -92,18 +95,25 @@ class RewardPolicy(ExitPolicy):
         return state, probability(said), signal.logits
 
     @classmethod
-    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: Any, members: int = 1, **options: Any) -> dict[str, Any]:
         """Teach the network; the same rows give the same numbers.
 
         Args:
             trace: labelled rows, not those that choose the thresholds; a few hundred are enough.
+            members: networks that are taught apart, each on rows drawn with replacement, and act as one by the mean of their
+                leave logits. Steadier, and as many times the work to teach and to ask. One is taught on the rows themselves.
             options: other fields of the policy.
         """
+        if not isinstance(members, int) or isinstance(members, bool) or members < 1:
+            raise PolicyError(f"members is {members!r}; expected a whole number from 1.", field="members", value=members)
         muted = set(options.get("muted", ()))
         kept = [index for index in range(trace.num_exits) if index not in muted]
         if "weights" in options or len(kept) == 1:
             return {"weights": (0.0,) * NUM_WEIGHTS, **options}
-        return {"weights": _taught(trace.select(range(min(trace.num_rows, MOST_ROWS))), kept), **options}
+        return {
+            "weights": _together([_taught(_part(trace, member, members), kept, member) for member in range(members)]),
+            **options,
+        }
 
 
 def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
@@ -137,8 +147,8 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
 
 def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Leave logits in the shape of the features. Element by element: matrix products depend on the size of the batch."""
-    *inner, bias, outer = weights[:-1].view(FEATURES + 2, WIDTH)
-    hidden = bias.expand(*features[0].shape, WIDTH)
+    *inner, bias, outer = weights[:-1].view(FEATURES + 2, -1)
+    hidden = bias.expand(*features[0].shape, len(bias))
     for feature, row in zip(features, inner, strict=True):
         hidden = hidden + feature[..., None] * row
     said = weights[-1].expand(features[0].shape)
@@ -147,12 +157,28 @@ def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     return said
 
 
-def _taught(trace: Any, kept: list[int]) -> tuple[float, ...]:
-    """Weights that earn the most over all prices, from a fixed start and in full batches.
+def _part(trace: Any, member: int, members: int) -> Any:
+    """The rows that teach one member, at most so many that full batches stay quick."""
+    count = min(trace.num_rows, MOST_ROWS)
+    if members == 1:
+        return trace.select(range(count))
+    return trace.select(torch.randint(trace.num_rows, (count,), generator=torch.Generator().manual_seed(member)))
+
+
+def _together(networks: Sequence[Tensor]) -> tuple[float, ...]:
+    """Weights of the one network that says the mean of what these say, `[NUM_WEIGHTS]` each."""
+    whole = torch.cat([weights[:-1].view(FEATURES + 2, WIDTH) for weights in networks], 1)
+    whole[-1] /= len(networks)
+    return (*whole.flatten().tolist(), float(torch.stack([weights[-1] for weights in networks]).mean()))
+
+
+def _taught(trace: Any, kept: list[int], member: int) -> Tensor:
+    """Weights `[NUM_WEIGHTS]` that earn the most over all prices, from a fixed start and in full batches.
 
     Args:
         trace: the rows.
         kept: exits that are looked at, the last one included.
+        member: number of the start.
     """
     looks, state = [], History.empty(trace.num_rows, trace.logits.shape[-1], "cpu")
     for index in kept[:-1]:
@@ -165,7 +191,7 @@ def _taught(trace: Any, kept: list[int]) -> tuple[float, ...]:
     prices = torch.logspace(math.log10(PRICES[0]), math.log10(PRICES[1]), 10)
     dearer = (prices / HALF_PRICE).log()[:, None]
 
-    weights = 0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(0))
+    weights = 0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(member))
     with torch.enable_grad():
         weights.requires_grad_()
         sharpness = torch.zeros((), requires_grad=True)  # how fast a price turns a gate; serving needs only where it turns
@@ -180,4 +206,4 @@ def _taught(trace: Any, kept: list[int]) -> tuple[float, ...]:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             shrink.step()
-    return tuple(weights.tolist())
+    return weights.detach()

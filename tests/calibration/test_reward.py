@@ -6,8 +6,9 @@ import torch
 
 from hf_earlyexit.calibration import MaxDrop, calibrate
 from hf_earlyexit.calibration.search import single_threshold_curve
+from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import POLICIES, RewardPolicy
-from hf_earlyexit.policies.reward import HALF_PRICE
+from hf_earlyexit.policies.reward import FEATURES, HALF_PRICE, NUM_WEIGHTS, WIDTH
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
 
@@ -68,6 +69,35 @@ def test_muted_exits_teach_nothing():
     taught = [RewardPolicy.from_trace(rows, muted=(1,)).weights for rows in (trace, other)]
     assert taught[0] == taught[1] != RewardPolicy.from_trace(other).weights
     assert RewardPolicy.from_trace(trace, muted=(0, 1, 2)).thresholds == (None,) * 3
+
+
+def test_members_are_taught_apart_and_speak_as_one():
+    trace = learned_trace(300)
+    together = RewardPolicy.from_trace(trace, members=3)
+    assert len(together.weights) == 3 * (NUM_WEIGHTS - 1) + 1
+    alone = [RewardPolicy(thresholds=(None,) * 3, weights=weights) for weights in apart(together.weights)]
+    said = torch.stack([policy.scan(trace).scores.logit() for policy in alone])
+    exact = said.abs().amax(0) < 4  # float32 keeps few digits of a probability near 1
+    assert exact.float().mean() > 0.5
+    assert torch.allclose(together.scan(trace).scores.logit()[exact], said.mean(0)[exact], atol=1e-4)
+    assert (said[0] - said[1]).abs().max() > 0.1  # each from its own start and rows
+    assert RewardPolicy.from_trace(trace, members=1) == RewardPolicy.from_trace(trace)
+    assert RewardPolicy.from_dict(together.to_dict()) == together
+
+
+def apart(weights):
+    """The weights of each member: hidden units lie side by side, the way out of them is divided by their number."""
+    *inner, bias, outer = torch.tensor(weights[:-1]).view(FEATURES + 2, -1)
+    members = len(bias) // WIDTH
+    rows = torch.stack([*inner, bias, members * outer]).split(WIDTH, 1)
+    return [(*part.flatten().tolist(), weights[-1]) for part in rows]
+
+
+@pytest.mark.parametrize("members", [0, -1, 1.5, True, "two"], ids=repr)
+def test_members_that_are_no_number_of_networks_are_refused(members):
+    with pytest.raises(PolicyError, match="whole number from 1") as caught:
+        RewardPolicy.from_trace(learned_trace(50), members=members)
+    assert caught.value.field == "members"
 
 
 def test_it_is_calibrated_as_every_policy():
