@@ -26,6 +26,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.inference.rows import text_columns
 
 LOGGED = ("phase", "gate_quality", "gate_layers", "gate_reward", "exit_12_quality")
+LOGGED_ROWS = 1000  # held-back rows for the log, which decides nothing
 
 
 def train(start: Path, out: Path, most_rows: int, control: bool, settings: dict) -> None:
@@ -38,8 +39,9 @@ def train(start: Path, out: Path, most_rows: int, control: bool, settings: dict)
     encoded = {}
     for split in ("train", "held-back"):
         part = rows[split].add_column("row", range(len(rows[split])))
-        if split == "train" and len(part) > most_rows:
-            part = part.shuffle(seed=1).select(range(most_rows))
+        most = most_rows if split == "train" else LOGGED_ROWS
+        if len(part) > most:
+            part = part.shuffle(seed=1).select(range(most))
         encoded[split] = part.map(
             lambda batch: tokenizer(*(batch[c] for c in columns), truncation=True, max_length=task.max_length), batched=True
         ).remove_columns(list(columns))
