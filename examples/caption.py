@@ -43,23 +43,19 @@ def train(out, steps):
     def rows(count):
         return [dict(zip(("image", "captions"), draw(random), strict=True)) for _ in range(count)]
 
-    args = ee.EarlyExitTrainingArguments(
-        out, max_steps=steps, learning_rate=2e-3, per_device_train_batch_size=64, per_device_eval_batch_size=64,
-        warmup_steps=0.1, save_strategy="no", report_to=[], logging_steps=100,
-    )  # fmt: skip
+    recipe = {"max_steps": steps, "learning_rate": 2e-3, "per_device_train_batch_size": 64, "warmup_steps": 0.1}
+    args = ee.EarlyExitTrainingArguments(out, **recipe, save_strategy="no", report_to=[], logging_steps=100)
     train, judged = (ee.CaptionRows(rows(count), processor, tokenizer) for count in (3000, 500))
     trainer = ee.EarlyExitCaptioningTrainer(model, args, train_dataset=train, eval_dataset=judged)
     trainer.train()
     right = [value for name, value in trainer.evaluate().items() if name.endswith("token_accuracy")]
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
-    held_back = rows(150)
-    result = ee.calibrate_captions(
-        model, held_back, "confidence", ee.MaxDrop(0.01), image_processor=processor, tokenizer=tokenizer,
-        references=[row["captions"] for row in held_back], progress=False,
-    )  # fmt: skip
+    held_back, inputs = rows(150), {"image_processor": processor, "tokenizer": tokenizer}
+    said = [row["captions"] for row in held_back]
+    result = ee.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=said, **inputs)
     print(result)
     model.set_exit_policy(result)
-    ee.save(model, out, tokenizer=tokenizer, image_processor=processor, calibration=result)
+    ee.save(model, out, calibration=result, **inputs)
 
 
 def main():
