@@ -38,36 +38,22 @@ TARGETS = {
     "1.67x in layers on dev": ee.SpeedUp(1.67),
     "1.8x in layers on dev": ee.SpeedUp(1.8),
 }
-RULES = {  # how exits came to be: rule: model, signal, policy
-    "frozen": {
-        "saturation": ("tuned", "vocabulary", "saturation"),
-        "gate": ("tuned", "vocabulary", "gate"),
-        "confidence, shortlist": ("tuned", "shortlist", "confidence"),
-        "margin, shortlist": ("tuned", "shortlist", "margin"),
-        "beem-c, shortlist": ("tuned", "shortlist", "beem-c"),
-        "confidence, tuned": ("tuned", "vocabulary", "confidence"),
-        "confidence": ("linear", "vocabulary", "confidence"),
-        "margin": ("linear", "vocabulary", "margin"),
-        "patience": ("linear", "vocabulary", "patience"),
-        "beem-c": ("linear", "vocabulary", "beem-c"),
-        "beem-a": ("linear", "vocabulary", "beem-a"),
-        "static": ("tuned", "vocabulary", "static"),
-    },
-    "whole": {
-        "all layers": ("whole", "vocabulary", "full"),
-        "saturation": ("whole", "vocabulary", "saturation"),
-        "gate": ("whole", "vocabulary", "gate"),
-        "confidence, shortlist": ("whole", "shortlist", "confidence"),
-        "margin, shortlist": ("whole", "shortlist", "margin"),
-        "beem-c, shortlist": ("whole", "shortlist", "beem-c"),
-        "confidence": ("whole", "vocabulary", "confidence"),
-        "margin": ("whole", "vocabulary", "margin"),
-        "patience": ("whole", "vocabulary", "patience"),
-        "beem-c": ("whole", "vocabulary", "beem-c"),
-        "beem-a": ("whole", "vocabulary", "beem-a"),
-        "static": ("whole", "vocabulary", "static"),
-    },
+FROZEN = {  # rule: model, signal, policy
+    "saturation": ("tuned", "vocabulary", "saturation"),
+    "gate": ("tuned", "vocabulary", "gate"),
+    "confidence, shortlist": ("tuned", "shortlist", "confidence"),
+    "margin, shortlist": ("tuned", "shortlist", "margin"),
+    "beem-c, shortlist": ("tuned", "shortlist", "beem-c"),
+    "confidence, tuned": ("tuned", "vocabulary", "confidence"),
+    "confidence": ("linear", "vocabulary", "confidence"),
+    "margin": ("linear", "vocabulary", "margin"),
+    "patience": ("linear", "vocabulary", "patience"),
+    "beem-c": ("linear", "vocabulary", "beem-c"),
+    "beem-a": ("linear", "vocabulary", "beem-a"),
+    "static": ("tuned", "vocabulary", "static"),
 }
+WHOLE = {rule: ("whole", *parts) for rule, (_, *parts) in FROZEN.items() if rule != "confidence, tuned"}
+RULES = {"frozen": FROZEN, "whole": {"all layers": ("whole", "vocabulary", "full"), **WHOLE}}
 
 
 def cider(captions: list[str], references: list[list[str]]) -> list[float]:
