@@ -46,7 +46,7 @@ def propose(scores: Array, agrees: Array, layers: Array, count: int, lowest: flo
     found: dict[Thresholds, Proposal] = {}
 
     def add(kind: str, vector: Array, mean_layers: float) -> None:
-        if not np.isnan(vector).all():
+        if not np.isnan(vector).all():  # a setting that closes every exit is the full model, which is tried anyway
             key = tuple(None if math.isnan(value) else float(value) for value in vector)
             found.setdefault(key, Proposal(kind, key, mean_layers))
 

@@ -41,6 +41,7 @@ def browser_widths(html, width, folder):
     """How wide a page wants to be in a frame of this width, and what sticks out; a script put into the page tells."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
+        # everything else about the pages is tested without one
         pytest.skip("no Chromium here, and only a browser can tell how wide a page is drawn")
     probe = """<script>addEventListener("load", () => {
       const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 0.5);
