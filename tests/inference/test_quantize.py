@@ -191,6 +191,23 @@ def test_smaller_weights_keep_older_instructions_from_overflowing():
     assert child.returncode == 0, child.stderr[-2000:]
 
 
+def test_layers_are_copied_in_8_bits_and_heads_are_not(model, random_batch):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = ee.quantize_int8(model)
+    kinds = {
+        name: type(module) for name, module in small.named_modules() if isinstance(module, (torch.nn.Linear, Int8Linear))
+    }
+    assert {name for name, kind in kinds.items() if kind is Int8Linear} == {name for name in kinds if ".layer." in name}
+    assert sum(name.endswith(".joint") for name in kinds) == 4  # query, key and value once more, as one map
+    assert sum(kind is Int8Linear for name, kind in kinds.items() if not name.endswith(".joint")) == 4 * 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    batch = random_batch(50)
+    with torch.inference_mode():
+        exact, rounded = (one(**batch, early_exit=False).exit_logits for one in (model, small))
+    assert 0 < (exact - rounded).abs().mean() < 0.1
+    assert (exact.argmax(-1) == rounded.argmax(-1)).float().mean() > 0.9
+
+
 def test_a_copy_is_calibrated_on_its_own_trace_and_predicts(model, tokenizer, random_texts):
     small = ee.quantize_int8(model)
     assert small.exit_policy is None
