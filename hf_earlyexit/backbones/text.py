@@ -87,7 +87,8 @@ class PackedBertLayer:
 
     def __call__(self, hidden: Tensor, context: Packed) -> Tensor:
         """Hidden states after the layer, `[tokens, H]`."""
-        parts = [part for linear in self.inputs for part in linear(hidden).view(len(hidden), -1, *self.heads).unbind(1)]
+        # one by one into the call, so that they are gone when the wide maps need memory
+        parts = (part for linear in self.inputs for part in linear(hidden).view(len(hidden), -1, *self.heads).unbind(1))
         hidden = self.norm(self.after(context.attend(*parts)) + hidden)
         return self.last_norm(self.outer(self.activation(self.inner(hidden))) + hidden)
 

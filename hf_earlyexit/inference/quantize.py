@@ -43,7 +43,9 @@ class Int8Linear(nn.Module):
         """`[..., in]` to `[..., out]`, float32."""
         # one pass that finds every token's lowest value and step, and writes it in 8 bits, with the two behind it
         tokens = torch.ops.quantized.embedding_bag_byte_prepack(inputs.flatten(0, -2))  # [tokens, in + 8]
-        step, lowest = tokens[:, -TOLD:].contiguous().view(torch.float32).split(1, 1)
+        told = tokens[:, -TOLD:]
+        told = told if tokens.shape[1] % 4 == 0 else told.contiguous()  # numbers of 4 bytes are read where they stand
+        step, lowest = told.view(torch.float32).split(1, 1)
         outputs = self._multiply(tokens).mul_(step).addcmul_(lowest, self.sums).add_(self.offset)
         return outputs.view(*inputs.shape[:-1], len(self.scale))
 
@@ -56,7 +58,9 @@ class Int8Linear(nn.Module):
             return functional.linear(tokens.float(), self.rounded).mul_(self.scale)
         count = len(tokens)
         missing = -count % FEW_SIZES if count > SMALL else 0
-        tokens = functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+        if missing:  # whatever stands in the rest: every token has its own products
+            given, tokens = tokens, tokens.new_empty(count + missing, tokens.shape[1])
+            tokens[:count] = given
         plain = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale or zero of outputs, nothing after
         products = torch.ops.onednn.qlinear_pointwise(tokens, 1.0, 0, self.packed, self.scale, self.zeros, *plain)
         return products[:count]
