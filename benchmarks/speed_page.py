@@ -51,14 +51,15 @@ is `predict`. All speed-ups are over the first row of a table. The *token-layer 
 times layers; the share of it is that of *early exit* over *full*, and at batch 1 over the model row by row, unpadded.
 
 Rows stand end to end inside, so neither *full* nor *early exit* computes padding; what keeps early exit from its bound is
-the embedding of every row, the tests at the exits, and Python. The fewer rows, the more the last half-empty chunks weigh.
+the embedding of every row, the tests at the exits, Python, and layers that are called with another number of tokens each
+time; the profiles below tell them apart. The fewer rows, the more the last half-empty chunks weigh.
 """
 
 
 def page(results: dict) -> str:
     lines = [HEADER]
     for part, found in results.items():
-        if part in ("scheduler", "costs", "rivals"):
+        if part in ("scheduler", "costs", "rivals", "profile"):
             continue
         lines += [f"### {TITLES.get(part, part)}", ""]
         rows, environment = found["rows"], found["environment"]
@@ -88,6 +89,8 @@ def page(results: dict) -> str:
         lines.append("")
     for name, found in results.get("rivals", {}).items():
         lines += rivals(name, found)
+    for shape, found in results.get("profile", {}).items():
+        lines += [f"### Where the time goes, {TITLES[shape].partition(',')[0]}", "", *profile(found), ""]
     for shape, found in results.get("costs", {}).items():
         lines += [f"### What exits cost, {TITLES[shape].partition(',')[0]}", "", *costs(found), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -147,6 +150,26 @@ def goals(part: str, found: dict) -> list[str]:
     most = unpadded * exits["fp32"]["token_layer_bound"]
     told = f"In fp32 {most:.2f}x was to be had on these rows: {unpadded:.2f}x without padding, times the bound."
     return [*lines, "", told]
+
+
+def profile(found: dict) -> list[str]:
+    """The lines of `speed_profile.py`."""
+    ways = [(name, way) for name, told in found["models"].items() for way in told]
+    of = {(name, way): found["models"][name][way] for name, way in ways}
+    parts = dict.fromkeys(part for told in of.values() for part in told["parts"])
+    lines = [
+        f"Microseconds of a token in a layer, {found['rows']} rows. Where *full* and *early exit* are equal, exits cost "
+        "nothing. The two lines about layers alone run the same calls again with nothing between: in the order in which "
+        "the engine makes them, and by size. What separates the two is the price of calls whose size changes all the time.",
+        "",
+        f"| part | {' | '.join(f'{name}, {way}' for name, way in ways)} |",
+        "|---" * (1 + len(ways)) + "|",
+    ]
+    for part in parts:
+        told = [of[key]["parts"].get(part) for key in ways]
+        lines.append(f"| {part} | {' | '.join('-' if one is None else f'{one:.2f}' for one in told)} |")
+    sizes = " | ".join(f"{of[key]['tokens_of_a_call']:.0f}" for key in ways)
+    return [*lines, f"| tokens of a layer call | {sizes} |"]
 
 
 def costs(found: dict) -> list[str]:

@@ -1,0 +1,128 @@
+"""Where the time of full and of early runs goes, token by token and layer by layer.
+
+    OMP_NUM_THREADS=1 python benchmarks/speed_profile.py --shape minilm
+
+adds it to benchmarks/results/speed.json and makes docs/how-to/speed.md anew. Time is the CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+
+import torch
+from speed import PAGE, RESULTS, all_exits, mixed_rows, spread_out
+from speed_costs import make
+from speed_page import SHAPES, page
+
+import hf_earlyexit as ee
+from hf_earlyexit.inference.bench import environment
+from hf_earlyexit.inference.scheduler import Scheduler
+from hf_earlyexit.inference.walker import ModelWalker
+
+TOKENS = 512
+
+
+class Clock:
+    """Seconds by name, and every layer call: depth, context, tokens."""
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = Counter(), []
+
+    def timed(self, name, call, *args):
+        start = time.thread_time()
+        result = call(*args)
+        self.seconds[name] += time.thread_time() - start
+        return result
+
+
+class TimedWalker(ModelWalker):
+    """Tells a clock what it does."""
+
+    def __init__(self, model, clock: Clock) -> None:
+        super().__init__(model)
+        self.clock = clock
+
+    def begin(self, rows):
+        return self.clock.timed("embeddings", super().begin, rows)
+
+    def run_layer(self, layer, hidden, context):
+        self.clock.calls.append((layer, context, len(hidden)))
+        return self.clock.timed("layers", super().run_layer, layer, hidden, context)
+
+    def exit_signal(self, *args):
+        return self.clock.timed("exits", super().exit_signal, *args)
+
+
+class TimedScheduler(Scheduler):
+    """Tells its walker's clock how long rows are moved."""
+
+    def _stay(self, *args):
+        return self.walker.clock.timed("dropping and joining rows", super()._stay, *args)
+
+    def _join(self, *args):
+        return self.walker.clock.timed("dropping and joining rows", super()._join, *args)
+
+
+def once(model, rows, policy) -> tuple[dict, list]:
+    """Microseconds of a token in a layer, by part; all parts make up the whole."""
+    clock = Clock()
+    start = time.thread_time()
+    TimedScheduler(TimedWalker(model, clock), policy, TOKENS).run(rows)
+    total, work = time.thread_time() - start, sum(tokens for *_, tokens in clock.calls)
+    parts = {name: 1e6 * seconds / work for name, seconds in clock.seconds.items()}
+    parts["the rest, the policy among it"] = 1e6 * (total - sum(clock.seconds.values())) / work
+    return {"parts": parts, "tokens_of_a_call": work / len(clock.calls)}, clock.calls
+
+
+def again(walker: ModelWalker, calls: list) -> float:
+    """Microseconds of a token in the same layer calls, and nothing between them."""
+    hidden = torch.randn(max(tokens for *_, tokens in calls), walker.base.config.hidden_size)
+    start = time.thread_time()
+    for layer, context, tokens in calls:
+        walker.run_layer(layer, hidden[:tokens], context)
+    return 1e6 * (time.thread_time() - start) / sum(tokens for *_, tokens in calls)
+
+
+@torch.inference_mode()
+def profile(shape: str, count: int, repeats: int) -> dict:
+    model, rows, found = make(SHAPES[shape]), mixed_rows(count), {}
+    for name, one in {"fp32": model, "int8": ee.quantize_int8(model)}.items():
+        policies, walker = {"full": None, "early exit": spread_out(all_exits(one, rows))}, ModelWalker(one)
+        turns = {way: [] for way in policies}
+        for turn in range(1 + repeats):
+            for way, policy in policies.items():
+                told, calls = once(one, rows, policy)
+                told["parts"]["layers alone, in the same order"] = again(walker, calls)
+                told["parts"]["layers alone, by size"] = again(walker, sorted(calls, key=lambda call: call[2]))
+                turns[way] += [told] if turn else []
+        found[name] = {
+            way: {
+                "tokens_of_a_call": tolds[0]["tokens_of_a_call"],
+                "parts": {part: statistics.median(t["parts"][part] for t in tolds if part in t["parts"])
+                          for part in dict.fromkeys(part for t in tolds for part in t["parts"])},
+            }
+            for way, tolds in turns.items()
+        }  # fmt: skip
+    return {"rows": count, "turns": repeats, "models": found, "environment": environment()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = profile(args.shape, args.rows, args.repeats)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: other runs may have written meanwhile
+    results["profile"] = results.get("profile", {}) | {args.shape: found}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
