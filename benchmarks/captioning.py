@@ -29,8 +29,8 @@ from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.calibration.captions import curve_of
-from hf_earlyexit.inference.timing import compare_speed
+from hf_earlyexit.captions.result import curve_of
+from hf_earlyexit.measuring.timing import compare_speed
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {

@@ -23,8 +23,8 @@ from transformers import GPT2Config, ViTConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.backbones.causal import TokenContext
-from hf_earlyexit.inference.decoding import DecoderWalker, ExitRun
+from hf_earlyexit.families.decoders import TokenContext
+from hf_earlyexit.generation.decoding import DecoderWalker, ExitRun
 from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
 
 LAYERS, PATCHES = 12, 197

@@ -17,12 +17,12 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import pad_batch, sorted_batches
-from hf_earlyexit.inference.graph_walker import GraphWalker
-from hf_earlyexit.inference.graphs import SegmentGraphs
-from hf_earlyexit.inference.rows import encode_rows, text_columns
-from hf_earlyexit.inference.scheduler import Scheduler
 from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.serving.batching import pad_batch, sorted_batches
+from hf_earlyexit.serving.cuda_graphs import SegmentGraphs
+from hf_earlyexit.serving.graph_walker import GraphWalker
+from hf_earlyexit.serving.rows import encode_rows, text_columns
+from hf_earlyexit.serving.scheduler import Scheduler
 
 NEAR = 1e-5
 

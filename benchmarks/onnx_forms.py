@@ -27,13 +27,13 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import pad_batch
-from hf_earlyexit.inference.bench import _in_turns
-from hf_earlyexit.inference.rows import encode_rows
+from hf_earlyexit.measuring.bench import _in_turns
 from hf_earlyexit.onnx.classifier import OnnxClassifier
 from hf_earlyexit.onnx.export import one_file
-from hf_earlyexit.onnx.pieces import cut_pieces
+from hf_earlyexit.onnx.layer_files import cut_pieces
 from hf_earlyexit.onnx.walk import walk_graph
+from hf_earlyexit.serving.batching import pad_batch
+from hf_earlyexit.serving.rows import encode_rows
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "onnx.json"

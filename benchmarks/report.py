@@ -19,7 +19,7 @@ from tasks import TASKS
 
 import hf_earlyexit as ee
 from hf_earlyexit.calibration.search import single_threshold_curve
-from hf_earlyexit.problems import row_quality
+from hf_earlyexit.problem_types import row_quality
 from hf_earlyexit.training.metrics import EXIT_METRICS
 
 ROOT = Path(__file__).parent

@@ -25,11 +25,11 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.batching import sorted_batches
-from hf_earlyexit.inference.bench import EARLY, FULL, STATIC, _in_turns, bench, environment
-from hf_earlyexit.inference.rows import encode_rows
-from hf_earlyexit.inference.scheduler import Scheduler
-from hf_earlyexit.inference.walker import ModelWalker
+from hf_earlyexit.measuring.bench import EARLY, FULL, STATIC, _in_turns, bench, environment
+from hf_earlyexit.serving.batching import sorted_batches
+from hf_earlyexit.serving.rows import encode_rows
+from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.walker import ModelWalker
 
 ROOT = Path(__file__).parent
 RULES = SETTINGS | {"reward": ("reward", {})}

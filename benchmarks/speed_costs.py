@@ -23,9 +23,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_earlyexit as ee
 from hf_earlyexit.calibration.search import sweep
-from hf_earlyexit.inference.bench import _in_turns, environment
-from hf_earlyexit.inference.scheduler import Scheduler
-from hf_earlyexit.inference.walker import ModelWalker
+from hf_earlyexit.measuring.bench import _in_turns, environment
+from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.walker import ModelWalker
 
 
 def make(shape: dict, head: str = "linear-cls"):

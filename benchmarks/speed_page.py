@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_earlyexit.inference.bench import EARLY, FULL, as_table
+from hf_earlyexit.measuring.bench import EARLY, FULL, as_table
 
 SHAPES = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},

@@ -19,9 +19,9 @@ from speed_costs import make
 from speed_page import SHAPES, page
 
 import hf_earlyexit as ee
-from hf_earlyexit.inference.bench import environment
-from hf_earlyexit.inference.scheduler import Scheduler
-from hf_earlyexit.inference.walker import ModelWalker
+from hf_earlyexit.measuring.bench import environment
+from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.walker import ModelWalker
 
 TOKENS = 512
 

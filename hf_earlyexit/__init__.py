@@ -8,31 +8,31 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from .modeling.doors import register_auto_classes, register_pipelines
+from .doors import register_auto_classes, register_pipelines
 
 __version__ = version("hf_earlyexit")
 
 _HOMES = {
     "EarlyExitBertConfig": "modeling.configuration",
-    "EarlyExitBertForSequenceClassification": "modeling.doors",
-    "EarlyExitVisionEncoderDecoder": "modeling.encoder_decoder",
-    "EarlyExitVisionEncoderDecoderConfig": "modeling.captioner_configuration",
-    "EarlyExitCaptionProcessor": "modeling.caption_processor",
+    "EarlyExitBertForSequenceClassification": "doors",
+    "EarlyExitVisionEncoderDecoder": "captions.model",
+    "EarlyExitVisionEncoderDecoderConfig": "captions.configuration",
+    "EarlyExitCaptionProcessor": "captions.processor",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
-    "EarlyExitCaptioningTrainer": "training.captioning",
-    "CaptionCollator": "training.caption_data",
-    "CaptionRows": "training.caption_data",
+    "EarlyExitCaptioningTrainer": "captions.trainer",
+    "CaptionCollator": "captions.data",
+    "CaptionRows": "captions.data",
     "ConsistentTrainer": "training.consistent",
     "ConsistentTrainingArguments": "training.consistent_arguments",
     "HardnessTable": "training.hardness",
     "ExitTrace": "trace",
-    "collect_trace": "inference.collect",
+    "collect_trace": "serving.collect",
     "calibrate": "calibration.choose",
-    "calibrate_captions": "inference.calibrate_captions",
+    "calibrate_captions": "captions.calibrate",
     "replay": "calibration.replay",
     "CalibrationResult": "calibration.result",
-    "CaptionCalibrationResult": "calibration.captions",
+    "CaptionCalibrationResult": "captions.result",
     "FinalLayerError": "calibration.targets",
     "LayerBudget": "calibration.targets",
     "MaxDrop": "calibration.targets",
@@ -53,14 +53,14 @@ _HOMES = {
     "save": "hub.save",
     "push_to_hub": "hub.push",
     "card_figures": "hub.figures",
-    "predict": "inference.predict",
-    "stream": "inference.predict",
-    "quantize_int8": "inference.quantize",
+    "predict": "serving.predict",
+    "stream": "serving.predict",
+    "quantize_int8": "serving.int8",
     "export_onnx": "onnx.export",
     "OnnxClassifier": "onnx.classifier",
-    "explain": "inference.explain",
+    "explain": "serving.explain",
     "write_report": "reports.write",
-    "caption_page": "reports.captions",
+    "caption_page": "captions.page",
     "EarlyExitMetric": "evaluation",
     "EarlyExitError": "errors",
 }

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
-from .exchange import exchanged, list_files, sync
+from .folder_swap import exchanged, list_files, sync
 
 if sys.platform != "win32":
     import fcntl

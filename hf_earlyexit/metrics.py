@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .problems import MULTI_LABEL, REGRESSION
+from .problem_types import MULTI_LABEL, REGRESSION
 from .trace import ExitTrace
 
 

@@ -11,17 +11,17 @@ from typing import Any
 import transformers
 from transformers import Pipeline, TextClassificationPipeline
 
+from .captions.answers import told_caption
+from .captions.model import EarlyExitVisionEncoderDecoder
+from .doors import CAPTIONING
 from .errors import DataError, UsageError
-from .inference.captions import told_caption
-from .inference.predict import WINDOW, stream
-from .inference.rows import MODEL_COLUMNS, TokenIds
+from .images import open_picture
 from .modeling.certificate import warn_of_other_tokenizer
-from .modeling.doors import CAPTIONING
-from .modeling.encoder_decoder import EarlyExitVisionEncoderDecoder
 from .modeling.loading import check_config_file, check_input_parts
 from .modeling.operating import OperatingPoints
-from .pictures import open_picture
 from .registry import unknown_name
+from .serving.predict import WINDOW, stream
+from .serving.rows import MODEL_COLUMNS, TokenIds
 
 ENGINE = 0  # in place of a batch size where none is given
 

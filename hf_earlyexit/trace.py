@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import CheckpointError, DataError
 from .files import read_tensors, write_file
 from .policies.base import ExitSignal
-from .problems import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
+from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 
 FORMAT = "hf_earlyexit.trace/1"
 

@@ -14,7 +14,7 @@ from transformers import BertTokenizer
 
 import hf_earlyexit as ee
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.problems import REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import REGRESSION, SINGLE_LABEL
 
 settings.register_profile("repeatable", deadline=None, database=None, derandomize=True, max_examples=60)
 settings.load_profile("repeatable")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_earlyexit.policies import ExitPolicy, ExitSignal, Scan
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.trace import ExitTrace
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_earlyexit.errors import CheckpointError, DataError
-from hf_earlyexit.problems import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.trace import FORMAT, ExitTrace
 from tests.samples import learned_trace, sst2_trace
 

@@ -1,6 +1,5 @@
 """Choosing thresholds: targets, exact search, results. Imports no model and no transformers."""
 
-from .captions import CaptionCalibrationResult, CaptionSetting
 from .choose import calibrate
 from .replay import ExitReport, Replay, replay
 from .result import CalibrationResult
@@ -9,8 +8,6 @@ from .targets import TARGETS, FinalLayerError, LayerBudget, MaxDrop, SpeedUp, Ta
 __all__ = [
     "TARGETS",
     "CalibrationResult",
-    "CaptionCalibrationResult",
-    "CaptionSetting",
     "ExitReport",
     "FinalLayerError",
     "LayerBudget",

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy
-from ..problems import majority_quality, row_quality
+from ..problem_types import majority_quality, row_quality
 from ..trace import ExitTrace
 from .replay import replay
 from .result import CalibrationResult

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
-from ..problems import row_quality
+from ..problem_types import row_quality
 from ..trace import ExitTrace
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import UsageError
-from ..inference.bench import as_table, bench
-from ..inference.quantize import quantize_int8
-from ..inference.rows import encode_rows
+from ..measuring.bench import as_table, bench
+from ..serving.int8 import quantize_int8
+from ..serving.rows import encode_rows
 from .answer import Answer
 from .loading import load_model
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ..calibration import calibrate
 from ..errors import UsageError
 from ..hub.save import save_calibrated
-from ..inference.collect import collect_trace
+from ..serving.collect import collect_trace
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
 from .answer import Answer

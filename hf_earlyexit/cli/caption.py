@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..doors import CAPTIONING
 from ..errors import UsageError
-from ..modeling.doors import CAPTIONING
-from ..pictures import SUFFIXES
+from ..images import SUFFIXES
 from ..pipelines import pipeline
 from .answer import Answer
 from .loading import load_captioner, load_input_parts
@@ -72,7 +72,7 @@ def run(args: CaptionArguments) -> Answer:
     }
     text = "\n".join(_line(picture, caption, depth) for picture, caption in zip(pictures, captions, strict=True))
     if args.html is not None:
-        from ..reports.captions import caption_page  # needs jinja2, which captions alone do not
+        from ..captions.page import caption_page  # needs jinja2, which captions alone do not
 
         caption_page(pictures, captions, args.html, num_layers=depth, title=f"Captions by {Path(args.model).name}")
         values["html"] = args.html

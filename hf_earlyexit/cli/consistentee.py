@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..inference.collect import collect_trace
+from ..serving.collect import collect_trace
 from ..training import ConsistentTrainer, ConsistentTrainingArguments
 from .answer import Answer
 from .train import TRACE_FILE, TrainArguments, prepare

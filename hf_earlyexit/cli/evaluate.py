@@ -16,11 +16,11 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import UsageError
-from ..inference.predict import predict
-from ..inference.rows import encode_rows
-from ..inference.timing import compare_speed
+from ..measuring.timing import compare_speed
 from ..modeling.configuration import EXACT
-from ..problems import quality_name, row_quality
+from ..problem_types import quality_name, row_quality
+from ..serving.predict import predict
+from ..serving.rows import encode_rows
 from ..training.data import load_splits, require_split
 from .answer import Answer
 from .loading import load_model

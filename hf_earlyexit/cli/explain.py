@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoTokenizer
 
-from ..inference.explain import explain
+from ..serving.explain import explain
 from .answer import Answer
 from .loading import load_model
 

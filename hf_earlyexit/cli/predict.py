@@ -15,11 +15,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..inference.predict import predict
-from ..inference.rows import text_columns
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..onnx.manifest import MANIFEST
-from ..problems import SINGLE_LABEL
+from ..problem_types import SINGLE_LABEL
+from ..serving.predict import predict
+from ..serving.rows import text_columns
 from ..training.data import READERS, load_splits, require_split
 from .answer import Answer
 from .loading import load_model

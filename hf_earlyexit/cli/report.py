@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 
 from ..calibration.replay import Replay
 from ..errors import UsageError
-from ..inference.collect import collect_trace
-from ..inference.rows import text_columns
 from ..modeling.configuration import EXACT
 from ..modeling.fingerprint import heads_fingerprint
 from ..reports.write import write_report
+from ..serving.collect import collect_trace
+from ..serving.rows import text_columns
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
 from .answer import Answer

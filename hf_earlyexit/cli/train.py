@@ -15,8 +15,8 @@ import datasets
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from ..inference.collect import collect_trace
-from ..modeling.doors import EarlyExitBertForSequenceClassification
+from ..doors import EarlyExitBertForSequenceClassification
+from ..serving.collect import collect_trace
 from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
 from ..training.data import encode, hold_back, label_names, load_splits, require_split, with_ids
 from .answer import Answer

@@ -8,13 +8,13 @@ import torch
 
 from ..calibration.replay import replay
 from ..errors import UsageError
-from ..inference.batching import evaluation_mode
-from ..inference.collect import collect_trace
-from ..inference.graph_walker import walker_for
-from ..inference.rows import encode_rows
-from ..inference.scheduler import Scheduler
-from ..inference.timing import compare_speed
+from ..measuring.timing import compare_speed
 from ..modeling.configuration import EXACT
+from ..serving.batching import evaluation_mode
+from ..serving.collect import collect_trace
+from ..serving.graph_walker import walker_for
+from ..serving.rows import encode_rows
+from ..serving.scheduler import Scheduler
 from .save import Calibrations, by_name
 
 

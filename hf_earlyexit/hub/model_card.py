@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from ..calibration.replay import Replay
 from ..calibration.result import CalibrationResult
+from ..doors import CAPTIONING
 from ..errors import UsageError
-from ..inference.timing import Timing
-from ..modeling.doors import CAPTIONING
-from ..problems import REGRESSION, SINGLE_LABEL, quality_name
+from ..measuring.timing import Timing
+from ..problem_types import REGRESSION, SINGLE_LABEL, quality_name
 from .citations import citations
 from .markdown import escape, hub_id, without_private
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.result import CalibrationResult
+from ..captions.processor import EarlyExitCaptionProcessor
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_json
-from ..modeling.caption_processor import EarlyExitCaptionProcessor
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import TrainingError
-from ..problems import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION
 from ..registry import Registry
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")

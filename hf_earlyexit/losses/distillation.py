@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..problems import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION
 from .base import OBJECTIVES, Objective, label_losses
 
 DIRECTIONS = ("exit-to-last", "last-to-exit")

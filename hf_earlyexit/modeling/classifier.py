@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..backbones.base import Backbone, Context
-from ..backbones.packed import Packed
 from ..errors import DataError
+from ..families.base import Backbone, Context
+from ..families.packed import Packed
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy, ExitSignal
-from ..problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..walking.loop import run_all, run_early
 from .exits import ModelWithExits
 from .gates import new_gates
 from .heads import HEADS
@@ -114,8 +115,6 @@ class EarlyExitClassifier(ModelWithExits):
             UnknownNameError: for an unknown operating point.
             DataError: for inputs longer than the model takes.
         """
-        from ..inference.engine import run_all, run_early
-
         policy = self.choose_policy(early_exit, operating_point, kwargs)
         inputs = {
             "input_ids": input_ids,

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..errors import EarlyExitConfigError, EarlyExitError
 from ..files import read_json
 from ..policies import ExitPolicy
-from ..problems import REGRESSION, SINGLE_LABEL
+from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..registry import Registry
 from .certificate import is_certificate
 from .gates import GATES

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
 
-from ..backbones.base import Context
-from ..backbones.packed import row_lengths
 from ..errors import DataError, UsageError
-from ..inference.batching import pad_batch
-from ..inference.engine import run_all, run_early
-from ..inference.rows import TokenIds, check_any_token, check_ids
-from ..inference.walker import BatchWalker
+from ..families.base import Context
+from ..families.packed import row_lengths
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
+from ..serving.batching import pad_batch
+from ..serving.rows import TokenIds, check_any_token, check_ids
+from ..serving.walker import BatchWalker
+from ..walking.loop import run_all, run_early
+from .layer_files import BEGIN, exit_file, layer_file
 from .manifest import read_manifest
-from .pieces import BEGIN, exit_file, layer_file
 from .walk import TOKENS, hidden_after
 
 

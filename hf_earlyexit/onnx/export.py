@@ -19,10 +19,10 @@ from ..modeling.certificate import warn_of_other_tokenizer
 from ..modeling.fingerprint import heads_fingerprint
 from ..policies import ExitPolicy
 from .classifier import OnnxClassifier
-from .decide import PREFIX, asked_exits, policy_graph
+from .decisions import PREFIX, asked_exits, policy_graph
 from .graphs import append, nest
+from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
-from .pieces import cut_pieces
 from .quantize import quantize_graph
 from .recalibrate import Recalibration, recalibrate
 from .walk import INPUTS, walk_graph

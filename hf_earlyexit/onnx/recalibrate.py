@@ -9,8 +9,8 @@ from typing import Any
 from ..calibration import CalibrationResult, calibrate, parse_target, replay
 from ..calibration.targets import Target
 from ..errors import UsageError
-from ..inference.collect import collect_trace
 from ..policies import ExitPolicy
+from ..serving.collect import collect_trace
 from ..trace import ExitTrace
 
 

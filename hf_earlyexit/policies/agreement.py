@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..problems import same_prediction
+from ..problem_types import same_prediction
 
 
 class Chain(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import PROBLEM_TYPES, SINGLE_LABEL
+from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")

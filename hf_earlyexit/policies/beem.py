@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import MULTI_LABEL, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import log_odds, margin, max_probability, measure

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import SINGLE_LABEL, row_quality
+from ..problem_types import SINGLE_LABEL, row_quality
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import log_odds, measure, probability

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..problems import MULTI_LABEL, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from .base import ExitSignal, register_policy
 from .measures import certainty, margin, max_probability, measure
 from .memoryless import MemorylessPolicy, NoState

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import REGRESSION
+from ..problem_types import REGRESSION
 from .base import ExitPolicy, ExitSignal, Scan
 
 ROWS = 64

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..problems import MULTI_LABEL
+from ..problem_types import MULTI_LABEL
 
 
 def max_probability(log_probs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..problems import REGRESSION
+from ..problem_types import REGRESSION
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
-from ..problems import SINGLE_LABEL, row_quality
+from ..problem_types import SINGLE_LABEL, row_quality
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import certainty, log_odds, probability
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..calibration.replay import Replay
-from ..problems import quality_name
+from ..problem_types import quality_name
 from ..trace import ExitTrace
 from .compare import STATIC, Comparison
 

@@ -14,7 +14,7 @@ from ..calibration.result import CalibrationResult
 from ..calibration.targets import MaxDrop
 from ..errors import DataError, EarlyExitError
 from ..policies.base import POLICIES
-from ..problems import row_quality
+from ..problem_types import row_quality
 from ..trace import ExitTrace
 
 FEWEST_ROWS = 40

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..policies.base import ExitPolicy
-from ..problems import REGRESSION, SINGLE_LABEL, predictions, row_quality
+from ..problem_types import REGRESSION, SINGLE_LABEL, predictions, row_quality
 from ..trace import ExitTrace
 
 

@@ -15,7 +15,7 @@ from ..metrics import memorized_layer, reliability
 from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
 from ..policies.base import ExitPolicy
-from ..problems import SINGLE_LABEL, quality_name
+from ..problem_types import SINGLE_LABEL, quality_name
 from ..trace import ExitTrace
 from .advice import ALWAYS, doubts, summary
 from .compare import STATIC, Comparison, Contender, compare_policies

@@ -11,9 +11,9 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import DataError, TrainingError
-from ..inference.collect import collect_trace
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
+from ..serving.collect import collect_trace
 from .checkpoints import newest_complete_checkpoint
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
-from ..inference.rows import text_columns
+from ..serving.rows import text_columns
 
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 

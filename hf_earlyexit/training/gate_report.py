@@ -13,7 +13,7 @@ from ..calibration.replay import replay
 from ..losses.base import row_losses
 from ..losses.consistentee import ConsistentObjective
 from ..policies.gate import GatePolicy
-from ..problems import SINGLE_LABEL
+from ..problem_types import SINGLE_LABEL
 from ..trace import ExitTrace
 from .hardness import HARDNESS
 

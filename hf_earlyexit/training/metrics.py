@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..problems import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION
 from ..registry import Registry
 
 EXIT_METRICS: Registry[Callable[[np.ndarray, np.ndarray], float]] = Registry("exit metric")

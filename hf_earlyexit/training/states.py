@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.collect import full_pass, labelled_rows, make_trace
+from ..serving.collect import full_pass, labelled_rows, make_trace
 from ..trace import ExitTrace
 
 

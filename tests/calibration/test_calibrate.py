@@ -7,7 +7,7 @@ import torch
 from hf_earlyexit.calibration import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, calibrate
 from hf_earlyexit.errors import CalibrationError, PolicyError, UnknownNameError, UsageError
 from hf_earlyexit.policies import POLICIES, BeemAccuracyPolicy, BeemCostPolicy, ConfidencePolicy
-from hf_earlyexit.problems import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
 from tests.samples import learned_trace, options_for, sst2_trace
 
 LEARNERS = [name for name in POLICIES.names() if POLICIES.get(name).learns]

@@ -6,7 +6,7 @@ import pytest
 from hf_earlyexit.calibration import CalibrationResult, FinalLayerError, MaxDrop, calibrate
 from hf_earlyexit.errors import CheckpointError, EarlyExitError
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from tests.samples import learned_trace
 
 

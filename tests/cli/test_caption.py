@@ -6,7 +6,7 @@ import pytest
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
-from tests.captioning.toy import essence, make_captioner, make_pictures, make_tokenizer, save_all
+from tests.captions.toy import essence, make_captioner, make_pictures, make_tokenizer, save_all
 from tests.hub.toy import make_model
 
 

@@ -15,7 +15,7 @@ from hf_earlyexit.policies import (
     MarginPolicy,
     PatiencePolicy,
 )
-from hf_earlyexit.problems import MULTI_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import exits_of, scan, two_class_row
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_earlyexit.policies import ConfidencePolicy, EntropyPolicy, MarginPolicy
-from hf_earlyexit.problems import MULTI_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL
 from tests.samples import exits_of, scan
 
 # One row; exits with probabilities (1/3, 1/3, 1/3), (1/2, 1/4, 1/4), (.8, .1, .1) and, certain, (1, 0, 0).

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_earlyexit.errors import DataError
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from hf_earlyexit.trace import ExitTrace
 from hf_earlyexit.training.hardness import HARDNESS
 from tests.samples import learned_trace

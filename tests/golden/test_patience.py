@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from hf_earlyexit.policies import PatiencePolicy
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from tests.samples import exits_of, scan
 
 CLOSED = (None,) * 5

@@ -3,7 +3,7 @@ import torch
 
 from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import StaticPolicy
-from hf_earlyexit.problems import REGRESSION
+from hf_earlyexit.problem_types import REGRESSION
 from tests.samples import exits_of, scan
 
 LOGITS = torch.randn(7, 4, 2, generator=torch.Generator().manual_seed(0))

@@ -13,12 +13,12 @@ import yaml
 import hf_earlyexit as ee
 from hf_earlyexit.calibration.result import CalibrationResult
 from hf_earlyexit.hub.model_card import model_card_files
-from tests.captioning.toy import essence, make_captioner, make_image_processor, make_pictures, make_tokenizer, save_all
+from tests.captions.toy import essence, make_captioner, make_image_processor, make_pictures, make_tokenizer, save_all
 from tests.hub.test_round_trip import assert_no_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 PUSH = """
-from tests.captioning.toy import *
+from tests.captions.toy import *
 from hf_earlyexit.cli.main import main
 parts = dict(tokenizer=make_tokenizer(), image_processor=make_image_processor())
 model = make_captioner()
@@ -33,7 +33,7 @@ out["thresholds"] = [model.policy_at(point).thresholds for point in points[:2]]
 """
 PULL = """
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, VisionEncoderDecoderModel, pipeline
-from tests.captioning.toy import *
+from tests.captions.toy import *
 from hf_earlyexit.cli.main import main
 name, pictures = "tester/captioner", make_pictures()
 def described(model):

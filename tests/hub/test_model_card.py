@@ -21,8 +21,8 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.hub.citations import citations
 from hf_earlyexit.hub.model_card import model_card_files
-from hf_earlyexit.inference.timing import Timing
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.measuring.timing import Timing
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from tests.hub.toy import make_all, texts
 from tests.samples import learned_trace
 

@@ -9,7 +9,7 @@ from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy, check_exit_policy
 from hf_earlyexit.policies.laws import LAWS
 from hf_earlyexit.policies.reward import NUM_WEIGHTS
-from hf_earlyexit.problems import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
 from tests.samples import learned_trace, scan
 
 MUTED = {"muted": [0, 2]}

@@ -5,7 +5,7 @@ import torch
 
 from hf_earlyexit.errors import TrainingError
 from hf_earlyexit.losses import DistillationObjective, WeightedObjective
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 # One row: the exit says (1/2, 1/2), the last exit (3/4, 1/4).
 LOGITS = torch.tensor([[[0.5, 0.5], [0.75, 0.25]]]).log()  # [1, 2, 2]

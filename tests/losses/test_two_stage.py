@@ -3,7 +3,7 @@ import torch
 
 from hf_earlyexit.errors import TrainingError
 from hf_earlyexit.losses import OBJECTIVES, TwoStageObjective, WeightedObjective
-from hf_earlyexit.problems import SINGLE_LABEL
+from hf_earlyexit.problem_types import SINGLE_LABEL
 
 LAYERS = (2, 4, 6, 12)
 

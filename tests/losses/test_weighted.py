@@ -5,7 +5,7 @@ import torch
 
 from hf_earlyexit.errors import TrainingError
 from hf_earlyexit.losses import OBJECTIVES, WeightedObjective, task_loss
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def logits_of(*probabilities):

@@ -47,7 +47,7 @@ print(json.dumps(found))
 """
 KILLED = """
 import shutil
-from hf_earlyexit import exchange
+from hf_earlyexit import folder_swap
 def killed_at(step):
     seen = [0]
     def reached():
@@ -62,9 +62,9 @@ def killed_at(step):
             return result
         return counted
     os.replace = around(os.replace)
-    if sys.argv[1] == "swapped":  # what becomes of every line in between: tests/test_exchange.py
+    if sys.argv[1] == "swapped":  # what becomes of every line in between: tests/test_folder_swap.py
         os.link, os.mkdir, os.rename = map(around, (os.link, os.mkdir, os.rename))
-        exchange.swap, Path.write_text, shutil.rmtree = map(around, (exchange.swap, Path.write_text, shutil.rmtree))
+        folder_swap.swap, Path.write_text, shutil.rmtree = map(around, (folder_swap.swap, Path.write_text, shutil.rmtree))
     save(new)
     os._exit(0)
 def one_folder():
@@ -74,7 +74,7 @@ def save(model):
 def refuse(*paths):
     raise OSError("not here")
 if sys.argv[1] == "moved":
-    exchange.swap = refuse
+    folder_swap.swap = refuse
 def state():
     now = one_folder()
     if now in (first, second):

@@ -73,7 +73,7 @@ def test_installed_but_not_imported_loads_with_trust_only_and_saves_no_code(fold
         assert found[name][1] == expected
     assert "trust_remote_code=True" in found["config"][0]
     assert found["pipeline"] == "TextClassificationPipeline"
-    assert found["module"] == "hf_earlyexit.modeling.doors"
+    assert found["module"] == "hf_earlyexit.doors"
     assert content(folder / "again") == {
         name: data for name, data in content(folder / "model").items() if not name.startswith("token")
     }

@@ -8,10 +8,10 @@ import pytest
 
 from hf_earlyexit.onnx.classifier import OnnxClassifier
 from hf_earlyexit.onnx.export import one_file
-from hf_earlyexit.onnx.pieces import cut_pieces
+from hf_earlyexit.onnx.layer_files import cut_pieces
 from hf_earlyexit.onnx.quantize import quantize_graph
 from hf_earlyexit.onnx.walk import walk_graph
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 
 MODELS = {
     "single": {"exit_gate": "mlp+logits"},

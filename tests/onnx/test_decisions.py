@@ -8,10 +8,10 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import PolicyError
-from hf_earlyexit.inference.batching import pad_batch
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.policies.confidence import MeasuredPolicy
-from hf_earlyexit.problems import MULTI_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL
+from hf_earlyexit.serving.batching import pad_batch
 from tests.onnx.conftest import feeds
 
 SERVED = [name for name in POLICIES.names() if not POLICIES.get(name).uses_similarity]  # which classifiers do not give

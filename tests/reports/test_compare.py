@@ -6,7 +6,7 @@ import torch
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, DataError
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from hf_earlyexit.reports.compare import compare_policies
 from tests.samples import learned_trace
 

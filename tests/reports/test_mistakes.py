@@ -3,7 +3,7 @@
 import torch
 
 import hf_earlyexit as ee
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from hf_earlyexit.reports.mistakes import find_mistakes
 
 

@@ -7,7 +7,7 @@ import pytest
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.problems import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.reports.write import write_report
 from tests.reports.pages import HOSTILE, Page, browser_widths
 from tests.samples import learned_trace

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import default_data_collator
 
 import hf_earlyexit as ee
-from tests.captioning.toy import make_captioner
+from tests.captions.toy import make_captioner
 
 CLASSIFIERS = {  # name: settings
     "find-unused": {"objective": "weighted", "ddp_find_unused_parameters": True},

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_earlyexit.problems import MULTI_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL
 from hf_earlyexit.training.gate_report import gate_metrics, warn_of_trouble
 from tests.samples import learned_trace
 

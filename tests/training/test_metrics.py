@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hf_earlyexit.errors import UnknownNameError
-from hf_earlyexit.problems import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.training.metrics import EXIT_METRICS, default_exit_metric, exit_metrics
 
 

@@ -1,7 +1,0 @@
-"""Families of networks: the only place that knows transformers' layer lists."""
-
-from .base import Backbone, Context
-from .causal import DecoderBackbone, TokenContext, decoder_backbone
-from .text import BertBackbone
-
-__all__ = ["Backbone", "BertBackbone", "Context", "DecoderBackbone", "TokenContext", "decoder_backbone"]

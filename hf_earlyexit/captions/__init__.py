@@ -1,0 +1,1 @@
+"""Captioners: pictures in, sentences out, from the model to the page that shows where each word was decided."""

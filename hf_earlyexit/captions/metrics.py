@@ -1,0 +1,89 @@
+"""Scores of one caption against others, simple enough to need no download: ROUGE-L and BLEU-1."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from ..errors import DataError
+
+RECALL_WEIGHT = 1.2  # beta of the usual ROUGE-L for captions
+
+
+def words(caption: str) -> list[str]:
+    """Lower-case words and numbers of a caption, without punctuation."""
+    return re.findall(r"[\w']+", caption.lower())
+
+
+def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """ROUGE-L of each caption: F of the longest common subsequence of words, in `[0, 1]`.
+
+    Precision and recall are each the best over the references, and recall weighs 1.2, as is usual for captions.
+
+    Args:
+        captions: one for each image.
+        references: for each image one caption or more.
+
+    Raises:
+        DataError: for another number of references, or none for an image.
+
+    Example:
+        >>> from hf_earlyexit.captions.metrics import rouge_l
+        >>> rouge_l(["a dog runs"], [["a dog runs"]])
+        [1.0]
+    """
+    return [_rouge_l(words(caption), own) for caption, own in _paired(captions, references)]
+
+
+def bleu_1(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """BLEU-1 of each caption by itself: clipped share of its words, times the brevity penalty, in `[0, 1]`.
+
+    Args, Raises: as in `rouge_l`. The BLEU-1 of papers counts words over all captions first; this is for comparing captions
+    one by one.
+    """
+    return [_bleu_1(words(caption), own) for caption, own in _paired(captions, references)]
+
+
+def _paired(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, list[list[str]]]]:
+    if len(captions) != len(references):
+        raise DataError(
+            f"{len(captions)} captions and references of {len(references)} images; expected references for each.",
+            field="references",
+        )
+    for row, own in enumerate(references):
+        if isinstance(own, str) or not len(own):
+            raise DataError(f"references of image {row} are {own!r}; expected a list of captions.", field="references")
+    return [(said, [words(one) for one in own]) for said, own in zip(captions, references, strict=True)]
+
+
+def _rouge_l(said: list[str], references: list[list[str]]) -> float:
+    common = [_common_length(said, reference) for reference in references]
+    precision = max(common) / max(len(said), 1)
+    recall = max(length / max(len(reference), 1) for length, reference in zip(common, references, strict=True))
+    if precision == 0 or recall == 0:
+        return float(any(said == reference for reference in references))  # two empty captions are equal
+    weight = RECALL_WEIGHT**2
+    return (1 + weight) * precision * recall / (recall + weight * precision)
+
+
+def _common_length(first: list[str], second: list[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        before = 0
+        for place, other in enumerate(second, 1):
+            before, row[place] = row[place], before + 1 if word == other else max(row[place], row[place - 1])
+    return row[-1]
+
+
+def _bleu_1(said: list[str], references: list[list[str]]) -> float:
+    if not said:
+        return float([] in references)
+    allowed = Counter[str]()
+    for reference in references:
+        allowed |= Counter(reference)
+    matched = (Counter(said) & allowed).total()
+    closest = min((abs(len(reference) - len(said)), len(reference)) for reference in references)[1]
+    return min(1.0, math.exp(1 - closest / len(said))) * matched / len(said)

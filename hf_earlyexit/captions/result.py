@@ -1,0 +1,96 @@
+"""What a calibration of a captioner found: settings that were tried by real generation, and the one chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..calibration.proposals import Thresholds
+from ..calibration.result import CalibrationResult
+from ..calibration.search import Curve
+
+FULL = "full model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSetting:
+    """A setting and what real generation with it gave.
+
+    Attributes:
+        kind: "full model", "one threshold" or "per exit".
+        thresholds: one per exit but the last; `None` closes the exit.
+        mean_layers, mean_cost: per generated token; layer_speed_up: number of layers over mean layers.
+        score: mean over captions; difference: to the full model's captions, image by image; standard_error: of it.
+        trace_layers: mean layers that the token trace let expect.
+    """
+
+    kind: str
+    thresholds: Thresholds
+    mean_layers: float
+    mean_cost: float
+    layer_speed_up: float
+    score: float
+    difference: float
+    standard_error: float
+    trace_layers: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionCalibrationResult(CalibrationResult):
+    """Thresholds of a captioner, how they were chosen and what real generation with them gave.
+
+    What it shares with `CalibrationResult` is about captions (quality, standard error, `num_rows`) and generated tokens
+    (layers, shares). In `exits`, quality is agreement with the full model's word on the token trace.
+
+    Attributes:
+        metric: name of the caption score; settings: everything that was tried, the full model first; chosen: its place.
+        exit_decay: of the model whose captions were scored; num_tokens: of the trace.
+        generation: what `generate` was told.
+    """
+
+    FORMAT: ClassVar[str] = "hf_earlyexit.caption-calibration/1"
+
+    metric: str
+    settings: tuple[CaptionSetting, ...]
+    chosen: int
+    exit_decay: float | None
+    num_tokens: int
+    generation: dict[str, Any]
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> CaptionCalibrationResult:
+        settings = tuple(
+            CaptionSetting(**{**setting, "thresholds": tuple(setting["thresholds"])}) for setting in values["settings"]
+        )
+        return super()._from_values({**values, "settings": settings})  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "settings": [dataclasses.asdict(setting) for setting in self.settings]}
+
+    def __str__(self) -> str:
+        head = [
+            f"{self.policy.name} for {self.target}, thresholds chosen on the captions of {self.num_rows} images of "
+            f"{self.split!r}, {self.metric}",
+            f"score {self.quality:.4f} against {self.full_quality:.4f} of the full model "
+            f"({self.quality - self.full_quality:+.4f}, standard error {self.standard_error:.4f})",
+            f"mean layers {self.mean_layers:.2f} of {self.exits[-1].layer} a token: layer speed-up "
+            f"{self.layer_speed_up:.2f}x",
+            "",
+            "   setting        on trace  layers  speed-up    score  difference  standard error",
+        ]
+        lines = [
+            f"{'>' if place == self.chosen else ' '}  {one.kind:13} {one.trace_layers:9.2f} {one.mean_layers:7.2f} "
+            f"{one.layer_speed_up:8.2f}x {one.score:8.4f} {one.difference:+11.4f} {one.standard_error:15.4f}"
+            for place, one in enumerate(self.settings)
+        ]
+        return "\n".join(head + lines + [f"note: {note}" for note in self.notes])
+
+
+def curve_of(settings: tuple[CaptionSetting, ...]) -> Curve:
+    """The settings as targets read them, the full model first."""
+    vectors = [[np.nan if value is None else value for value in one.thresholds] for one in settings]
+    columns = ([getattr(one, name) for one in settings] for name in ("mean_cost", "score", "standard_error"))
+    return Curve(np.array(vectors, dtype=float), *(np.array(column, dtype=float) for column in columns))

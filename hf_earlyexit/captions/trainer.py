@@ -1,0 +1,204 @@
+"""Trainer that teaches every exit of a captioner, and reports on each of them token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer
+from transformers.models.vision_encoder_decoder.modeling_vision_encoder_decoder import shift_tokens_right
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..errors import DataError, TrainingError
+from ..losses import ObjectiveValue
+from ..losses.base import row_losses
+from ..problem_types import SINGLE_LABEL
+from ..training.arguments import EarlyExitTrainingArguments
+from ..training.trainer import EarlyExitTrainer
+from .batches import FEATURES
+from .data import CaptionCollator, CaptionRows, check_caption_rows
+
+
+class EarlyExitCaptioningTrainer(EarlyExitTrainer):
+    """`Trainer` for `EarlyExitVisionEncoderDecoder`: every exit learns every word, evaluations log each exit's accuracy.
+
+    The objectives are those of `EarlyExitTrainer`, over the tokens whose label is not -100: "weighted" and "distillation"
+    train all weights together, "two-stage" the exits alone. What does not learn has no dropout. Evaluations log
+    `exit_<layer>_token_accuracy` and `exit_<layer>_loss`, and with gates `gate_agreement`, `gate_layers` and
+    `exit_<layer>_share`: what tokens would do that leave where their gates say one half or more.
+
+    Args:
+        model: a captioner with exits.
+        args: `EarlyExitTrainingArguments`.
+        learn_gates: teach the gates, and them alone, whether an exit's first word is the full model's; the objective is not
+            used.
+        data_collator: `CaptionCollator` by default. Batches may hold `decoder_input_ids` and `decoder_position_ids`;
+            without them the labels are shifted, as in the stock model.
+        train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `labels` and `pixel_values`, or
+            `encoder_hidden_states`, the encoder's last states; with these the encoder does not learn.
+
+    Raises:
+        DataError: before the first step, for captions that cannot be learned; with the batch, where rows cannot be looked
+            through.
+        TrainingError: for what cannot be trained, or if one exit's loss is not finite.
+
+    Paper: CapEEN (https://arxiv.org/abs/2410.04433) trains exits on a frozen backbone by half cross entropy and half
+    divergence from the last exit: "two-stage" with `strength=1` and `direction="last-to-exit"`, but for a factor of 2.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: EarlyExitTrainingArguments | None = None,
+        *,
+        learn_gates: bool = False,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("compute_metrics") is not None:
+            raise TrainingError(
+                "compute_metrics gets logits, and those of whole captions are not kept: write captions with `generate` in a "
+                "callback instead.",
+                field="compute_metrics",
+            )
+        self.learn_gates = learn_gates
+        super().__init__(model, args, data_collator=data_collator or CaptionCollator(), **kwargs)
+
+    def _check_rows(self, rows: Any, name: str) -> None:
+        check_caption_rows(rows, name, self.model.config.decoder.vocab_size)
+
+    def _choose_what_learns(self) -> None:
+        if self.learn_gates:
+            if not len(self.model.exit_gates):
+                raise TrainingError(
+                    "The model has no gates to teach; load it with exit_gate='linear' and at least two exits, and with "
+                    "init_missing_exits=True if its exits are trained already.",
+                    field="exit_gate",
+                )
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.startswith("exit_gates."))
+            return
+        super()._choose_what_learns()
+        encoder = self.model.encoder
+        if _has_features(self.train_dataset):
+            encoder.requires_grad_(False)
+        pooler = getattr(encoder, "pooler", None)
+        if pooler is not None:
+            pooler.requires_grad_(False)  # its answer is not used
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise TrainingError(
+                f"Nothing learns: {self.model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
+                "Load the model with exit_head='tuned', 'linear' or 'low-rank', or train with another objective.",
+                field="exit_head",
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = (FEATURES, "decoder_position_ids")
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective over all exits and labelled tokens, or the gates' loss; see `Trainer.compute_loss`."""
+        for part in self.model.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()  # no dropout in what does not learn, as in serving
+        labels = _given(inputs.get("labels"))
+        learned = labels != -100
+        if not bool(learned.any()):
+            raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field="labels")
+        given = {"use_cache": False, **{name: value for name, value in inputs.items() if name != "labels"}}
+        if "decoder_input_ids" not in given:
+            given["decoder_input_ids"] = self._shifted(labels)
+        outputs = model(**given, early_exit=False, exit_tokens=learned)
+        if self.learn_gates:
+            value = gate_value(outputs)
+        else:
+            value = self.objective(outputs.exit_logits, labels[learned], SINGLE_LABEL, self.model.config.exit_layers)
+        self._require_finite(value)
+        return (value.loss, outputs) if return_outputs else value.loss
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        config = self.model.config
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            if getattr(config, name) is None:
+                raise TrainingError(
+                    f"model.config.{name} is not set; captions are shifted by it. Set it to the tokenizer's.", field=name
+                )
+        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+
+    def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
+        return row_sums(outputs, _given(labels)), None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, token accuracy and loss for every exit, and what the gates do; no predictions are kept."""
+        only_loss = self.args.prediction_loss_only
+        output = Trainer.evaluation_loop(self, dataloader, description, only_loss, ignore_keys, metric_key_prefix)
+        metrics = dict(output.metrics)
+        if output.predictions is not None:
+            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.model.config.exit_layers)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(None, None, metrics, output.num_samples)
+
+
+def _given(labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise DataError("The batch has no labels; the collator must give them.", field="labels")
+    return labels
+
+
+def _has_features(rows: Any) -> bool:
+    if isinstance(rows, CaptionRows):
+        return rows.features is not None
+    return FEATURES in (getattr(rows, "column_names", None) or ())
+
+
+def gate_value(outputs: Any) -> ObjectiveValue:
+    """Binary cross entropy of every gate on whether its exit's first word is the last exit's, and their mean."""
+    first = outputs.exit_logits.argmax(-1)
+    right = (first[:, :-1] == first[:, -1:]).float()
+    losses = functional.binary_cross_entropy_with_logits(outputs.exit_gates.float(), right, reduction="none").mean(0)
+    return ObjectiveValue(losses.mean(), losses)
+
+
+def row_sums(outputs: Any, labels: Tensor) -> Tensor:
+    """Sums over the labelled tokens of each row, `[B, 1 + 2E]`, float32, with gates `[B, 2 + 3E]`.
+
+    Number of tokens; right words and loss of each exit; tokens that leave at each exit, and how many of all then say what
+    the last exit says.
+    """
+    learned = labels != -100
+    truth, logits = labels[learned], outputs.exit_logits
+    said = logits.argmax(-1)  # [N, E]
+    losses = torch.cat([row_losses(part[:, None], truth, SINGLE_LABEL) for part in logits.unbind(1)], 1)
+    columns = [torch.ones_like(truth)[:, None], said == truth[:, None], losses]
+    if outputs.exit_gates is not None:
+        open_ = functional.pad(outputs.exit_gates >= 0, (0, 1), value=True)
+        taken = open_.int().argmax(1, keepdim=True)
+        columns += [functional.one_hot(taken[:, 0], logits.shape[1]), said.gather(1, taken) == said[:, -1:]]
+    table = torch.cat([column.float() for column in columns], 1)
+    rows = learned.nonzero()[:, 0]
+    return table.new_zeros(len(labels), table.shape[1]).index_add_(0, rows, table)
+
+
+def token_metrics(sums: np.ndarray, exit_layers: list[int]) -> dict[str, float]:
+    """Metrics of an evaluation from `row_sums` over all rows, `[K]`."""
+    count, exits = sums[0], len(exit_layers)
+    accuracy, losses, shares, agreement = np.split(sums[1:] / count, [exits, 2 * exits, 3 * exits])
+    metrics = {f"exit_{layer}_token_accuracy": float(value) for layer, value in zip(exit_layers, accuracy, strict=True)}
+    metrics |= {f"exit_{layer}_loss": float(value) for layer, value in zip(exit_layers, losses, strict=True)}
+    if len(agreement):
+        metrics |= {f"exit_{layer}_share": float(value) for layer, value in zip(exit_layers, shares, strict=True)}
+        metrics |= {"gate_agreement": float(agreement[0]), "gate_layers": float(shares @ np.asarray(exit_layers))}
+    return metrics

@@ -1,0 +1,1 @@
+"""Text written token by token: each token leaves the decoder where it is decided."""

@@ -1,0 +1,231 @@
+"""One token for every row of a batch: layers run until each row's word is decided, and the cache misses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..families.decoders import TokenContext
+from ..modeling.outputs import EarlyExitCaptionerOutput
+from ..policies.base import ExitPolicy, ExitSignal
+from ..policies.decay import decayed
+from .token_cache import Entry, TokenCache
+from .word_heads import WORD_HEADS, Shortlist
+
+
+class Token(NamedTuple):
+    """Logits of the new token `[B, V]` and the exit index each row left at `[B]`, -1 for rows that did not run."""
+
+    logits: Tensor
+    exit_index: Tensor
+
+
+class ExitRun:
+    """What one call of `generate` carries from token to token.
+
+    Args:
+        policy: says who leaves; `None` to run every layer.
+        ends: ids after which a row writes no more, so that it need not run; empty where rows change places, as beams do.
+    """
+
+    def __init__(self, policy: ExitPolicy | None, ends: Sequence[int] = ()) -> None:
+        self.policy, self.ends = policy, ends
+        self.finished: Tensor | None = None  # [B], rows that were fed an end
+        self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
+        self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
+
+    def under_way(self, ids: Tensor) -> Tensor:
+        """Numbers of the rows that still write, given the tokens they go on from `[B, 1]`."""
+        ended = torch.isin(ids[:, 0], torch.tensor(self.ends, dtype=ids.dtype, device=ids.device))
+        self.finished = ended if self.finished is None else self.finished | ended
+        return (~self.finished).nonzero().flatten()
+
+
+class DecoderWalker:
+    """A captioner's decoder, as decoding walks it.
+
+    Args:
+        model: the captioner.
+        policy: for this token.
+        run: of the whole caption.
+    """
+
+    def __init__(self, model: Any, policy: ExitPolicy, run: ExitRun) -> None:
+        self.model, self.policy, self.backbone = model, policy, model.backbone
+        self.layers = self.backbone.layers(model.decoder)
+        self.exit_layers: tuple[int, ...] = model.exit_layers
+        self.num_words = 0  # that the policy's signals are about
+        if policy.uses_logits:
+            self.num_words = model.config.decoder.vocab_size
+            if model.config.exit_signal == "shortlist":
+                run.shortlist = run.shortlist or Shortlist(model.exit_shortlist)
+                self.num_words = len(run.shortlist.words)
+        self.shortlist = run.shortlist if policy.uses_logits else None
+        self.policy_answers = policy.uses_logits and self.shortlist is None
+        # the vocabulary layer is read once for all rows, wherever they left
+        self.words_last = not self.policy_answers and WORD_HEADS.get(model.config.exit_head).borrows
+
+    def run_layer(self, layer: int, hidden: Tensor, context: TokenContext) -> Tensor:
+        """States `[B, 1, H]` after layer `layer` (1-based)."""
+        return self.backbone.step(self.layers[layer - 1], hidden, context)
+
+    def project(self, layer: int, hidden: Tensor) -> Entry:
+        """Keys and values that layer `layer` makes of states that do not run it."""
+        return Entry(*self.backbone.project(self.layers[layer - 1], hidden))
+
+    def signal(self, exit_index: int, hidden: Tensor, before: Tensor) -> ExitSignal:
+        """What exit `exit_index` says of the states after its layer; `before` is what came into the layer."""
+        hidden, before = hidden[:, 0], before[:, 0]
+        if self.shortlist is not None:
+            features = self.model.features(exit_index, hidden)
+            logits = self.shortlist.logits(features, self.model.vocabulary(exit_index))
+        else:
+            logits = self.word_logits(exit_index, hidden) if self.policy_answers else hidden[:, :0]
+        gate = similarity = None
+        if self.policy.uses_gate and exit_index < len(self.exit_layers) - 1:
+            gate = self.model.exit_gates[str(self.exit_layers[exit_index])](hidden, None)
+        if self.policy.uses_similarity:
+            similarity = cosine(before, hidden)
+        return ExitSignal(logits, gate, similarity)
+
+    def word_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """The exit's logits over the whole vocabulary, `[B, V]`."""
+        return self.model.exit_logits(exit_index, hidden)
+
+    def said(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
+        """What is kept of rows that leave: their logits `[B, V]`, or with `words_last` what those are made of `[B, H]`."""
+        if answer is not None and self.policy_answers:
+            return answer
+        return (self.model.features if self.words_last else self.word_logits)(exit_index, hidden[:, 0])
+
+    def token(self, said: Tensor, exit_index: Tensor) -> Token:
+        """The answers of all rows, from what was kept of each."""
+        return Token(self.model.words(said) if self.words_last else said, exit_index)
+
+
+def cosine(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine of states `[..., H]`, `[...]`, in float32; the same to the bit in every batch size."""
+    before, after = before.float(), after.float()
+    inner, first, second = (before * after).sum(-1), before.square().sum(-1), after.square().sum(-1)
+    return inner / (first * second).sqrt().clamp_min(1e-12)
+
+
+def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, rows: Tensor) -> Token:
+    """Run the layers until every row is decided; a decided row's state stands in for it in the layers above.
+
+    Args:
+        walker: the decoder and the policy.
+        hidden: states of the new tokens `[B, 1, H]`.
+        context: of a cache that holds the prompt in every layer.
+        rows: numbers of the rows that run, at least one; the others get entries and no answer.
+    """
+    policy, batch, device = walker.policy, len(hidden), hidden.device
+    cache = TokenCache(context.cache, walker.project)
+    context = replace(context, cache=cache)
+    kept, final, exit_index = None, hidden.clone(), torch.full((batch,), -1, device=device)
+    running = torch.zeros(batch, dtype=torch.bool, device=device).index_fill_(0, rows, True)
+    state = policy.init_state(len(rows), walker.num_words, device)
+    if len(rows) < batch:
+        left = (~running).nonzero().flatten()
+        cache.keep(rows, left, final[left])
+        hidden, context = hidden[rows], _of(context, rows, rows)
+    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
+    last = walker.exit_layers[-1]
+    for layer in range(1, last + 1):
+        before, hidden = hidden, walker.run_layer(layer, hidden, context)
+        index = exit_at.get(layer)
+        if index is None or not policy.wants(index):
+            continue
+        answer, decided = None, [True] * len(rows)
+        if layer < last or walker.policy_answers:
+            signal = walker.signal(index, hidden, before)
+            state, _, answer, leave = policy.step(state, signal, index)
+            decided = leave.tolist()  # the one wait for the device
+        if not any(decided):
+            continue
+        gone, stay = (
+            torch.tensor([row for row, left in enumerate(decided) if left == wanted], dtype=torch.long, device=device)
+            for wanted in (True, False)
+        )
+        leaving, last_states = rows[gone], hidden[gone]
+        said = walker.said(index, last_states, None if answer is None else answer[gone])
+        kept = said.new_zeros(batch, said.shape[-1]) if kept is None else kept
+        kept[leaving], final[leaving], exit_index[leaving] = said.to(kept.dtype), last_states, index
+        running[leaving] = False
+        if not len(stay):
+            break
+        rows, hidden = rows[stay], hidden[stay]
+        context = _of(context, stay, rows)
+        state = type(state)(*(part[stay] for part in state))
+        left = (~running).nonzero().flatten()
+        cache.keep(rows, left, final[left])
+    for above in range(layer + 1, last + 1):
+        cache.close(above, final)
+    return walker.token(kept, exit_index)
+
+
+def _of(context: TokenContext, keep: Tensor, rows: Tensor) -> TokenContext:
+    """The context of some of its rows, which are these of the batch; what is the same for all rows has one row or none."""
+    mask, positions = (
+        part if part is None or len(part) == 1 else part.index_select(0, keep) for part in (context.mask, context.positions)
+    )
+    return replace(context, mask=mask, positions=positions, rows=tuple(rows.tolist()))
+
+
+def decode(
+    model: Any, ids: Tensor, mask: Tensor | None, encoder_outputs: Any, cache: Any, run: ExitRun, options: dict[str, Any]
+) -> EarlyExitCaptionerOutput:
+    """One new token of each row through a captioner's decoder.
+
+    Args:
+        model: the captioner.
+        ids: the tokens to go on from `[B, 1]`.
+        mask: of the tokens so far `[B, T]`, where some are padding.
+        encoder_outputs: of the images.
+        cache: of the tokens before; gets its next entry in every layer.
+        run: of the caption.
+        options: the stock model's other arguments; those of the decoder begin with `decoder_`.
+    """
+    backbone, decoder = model.backbone, model.decoder
+    own = {name.removeprefix("decoder_"): value for name, value in options.items() if name.startswith("decoder_")}
+    positions = own.get("position_ids")
+    if positions is None:
+        positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
+    hidden = backbone.embed(decoder, ids, positions, own)
+    context = TokenContext(cache, backbone.mask(decoder, hidden, mask, cache, positions), positions, encoder_outputs[0])
+    policy = run.policy
+    if policy is not None and model.config.exit_decay is not None:
+        policy = decayed(policy, model.config.exit_decay, len(run.exit_layers))
+    rows = run.under_way(ids)
+    token = decode_token(DecoderWalker(model, policy, run), hidden, context, rows)
+    layers = torch.tensor((*model.exit_layers, 0), device=ids.device)  # index -1 is 0
+    return EarlyExitCaptionerOutput(
+        logits=token.logits[:, None],
+        past_key_values=cache,
+        encoder_last_hidden_state=encoder_outputs[0],
+        exit_layer=layers[token.exit_index][:, None],
+    )
+
+
+def exit_layers_of(output: Any, run: ExitRun, ends: Sequence[int]) -> Tensor:
+    """The layer each token of finished captions left after, in the shape of `sequences`; 0 for prompt and padding.
+
+    Args:
+        output: what `generate` returned, as a dict.
+        run: of that call.
+        ends: ids that end a caption.
+    """
+    sequences, passes = output.sequences, torch.stack(run.exit_layers)  # [R, P + T], [T, rows]
+    path = output.get("beam_indices")
+    if path is None:
+        steps, layers = len(passes), passes.T
+        ended = torch.isin(sequences[:, -steps:], torch.tensor(ends, dtype=sequences.dtype, device=sequences.device))
+        layers = layers.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
+    else:
+        steps = path.shape[1]
+        layers = passes[:steps].T.gather(0, path.clamp_min(0)).masked_fill(path < 0, 0)
+    return torch.nn.functional.pad(layers, (sequences.shape[1] - steps, 0))

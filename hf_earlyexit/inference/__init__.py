@@ -1,1 +1,0 @@
-"""Running models: the exit loop, traces, throughput."""

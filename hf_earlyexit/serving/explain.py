@@ -1,0 +1,87 @@
+"""One row's way through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..problem_types import REGRESSION, SINGLE_LABEL, predictions
+from ..trace import ExitTrace
+from .batching import evaluation_mode, pad_batch
+from .exit_reasons import ExitView, in_words
+from .rows import encode_rows
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row's exits in order, the layer it leaves after, and why, in a few sentences."""
+
+    text: str
+    exit_layer: int
+    exits: tuple[ExitView, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        head = [repr(self.text), self.reason, "layer  prediction            score  threshold  verdict"]
+        return "\n".join(head + [_line(view) for view in self.exits])
+
+
+def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operating_point: str | None = None) -> Explanation:
+    """Show what every exit says of a text, and why it leaves where it does. All layers are run for it.
+
+    Args:
+        model: a model with a policy.
+        text: a text, or a pair of texts.
+        tokenizer: the model's.
+        operating_point: name of the policy to explain; `exit_policy` by default.
+
+    Raises:
+        UsageError: if there is no policy: none is set, or "exact" is asked for.
+        UnknownNameError: for an unknown operating point.
+    """
+    policy = model.policy_at(operating_point)
+    if operating_point is not None and policy is None:
+        raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
+    if policy is None:
+        raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
+    batch = pad_batch(encode_rows([text], tokenizer), tokenizer.pad_token_id or 0)
+    with torch.inference_mode(), evaluation_mode(model):
+        output = model(**batch.to(model.device), early_exit=False)
+    trace = ExitTrace(
+        logits=output.exit_logits.float().cpu(),
+        labels=torch.zeros(1, dtype=torch.long),
+        exit_layers=model.exit_layers,
+        gates=None if output.exit_gates is None else output.exit_gates.float().cpu(),
+    )
+    scores = policy.scan(trace).scores
+    taken = int(policy.decide(scores)[0])
+    views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))
+    text = text if isinstance(text, str) else " | ".join(text)
+    reason = in_words(views, taken, classes=policy.problem_type != REGRESSION)
+    return Explanation(text, model.exit_layers[taken], views, reason)
+
+
+def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:
+    last = index == trace.num_exits - 1
+    threshold = None if last else policy.thresholds[index]
+    muted = index in policy.muted
+    if index > taken:
+        verdict = "not reached"
+    elif index == taken:
+        verdict = "leaves: last layer" if last else "leaves: score reaches the threshold"
+    else:
+        verdict = "muted" if muted else "closed" if threshold is None else "stays: score below the threshold"
+    prediction = predictions(trace.logits[0, index], policy.problem_type)
+    if policy.problem_type == SINGLE_LABEL:
+        said = model.config.id2label[int(prediction)]
+    else:
+        said = ", ".join(f"{value:.3g}" for value in prediction.float().tolist())
+    return ExitView(model.exit_layers[index], said, None if muted else float(scores[0, index]), threshold, verdict)
+
+
+def _line(view: ExitView) -> str:
+    score, threshold = ("-" if x is None else f"{x:.4f}" for x in (view.score, view.threshold))
+    return f"{view.layer:5d}  {view.prediction[:18]:18s} {score:>8s} {threshold:>10s}  {view.verdict}"

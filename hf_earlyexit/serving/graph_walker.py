@@ -1,0 +1,106 @@
+"""How a classifier is walked on an accelerator, and which way of walking suits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..families.base import Backbone, Context, is_watched
+from ..policies.base import ExitSignal
+from .batching import pad_batch
+from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
+from .rows import TokenIds, check_any_token
+from .transfer import placed
+from .walker import BatchWalker, ModelWalker, widened
+
+_KNOWN: WeakKeyDictionary[Any, dict[Any, SegmentGraphs]] = WeakKeyDictionary()  # by model, then stream and parts
+_KNOWING = Lock()
+
+
+def walker_for(model: Any, cuda_graphs: bool = True) -> BatchWalker:
+    """The walker that suits a model and its device.
+
+    Args:
+        model: a classifier with exits.
+        cuda_graphs: use graphs where the model is on a CUDA device and nobody has hooked or wrapped its modules.
+    """
+    own = getattr(model, "walker", None)
+    if own is not None:
+        return own
+    if cuda_graphs and model.device.type == "cuda" and captures(model):
+        return GraphWalker(model, _graphs_of(model, torch.cuda.current_stream(model.device)))
+    return ModelWalker(model)
+
+
+def captures(model: Any) -> bool:
+    """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
+    traced = type(model.backbone).traced_context is not Backbone.traced_context
+    return traced and not is_watched(model.modules())
+
+
+class GraphWalker(ModelWalker):
+    """Walks padded rows from exit to exit, each time by one graph; looks at no value on the device.
+
+    Args:
+        model: a classifier with exits that `captures` can tell of.
+        graphs: of this very model with these very weights.
+    """
+
+    lanes = 2  # one chunk's decisions travel while the other computes
+
+    def __init__(self, model: Any, graphs: SegmentGraphs) -> None:
+        super().__init__(model, pack=False)
+        self.graphs = graphs
+        self.weights = [weight.data for weight in model.parameters()]  # graphs know them by address: keep them there
+
+    def check(self, row: TokenIds, number: int) -> DataError | None:
+        return super().check(row, number) or check_any_token(row, number)  # it would attend to the padding
+
+    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
+        batch = pad_batch(rows, self.base.config.pad_token_id or 0)
+        given = {name: placed(values, self.device) for name, values in batch.items()}
+        tokens = given.pop("attention_mask").bool()
+        hidden, _ = self.model.backbone.begin(self.base, given, {})
+        return hidden, Context(None, tokens, tuple(len(row["input_ids"]) for row in rows))
+
+    def run(
+        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, with_gate: bool = False
+    ) -> tuple[Tensor, ExitSignal | None]:
+        segment = partial(self._segment, layers, exit_index, with_gate)
+        name = f"layers {layers.start} to {layers.stop - 1}, exit {exit_index}, gate {with_gate}"
+        hidden, signal = self.graphs.run(name, segment, hidden, context.tokens)
+        return hidden, ExitSignal(*signal) if signal else None
+
+    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
+        width = max(hidden.shape[1] for hidden, _ in parts)
+        hidden = torch.cat([widened(hidden, width) for hidden, _ in parts])
+        tokens = torch.cat([widened(context.tokens, width) for _, context in parts])
+        return hidden, Context(None, tokens, tuple(length for _, context in parts for length in context.lengths))
+
+    def _segment(
+        self, layers: range, exit_index: int | None, with_gate: bool, hidden: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Outputs]:
+        context = self.model.backbone.traced_context(hidden, tokens)
+        hidden, signal = super().run(layers, hidden, context, exit_index, with_gate)
+        return hidden, () if signal is None else signal
+
+
+def _graphs_of(model: Any, stream: Any) -> SegmentGraphs:
+    """The graphs of a model on a stream, as long as its modules are the same and its weights stay where they are."""
+    weights = [*model.parameters(), *model.buffers()]
+    parts = [(weight.data_ptr(), weight.dtype, weight.shape) for weight in weights], [id(part) for part in model.modules()]
+    key = (stream, tuple(map(tuple, parts)))
+    with _KNOWING:
+        known = _KNOWN.setdefault(model, {})
+        for outdated in [other for other in known if other[1] != key[1]]:
+            del known[outdated]
+        if key not in known:
+            known[key] = SegmentGraphs(CudaCapture(model.device))
+        return known[key]

@@ -1,0 +1,267 @@
+"""Many rows through the layers: chunks stay full although rows leave them at every exit.
+
+A chunk runs on from exit to exit as long as it is at least half full. Once it is not, it waits at its depth, and the next
+rows are let in; whoever waits at the same depth is joined to them when there are enough. Rows are let in by length, so the
+rows that meet are of similar length and hardly any padding is computed.
+
+A step has two halves: launch (layers, exit, policy) and settle (wait for who leaves, and drop them). With several lanes the
+next chunks are launched before the first is settled, so that an accelerator computes while its decisions travel.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, UsageError
+from ..families.base import Context
+from ..policies.base import ExitPolicy
+from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
+from .batching import cut
+from .rows import TokenIds
+from .transfer import placed, sent
+from .walker import BatchWalker
+
+
+class Passed(NamedTuple):
+    """What an exit said of the rows that passed it: answer `[B, C]`, exit index (-1: none yet) and score `[B]`."""
+
+    answer: Tensor
+    exit_index: int
+    score: Tensor
+
+
+class Chunk(NamedTuple):
+    """Rows of one depth: their places, what the layers need, what the policy remembers, and the last exit for a deadline."""
+
+    depth: int
+    places: list[int]
+    hidden: Tensor
+    context: Context
+    state: Any
+    passed: Passed | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return math.prod(self.hidden.shape[:-1])
+
+
+class Flight(NamedTuple):
+    """A chunk that has been launched.
+
+    Attributes:
+        chunk: behind its layers.
+        said: by the exit there; `None` if none is asked.
+        decided: waits for who leaves, `[B]`.
+    """
+
+    chunk: Chunk
+    said: Passed | None
+    decided: Callable[[], list[bool]]
+
+
+class Scheduler:
+    """Runs windows of rows. Holds no more than one chunk a layer and a lane besides the rows' token ids.
+
+    Args:
+        walker: the model.
+        policy: says who leaves; `None` runs every layer and asks the last exit alone.
+        max_batch_tokens: most padded tokens of a chunk, at least 1; a longer row stands alone.
+        layer_budget: most layers a row may run; whoever is left leaves at the last exit within it.
+        ends_at: `time.monotonic()` from which on no layer is begun; rows then leave at the last exit they passed.
+        on_done: told the number of rows whenever some have been answered.
+        lanes: chunks that are under way at once, at least 1; as the walker likes it by default.
+
+    Raises:
+        UsageError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        walker: BatchWalker,
+        policy: ExitPolicy | None,
+        max_batch_tokens: int,
+        layer_budget: int | None = None,
+        ends_at: float | None = None,
+        on_done: Callable[[int], Any] = lambda rows: None,
+        lanes: int | None = None,
+    ) -> None:
+        lanes = walker.lanes if lanes is None else lanes
+        for name, number in (("max_batch_tokens", max_batch_tokens), ("lanes", lanes)):
+            if number < 1:
+                raise UsageError(f"{name} is {number}; expected at least 1.", field=name, value=number)
+        self.walker, self.policy, self.max_batch_tokens, self.lanes = walker, policy, max_batch_tokens, lanes
+        self.ends_at, self.on_done = ends_at, on_done
+        muted = () if policy is None else policy.muted
+        in_use = [index for index in range(len(walker.exit_layers)) if index not in muted]
+        within = [i for i in in_use if layer_budget is None or walker.exit_layers[i] <= layer_budget]
+        if not within:
+            first = walker.exit_layers[in_use[0]]
+            raise UsageError(
+                f"layer_budget is {layer_budget}; the first exit in use is after layer {first}: expected at least {first}.",
+                field="layer_budget",
+                value=layer_budget,
+            )
+        self.last = within[-1]
+        self.exit_at = {walker.exit_layers[index]: index for index in within if self._asks(index)}
+        every_layer = range(1, walker.exit_layers[self.last] + 1)
+        self.stops = list(self.exit_at if ends_at is None else every_layer)  # depths at which a chunk can wait, ascending
+
+    def _asks(self, index: int) -> bool:
+        """Whether an exit must be computed: the policy looks at it, or rows may have to leave there all the same."""
+        return index == self.last or self.ends_at is not None or (self.policy is not None and self.policy.wants(index))
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[TokenIds | DataError], first: int = 0) -> Answers:
+        """Answers in the order of the rows.
+
+        Args:
+            rows: token ids; an error instead of a row stays in its place.
+            first: the number of the first row, for the errors.
+        """
+        answers = Answers.blank(len(rows), self.walker.num_classes)
+        gone: list[Leaving] = []
+        arriving, ready = self._let_in(rows, first, answers), list[Chunk]()
+        waiting: dict[int, list[Chunk]] = {depth: [] for depth in self.stops}
+        flying: deque[Flight] = deque()
+        while True:
+            while len(flying) < self.lanes and (chunk := self._next(ready, arriving, waiting, flying)) is not None:
+                flight = self._launch(chunk, gone)
+                if flight is not None:
+                    flying.append(flight)
+            if not flying:
+                break
+            left = self._settle(flying.popleft(), gone)
+            going = None if left is None else self._meet(waiting[left.depth], left)
+            if going is not None:
+                ready.append(going)
+        answers.write(gone)
+        return answers
+
+    def _next(
+        self, ready: list[Chunk], arriving: Iterator[Chunk], waiting: dict[int, list[Chunk]], flying: Sequence[Flight]
+    ) -> Chunk | None:
+        """The chunk to launch: one that goes on, else new rows, else those who wait and whom nobody can join any more."""
+        if ready:
+            return ready.pop(0)
+        chunk = next(arriving, None)
+        if chunk is not None:
+            return chunk
+        behind = min((flight.chunk.depth for flight in flying), default=math.inf)
+        for depth, pile in waiting.items():
+            if pile and depth < behind:
+                waiting[depth] = []
+                return self._join(pile)
+        return None
+
+    def _let_in(self, rows: Sequence[TokenIds | DataError], first: int, answers: Answers) -> Iterator[Chunk]:
+        good: list[tuple[int, TokenIds]] = []
+        for place, row in enumerate(rows):
+            error = row if isinstance(row, DataError) else self.walker.check(row, first + place)
+            if error is None:
+                good.append((place, row))  # type: ignore[arg-type]
+            else:
+                answers.errors[place] = error
+                answers.reason[place] = ERROR
+        self.on_done(len(rows) - len(good))
+        for chosen in cut([len(row["input_ids"]) for _, row in good], self.max_batch_tokens):
+            if self._late():
+                self.on_done(len(chosen))
+                continue
+            hidden, context = self.walker.begin([good[number][1] for number in chosen])
+            size, classes, device = len(chosen), self.walker.num_classes, hidden.device
+            state = None if self.policy is None else self.policy.init_state(size, classes, device)
+            passed = None
+            if self.ends_at is not None:
+                nothing = torch.full((size,), torch.nan, device=device)
+                passed = Passed(nothing[:, None].repeat(1, classes), -1, nothing)
+            yield Chunk(0, [good[number][0] for number in chosen], hidden, context, state, passed)
+
+    def _launch(self, chunk: Chunk, gone: list[Leaving]) -> Flight | None:
+        """Layers up to where the chunk can wait, and the exit there; looks at no value, so it waits for no device."""
+        rows, device = len(chunk.places), chunk.hidden.device
+        if self._late():
+            if chunk.passed is not None:
+                gone.append(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
+            self.on_done(rows)
+            return None
+        depth = next(stop for stop in self.stops if stop > chunk.depth)
+        layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
+        with_gate = self.policy is not None and self.policy.uses_gate
+        hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, with_gate)
+        state, said, leave = chunk.state, None, None
+        if index is not None and signal is not None and self.policy is not None:
+            state, score, answer, leave = self.policy.step(state, signal, index)
+            said = Passed(answer, index, score)
+        elif index is not None and signal is not None:
+            said = Passed(signal.logits, index, torch.full((rows,), torch.nan, device=device))
+        passed = chunk.passed if chunk.passed is None or said is None else said
+        if leave is None and self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
+            leave = torch.zeros(rows, dtype=torch.bool, device=device)
+        chunk = chunk._replace(depth=depth, hidden=hidden, state=state, passed=passed)
+        return Flight(chunk, said, (lambda: [False] * rows) if leave is None else sent(leave))
+
+    def _settle(self, flight: Flight, gone: list[Leaving]) -> Chunk | None:
+        """Let go who leaves; `None` if nobody is left."""
+        chunk, said, decided = flight.chunk, flight.said, flight.decided()
+        if said is None:
+            return chunk
+        answer, index, score = said
+        if index == self.last:
+            deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
+            reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]
+            gone.append(Leaving(chunk.places, answer, index, score, reasons))
+            self.on_done(len(chunk.places))
+            return None
+        if not any(decided):
+            return chunk
+        leaving = [row for row, leaves in enumerate(decided) if leaves]
+        out = placed(torch.tensor(leaving), answer.device)
+        places = [chunk.places[row] for row in leaving]
+        gone.append(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
+        self.on_done(len(leaving))
+        return None if len(leaving) == len(decided) else self._stay(chunk, decided)
+
+    def _stay(self, chunk: Chunk, decided: list[bool]) -> Chunk:
+        """The rows that are not decided."""
+        staying = [row for row, leaves in enumerate(decided) if not leaves]
+        keep = placed(torch.tensor(staying), chunk.hidden.device)
+        hidden, context = chunk.context.take(chunk.hidden, staying, keep)
+        passed = chunk.passed and chunk.passed._replace(answer=chunk.passed.answer[keep], score=chunk.passed.score[keep])
+        state = None if chunk.state is None else type(chunk.state)(*(part[keep] for part in chunk.state))
+        return Chunk(chunk.depth, [chunk.places[row] for row in staying], hidden, context, state, passed)
+
+    def _meet(self, pile: list[Chunk], chunk: Chunk) -> Chunk | None:
+        """The chunk that goes on from this depth, or `None` while those who wait there are too few."""
+        if 2 * chunk.tokens >= self.max_batch_tokens:
+            return chunk
+        pile.append(chunk)
+        widest = max(math.prod(part.hidden.shape[1:-1]) for part in pile)  # 1 where rows stand end to end
+        together = widest * sum(part.hidden.shape[0] for part in pile)
+        if 2 * together < self.max_batch_tokens:
+            return None
+        ready = pile[:-1] if together > self.max_batch_tokens else list(pile)
+        del pile[: len(ready)]
+        return self._join(ready)
+
+    def _join(self, parts: Sequence[Chunk]) -> Chunk:
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        hidden, context = self.walker.join([(part.hidden, part.context) for part in parts])
+        passed = first.passed
+        if passed is not None:  # rows of one depth have passed the same exit
+            before = [part.passed for part in parts if part.passed is not None]
+            passed = Passed(torch.cat([p.answer for p in before]), passed.exit_index, torch.cat([p.score for p in before]))
+        state = first.state and type(first.state)(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
+        return Chunk(first.depth, [place for part in parts for place in part.places], hidden, context, state, passed)
+
+    def _late(self) -> bool:
+        return self.ends_at is not None and time.monotonic() >= self.ends_at

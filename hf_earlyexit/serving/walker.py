@@ -1,0 +1,118 @@
+"""A classifier as the scheduler sees it: a way to begin, layers, exits, and a way to put batches together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..families.base import Context
+from ..families.packed import join as join_packed
+from ..policies.base import ExitSignal
+from .batching import pad_batch
+from .rows import TokenIds, check_ids
+
+CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
+
+
+class BatchWalker(Protocol):
+    """A model whose rows can be put together anew at every depth. Subclass it, and `run` and `lanes` are there.
+
+    Attributes:
+        exit_layers: layers (1-based) after which rows may leave.
+        num_classes: C.
+        device: where hidden states are.
+        best_batch_tokens: padded tokens of a batch that suit it.
+        lanes: batches that should be under way at once.
+    """
+
+    exit_layers: tuple[int, ...]
+    num_classes: int
+    device: torch.device
+    best_batch_tokens: int
+    lanes: int = 1
+
+    def check(self, row: TokenIds, number: int) -> DataError | None:
+        """What keeps the model from reading this row, if anything."""
+
+    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
+        """Hidden states before the first layer, and their context."""
+        raise NotImplementedError
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+        raise NotImplementedError
+
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says."""
+        raise NotImplementedError
+
+    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
+        """Batches of the same depth as one."""
+        raise NotImplementedError
+
+    def run(
+        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, with_gate: bool = False
+    ) -> tuple[Tensor, ExitSignal | None]:
+        """Hidden states after some layers (1-based), and what the exit there says; `None` if none is asked."""
+        for layer in layers:
+            hidden = self.run_layer(layer, hidden, context)
+        return hidden, None if exit_index is None else self.exit_signal(exit_index, hidden, context, with_gate)
+
+
+class ModelWalker(BatchWalker):
+    """Walks a torch classifier with exits through its backbone; writes nothing on it.
+
+    Args:
+        model: a classifier with exits.
+        pack: let rows stand end to end where the model allows it; `False` pads them.
+    """
+
+    def __init__(self, model: Any, pack: bool = True) -> None:
+        self.model, self.base = model, model.base_model
+        self.packs: bool = pack and model.backbone.packs(self.base)
+        prepared = model.backbone.packed_layer if self.packs else partial(partial, model.backbone.step)
+        self.layers = [prepared(layer) for layer in model.backbone.layers(self.base)]
+        self.exit_layers = model.exit_layers
+        self.num_classes = model.num_labels
+        self.device = model.device
+        self.best_batch_tokens = CPU_TOKENS if self.device.type == "cpu" else ACCELERATOR_TOKENS
+
+    def check(self, row: TokenIds, number: int) -> DataError | None:
+        """What keeps the model from reading this row, if anything."""
+        config = self.base.config
+        return check_ids(row, number, config.vocab_size, config.max_position_embeddings)
+
+    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
+        """Hidden states `[B, T, H]` before the first layer, and their context."""
+        batch = pad_batch(rows, self.base.config.pad_token_id or 0).to(self.device)
+        if self.packs:
+            return self.model.backbone.begin_packed(self.base, dict(batch))
+        return self.model.backbone.begin(self.base, dict(batch), {})
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+        return self.layers[layer - 1](hidden, context)
+
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says."""
+        return self.model.exit_signal(exit_index, hidden, context, with_gate)
+
+    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
+        """Batches of the same depth as one, padded to the widest where they are padded."""
+        if self.packs:
+            return join_packed(parts)
+        width = max(hidden.shape[1] for hidden, _ in parts)
+        joined = torch.cat([widened(hidden, width) for hidden, _ in parts])
+        masks = [widened(hidden.new_ones(hidden.shape[:2]) if c.tokens is None else c.tokens, width) for hidden, c in parts]
+        return joined, self.model.backbone.frame(self.base, joined, torch.cat([mask.bool() for mask in masks]), {})
+
+
+def widened(values: Tensor, width: int) -> Tensor:
+    """`[B, T, ...]` with zeros up to `width`."""
+    missing = width - values.shape[1]
+    return torch.cat([values, values.new_zeros(values.shape[0], missing, *values.shape[2:])], 1) if missing else values

@@ -1,0 +1,100 @@
+"""The loop: run a layer, ask the exit, let the decided rows go, carry on with the others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..families.base import Context
+from ..policies.base import ExitPolicy, ExitSignal
+
+
+class Walker(Protocol):
+    """A model that can be walked: what the loop needs to know of it."""
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]: ...
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+
+    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
+        """What exit `exit_index` (0-based) says of these hidden states, its gate where asked for and there."""
+
+
+class Early(NamedTuple):
+    """Early answers `[B, C]`, the exit index each row left at `[B]`, and the score it left with `[B]`."""
+
+    logits: Tensor
+    exit_index: Tensor
+    score: Tensor
+
+
+def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPolicy, num_classes: int) -> Early:
+    """Run until every row is decided; decided rows are dropped from hidden states, masks and policy state.
+
+    Args:
+        walker: the model.
+        hidden, context: before the first layer.
+        policy: says who leaves.
+        num_classes: C.
+
+    Returns:
+        Answers in the order the rows came.
+    """
+    batch, device = context.count(hidden), hidden.device
+    result = Early(
+        hidden.new_zeros(batch, num_classes),
+        torch.zeros(batch, dtype=torch.long, device=device),
+        torch.zeros(batch, device=device),
+    )
+    state = policy.init_state(batch, num_classes, device)
+    rows = torch.arange(batch, device=device)
+    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
+    for layer in range(1, walker.exit_layers[-1] + 1):
+        if not len(rows):
+            break
+        hidden = walker.run_layer(layer, hidden, context)
+        index = exit_at.get(layer)
+        if index is None or not policy.wants(index):
+            continue
+        signal = walker.exit_signal(index, hidden, context, policy.uses_gate)
+        state, score, answer, leave = policy.step(state, signal, index)
+        decided = leave.tolist()  # the one wait for the device
+        if not any(decided):
+            continue
+        _write(result, rows, leave, answer, score, index)
+        staying = [row for row, left in enumerate(decided) if not left]
+        keep = torch.tensor(staying, dtype=torch.long, device=device)
+        rows, state = rows[keep], type(state)(*(part[keep] for part in state))
+        if staying:
+            hidden, context = context.take(hidden, staying, keep)
+    return result
+
+
+def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Tensor, index: int) -> None:
+    leaving = rows[leave]
+    result.logits[leaving] = answer[leave].to(result.logits.dtype)
+    result.exit_index[leaving] = index
+    result.score[leaving] = score[leave]
+
+
+def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) -> tuple[Tensor, Tensor | None]:
+    """Run every layer, every exit and every gate.
+
+    Returns:
+        Logits of all exits `[B, E, C]`, and leave logits `[B, E - 1]` where the model has gates.
+    """
+    if not context.count(hidden):  # stock attention cannot reshape an empty batch
+        return hidden.new_zeros(0, len(walker.exit_layers), num_classes), None
+    logits, gates = [], []
+    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
+    for layer in range(1, walker.exit_layers[-1] + 1):
+        hidden = walker.run_layer(layer, hidden, context)
+        if layer in exit_at:
+            signal = walker.exit_signal(exit_at[layer], hidden, context, True)
+            logits.append(signal.logits)
+            gates += [] if signal.gate is None else [signal.gate]
+    return torch.stack(logits, 1), torch.stack(gates, 1) if gates else None

@@ -1,0 +1,99 @@
+"""What a captioner refuses, and in what words."""
+
+import pytest
+import torch
+from transformers import GPT2Config, OPTConfig, ViTConfig
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import CheckpointError, DataError, EarlyExitConfigError, UsageError
+from tests.captions.conftest import ENCODER, decoder_config
+
+
+def config(**fields):
+    return ee.EarlyExitVisionEncoderDecoderConfig(
+        **{"encoder": ViTConfig(**ENCODER), "decoder": decoder_config("gpt2"), **fields}
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (torch.zeros(0, 3, 16, 16), "holds no image"),
+        (torch.zeros(2, 1, 16, 16), "1 channels; the encoder takes 3"),
+        (torch.zeros(2, 3, 20, 16), "20 x 16; the encoder takes 16 x 16"),
+        (torch.zeros(3, 16, 16), r"\[3, 16, 16\] torch.float32; expected floats"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "torch.uint8; expected floats"),
+        ("photo.jpg", "str; expected floats"),
+        (None, "No images"),
+    ],
+)
+def test_images_that_are_none(captioner, pixels, words):
+    with pytest.raises(DataError, match=words):
+        captioner().generate(pixels, max_new_tokens=3)
+
+
+def test_images_on_another_device(captioner):
+    with pytest.raises(DataError, match="on meta, the model on cpu"):
+        captioner().generate(torch.zeros(1, 3, 16, 16, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("decoder_start_token_id", "No start token"), ("pad_token_id", "No padding token")]
+)
+def test_tokens_nobody_set(captioner, images, token, words):
+    model = captioner()
+    model.generation_config.bos_token_id = None
+    setattr(model.generation_config, token, None)
+    with pytest.raises(DataError, match=words):
+        model.generate(images(1), max_new_tokens=3)
+
+
+def test_early_exit_without_policy_in_training_or_without_cache(captioner, images, mixed):
+    model = captioner()
+    with pytest.raises(UsageError, match="no policy is set"):
+        model.generate(images(1), early_exit=True)
+    model.set_exit_policy(mixed(model, "confidence"))
+    with pytest.raises(UsageError, match="leave use_cache out"):
+        model.generate(images(1), use_cache=False)
+    with pytest.raises(UsageError, match="output_hidden_states"):
+        model.generate(images(1), output_hidden_states=True)
+    with pytest.raises(UsageError, match="assistant"):
+        model.generate(images(1), prompt_lookup_num_tokens=2)
+    with pytest.raises(UsageError, match="one by one over a cache"):
+        model(images(1), decoder_input_ids=torch.tensor([[1, 5]]), early_exit=True)
+    with pytest.raises(UsageError, match=r"model\.eval"):
+        model.train().generate(images(1), early_exit=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"exit_layers": [1, 5]}, "exit_layers is .*from 1 to 4"),
+        ({"exit_signal": "shortlist"}, "exit_shortlist is None"),
+        ({"exit_signal": "words"}, "one of vocabulary, shortlist"),
+        ({"exit_shortlist": 51}, "from 2 to 50"),
+        ({"exit_rank": 0}, "exit_rank is 0"),
+        ({"exit_gate": "mlp+logits"}, "no logits are needed"),
+        ({"exit_decay": -1.0}, "exit_decay is -1"),
+        ({"decoder": GPT2Config(vocab_size=50, n_layer=4)}, "add_cross_attention is False"),
+        ({"decoder": OPTConfig(num_hidden_layers=2)}, "'opt'; decoders that can exit early are gpt2, bert"),
+        ({"exit_policy": {"name": "gate", "thresholds": [0.5] * 3}}, "the gate policy reads them"),
+        ({"exit_policy": {"name": "confidence", "thresholds": [0.5] * 2}}, "3 thresholds"),
+    ],
+)
+def test_configurations_that_cannot_work(fields, words):
+    with pytest.raises(EarlyExitConfigError, match=words):
+        config(**fields)
+
+
+def test_saturation_is_not_for_classifiers(tiny_model):
+    with pytest.raises(EarlyExitConfigError, match="only captioners report similarities"):
+        tiny_model().set_exit_policy(ee.SaturationPolicy(thresholds=[0.9] * 3))
+
+
+def test_exits_that_are_missing_or_cut_are_refused(captioner, tmp_path):
+    captioner(exit_head="linear").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="surplus"):
+        ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path, exit_head="tied")
+    with pytest.raises(CheckpointError, match="missing"):
+        ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path, exit_gate="linear")

@@ -1,0 +1,460 @@
+"""Segments on fixed buffers: what a graph repeats is what the plain walk says, and nothing of one batch reaches the next.
+
+The captures here repeat the very function on the very buffers, on the CPU; only CUDA's own calls are not run.
+"""
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.families.base import Context
+from hf_earlyexit.modeling.gates import GATES
+from hf_earlyexit.modeling.heads import HEADS
+from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.serving import graph_walker, predict
+from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
+from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
+from hf_earlyexit.serving.rows import encode_rows
+from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.walker import ModelWalker
+
+from .test_scheduler import NAMES, alone, assert_same
+
+NEAR = 1e-5
+where = torch.ops.aten.where
+WITH_NUMBERS = (where.Scalar, where.ScalarSelf, where.ScalarOther)  # on CUDA these copy their numbers, and wait
+
+
+class Recorder:
+    """Captures as CUDA does: warming up writes on the buffers, capturing computes nothing, a replay fills what it made."""
+
+    def __init__(self):
+        self.captured, self.replayed = 0, 0
+
+    def __call__(self, body):
+        body()
+        outputs = [None if part is None else torch.full_like(part, torch.nan) for part in body()]
+        self.captured += 1
+
+        def replay():
+            self.replayed += 1
+            for static, part in zip(outputs, body(), strict=True):
+                if static is not None:
+                    static.copy_(part)
+
+        return replay, outputs
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, open_policy):
+    model = tiny_model()
+    model.set_exit_policy(open_policy(model, "confidence"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer, random_texts):
+    return encode_rows(random_texts(500, longest=40), tokenizer)
+
+
+def graphed(model, limit=1000):
+    return GraphWalker(model, SegmentGraphs(Recorder(), limit))
+
+
+def twice(walker, policy, budget, rows, **options):
+    """Answers from the second time on, when buckets that came again are replayed."""
+    scheduler = Scheduler(walker, policy, budget, **options)
+    scheduler.run(rows)
+    return scheduler.run(rows)
+
+
+# --- the same answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_answers_as_in_forward(tiny_model, open_policy, rows, name):
+    model = tiny_model()
+    policy = open_policy(model, name)
+    model.set_exit_policy(policy)
+    walker = graphed(model)
+    got = twice(walker, policy, 96, rows[:150])
+    assert walker.graphs.capture.replayed > 10
+    assert_same(got, alone(model, rows[:150]), policy)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 512, 100_000])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_order_budget_and_lanes_change_no_answer(model, rows, budget, lanes):
+    rows = rows[:200]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(budget)).tolist()
+    got = twice(graphed(model), model.exit_policy, budget, [rows[place] for place in order], lanes=lanes)
+    assert_same(got, alone(model, rows), model.exit_policy, order)
+    assert len(set(got.exit_index.tolist())) == 4
+
+
+@pytest.mark.parametrize("head", HEADS.names())
+@pytest.mark.parametrize("exits", [[1, 2, 3, 4], [2, 4], [3, 4]])
+def test_exits_of_every_kind_and_place(tiny_model, open_policy, rows, head, exits):
+    model = tiny_model(exit_head=head, exit_layers=exits)
+    policy = open_policy(model, "confidence")
+    model.set_exit_policy(policy)
+    assert_same(twice(graphed(model), policy, 128, rows[:100]), alone(model, rows[:100]), policy)
+
+
+@pytest.mark.parametrize("gate", GATES.names())
+def test_gates_travel_with_their_exit(tiny_model, rows, gate):
+    model = tiny_model(exit_gate=gate)
+    policy = POLICIES.get("gate")(thresholds=(0.5,) * 3)
+    model.set_exit_policy(policy)
+    assert_same(twice(graphed(model), policy, 128, rows[:100]), alone(model, rows[:100]), policy)
+
+
+def test_masks_with_holes_segments_and_rows_without_a_token(model):
+    generator = torch.Generator().manual_seed(3)
+    masked = [
+        {"input_ids": torch.randint(5, 99, (width,), generator=generator).tolist(), "attention_mask": mask}
+        for width, mask in [(4, [0, 0, 1, 1]), (5, [1, 1, 0, 1, 1]), (3, [1, 1, 1]), (4, [1] * 4)]
+    ]
+    for rows in (masked, [{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in masked]):
+        got = twice(graphed(model), model.exit_policy, 1000, rows)
+        plain = Scheduler(ModelWalker(model), model.exit_policy, 1000).run(rows)
+        assert torch.equal(got.exit_index, plain.exit_index)
+        assert torch.allclose(got.logits, plain.logits, atol=NEAR)
+    nothing = {"input_ids": [5, 6], "attention_mask": [0, 0]}
+    assert "Row 7 has no real token" in str(graphed(model).check(nothing, 7))
+    assert graphed(model).check(masked[0], 7) is None
+
+
+def test_the_full_model_a_layer_budget_and_a_deadline(model, rows):
+    plain, walker = ModelWalker(model), graphed(model)
+    for options in ({}, {"layer_budget": 2}, {"ends_at": 1e18}):
+        for policy in (None, model.exit_policy):
+            got, expected = twice(walker, policy, 256, rows, **options), Scheduler(plain, policy, 256, **options).run(rows)
+            assert got.reason == expected.reason
+            assert torch.equal(got.exit_index, expected.exit_index)
+            assert torch.allclose(got.logits, expected.logits, atol=NEAR)
+    assert twice(walker, None, 256, rows, ends_at=0.0).reason == ["deadline"] * len(rows)
+
+
+def test_half_precision_keeps_labels_layers_and_scores_in_single(tiny_model, open_policy, rows):
+    model = tiny_model().bfloat16()
+    policy = open_policy(model, "confidence")
+    rows = rows[:200]
+    plain = Scheduler(ModelWalker(model), policy, 256).run(rows)
+    got = twice(graphed(model), policy, 256, rows)
+    with torch.inference_mode():
+        logits = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows]
+    trace = ee.ExitTrace(logits=torch.cat(logits), labels=torch.zeros(200).long(), exit_layers=model.exit_layers)
+    gap = (policy.scan(trace).scores[:, :-1] - torch.tensor(policy.thresholds)).abs().amin(1)
+    same = (got.exit_index == plain.exit_index) & (got.logits.argmax(1) == plain.logits.argmax(1))
+    assert bool((same | (gap < 0.005)).all())  # a score moves by as much, since the numbers have eight bits
+    assert same.float().mean() > 0.98
+    hidden, context = graphed(model).begin(rows[:3])
+    assert hidden.dtype == torch.bfloat16
+    with torch.inference_mode():
+        hidden, signal = graphed(model).run(range(1, 2), hidden, context, 0)
+        step = policy.step(policy.init_state(3, 3, "cpu"), signal, 0)
+    assert (hidden.dtype, signal.logits.dtype, step.score.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def test_predict_streams_and_pipelines_take_the_walker_that_suits(model, tokenizer, random_texts, monkeypatch):
+    texts, asked = random_texts(60), []
+
+    def chosen(given, cuda_graphs=True):
+        asked.append(cuda_graphs)
+        return graphed(given) if cuda_graphs else ModelWalker(given)
+
+    plain = ee.predict(model, texts, tokenizer=tokenizer)
+    monkeypatch.setattr(predict, "walker_for", chosen)
+    pipe = ee.pipeline(model=model, tokenizer=tokenizer)
+    for cuda_graphs in (True, False):
+        got = ee.predict(model, texts, tokenizer=tokenizer, cuda_graphs=cuda_graphs)
+        streamed = list(ee.stream(model, texts, tokenizer=tokenizer, window=16, cuda_graphs=cuda_graphs))
+        told = pipe(texts, cuda_graphs=cuda_graphs)
+        assert torch.equal(got.exit_layer, plain.exit_layer)
+        assert torch.allclose(got.logits, plain.logits, atol=NEAR)
+        assert [one.exit_layer for one in streamed] == [one["exit_layer"] for one in told] == plain.exit_layer.tolist()
+    pipe(texts)
+    assert asked == [True, True, True, False, False, False, True]
+    assert pipe(texts[0], cuda_graphs=False)[0]["exit_layer"] == int(plain.exit_layer[0])
+
+
+# --- buffers and graphs -------------------------------------------------------------------------------------------------
+
+
+def test_buckets_add_less_than_a_quarter():
+    assert [bucket(count) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 17, 33, 100, 128, 129)] == [
+        *(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 20, 40, 112, 128, 160)
+    ]
+    assert all(count <= bucket(count) < 1.25 * count for count in range(1, 20_000))
+
+
+def random_part(walker, rows, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    lengths[0] = width
+    tokens = torch.arange(width) < lengths[:, None]
+    return torch.randn(rows, width, 32, generator=generator), Context(None, tokens, tuple(lengths.tolist()))
+
+
+def leaks(model, poison=float("nan")):
+    """Whether a batch that follows a larger one in the same bucket is answered otherwise than in fresh buffers."""
+    walker, fresh = graphed(model), graphed(model)
+    with torch.inference_mode():
+        hidden, context = random_part(walker, 12, 16, 0)
+        for values in (hidden, torch.full_like(hidden, poison), torch.full_like(hidden, poison)):
+            walker.run(range(1, 3), values, context, 1)
+        small = random_part(walker, 11, 13, 1)
+        got, signal = walker.run(range(1, 3), *small, 1)
+        expected, told = fresh.run(range(1, 3), *small, 1)
+    assert (walker.graphs.capture.captured, fresh.graphs.capture.captured) == (1, 0)
+    real = small[1].tokens
+    return not (torch.equal(got[real], expected[real]) and torch.equal(signal.logits, told.logits))
+
+
+def test_nothing_of_the_batch_before_reaches_the_next(tiny_model):
+    model = tiny_model(exit_head="linear-mean")
+    assert not leaks(model)
+    assert not leaks(model, poison=7.0)
+
+
+def forget_the_mask(self, hidden, tokens):
+    rows, width = tokens.shape
+    self.hidden.zero_()
+    self.hidden[:rows, :width], self.tokens[:rows, :width] = hidden, tokens
+
+
+def forget_the_states(self, hidden, tokens):
+    rows, width = tokens.shape
+    self.tokens.zero_()
+    self.hidden[:rows, :width], self.tokens[:rows, :width] = hidden, tokens
+
+
+@pytest.mark.parametrize("mutant", [forget_the_mask, forget_the_states])
+def test_buffers_that_are_not_cleared_are_found_out(tiny_model, monkeypatch, mutant):
+    monkeypatch.setattr(Bucket, "fill", mutant)
+    assert leaks(tiny_model(exit_head="linear-mean"))
+
+
+def test_buffers_that_warming_up_has_written_on_are_filled_again(tiny_model, monkeypatch):
+    model, calls, fill = tiny_model(), [], Bucket.fill
+
+    def answers():
+        walker = graphed(model)
+        with torch.inference_mode():
+            part = random_part(walker, 5, 9, 4)
+            return [walker.run(range(1, 3), *part, 1)[1].logits for _ in range(3)]
+
+    first, second, third = answers()
+    assert torch.equal(first, second)
+    assert torch.equal(second, third)
+    monkeypatch.setattr(Bucket, "fill", lambda *given: (calls.append(0), len(calls) == 3 or fill(*given)))
+    first, second, _ = answers()
+    assert not torch.equal(first, second)
+
+
+def test_what_comes_again_is_captured_once_and_then_replayed(model):
+    walker = graphed(model)
+    capture = walker.graphs.capture
+    with torch.inference_mode():
+        for calls, part in enumerate([(9, 13), (10, 16), (9, 9), (10, 14)]):  # one bucket: 10 rows, 16 tokens
+            walker.run(range(1, 3), *random_part(walker, *part, 0), 1)
+            assert (capture.captured, capture.replayed) == (min(calls, 1), calls)
+        for layers, rows, exit_index, gate in [(range(1, 2), 10, 0, False), (range(1, 3), 10, None, False),
+                                               (range(1, 3), 10, 1, True), (range(1, 3), 11, 1, False)]:  # fmt: skip
+            walker.run(layers, *random_part(walker, rows, 16, 0), exit_index, gate)
+    assert (capture.captured, len(walker.graphs.buckets)) == (1, 5)
+
+
+def test_graphs_are_bounded_and_the_least_used_goes_first(model):
+    walker = graphed(model, limit=3)
+    with torch.inference_mode():
+        for rows in (1, 2, 3, 1, 4, 1, 2):
+            walker.run(range(1, 2), *random_part(walker, rows, 8, 0), 0)
+            assert len(walker.graphs.buckets) <= 3
+    assert [shape[0] for _, shape in walker.graphs.buckets] == [4, 1, 2]
+    assert walker.graphs.capture.captured == 1  # only 1 came again before it was dropped
+
+
+def test_all_buckets_share_one_memory(model):
+    walker = graphed(model)
+    with torch.inference_mode():
+        for rows in (64, 40, 7, 1):
+            walker.run(range(1, 2), *random_part(walker, rows, 16, 0), 0)
+    assert len({held.hidden.data_ptr() for held in walker.graphs.buckets.values()}) == 1
+
+
+def test_answers_are_no_views_of_buffers(model):
+    walker = graphed(model)
+    with torch.inference_mode():
+        part = random_part(walker, 4, 8, 0)
+        for _ in range(3):
+            hidden, signal = walker.run(range(1, 2), *part, 0)
+            before = hidden.clone(), signal.logits.clone()
+            walker.run(range(1, 2), *random_part(walker, 4, 8, 1), 0)
+            assert torch.equal(hidden, before[0])
+            assert torch.equal(signal.logits, before[1])
+
+
+def test_threads_take_turns_at_the_buffers(model, rows):
+    scheduler = Scheduler(graphed(model), model.exit_policy, 64)
+    parts = [rows[start : start + 5] for start in range(0, 100, 5)]
+    expected = [scheduler.run(part) for part in parts]
+
+    def call(number):
+        got, same = scheduler.run(parts[number % 20]), expected[number % 20]
+        return torch.equal(got.logits, same.logits) and torch.equal(got.exit_index, same.exit_index)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(call, range(200)))
+
+
+def test_what_cannot_be_captured_is_told(model):
+    def refuse(body):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    walker = GraphWalker(model, SegmentGraphs(refuse))
+    with torch.inference_mode():
+        part = random_part(walker, 4, 8, 0)
+        walker.run(range(1, 3), *part, 1)
+        with pytest.raises(UsageError, match=r"layers 1 to 2, exit 1.*not permitted.*Pass cuda_graphs=False"):
+            walker.run(range(1, 3), *part, 1)
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what copies a number or a tensor from the host inside: no graph can hold such a copy."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs or {}))
+        host = [one for one in given if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
+        if host or func is torch.ops.aten.lift_fresh.default or func in WITH_NUMBERS:
+            raise AssertionError(f"{func} copies from the host")
+        return func(*args, **(kwargs or {}))
+
+
+def segment_on_no_device(model):
+    bare = model.to("meta")  # whose tensors have no values: a look at one is an error
+    walker = GraphWalker(bare, SegmentGraphs(Recorder()))
+    hidden, tokens = torch.empty(4, 8, 32, device="meta"), torch.ones(4, 8, dtype=torch.bool, device="meta")
+    with torch.inference_mode(), NothingFromTheHost():
+        for layers, exit_index in ((range(1, 3), 1), (range(3, 5), 3)):
+            result, signal = walker._segment(layers, exit_index, True, hidden, tokens)
+            assert (result.shape, signal.logits.shape) == ((4, 8, 32), (4, 3))
+
+
+@pytest.mark.parametrize("head", HEADS.names())
+@pytest.mark.parametrize("gate", GATES.names())
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_segment_looks_at_no_value_and_takes_nothing_from_the_host(tiny_model, head, gate, attention):
+    segment_on_no_device(tiny_model(exit_head=head, exit_gate=gate, attn_implementation=attention))
+
+
+def test_a_number_in_where_is_found_out(tiny_model, monkeypatch):
+    def traced_context(self, hidden, tokens):
+        return Context(torch.where(tokens, 0.0, -1e9)[:, None, None], tokens, None)
+
+    model = tiny_model()
+    monkeypatch.setattr(type(model.backbone), "traced_context", traced_context)
+    with pytest.raises(AssertionError, match="copies from the host"):
+        segment_on_no_device(model)
+
+
+# --- which walker -------------------------------------------------------------------------------------------------------
+
+
+class NoCuda:
+    """Stands for `CudaCapture` where there is no CUDA."""
+
+    def __init__(self, device):
+        self.device = device
+
+
+@pytest.fixture
+def on_cuda(tiny_model, monkeypatch):
+    """A model that says it is on a CUDA device."""
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(graph_walker, "CudaCapture", NoCuda)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    return model
+
+
+def test_graphs_are_for_cuda_devices_and_can_be_turned_off(model, on_cuda):
+    walker = walker_for(on_cuda)
+    assert isinstance(walker, GraphWalker)
+    assert (walker.lanes, walker.best_batch_tokens) == (2, 16384)
+    assert type(walker_for(on_cuda, cuda_graphs=False)) is ModelWalker
+
+
+def test_on_a_cpu_nothing_is_captured_and_one_lane_is_walked(model):
+    walker = walker_for(model)
+    assert type(walker) is ModelWalker
+    assert Scheduler(walker, None, 128).lanes == walker.lanes == 1
+
+
+def hooked(model):
+    model.bert.encoder.layer[2].output.register_forward_hook(lambda *_: None)
+
+
+def wrapped(model):
+    model.exit_heads["1"].forward = model.exit_heads["1"].forward
+
+
+@pytest.mark.parametrize("change", [hooked, wrapped])
+def test_models_that_a_replay_would_bypass_are_walked_plainly(on_cuda, change):
+    assert captures(on_cuda)
+    change(on_cuda)
+    assert type(walker_for(on_cuda)) is ModelWalker
+
+
+def test_families_that_cannot_be_traced_are_walked_plainly(on_cuda, monkeypatch):
+    untraced = type("Other", (type(on_cuda.backbone),), {"traced_context": graph_walker.Backbone.traced_context})()
+    monkeypatch.setattr(type(on_cuda), "backbone", untraced)
+    assert type(walker_for(on_cuda)) is ModelWalker
+
+
+def test_graphs_are_kept_as_long_as_stream_modules_and_weights_are_the_same(on_cuda, monkeypatch):
+    graphs = walker_for(on_cuda).graphs
+    assert walker_for(on_cuda).graphs is graphs
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "another")
+    other = walker_for(on_cuda).graphs
+    assert other is not graphs
+    on_cuda.bfloat16()
+    half = walker_for(on_cuda).graphs
+    assert half is not other
+    on_cuda.bert.encoder.layer[0].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    assert walker_for(on_cuda).graphs is not half
+    assert len(graph_walker._KNOWN[on_cuda]) == 1  # those of the former weights are gone
+
+
+def test_graphs_keep_no_model_alive(on_cuda, tiny_model):
+    other = tiny_model()
+    walker_for(other)
+    there = weakref.ref(other)
+    assert other in graph_walker._KNOWN
+    del other
+    gc.collect()
+    assert there() is None
+
+
+def test_threads_find_the_same_graphs(on_cuda):
+    found, start = [], threading.Barrier(8)
+
+    def look():
+        start.wait()
+        found.append(walker_for(on_cuda).graphs)
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == 1
