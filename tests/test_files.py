@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_earlyexit import exchange
+from hf_earlyexit import folder_swap
 from hf_earlyexit.errors import CheckpointError
 from hf_earlyexit.files import inside, read_json, replaced_folder, write_file, write_json
 
@@ -37,7 +37,7 @@ def no_swap(monkeypatch):
     def swap(one, other):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(exchange, "swap", swap)
+    monkeypatch.setattr(folder_swap, "swap", swap)
 
 
 @pytest.fixture(params=["swapped", "moved"])

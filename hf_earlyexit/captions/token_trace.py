@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..captions.checks import check_generation
 from ..errors import CalibrationError
+from ..generation.decoding import DecoderWalker, ExitRun, exit_layers_of
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL
 from .batches import image_batches
-from .decoding import DecoderWalker, ExitRun, exit_layers_of
+from .checks import check_generation
 
 
 class Captions(NamedTuple):

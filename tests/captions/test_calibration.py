@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import hf_earlyexit as ee
 from hf_earlyexit.calibration import CalibrationResult
 from hf_earlyexit.calibration.proposals import propose
+from hf_earlyexit.captions import token_trace as tracing
 from hf_earlyexit.errors import (
     CalibrationError,
     CheckpointError,
@@ -20,7 +21,6 @@ from hf_earlyexit.errors import (
     UnknownNameError,
     UsageError,
 )
-from hf_earlyexit.serving import token_trace as tracing
 from tests.captions.conftest import LAYERS, WORDS
 
 NEW = 6

@@ -6,9 +6,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families import causal
+from hf_earlyexit.families import decoders
+from hf_earlyexit.generation import decoding
 from hf_earlyexit.policies.decay import decayed
-from hf_earlyexit.serving import decoding
 from tests.captions.conftest import LAYERS, WORDS
 
 KINDS = ["gpt2", "bert"]
@@ -106,8 +106,8 @@ def entries_read_where_they_lie(captioner, images, mixed, monkeypatch):
     """What eight rows write whose attention reads the cache in place, and what the layers themselves write."""
     model, ran = captioner("gpt2", attention="sdpa"), []
     model.set_exit_policy(mixed(model, "confidence"))
-    step = causal.Gpt2Decoder._step_some
-    monkeypatch.setattr(causal.Gpt2Decoder, "_step_some", lambda *args: ran.append(len(args[-1])) or step(*args))
+    step = decoders.Gpt2Decoder._step_some
+    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_some", lambda *args: ran.append(len(args[-1])) or step(*args))
     in_place = generated(model, images(8), eos_token_id=None)
     assert len(set(ran)) > 3, "rows must part here"
     ran.clear()
@@ -129,12 +129,12 @@ def test_attention_in_place_is_that_of_the_layers(captioner, images, mixed, monk
 
 
 def test_attention_to_another_rows_entries_is_noticed(captioner, images, mixed, monkeypatch):
-    attend = causal._attend
+    attend = decoders._attend
 
     def shifted(query, entries, rows, mask, scale):
         return attend(query, entries, tuple(range(len(rows))), mask, scale)
 
-    monkeypatch.setattr(causal, "_attend", shifted)
+    monkeypatch.setattr(decoders, "_attend", shifted)
     in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)
     assert not torch.equal(in_place.sequences, by_layers.sequences)
 

@@ -8,8 +8,8 @@ import torch
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import UsageError
+from hf_earlyexit.measuring import bench as bench_module
 from hf_earlyexit.measuring.bench import EARLY, FORWARD, FULL, STOCK, advice, as_table, bench, exits_of
-from hf_earlyexit.serving import bench as bench_module
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.transfer import finished
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 import hf_earlyexit as ee
-from hf_earlyexit.modeling import doors
+from hf_earlyexit import doors
 from hf_earlyexit.modeling.shim import auto_map
 from tests.test_files import content
 

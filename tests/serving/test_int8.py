@@ -14,7 +14,7 @@ from torch import nn
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.serving import quantize
+from hf_earlyexit.serving import int8
 from hf_earlyexit.serving.int8 import Int8Linear
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -23,14 +23,14 @@ from hf_earlyexit.serving.walker import ModelWalker
 NEAR = 1e-5  # heads stay in float32, whose sums depend a little on the number of rows
 OLD_CPU = """
 import torch
-from hf_earlyexit.serving import quantize
+from hf_earlyexit.serving import int8
 linear, inputs = torch.nn.Linear(64, 8, bias=False), torch.ones(40, 64)
 torch.nn.init.ones_(linear.weight)
 inputs[:, 0] = 0
 right = []
-for quantize.LARGEST in (63, 127):
+for int8.LARGEST in (63, 127):
     with torch.inference_mode():
-        right.append(torch.allclose(quantize.Int8Linear(linear)(inputs), torch.full((40, 8), 63.0)))
+        right.append(torch.allclose(int8.Int8Linear(linear)(inputs), torch.full((40, 8), 63.0)))
 assert right == [True, False], right
 """
 
@@ -147,7 +147,7 @@ def test_rows_never_see_each_other(model, tokenizer, random_texts, open_policy, 
     states, logits, moved = company(small, tokenizer, random_texts)
     assert (states, moved) == (0.0, 0)
     assert logits <= NEAR
-    monkeypatch.setattr(quantize, "Int8Linear", BatchLinear)
+    monkeypatch.setattr(int8, "Int8Linear", BatchLinear)
     mutant = ee.quantize_int8(model)
     mutant.set_exit_policy(small.exit_policy)
     states, logits, moved = company(mutant, tokenizer, random_texts)
