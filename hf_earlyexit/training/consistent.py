@@ -14,7 +14,6 @@ from ..errors import DataError, TrainingError
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
 from ..serving.collect import collect_trace
-from .checkpoints import newest_complete_checkpoint
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments
 from .gate_report import gate_metrics, warn_of_trouble
@@ -150,7 +149,7 @@ class ConsistentTrainer:
         trainer = EarlyExitTrainer(
             model=self.model, args=args, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset, **self._shared
         )
-        return self._run_trainer(trainer, folder)
+        return self._run_trainer(trainer)
 
     def _run_hardness(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
         tables = []
@@ -215,7 +214,7 @@ class ConsistentTrainer:
             eval_dataset=self.eval_dataset,
             **self._shared,
         )
-        return self._run_trainer(trainer, folder)
+        return self._run_trainer(trainer)
 
     @property
     def _objective(self) -> ConsistentObjective:
@@ -226,8 +225,8 @@ class ConsistentTrainer:
         args.output_dir, args.seed = str(folder), self.args.seed + phase.number
         return args
 
-    def _run_trainer(self, trainer: EarlyExitTrainer, folder: Path) -> list[dict[str, Any]]:
-        checkpoint = newest_complete_checkpoint(folder)
+    def _run_trainer(self, trainer: EarlyExitTrainer) -> list[dict[str, Any]]:
+        checkpoint = trainer.newest_checkpoint()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return list(trainer.state.log_history)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from ..losses import ObjectiveValue
 from ..modeling.classifier import label_problem_type
 from ..trace import ExitTrace
 from .arguments import EarlyExitTrainingArguments
-from .checkpoints import newest_complete_checkpoint
+from .checkpoints import check_checkpoint, newest_complete_checkpoint
 from .checks import check_data_set
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
 from .pushing import NoPickledSettings
+
+# optimizers that hold every tensor that learns in one state of their own; others split or hide them
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 
 
 class EarlyExitTrainer(NoPickledSettings, Trainer):
@@ -80,10 +84,10 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         """As in `Trainer`; with `True`, the newest checkpoint that was written to its end is taken up.
 
         Raises:
-            CheckpointError: if there is none.
+            CheckpointError: if there is none; for a checkpoint given by name that holds a damaged or foreign file.
         """
         if resume_from_checkpoint is True:
-            found = newest_complete_checkpoint(self.args.output_dir)
+            found = self.newest_checkpoint()
             if found is None:
                 raise CheckpointError(
                     f"{self.args.output_dir} holds no complete checkpoint; train without resume_from_checkpoint.",
@@ -91,7 +95,21 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
                     path=self.args.output_dir,
                 )
             resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self._learning())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run that training can go on from; see `newest_complete_checkpoint`."""
+        return newest_complete_checkpoint(self.args.output_dir, self._learning())
+
+    def _learning(self) -> list[Tensor]:
+        """What the optimizer holds; nothing where that cannot be said beforehand."""
+        if self.optimizer is not None:
+            return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self.optimizer_cls_and_kwargs is not None or self.args.optim not in PLAIN_OPTIMIZERS:
+            return []
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def compute_loss(
         self,

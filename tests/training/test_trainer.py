@@ -1,14 +1,12 @@
 """The Trainer: every exit learns and is reported, nothing else changes, faults have names."""
 
 import json
-from functools import partial
 
 import datasets
 import evaluate
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_earlyexit as ee
@@ -16,41 +14,6 @@ from hf_earlyexit.errors import DataError, TrainingError, UnknownNameError
 
 MULTI = "multi_label_classification"
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.fixture(scope="session")
-def rows():
-    """`rows(count, **columns)`: token ids of different lengths, labelled by the first word."""
-
-    def make(count, seed=0, **columns):
-        generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(2, 12, (count,), generator=generator).tolist()
-        ids = [torch.randint(5, 100, (length,), generator=generator).tolist() for length in lengths]
-        given = {
-            "input_ids": ids,
-            "attention_mask": [[1] * n for n in lengths],
-            "labels": [row[0] % 3 for row in ids],
-            **columns,
-        }
-        return Dataset.from_dict({name: value for name, value in given.items() if value is not None})
-
-    return make
-
-
-@pytest.fixture
-def arguments(arguments):
-    return partial(arguments, per_device_train_batch_size=8, max_steps=3)
-
-
-@pytest.fixture
-def trainer(tiny_model, tokenizer, arguments, rows):
-    """`trainer(model=, args=, train_dataset=, ...)`: ready to run, on 32 rows unless told otherwise."""
-
-    def make(model=None, args=None, cls=ee.EarlyExitTrainer, **fields):
-        usual = {"train_dataset": rows(32), "eval_dataset": rows(20, seed=1), "processing_class": tokenizer}
-        return cls(model=model or tiny_model(), args=args or arguments(), **{**usual, **fields})
-
-    return make
 
 
 def state(model):
