@@ -1,14 +1,14 @@
 """Early exiting for Hugging Face transformers: rows leave the network at the layer where they are decided.
 
-Importing the package makes transformers know its models and its pipeline and does nothing else; every other name is loaded
-when it is first used.
+Importing the package makes transformers know its models and its pipeline and does nothing else. Both happens when the part of
+transformers that has to know is loaded, before or after; every other name is loaded when it is first used.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from .doors import register_auto_classes, register_pipelines
+from .after_import import after_import
 
 __version__ = version("hf_earlyexit")
 
@@ -67,8 +67,13 @@ _HOMES = {
 
 __all__ = ["__version__", *_HOMES]
 
-register_auto_classes()
-register_pipelines()
+
+def _register(name: str) -> None:
+    getattr(import_module(".doors", __name__), name)()
+
+
+after_import("transformers.models.auto.configuration_auto", lambda: _register("register_auto_classes"))
+after_import("transformers.pipelines", lambda: _register("register_pipelines"))
 
 
 def __getattr__(name: str) -> Any:

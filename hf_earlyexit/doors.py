@@ -5,7 +5,6 @@ from __future__ import annotations
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BertForSequenceClassification
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from .captions.configuration import EarlyExitVisionEncoderDecoderConfig
 from .captions.model import EarlyExitVisionEncoderDecoder
@@ -50,6 +49,8 @@ def register_auto_classes() -> None:
 
 def register_pipelines() -> None:
     """Make `transformers.pipeline` know the task of captioners; the pipeline itself is loaded by who asks for it."""
+    from transformers.pipelines import PIPELINE_REGISTRY  # brings all of transformers' pipelines with it
+
     PIPELINE_REGISTRY.supported_tasks[CAPTIONING] = {
         "impl": "hf_earlyexit.pipelines.EarlyExitCaptioningPipeline",
         "pt": (AutoModelForImageTextToText,),

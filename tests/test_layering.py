@@ -17,6 +17,7 @@ WALK = PURE | {"families", "walking"}
 SERVE = WALK | {"modeling", "serving"}
 ALLOWED = {
     "errors": set(),
+    "after_import": set(),
     "registry": {"errors"},
     "folder_swap": set(),
     "files": {"errors", "folder_swap"},
