@@ -23,7 +23,7 @@ from transformers import GPT2Config, ViTConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.families.decoders import TokenContext
+from hf_earlyexit.families.decoders import TokenContext, cache_name
 from hf_earlyexit.generation.decoding import DecoderWalker, ExitRun
 from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
 
@@ -70,7 +70,8 @@ def time_tests(model: ee.EarlyExitVisionEncoderDecoder, repeats: int) -> dict[st
     """What a test of one row costs, as a share of what a layer costs for its token: medians of calls in turn."""
     states = torch.randn(1, PATCHES, model.config.decoder.n_embd)
     encoded, prompt = BaseModelOutput(last_hidden_state=states), torch.ones(1, 8, dtype=torch.long)
-    cache = model(encoder_outputs=encoded, decoder_input_ids=prompt, use_cache=True).past_key_values
+    output = model(encoder_outputs=encoded, decoder_input_ids=prompt, use_cache=True)
+    cache = output[cache_name(type(output))]
     hidden, before = (torch.randn(1, 1, states.shape[-1]) for _ in range(2))
     context = TokenContext(cache, None, torch.full((1, 1), 8), states)
     layer = model.backbone.layers(model.decoder)[5]

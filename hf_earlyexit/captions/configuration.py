@@ -6,7 +6,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import VisionEncoderDecoderConfig
 
-from ..families import decoder_backbone
+from ..families.decoders import CACHE_NAMES, decoder_backbone
 from ..generation.word_heads import WORD_HEADS
 from ..modeling.configuration import EarlyExitConfig, is_count, wrong
 from ..problem_types import SINGLE_LABEL
@@ -49,7 +49,7 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitConfig, VisionEncoderDecoderC
     heads: ClassVar[Registry] = WORD_HEADS
     gives_similarity = True
     # a list, as Trainer adds another to it
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_logits", "exit_gates", "exit_layer", "past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_logits", "exit_gates", "exit_layer", *CACHE_NAMES]
 
     exit_head: str = "tied"
     exit_rank: int = 64

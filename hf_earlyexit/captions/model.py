@@ -10,7 +10,7 @@ from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 from transformers import initialization as init
 
 from ..errors import UsageError
-from ..families import DecoderBackbone, decoder_backbone
+from ..families.decoders import DecoderBackbone, cache_name, decoder_backbone, given_cache
 from ..generation.decoding import ExitRun, decode, exit_layers_of
 from ..generation.word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
 from ..losses import WeightedObjective
@@ -117,7 +117,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -142,8 +142,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
             exit_tokens: booleans `[B, T]` with N true: where every exit answers, only these tokens get `exit_logits`
                 `[N, E, V]` and `exit_gates` `[N, E - 1]`; that saves memory in training.
             decoder_exits: what `generate` carries from token to token.
-            decoder_attention_mask, past_key_values, decoder_inputs_embeds, use_cache, return_dict, kwargs: as in the stock
-                model.
+            decoder_attention_mask, cache, decoder_inputs_embeds, use_cache, return_dict, kwargs: as in the stock model; the
+                cache by any name that a release of transformers gave it.
 
         Raises:
             UsageError: for early exit without a policy, in training, or over a cache whose rows cannot be taken apart.
@@ -151,10 +151,11 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         """
         if pixel_values is not None:
             check_images(pixel_values, self, kwargs.get("interpolate_pos_encoding", False))
+        cache = given_cache(cache, kwargs)
         run = decoder_exits or ExitRun(self.choose_policy(early_exit, operating_point, kwargs))
         token = decoder_input_ids is not None and decoder_input_ids.shape[1] == 1 and labels is None
-        if run.policy is not None and token and _holds_prompt(past_key_values, self.exit_layers[-1]):
-            output = decode(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, past_key_values, run, kwargs)
+        if run.policy is not None and token and _holds_prompt(cache, self.exit_layers[-1]):
+            output = decode(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, cache, run, kwargs)
         else:
             if early_exit:
                 raise UsageError(
@@ -170,12 +171,12 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                     decoder_input_ids=decoder_input_ids,
                     decoder_attention_mask=decoder_attention_mask,
                     encoder_outputs=encoder_outputs,
-                    past_key_values=past_key_values,
                     decoder_inputs_embeds=decoder_inputs_embeds,
                     labels=labels,
                     use_cache=use_cache,
                     return_dict=True,
                     output_hidden_states=every_exit or hidden_wanted,
+                    **{cache_name(VisionEncoderDecoderModel.forward): cache},
                     **kwargs,
                 )
             )

@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as remembered
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from ..errors import EarlyExitConfigError
+from ..errors import EarlyExitConfigError, UsageError
 from .base import is_watched
+
+CACHE_NAMES = ("cache", "past_key_values")  # what releases of transformers call the cache, the newest name first
+
+
+@remembered
+def cache_name(function: Callable[..., Any]) -> str:
+    """The name under which a function or an output class of the installed transformers takes its cache.
+
+    Args:
+        function: with a parameter for the cache.
+
+    Raises:
+        UsageError: where it has none of the known names; its `**kwargs` would swallow the cache without a word.
+    """
+    name = next((name for name in CACHE_NAMES if name in inspect.signature(function).parameters), None)
+    if name is None:
+        raise UsageError(
+            f"{function.__qualname__} of transformers {transformers.__version__} takes no {' or '.join(CACHE_NAMES)}; early "
+            "exit cannot decode with this release. Install one that the documentation lists as tested.",
+            field="transformers",
+            value=transformers.__version__,
+        )
+    return name
+
+
+def given_cache(cache: Any, options: dict[str, Any]) -> Any:
+    """The cache of a call, by whichever name it came; its other names are taken out of `options`.
+
+    Raises:
+        UsageError: for a cache under two names.
+    """
+    given = [value for value in (cache, *(options.pop(name, None) for name in CACHE_NAMES)) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"The cache came under two names ({', '.join(CACHE_NAMES)}); give one of them.", field="cache")
+    return given[0] if given else None
 
 
 @dataclass(frozen=True)
@@ -68,8 +107,8 @@ class DecoderBackbone(ABC):
             config=decoder.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=at,
+            **{cache_name(create_causal_mask): cache},
         )
 
 
@@ -87,7 +126,14 @@ class Gpt2Decoder(DecoderBackbone):
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
         if context.rows is not None and hidden.device.type == "cpu" and _is_plain(layer):
             return self._step_some(layer, hidden, context, context.rows)
-        return layer(hidden, context.cache, context.mask, context.encoder, use_cache=True, position_ids=context.positions)
+        return layer(
+            hidden,
+            attention_mask=context.mask,
+            encoder_hidden_states=context.encoder,
+            use_cache=True,
+            position_ids=context.positions,
+            **{cache_name(type(layer).forward): context.cache},
+        )
 
     def _step_some(self, layer: Any, hidden: Tensor, context: TokenContext, rows: tuple[int, ...]) -> Tensor:
         """As the layer does it, but attention reads each row's entries where they lie; copying them out costs more."""
@@ -141,7 +187,7 @@ class BertDecoder(DecoderBackbone):
         return decoder.bert.embeddings(ids, options.get("token_type_ids"), positions.expand(len(ids), -1))
 
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
-        return layer(hidden, context.mask, context.encoder, past_key_values=context.cache)
+        return layer(hidden, context.mask, context.encoder, **{cache_name(type(layer).forward): context.cache})
 
     def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         attention = layer.attention.self

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..families.decoders import TokenContext
+from ..families.decoders import TokenContext, cache_name
 from ..modeling.outputs import EarlyExitCaptionerOutput
 from ..policies.base import ExitPolicy, ExitSignal
 from ..policies.decay import decayed
@@ -205,9 +205,9 @@ def decode(
     layers = torch.tensor((*model.exit_layers, 0), device=ids.device)  # index -1 is 0
     return EarlyExitCaptionerOutput(
         logits=token.logits[:, None],
-        past_key_values=cache,
         encoder_last_hidden_state=encoder_outputs[0],
         exit_layer=layers[token.exit_index][:, None],
+        **{cache_name(EarlyExitCaptionerOutput): cache},
     )
 
 

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 
 class TokenCache(EncoderDecoderCache):
-    """What the layers are given as `past_key_values` while one token per row is decoded.
+    """The cache that the layers are given while one token per row is decoded.
 
     Args:
         cache: of all rows; grows by one entry per row and layer.
@@ -123,9 +123,9 @@ def require_dynamic(cache: Any) -> None:
     """
     if not isinstance(cache, EncoderDecoderCache):
         raise UsageError(
-            f"past_key_values is {type(cache).__name__}; early exit decodes over an EncoderDecoderCache, which `generate` "
+            f"The cache is {type(cache).__name__}; early exit decodes over an EncoderDecoderCache, which `generate` "
             "makes by itself.",
-            field="past_key_values",
+            field="cache",
         )
     own = cache.self_attention_cache
     if own.offloading or any(type(layer) is not DynamicLayer for layer in own.layers):

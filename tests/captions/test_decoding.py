@@ -7,6 +7,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.families import decoders
+from hf_earlyexit.families.decoders import cache_name
 from hf_earlyexit.generation import decoding
 from hf_earlyexit.policies.decay import decayed
 from tests.captions.conftest import LAYERS, WORDS
@@ -19,6 +20,10 @@ NEW = 15
 
 def generated(model, images, **options):
     return model.generate(images, max_new_tokens=NEW, return_exit_layers=True, **options)
+
+
+def cache_of(output):
+    return output[cache_name(type(output))]
 
 
 def spread(layers):
@@ -122,8 +127,8 @@ def test_attention_in_place_is_that_of_the_layers(captioner, images, mixed, monk
     in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)
     assert torch.equal(in_place.sequences, by_layers.sequences)
     assert torch.equal(in_place.exit_layers, by_layers.exit_layers)
-    for one, other in zip(in_place.past_key_values.self_attention_cache.layers,
-                          by_layers.past_key_values.self_attention_cache.layers, strict=True):  # fmt: skip
+    for one, other in zip(cache_of(in_place).self_attention_cache.layers,
+                          cache_of(by_layers).self_attention_cache.layers, strict=True):  # fmt: skip
         assert torch.allclose(one.keys, other.keys, atol=1e-5)
         assert torch.allclose(one.values, other.values, atol=1e-5)
 
@@ -158,9 +163,11 @@ def reference_entries(model, image, ids, exits):
             if entries[index] is not None:
                 cache.self_attention_cache.update(*entries[index], index)
             if backbone is ee.families.decoder_backbone("gpt2"):
-                after = layer(state, cache, None, encoder, use_cache=True)
+                after = layer(
+                    state, encoder_hidden_states=encoder, use_cache=True, **{cache_name(type(layer).forward): cache}
+                )
             else:
-                after = layer(state, None, encoder, past_key_values=cache)
+                after = layer(state, None, encoder, **{cache_name(type(layer).forward): cache})
             written = cache.self_attention_cache.layers[index]
             entries[index] = (written.keys, written.values)
             state = after if index < exit_layer else state
@@ -169,7 +176,7 @@ def reference_entries(model, image, ids, exits):
 
 def caches_of(model, images):
     output = model.generate(images, max_new_tokens=NEW, return_exit_layers=True, eos_token_id=None)
-    return output, output.past_key_values
+    return output, cache_of(output)
 
 
 @pytest.mark.parametrize("rule", ["confidence", "saturation"])
@@ -275,7 +282,7 @@ def replayed_layers(model, image, ids):
         model(
             decoder_input_ids=torch.tensor([[token]]),
             encoder_outputs=encoded,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             decoder_exits=run,
         )
