@@ -211,7 +211,7 @@ def papers_loop(shape: dict, repeats: int, count: int = 32) -> dict:
     def loop():
         layers = []
         for batch in padded:
-            hidden, context = model.backbone.begin(model.bert, batch, {})
+            hidden, context = model.family.begin(model.bert, batch, {})
             for index, layer in enumerate(model.bert.encoder.layer):
                 hidden = layer(hidden, context.mask)
                 signal = model.exit_signal(index, hidden, context)

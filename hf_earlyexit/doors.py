@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import transformers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BertForSequenceClassification
 
 from .captions.configuration import EarlyExitVisionEncoderDecoderConfig
 from .captions.model import EarlyExitVisionEncoderDecoder
 from .captions.processor import EarlyExitCaptionProcessor
-from .families import BertBackbone
+from .families import FAMILIES
 from .modeling.classifier import EarlyExitClassifier
 from .modeling.configuration import EarlyExitBertConfig
 
@@ -31,10 +30,7 @@ class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenc
 
     config_class = EarlyExitBertConfig
     config: EarlyExitBertConfig
-    backbone = BertBackbone()
-
-    def classify(self, hidden: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self._stock_pool(hidden)))
+    family = FAMILIES["bert"]
 
 
 def register_auto_classes() -> None:

@@ -1,7 +1,7 @@
 """Families of networks: the only place that knows transformers' layer lists."""
 
-from .base import Backbone, Context
-from .decoders import DecoderBackbone, TokenContext, decoder_backbone
-from .text import BertBackbone
+from .base import Family
+from .context import Context
+from .text import FAMILIES
 
-__all__ = ["Backbone", "BertBackbone", "Context", "DecoderBackbone", "TokenContext", "decoder_backbone"]
+__all__ = ["FAMILIES", "Context", "Family"]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .base import Context
+from .base import LAST, Family, Frame, is_watched, last_token
+from .context import Context, Part, each, join_kept, row_lengths
+
+ATTENTION = "hf_earlyexit_packed"
 
 
 @dataclass(frozen=True)
 class Packed(Context):
     """The context of rows that stand end to end in hidden states `[tokens, H]`.
+
+    In `per_row` every mask is the packed context itself; tensors in `shared` have a token axis for all rows' tokens, and
+    `kept["answering"]` counts from each row's first token.
 
     Attributes:
         starts: position of each row's first token `[B]`.
@@ -30,11 +38,13 @@ class Packed(Context):
     real: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], real: Tensor | None, device: torch.device) -> Packed:
+    def of(
+        cls, lengths: tuple[int, ...], real: Tensor | None, device: torch.device, kept: dict[str, Tensor] | None = None
+    ) -> Packed:
         """The context of rows of these lengths."""
         starts = torch.tensor([0, *accumulate(lengths[:-1])], device=device)
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
-        return cls(None, None, lengths, starts=starts, runs=runs, real=real)
+        return cls(lengths=lengths, kept=kept or {}, starts=starts, runs=runs, real=real)
 
     def count(self, hidden: Tensor) -> int:
         return len(self.lengths)
@@ -42,27 +52,69 @@ class Packed(Context):
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Packed]:
         lengths = tuple(self.lengths[row] for row in rows)
         sizes = list(self.lengths)
-        parts, real = torch.split(hidden, sizes), None if self.real is None else torch.split(self.real, sizes)
-        return torch.cat([parts[row] for row in rows]), Packed.of(
-            lengths, None if real is None else torch.cat([real[row] for row in rows]), hidden.device
-        )
 
-    def for_head(self, hidden: Tensor, first_token: bool) -> list[tuple[Tensor, Tensor | None]]:
-        if first_token:
-            return [(hidden[self.starts][:, None], None)]
-        parts = []
+        def some(values: Tensor) -> Tensor:
+            parts = torch.split(values, sizes)
+            return torch.cat([parts[row] for row in rows])
+
+        kept = {name: value.index_select(0, index) for name, value in self.kept.items()}
+        new = Packed.of(lengths, None if self.real is None else some(self.real), hidden.device, kept)
+        if self.per_row or self.shared:
+            shared = {name: self._along(name, value, some) for name, value in self.shared.items()}
+            new = replace(new, per_row=dict.fromkeys(self.per_row, new), shared=shared, axes=self.axes)
+        return some(hidden), new
+
+    def _along(self, name: str, value: Any, change: Any) -> Any:
+        """Change a shared value along its token axis, if it has one."""
+        axes = self.axes.get(name, ())
+
+        def changed(part: Tensor) -> Tensor:
+            moved: Tensor = change(part.movedim(axes[0], 0))
+            return moved.movedim(0, axes[0])
+
+        return each(value, changed) if axes else value
+
+    def for_head(self, hidden: Tensor, one_token: bool) -> list[Part]:
+        answering = self.kept.get("answering")
+        if one_token:
+            assert self.starts is not None
+            return [Part(hidden[self.starts if answering is None else self.starts + answering][:, None])]
+        parts, first = [], 0
         for start, stop, rows, length in self._spans():
             real = None if self.real is None else self.real[start:stop].view(rows, length)
-            parts.append((hidden[start:stop].view(rows, length, -1), real))
+            places = None if answering is None else answering[first : first + rows]
+            parts.append(Part(hidden[start:stop].view(rows, length, -1), real, places))
+            first += rows
         return parts
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of every row to itself, `[tokens, heads, D]` to `[tokens, heads * D]`."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        causal: bool = False,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention of every row to itself, `[tokens, heads, D]` to `[tokens, heads * D]`.
+
+        Args:
+            query, key, value: of all rows.
+            scale: of the products; `D ** -0.5` by default.
+            causal: look at earlier tokens only.
+            window: look at fewer than that many tokens in a direction.
+        """
         mixed = []
         for start, stop, rows, length in self._spans():
             q, k, v = (part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
             mask = None if self.real is None else self.real[start:stop].view(rows, 1, 1, length)
-            run = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            near = None if window is None or length <= window else _near(length, window, causal, query.device)
+            if causal and near is None and mask is not None:
+                near = _near(length, length, True, query.device)
+            mask = near if mask is None else mask if near is None else mask & near
+            run = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal and mask is None and length > 1, scale=scale
+            )
             mixed.append(run.transpose(1, 2).reshape(rows * length, -1))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
@@ -74,34 +126,46 @@ class Packed(Context):
             start += rows * length
 
 
-def pack(shape: tuple[int, int], mask: Tensor | None, device: torch.device) -> tuple[Tensor | None, Packed]:
+def _near(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """True where a token may look at another `[T, T]`."""
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place[None]
+    return (back >= 0) & (back < window) if causal else back.abs() < window
+
+
+def pack(
+    shape: tuple[int, int], mask: Tensor | None, device: torch.device, answering: Tensor | None = None, front: bool = True
+) -> tuple[Tensor | None, Packed]:
     """How to pack padded rows.
 
     Args:
         shape: rows and padded tokens `(B, T)`.
         mask: 0 or False at padding `[B, T]`; `None` if no row is padded.
         device: of the hidden states.
+        answering: place of the token that answers for each row `[B]`, which must stay; `None` where it is the first.
+        front: keep masked tokens at the front of a row.
 
     Returns:
         Positions of the packed tokens in `[B * T]`, `None` if all of them stay, and the context.
     """
     rows, width = shape
+    kept = {} if answering is None else {"answering": answering}
     if mask is None:
-        return None, Packed.of((width,) * rows, None, device)
+        return None, Packed.of((width,) * rows, None, device, kept)
     real = mask.bool()
-    lengths = row_lengths(real)
+    lengths = row_lengths(real, answering)
+    starts = torch.arange(0, rows * width, width, device=device)
+    if not front:
+        first = real.int().argmax(1) if answering is None else torch.minimum(real.int().argmax(1), answering)
+        lengths = tuple(length - skipped for length, skipped in zip(lengths, first.tolist(), strict=True))
+        starts = starts + first
+        kept = {name: place - first for name, place in kept.items()}
     if min(lengths) == width:
         tokens, real = None, real.flatten()
     else:
-        tokens = _tokens(torch.arange(0, rows * width, width, device=device), lengths)
+        tokens = _tokens(starts, lengths)
         real = real.flatten()[tokens]
-    return tokens, Packed.of(lengths, None if bool(real.all()) else real, device)  # a row may be masked within
-
-
-def row_lengths(tokens: Tensor) -> tuple[int, ...]:
-    """Position after the last real token of each row of `[B, T]`; the full width for a row without any."""
-    width = tokens.shape[1]
-    return tuple((width - tokens.flip(1).int().argmax(1)).tolist())
+    return tokens, Packed.of(lengths, None if bool(real.all()) else real, device, kept)  # a row may be masked within
 
 
 def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Packed]:
@@ -110,7 +174,21 @@ def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Packed]:
     real = None
     if any(context.real is not None for _, context in parts):
         real = torch.cat([h.new_ones(len(h), dtype=torch.bool) if c.real is None else c.real for h, c in parts])
-    return hidden, Packed.of(tuple(length for _, context in parts for length in context.lengths), real, hidden.device)
+    lengths = tuple(length for _, context in parts for length in context.lengths)
+    new = Packed.of(lengths, real, hidden.device, join_kept(parts, 0))
+    first = parts[0][1]
+    if first.per_row or first.shared:
+        shared = {name: _together([c.shared[name] for _, c in parts], first.axes.get(name, ())) for name in first.shared}
+        new = replace(new, per_row=dict.fromkeys(first.per_row, new), shared=shared, axes=first.axes)
+    return hidden, new
+
+
+def _together(values: list[Any], axes: tuple[int, ...]) -> Any:
+    if not axes:
+        return values[0]
+    if isinstance(values[0], tuple):
+        return tuple(torch.cat(parts, axes[0]) for parts in zip(*values, strict=True))
+    return torch.cat(values, axes[0])
 
 
 def _tokens(starts: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -118,3 +196,99 @@ def _tokens(starts: Tensor, lengths: tuple[int, ...]) -> Tensor:
     size = torch.tensor(lengths, device=starts.device)
     shift = starts - size.cumsum(0) + size
     return shift.repeat_interleave(size, output_size=sum(lengths)) + torch.arange(sum(lengths), device=starts.device)
+
+
+def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Packed, Tensor | None]:
+    """Hidden states `[tokens, H]`, the bounds of the rows, and each token's position `[1, tokens]` where layers ask."""
+    family.check(family, model, inputs)
+    given = {name: inputs[name] for name in family.inputs if inputs.get(name) is not None}
+    mask = given.pop("attention_mask", None)
+    ids = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
+    shape = ids.shape[:2]
+    answering = last_token(model.config, given) if family.token == LAST else None
+    tokens, context = pack(shape, mask, ids.device, answering, front=family.token != LAST)
+    if tokens is None and not family.rotary and "position_ids" not in given:  # as the stock model does it
+        hidden = family.embed(model, {**dict.fromkeys(family.inputs), **given})
+        return hidden.flatten(0, 1), context, None
+    if "position_ids" not in given:
+        counted = None if family.positions is None else family.positions(model, given)
+        counted = torch.arange(shape[1], device=ids.device)[None] if counted is None else counted
+        given["position_ids"] = counted
+    flat = {name: values.expand(*shape, *values.shape[2:]).flatten(0, 1) for name, values in given.items()}
+    flat = {name: (values if tokens is None else values[tokens])[None] for name, values in flat.items()}
+    return family.embed(model, {**dict.fromkeys(family.inputs), **flat})[0], context, flat["position_ids"]
+
+
+class PackedView:
+    """A stock layer for packed rows: a view of it, which shares all parameters and computes attention row by row.
+
+    For every layer that asks transformers' attention interface, with whatever masks and rotary embeddings it takes.
+
+    Args:
+        family: of the layer.
+        layer: the stock layer.
+    """
+
+    frames: ClassVar[bool] = True
+
+    def __init__(self, family: Family, layer: nn.Module) -> None:
+        self.call, self.layer = family.call, _view(layer)
+
+    def __call__(self, hidden: Tensor, context: Packed) -> Tensor:
+        """Hidden states after the layer, `[tokens, H]`."""
+        return self.call(self.layer, hidden[None], context)[0]
+
+    @staticmethod
+    def begin(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Context]:
+        """Hidden states `[tokens, H]` and their context."""
+        hidden, context, positions = begin_packed(family, model, inputs)
+        framed = family.frame(Frame(model, hidden[None], None, positions, packed=context))
+        return hidden, replace(context, per_row=framed.per_row, shared=framed.shared, axes=framed.axes)
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Whether a layer is the stock one, in evaluation, and nobody watches its parts."""
+        return is_stock(layer) and not is_watched(layer.modules())
+
+
+def is_stock(*modules: Any) -> bool:
+    """Whether modules do what transformers' classes say, and do not train."""
+    return all(type(module).__module__.startswith("transformers.models.") and not module.training for module in modules)
+
+
+def _view(module: nn.Module) -> nn.Module:
+    """A copy of a tree of modules that shares everything but asks `ATTENTION`."""
+    children = module._modules
+    config = module.__dict__.get("config")
+    if not children and config is None:
+        return module
+    new = object.__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new.__dict__["_modules"] = {name: None if child is None else _view(child) for name, child in children.items()}
+    if config is not None:
+        config = copy.copy(config)
+        config._attn_implementation_internal = ATTENTION
+        new.__dict__["config"] = config
+    return new
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Packed,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface over packed rows: `[1, heads, tokens, D]` to `[1, tokens, heads * D]`."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    mixed = attention_mask.attend(q, k, v, scaling, getattr(module, "is_causal", False), window)
+    return mixed[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)

@@ -4,79 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 
 from ..errors import DataError, UsageError
-from .base import Backbone, Context, is_watched
-from .packed import Packed, pack, row_lengths
+from .base import Family, is_watched
+from .context import Context, Part
+from .masks import MASK, one_mask
+from .packed import Packed, begin_packed, is_stock
 
 EMBEDDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 
 
-class BertBackbone(Backbone):
-    """BERT: embeddings, `encoder.layer`, a pooler on the first token."""
+def check_text(family: Family, model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse inputs that a text model cannot read."""
+    if model.config._attn_implementation == "flex_attention":  # before its mask, which takes a compilation
+        raise UsageError(
+            "Attention 'flex_attention' has no plain mask, so finished rows cannot be dropped; "
+            "load the model with attn_implementation='sdpa' or 'eager'.",
+            field="attn_implementation",
+        )
+    given, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if (given is None) == (embedded is None):
+        raise UsageError("Give exactly one of input_ids and inputs_embeds.", field="input_ids")
+    check_width((given if embedded is None else embedded).shape[1], family.longest(model.config))
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
-        return model.encoder.layer
 
-    def begin(self, model: nn.Module, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Context]:
-        _check(model, inputs)
-        hidden = model.embeddings(**{name: inputs.get(name) for name in EMBEDDED})
-        return hidden, self.frame(model, hidden, inputs.get("attention_mask"), options)
+def check_width(tokens: int, limit: int) -> None:
+    """Refuse inputs of a length that the model does not take.
 
-    def packs(self, model: nn.Module) -> bool:
-        return model.config._attn_implementation == "sdpa" and all(map(_is_stock, model.encoder.layer))
+    Raises:
+        DataError: telling both.
+    """
+    if not 1 <= tokens <= limit:
+        raise DataError(
+            f"The input is {tokens} tokens long; this model takes 1 to {limit}. "
+            "Pass truncation=True to the tokenizer, or split the text.",
+            field="input_ids",
+            value=tokens,
+        )
 
-    def begin_packed(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Context]:
-        _check(model, inputs)
-        shape = next(inputs[name] for name in EMBEDDED[:2] if inputs.get(name) is not None).shape[:2]
-        tokens, context = pack(shape, inputs.get("attention_mask"), model.device)
-        if tokens is None:
-            return model.embeddings(**{name: inputs.get(name) for name in EMBEDDED}).flatten(0, 1), context
-        given = {name: inputs[name] for name in EMBEDDED if inputs.get(name) is not None}
-        given = {
-            name: values.expand(*shape, *values.shape[2:]).flatten(0, 1)[tokens][None] for name, values in given.items()
-        }
-        return model.embeddings(**{"position_ids": (tokens % shape[1])[None], **given})[0], context
 
-    def frame(self, model: nn.Module, hidden: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> Context:
-        mask = create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=attention_mask)
-        padded = attention_mask is not None and attention_mask.ndim == 2 and mask is not None
-        tokens = attention_mask.bool() if padded else None
-        return Context(mask, tokens, None if tokens is None else row_lengths(tokens), options)
+def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Word, position and segment embeddings, as BERT has them."""
+    return model.embeddings(**{name: inputs[name] for name in EMBEDDED if name in inputs})
 
-    def traced_context(self, hidden: Tensor, tokens: Tensor) -> Context:
-        lowest = torch.finfo(hidden.dtype).min
-        mask = torch.zeros_like(tokens, dtype=hidden.dtype).masked_fill(~tokens, lowest)  # `where` would copy its numbers
-        return Context(mask[:, None, None], tokens, None)  # [B, 1, 1, T]
 
-    def step(self, layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-        return layer(hidden, context.mask, **context.options)
+def call(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    """A layer that takes a mask and nothing else."""
+    return layer(hidden, context.per_row[MASK], **context.options)
 
-    def packed_layer(self, layer: nn.Module) -> Callable[[Tensor, Packed], Tensor]:
-        return PackedBertLayer(layer)
 
-    def same_input(self, layer: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-        return layer.attention.self, ("query", "key", "value")
+def pooler(model: Any, hidden: Tensor) -> Tensor:
+    """The pooler of the stock backbone."""
+    return model.base_model.pooler(hidden)
 
-    def pool(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        return model.pooler(hidden)
+
+def pooled_answer(model: Any, part: Part) -> Tensor:
+    """Pooler, dropout, classifier."""
+    return model.classifier(model.dropout(model.base_model.pooler(part.hidden)))
 
 
 class PackedBertLayer:
-    """A stock layer for packed rows: its own maps and norms, without what they are wrapped in.
+    """A stock layer of BERT's shape for packed rows: its own maps and norms, without what they are wrapped in.
 
     Args:
+        family: of the layer.
         layer: the stock layer.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    frames: ClassVar[bool] = False
+
+    def __init__(self, family: Family, layer: Any) -> None:
         own, after, end = layer.attention.self, layer.attention.output, layer.output
         self.heads = (own.num_attention_heads, own.attention_head_size)
         maps = (own.joint,) if hasattr(own, "joint") else (own.query, own.key, own.value)
@@ -92,6 +93,20 @@ class PackedBertLayer:
         hidden = self.norm(self.after(context.attend(*parts)) + hidden)
         return self.last_norm(self.outer(self.activation(self.inner(hidden))) + hidden)
 
+    @staticmethod
+    def begin(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Context]:
+        """Hidden states `[tokens, H]` and their context."""
+        return begin_packed(family, model, inputs)[:2]
+
+    @staticmethod
+    def fits(layer: Any) -> bool:
+        """Whether a layer does what its class says, and nobody watches the parts of it that packed rows pass by."""
+        if not is_stock(layer) or layer.is_decoder:
+            return False
+        own = layer.attention.self
+        parts = (layer, layer.attention, own, layer.attention.output, layer.intermediate, layer.output)
+        return is_stock(own) and not is_watched(parts)
+
 
 def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """What a plain module computes, without the module: a tenth of a small layer's time goes into calling modules."""
@@ -105,31 +120,18 @@ def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return module
 
 
-def _check(model: nn.Module, inputs: dict[str, Any]) -> None:
-    if model.config._attn_implementation == "flex_attention":  # before its mask, which takes a compilation
-        raise UsageError(
-            "Attention 'flex_attention' has no plain mask, so finished rows cannot be dropped; "
-            "load the model with attn_implementation='sdpa' or 'eager'.",
-            field="attn_implementation",
-        )
-    given, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if (given is None) == (embedded is None):
-        raise UsageError("Give exactly one of input_ids and inputs_embeds.", field="input_ids")
-    shape = (given if embedded is None else embedded).shape
-    limit = model.config.max_position_embeddings
-    if shape[1] > limit or shape[1] == 0:
-        raise DataError(
-            f"The input is {shape[1]} tokens long; this model takes 1 to {limit}. "
-            "Pass truncation=True to the tokenizer, or split the text.",
-            field="input_ids",
-            value=shape[1],
-        )
+BERT = Family(
+    name="Bert",
+    layers="encoder.layer",
+    embed=embed,
+    frame=one_mask,
+    call=call,
+    answer=pooled_answer,
+    answers=("bert.pooler", "classifier"),
+    pool=pooler,
+    check=check_text,
+    packed=PackedBertLayer,
+    same_input=("attention.self", ("query", "key", "value")),
+)
 
-
-def _is_stock(layer: nn.Module) -> bool:
-    """Whether a layer does what its class says, and nobody watches the parts of it that packed rows pass by."""
-    if type(layer) is not BertLayer or layer.is_decoder or layer.training:
-        return False
-    own = layer.attention.self
-    parts = (layer, layer.attention, own, layer.attention.output, layer.intermediate, layer.output)
-    return type(own) is BertSelfAttention and not is_watched(parts)
+FAMILIES = {"bert": BERT}

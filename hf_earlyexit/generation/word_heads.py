@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..families import DecoderBackbone
+from ..families.decoders import DecoderBackbone
 from ..registry import Registry
 
 WORD_HEADS: Registry[type[WordHead]] = Registry("word head")

@@ -10,7 +10,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import DataError
-from ..families.base import Backbone, Context
+from ..families.base import Family
+from ..families.context import Context, Part
 from ..families.packed import Packed
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy, ExitSignal
@@ -27,18 +28,17 @@ UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing t
 class EarlyExitClassifier(ModelWithExits):
     """Put before a stock sequence classifier, adds exits to it.
 
-    The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `backbone` and
-    `classify`.
+    The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `family`.
     """
 
-    backbone: ClassVar[Backbone]
+    family: ClassVar[Family]
     pads = True  # rows of a full pass, as the stock model does; False where its answers are not to be had anyway
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
     def __init__(self, config: Any) -> None:
         config.check_exits()  # values given to from_pretrained were set after the config checked itself
         super().__init__(config)
-        dropout = config.classifier_dropout if config.classifier_dropout is not None else config.hidden_dropout_prob
+        dropout = self.family.dropout_of(config)
         head = HEADS.get(config.exit_head)
         self.exit_heads = nn.ModuleDict(
             {str(layer): head(config.hidden_size, config.num_labels, dropout) for layer in config.exit_layers[:-1]}
@@ -46,33 +46,35 @@ class EarlyExitClassifier(ModelWithExits):
         self.exit_gates = new_gates(config, config.hidden_size, config.num_labels)
         self.post_init()
 
-    def classify(self, hidden: Tensor) -> Tensor:
-        """The stock model's logits `[B, C]` from the hidden states of its last layer `[B, T, H]`."""
-        raise NotImplementedError
-
     # --- walking --------------------------------------------------------------------------------------------------
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
-        module = self.backbone.layers(self.base_model)[layer - 1]
+        module = self.family.layers_of(self.base_model)[layer - 1]
         if isinstance(context, Packed):
-            return self.backbone.packed_layer(module)(hidden, context)
-        return self.backbone.step(module, hidden, context)
+            return self.family.packed_layer(module)(hidden, context)
+        return self.family.call(module, hidden, context)
 
     def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
         """What exit `exit_index` (0-based) says of the hidden states after its layer, its gate where there is one."""
-        layer = self.config.exit_layers[exit_index]
+        layer, family = self.config.exit_layers[exit_index], self.family
         if layer == self.config.num_hidden_layers:
-            return ExitSignal(self.classify(context.for_head(hidden, True)[0][0]))
+            parts = self._parts(hidden, context, family.reads_one_token(self.config))
+            return ExitSignal(_joined([family.answer(self, part) for part in parts]))
         head = self.exit_heads[str(layer)]
-        states = [head.pool(*part, self._stock_pool) for part in context.for_head(hidden, head.first_token)]
-        state = states[0] if len(states) == 1 else torch.cat(states)
+        state = _joined([head.pool(part, self._stock_pool) for part in self._parts(hidden, context, head.one_token)])
         logits = head(state)
         with_gate = with_gate and str(layer) in self.exit_gates
         return ExitSignal(logits, self.exit_gates[str(layer)](state, logits) if with_gate else None)
 
+    def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
+        """What a head reads, behind the stock model's final norm."""
+        parts, norm = context.for_head(hidden, one_token), self.family.norm_of(self.base_model)
+        return parts if norm is None else [part._replace(hidden=norm(part.hidden)) for part in parts]
+
     def _stock_pool(self, hidden: Tensor) -> Tensor:
-        return self.backbone.pool(self.base_model, hidden)
+        assert self.family.pool is not None  # the config refuses heads that borrow one
+        return self.family.pool(self, hidden)
 
     def _may_pack(self, policy: ExitPolicy | None, mask: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether nothing asks for padded rows: neither the inputs, nor the promise that who does not exit early gets the
@@ -123,10 +125,10 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        if self._may_pack(policy, attention_mask, kwargs) and self.backbone.packs(self.base_model):
-            hidden, context = self.backbone.begin_packed(self.base_model, inputs)
+        if self._may_pack(policy, attention_mask, kwargs) and self.family.packs(self.base_model):
+            hidden, context = self.family.begin_packed(self.base_model, inputs)
         else:
-            hidden, context = self.backbone.begin(self.base_model, inputs, kwargs)
+            hidden, context = self.family.begin(self.base_model, inputs, kwargs)
         if policy is not None:
             early = run_early(self, hidden, context, policy, self.num_labels)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)
@@ -147,6 +149,10 @@ class EarlyExitClassifier(ModelWithExits):
                 loss = task_loss(output.logits, labels, problem_type)
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         return output
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def label_problem_type(config: Any, labels: Tensor) -> str:

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ..families.context import Part
 from ..registry import Registry
 
 HEADS: Registry[type[ExitHead]] = Registry("exit head")
@@ -23,7 +23,8 @@ class ExitHead(ABC, nn.Module):
         dropout: applied to the pooled state in training.
     """
 
-    first_token: ClassVar[bool] = False  # True: reads the first token alone (a stock pooler does), so only it is handed over
+    one_token: ClassVar[bool] = False  # True: reads the token that answers alone, so only it is handed over
+    borrows_pooler: ClassVar[bool] = False  # True: needs a family whose stock model has a pooler
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
@@ -31,13 +32,12 @@ class ExitHead(ABC, nn.Module):
         self.classifier = nn.Linear(hidden_size, num_labels)
 
     @abstractmethod
-    def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
+    def pool(self, part: Part, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
         """One vector per row.
 
         Args:
-            hidden: `[B, T, H]`.
-            tokens: True at real tokens `[B, T]`; `None` if no row is padded.
-            stock_pool: the stock model's own pooling.
+            part: states of the rows, and which tokens are real.
+            stock_pool: the stock model's own pooling of `[B, 1, H]`.
 
         Returns:
             `[B, H]`.
@@ -55,42 +55,39 @@ class SharedPoolerHead(ExitHead):
     On backbones whose first token gathers nothing in lower layers these exits know nothing there; calibration says so.
     """
 
-    first_token = True
+    one_token = borrows_pooler = True
 
-    def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
-        return stock_pool(hidden)
+    def pool(self, part: Part, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return stock_pool(part.hidden)
 
 
 @HEADS.register("pooler")
 class OwnPoolerHead(ExitHead):
-    """A pooler of its own (dense and tanh on the first token), then linear."""
+    """A pooler of its own (dense and tanh on the token that answers), then linear."""
 
-    first_token = True
+    one_token = True
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__(hidden_size, num_labels, dropout)
         self.dense = nn.Linear(hidden_size, hidden_size)
 
-    def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.dense(hidden[:, 0]).tanh()
+    def pool(self, part: Part, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.dense(part.state).tanh()
 
 
 @HEADS.register("linear-cls")
 class FirstTokenHead(ExitHead):
-    """Linear straight on the first token: the cheapest."""
+    """Linear straight on the token that answers: the cheapest."""
 
-    first_token = True
+    one_token = True
 
-    def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
-        return hidden[:, 0]
+    def pool(self, part: Part, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return part.state
 
 
 @HEADS.register("linear-mean")
 class MeanHead(ExitHead):
     """Linear on the mean of the real tokens: alive from the first layer on, nearly as cheap."""
 
-    def pool(self, hidden: Tensor, tokens: Tensor | None, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
-        if tokens is None:
-            return hidden.mean(1)
-        real = tokens.to(hidden.dtype)
-        return torch.einsum("bth,bt->bh", hidden, real) / real.sum(1, keepdim=True).clamp_min(1)
+    def pool(self, part: Part, stock_pool: Callable[[Tensor], Tensor]) -> Tensor:
+        return part.mean

@@ -15,8 +15,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from ..errors import DataError, UsageError
-from ..families.base import Context
-from ..families.packed import row_lengths
+from ..families.context import Context, row_lengths
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
@@ -198,4 +197,4 @@ def _run(session: ort.InferenceSession, name: str, hidden: Tensor, context: Cont
 
 
 def _context(tokens: Tensor) -> Context:
-    return Context(None, tokens, row_lengths(tokens))
+    return Context(tokens=tokens, lengths=row_lengths(tokens))

@@ -46,8 +46,8 @@ class _Walk(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         model, tokens = self.model, attention_mask.bool()
         inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}
-        hidden, _ = model.backbone.begin(model.base_model, inputs, {})
-        context = model.backbone.traced_context(hidden, tokens)
+        hidden = model.family.embed(model.base_model, {**dict.fromkeys(model.family.inputs), **inputs})
+        context = model.family.context(model.base_model, hidden, tokens, {}, {}, traced=True)
         named = {TOKENS: tokens, EMBEDDED: hidden}
         exit_at = {layer: index for index, layer in enumerate(model.exit_layers)}
         for layer in range(1, model.exit_layers[-1] + 1):
@@ -75,11 +75,12 @@ def walk_graph(model: Any) -> onnx.ModelProto:
     kind = type(model)
     if not issubclass(kind, EarlyExitClassifier):
         raise UsageError(f"{kind.__name__} cannot be exported; expected a classifier with exits.", field="model")
+    model.family.require_traceable()
     require_float32_on_cpu(model, "ONNX")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_attn_implementation("eager")  # the plainest graph; the sums are the same
     walk = _Walk(model)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.family.longest(model.config))
     example = tuple(torch.full((2, 3), value) for value in (1, 1, 0))  # three tensors: one given twice would be one input
     return export(walk, example, INPUTS, list(walk(*example)), {0: batch, 1: length})
 

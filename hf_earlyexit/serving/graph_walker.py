@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..families.base import Backbone, Context, is_watched
+from ..families.base import LAST, is_watched
+from ..families.context import Context, widened
 from ..policies.base import ExitSignal
 from .batching import pad_batch
 from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
 from .rows import TokenIds, check_any_token
 from .transfer import placed
-from .walker import BatchWalker, ModelWalker, widened
+from .walker import BatchWalker, ModelWalker
 
 _KNOWN: WeakKeyDictionary[Any, dict[Any, SegmentGraphs]] = WeakKeyDictionary()  # by model, then stream and parts
 _KNOWING = Lock()
@@ -41,7 +42,7 @@ def walker_for(model: Any, cuda_graphs: bool = True) -> BatchWalker:
 
 def captures(model: Any) -> bool:
     """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
-    traced = type(model.backbone).traced_context is not Backbone.traced_context
+    traced = not model.family.untraced and model.family.token != LAST  # a graph knows real tokens, not which one answers
     return traced and not is_watched(model.modules())
 
 
@@ -66,9 +67,10 @@ class GraphWalker(ModelWalker):
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         batch = pad_batch(rows, self.base.config.pad_token_id or 0)
         given = {name: placed(values, self.device) for name, values in batch.items()}
-        tokens = given.pop("attention_mask").bool()
-        hidden, _ = self.model.backbone.begin(self.base, given, {})
-        return hidden, Context(None, tokens, tuple(len(row["input_ids"]) for row in rows))
+        tokens = given["attention_mask"].bool()
+        self.family.check(self.family, self.base, given)
+        hidden = self.family.embed(self.base, {**dict.fromkeys(self.family.inputs), **given})
+        return hidden, Context(tokens=tokens, lengths=tuple(len(row["input_ids"]) for row in rows))
 
     def run(
         self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, with_gate: bool = False
@@ -82,12 +84,12 @@ class GraphWalker(ModelWalker):
         width = max(hidden.shape[1] for hidden, _ in parts)
         hidden = torch.cat([widened(hidden, width) for hidden, _ in parts])
         tokens = torch.cat([widened(context.tokens, width) for _, context in parts])
-        return hidden, Context(None, tokens, tuple(length for _, context in parts for length in context.lengths))
+        return hidden, Context(tokens=tokens, lengths=tuple(length for _, context in parts for length in context.lengths))
 
     def _segment(
         self, layers: range, exit_index: int | None, with_gate: bool, hidden: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Outputs]:
-        context = self.model.backbone.traced_context(hidden, tokens)
+        context = self.family.context(self.base, hidden, tokens, {}, {}, traced=True)
         hidden, signal = super().run(layers, hidden, context, exit_index, with_gate)
         return hidden, () if signal is None else signal
 

@@ -94,10 +94,10 @@ def quantize_int8(model: Any) -> Any:
     small.set_exit_policy(None)
     small.save_pretrained = _cannot_save
     small.pads = False
-    for layer in small.backbone.layers(small.base_model):
-        together = small.backbone.same_input(layer)
-        if together is not None:
-            part, names = together
+    for layer in dict.fromkeys(small.family.layers_of(small.base_model)):  # a layer may come more than once
+        if small.family.same_input is not None:
+            path, names = small.family.same_input
+            part = layer.get_submodule(path)
             part.joint = Int8Linear(*(getattr(part, name) for name in names))
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):

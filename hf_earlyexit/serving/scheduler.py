@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from ..families.base import Context
+from ..families.context import Context
 from ..policies.base import ExitPolicy
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import cut

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..families.base import Context
+from ..families.base import Family
+from ..families.context import Context
 from ..families.packed import join as join_packed
 from ..policies.base import ExitSignal
 from .batching import pad_batch
@@ -65,7 +66,7 @@ class BatchWalker(Protocol):
 
 
 class ModelWalker(BatchWalker):
-    """Walks a torch classifier with exits through its backbone; writes nothing on it.
+    """Walks a torch classifier with exits through its family; writes nothing on it.
 
     Args:
         model: a classifier with exits.
@@ -74,9 +75,10 @@ class ModelWalker(BatchWalker):
 
     def __init__(self, model: Any, pack: bool = True) -> None:
         self.model, self.base = model, model.base_model
-        self.packs: bool = pack and model.backbone.packs(self.base)
-        prepared = model.backbone.packed_layer if self.packs else partial(partial, model.backbone.step)
-        self.layers = [prepared(layer) for layer in model.backbone.layers(self.base)]
+        self.family: Family = model.family
+        self.packs: bool = pack and self.family.packs(self.base)
+        prepared = self.family.packed_layer if self.packs else partial(partial, self.family.call)
+        self.layers = [prepared(layer) for layer in self.family.layers_of(self.base)]
         self.exit_layers = model.exit_layers
         self.num_classes = model.num_labels
         self.device = model.device
@@ -85,14 +87,14 @@ class ModelWalker(BatchWalker):
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
         config = self.base.config
-        return check_ids(row, number, config.vocab_size, config.max_position_embeddings)
+        return check_ids(row, number, config.vocab_size, self.family.longest(config))
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""
         batch = pad_batch(rows, self.base.config.pad_token_id or 0).to(self.device)
         if self.packs:
-            return self.model.backbone.begin_packed(self.base, dict(batch))
-        return self.model.backbone.begin(self.base, dict(batch), {})
+            return self.family.begin_packed(self.base, dict(batch))
+        return self.family.begin(self.base, dict(batch), {})
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
@@ -106,13 +108,4 @@ class ModelWalker(BatchWalker):
         """Batches of the same depth as one, padded to the widest where they are padded."""
         if self.packs:
             return join_packed(parts)
-        width = max(hidden.shape[1] for hidden, _ in parts)
-        joined = torch.cat([widened(hidden, width) for hidden, _ in parts])
-        masks = [widened(hidden.new_ones(hidden.shape[:2]) if c.tokens is None else c.tokens, width) for hidden, c in parts]
-        return joined, self.model.backbone.frame(self.base, joined, torch.cat([mask.bool() for mask in masks]), {})
-
-
-def widened(values: Tensor, width: int) -> Tensor:
-    """`[B, T, ...]` with zeros up to `width`."""
-    missing = width - values.shape[1]
-    return torch.cat([values, values.new_zeros(values.shape[0], missing, *values.shape[2:])], 1) if missing else values
+        return self.family.join(self.base, parts)

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..families.base import Context
+from ..families.context import Context
 from ..policies.base import ExitPolicy, ExitSignal
 
 

@@ -169,16 +169,16 @@ def test_custom_masks_and_training_are_not_packed(tiny_model, random_batch):
     batch["attention_mask"] = torch.ones(6, 1, 16, 16).tril().bool()
     with torch.inference_mode():
         assert torch.allclose(model(**batch).logits, model(**batch, early_exit=False).logits, atol=1e-5)
-    assert not model.train().backbone.packs(model.bert)
+    assert not model.train().family.packs(model.bert)
 
 
 def test_gradients_flow_through_packed_rows(tiny_model, random_batch):
     model, batch = tiny_model(), random_batch(5)
-    hidden, context = model.backbone.begin_packed(model.bert, batch)
+    hidden, context = model.family.begin_packed(model.bert, batch)
     assert isinstance(context, Packed)
     run_early(model, hidden, context, OPEN, 3).logits.sum().backward()
     packed = model.bert.encoder.layer[0].attention.self.query.weight.grad.clone()
     model.zero_grad()
-    hidden, context = model.backbone.begin(model.bert, batch, {})
+    hidden, context = model.family.begin(model.bert, batch, {})
     run_all(model, hidden, context, 3)[0][:, -1].sum().backward()
     assert torch.allclose(packed, model.bert.encoder.layer[0].attention.self.query.weight.grad, atol=1e-4)

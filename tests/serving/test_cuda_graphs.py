@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families.base import Context
+from hf_earlyexit.families.base import Framed
+from hf_earlyexit.families.context import Context
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
@@ -202,7 +204,7 @@ def random_part(walker, rows, width, seed):
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
     lengths[0] = width
     tokens = torch.arange(width) < lengths[:, None]
-    return torch.randn(rows, width, 32, generator=generator), Context(None, tokens, tuple(lengths.tolist()))
+    return torch.randn(rows, width, 32, generator=generator), Context(tokens=tokens, lengths=tuple(lengths.tolist()))
 
 
 def leaks(model, poison=float("nan")):
@@ -358,11 +360,12 @@ def test_a_segment_looks_at_no_value_and_takes_nothing_from_the_host(tiny_model,
 
 
 def test_a_number_in_where_is_found_out(tiny_model, monkeypatch):
-    def traced_context(self, hidden, tokens):
-        return Context(torch.where(tokens, 0.0, -1e9)[:, None, None], tokens, None)
+    def frame(given):
+        mask = torch.where(given.attention_mask, 0.0, -1e9)[:, None, None]
+        return Framed({"attention_mask": mask}, {}, {"attention_mask": (3,)}, True)
 
     model = tiny_model()
-    monkeypatch.setattr(type(model.backbone), "traced_context", traced_context)
+    monkeypatch.setattr(type(model), "family", replace(model.family, frame=frame))
     with pytest.raises(AssertionError, match="copies from the host"):
         segment_on_no_device(model)
 
@@ -416,8 +419,8 @@ def test_models_that_a_replay_would_bypass_are_walked_plainly(on_cuda, change):
 
 
 def test_families_that_cannot_be_traced_are_walked_plainly(on_cuda, monkeypatch):
-    untraced = type("Other", (type(on_cuda.backbone),), {"traced_context": graph_walker.Backbone.traced_context})()
-    monkeypatch.setattr(type(on_cuda), "backbone", untraced)
+    untraced = replace(on_cuda.family, untraced="its mask is made in Python.")
+    monkeypatch.setattr(type(on_cuda), "family", untraced)
     assert type(walker_for(on_cuda)) is ModelWalker
 
 

@@ -36,7 +36,7 @@ class BatchWidePolicy(ee.ConfidencePolicy):
 def walk(model, batch, policy):
     """The loop itself, with a policy that needs no name."""
     with torch.inference_mode():
-        hidden, context = model.backbone.begin(model.base_model, batch, {})
+        hidden, context = model.family.begin(model.base_model, batch, {})
         return run_early(model, hidden, context, policy, model.num_labels)
 
 
@@ -249,7 +249,7 @@ def test_dropping_rows_and_trimming_columns_change_no_hidden_state(made, random_
     batch = random_batch(12, seed=8)
     keep = torch.tensor([7, 2, 9])
     with torch.inference_mode():
-        hidden, context = model.backbone.begin(model.base_model, batch, {})
+        hidden, context = model.family.begin(model.base_model, batch, {})
         all_rows = hidden
         for layer in (1, 2, 3, 4):
             all_rows = model.run_layer(layer, all_rows, context)
@@ -321,7 +321,7 @@ def test_the_signals_of_the_last_exit_come_from_the_stock_head(made, random_batc
     model, _ = made("confidence")
     batch = random_batch(4)
     with torch.inference_mode():
-        hidden, context = model.backbone.begin(model.base_model, batch, {})
+        hidden, context = model.family.begin(model.base_model, batch, {})
         for layer in (1, 2, 3, 4):
             hidden = model.run_layer(layer, hidden, context)
         signal = model.exit_signal(3, hidden, context)

@@ -10,7 +10,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families.base import Context
+from hf_earlyexit.families.context import Context
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import scheduler as engine
 from hf_earlyexit.serving.answers import Answers, Leaving
@@ -196,7 +196,8 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
         for given in (policy, None):
             scheduler = Scheduler(ModelWalker(bare, pack=False), given, 512, ends_at=1e18)
             state = None if given is None else given.init_state(5, 3, "meta")
-            context = Context(None, torch.ones(5, 7, dtype=torch.bool, device="meta"), (7,) * 5)
+            tokens = torch.ones(5, 7, dtype=torch.bool, device="meta")
+            context = Context({"attention_mask": None}, tokens=tokens, lengths=(7,) * 5)
             hidden = torch.empty(5, 7, 32, device="meta")
             flight = scheduler._launch(engine.Chunk(0, [0, 1, 2, 3, 4], hidden, context, state, None), [])
             assert (flight.chunk.depth, flight.said.answer.shape) == (1, (5, 3))
@@ -207,7 +208,7 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
 @pytest.mark.parametrize(("flying", "goes"), [([], True), ([3, 2], True), ([1, 2], False), ([0], False)])
 def test_who_waits_goes_on_when_nobody_can_join_any_more(model, flying, goes):
     scheduler = Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=3)
-    few = engine.Chunk(1, [0], torch.zeros(2, 32), Context(None, None, None), None, None)
+    few = engine.Chunk(1, [0], torch.zeros(2, 32), Context(), None, None)
     under_way = [engine.Flight(few._replace(depth=depth), None, list) for depth in flying]
     waiting = {1: [few], 2: [], 3: []}
     assert (scheduler._next([], iter([]), waiting, under_way) is few) is goes
