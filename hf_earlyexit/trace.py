@@ -36,7 +36,7 @@ class ExitTrace:
         gates: leave logits `[N, E - 1]` or `None`.
         similarities: cosine of the states before and after each exit's layer `[N, E]`, or `None`.
         cost: cost of leaving at each exit, in layers; `None` for the layers' numbers.
-        fingerprint: of the exit heads that made the logits; empty if unknown.
+        fingerprint: of the model that made the logits; empty if unknown.
         meta: anything else worth keeping, JSON values (dtype, model name, library versions).
 
     Raises:

@@ -17,7 +17,7 @@ from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
-from ..modeling.fingerprint import heads_fingerprint
+from ..modeling.fingerprint import model_fingerprint
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluation_mode
 from .checks import check_generation
@@ -127,7 +127,7 @@ def calibrate_captions(
         seed=seed,
         split=split,
         dtype=str(model.dtype).removeprefix("torch."),
-        fingerprint=heads_fingerprint(model),
+        fingerprint=model_fingerprint(model),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         notes=tuple(_notes(rule, model.config.exit_decay)),
         metric=f"{judge.metric_name} against {'the full model' if references is None else 'references'}",

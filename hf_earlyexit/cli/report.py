@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from ..calibration.replay import Replay
 from ..errors import UsageError
 from ..modeling.configuration import EXACT
-from ..modeling.fingerprint import heads_fingerprint
+from ..modeling.fingerprint import model_fingerprint
 from ..reports.write import write_report
 from ..serving.collect import collect_trace
 from ..serving.rows import text_columns
@@ -91,11 +91,11 @@ def _figures(judged: Replay) -> dict[str, float]:
 
 
 def _load_trace(path: str, model: Any) -> ExitTrace:
-    trace, own = ExitTrace.load(path), heads_fingerprint(model)
+    trace, own = ExitTrace.load(path), model_fingerprint(model)
     if trace.fingerprint not in ("", own):
         raise UsageError(
-            f"{path} was collected on exit heads {trace.fingerprint}; this model has {own}. Leave --trace out to collect "
-            "a new one.",
+            f"{path} was collected on a model of fingerprint {trace.fingerprint}; this one has {own}. "
+            "Leave --trace out to collect a new one.",
             field="trace",
             path=path,
         )

@@ -12,7 +12,7 @@ from ..captions.processor import EarlyExitCaptionProcessor
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_json
 from ..modeling.configuration import DEFAULT
-from ..modeling.fingerprint import heads_fingerprint, tokenizer_fingerprint
+from ..modeling.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 CALIBRATION_FILE = "calibration.json"
 SEVERAL = "hf_earlyexit.calibrations/1"
@@ -44,7 +44,7 @@ def save(
 
     Raises:
         UsageError: for a calibration whose policy the model does not use.
-        CheckpointError: for a calibration of other exit heads, or a folder that cannot be written.
+        CheckpointError: for a calibration of another model, or a folder that cannot be written.
     """
     results = {} if calibration is None else by_name(calibration)
     _check(model, results)
@@ -102,7 +102,7 @@ def save_calibrated(
     except CheckpointError:  # what is damaged cannot be kept
         former = None
     known = {} if former is None else by_name(former)
-    served, own = _served(model), heads_fingerprint(model)
+    served, own = _served(model), model_fingerprint(model)
     results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
         model.save_pretrained(new)
@@ -129,7 +129,7 @@ def _served(model: Any) -> list[dict[str, Any]]:
 
 
 def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
-    served, own = _served(model), heads_fingerprint(model)
+    served, own = _served(model), model_fingerprint(model)
     for name, result in results.items():
         if result.policy.to_dict() not in served:
             raise UsageError(
@@ -140,7 +140,8 @@ def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
             )
         if result.fingerprint not in ("", own):
             raise CheckpointError(
-                f"The calibration {name!r} is of exit heads {result.fingerprint}; the model has {own}. Calibrate again.",
+                f"The calibration {name!r} is of a model of fingerprint {result.fingerprint}; this one has {own}. "
+                "Calibrate again.",
                 field="calibration",
                 value=result.fingerprint,
             )

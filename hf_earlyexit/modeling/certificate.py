@@ -1,6 +1,7 @@
-"""What ties calibrated thresholds to the exit heads and the dtype they were chosen on.
+"""What ties calibrated thresholds to the model and the dtype they were chosen on.
 
-A certificate stands in the config beside its policy. Once the policy or the heads are others it vouches for nothing.
+A certificate stands in the config beside its policy. Once the policy, a weight or a setting that answers depend on is
+another, it vouches for nothing.
 """
 
 from __future__ import annotations
@@ -15,44 +16,71 @@ from transformers.utils import logging
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError
 from .fingerprint import (
-    HEAD_PREFIXES,
-    heads_fingerprint,
+    answering_settings,
+    answering_state,
+    model_fingerprint,
     policy_fingerprint,
-    tensors_fingerprint,
+    short_sum,
+    state_fingerprint,
     tokenizer_fingerprint,
 )
 
-NEEDED = ("fingerprint", "policy", "dtype")
+NEEDED = {"fingerprint": str, "policy": str, "dtype": str, "rounded": dict, "settings": dict}
 NARROWER = ("float16", "bfloat16")
 
 logger = logging.get_logger(__name__)
 
 
-def certify(result: CalibrationResult, model: Any) -> dict[str, Any] | None:
-    """The certificate of a calibration's thresholds on this model; `None` if the calibration does not know its heads.
+class Fingerprints:
+    """Fingerprints of a model, each taken once: several certificates need the same.
+
+    Args:
+        model: as it is now.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._known: dict[torch.dtype, str] = {}
+
+    def rounded_to(self, dtype: torch.dtype = torch.float32) -> str:
+        """The model's fingerprint with weights rounded to a dtype."""
+        if dtype not in self._known:
+            self._known[dtype] = model_fingerprint(self._model, dtype)
+        return self._known[dtype]
+
+
+def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) -> dict[str, Any] | None:
+    """The certificate of a calibration's thresholds on this model; `None` if the calibration does not know its model.
+
+    Args:
+        result: of a calibration.
+        config: the model's.
+        fingerprints: the model's.
 
     Raises:
-        CheckpointError: if the thresholds were chosen on other exit heads.
+        CheckpointError: if the thresholds were chosen on another model.
     """
     if not result.fingerprint:
         return None
-    own = heads_fingerprint(model)
+    own = fingerprints.rounded_to()
     if result.fingerprint != own:
         raise CheckpointError(
-            f"The thresholds were chosen on exit heads {result.fingerprint}; this model has {own}. "
-            "Collect a trace of this model and calibrate again.",
+            f"The thresholds were chosen on a model of fingerprint {result.fingerprint}; this one has {own}: its weights or "
+            "settings are others. Collect a trace of this model and calibrate again.",
             field="fingerprint",
             value=result.fingerprint,
         )
-    return {
+    certificate = {
         "fingerprint": own,
-        "rounded": {name: heads_fingerprint(model, getattr(torch, name)) for name in NARROWER},
+        "rounded": {name: fingerprints.rounded_to(getattr(torch, name)) for name in NARROWER},
+        "settings": answering_settings(config),
         "policy": policy_fingerprint(result.policy.to_dict()),
         "dtype": result.dtype,
         "split": result.split,
         "num_rows": result.num_rows,
         "target": result.target,
     }
+    return {**certificate, "sum": short_sum(certificate)}
 
 
 def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -66,46 +94,65 @@ def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
 
 
 def is_certificate(value: Any) -> bool:
-    """Whether a value from a config has the form of a certificate."""
+    """Whether a value from a config is a certificate, unchanged since it was written."""
     return (
         isinstance(value, dict)
-        and all(isinstance(value.get(name), str) for name in NEEDED)
-        and isinstance(value.get("rounded", {}), dict)
+        and all(isinstance(value.get(name), kind) for name, kind in NEEDED.items())
+        and value.get("sum") == short_sum({name: one for name, one in value.items() if name != "sum"})
     )
 
 
+def without_policy(values: dict[str, Any]) -> str | None:
+    """The field of a config's certificate that stands there without its policy, or `None`.
+
+    Args:
+        values: fields of a config.
+    """
+    if values.get("exit_certificate") is not None and values.get("exit_policy") is None:
+        return "exit_certificate"
+    points, certificates = (values.get(f"exit_{name}") for name in ("operating_points", "point_certificates"))
+    if isinstance(certificates, dict) and certificates.keys() - (points if isinstance(points, dict) else {}).keys():
+        return "exit_point_certificates"
+    return None
+
+
 def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
-    """See that a model just loaded has the heads and the policies that its certificates are for.
+    """See that a model just loaded is the one, and has the policies, that its certificates are for.
 
     Args:
         model: just loaded; its config loses certificates that vouch for nothing.
         path: where it came from.
-        drop_uncertified: where the heads are others, take the policy off instead of refusing.
+        drop_uncertified: where the model is another, take the policy off instead of refusing.
 
     Raises:
-        CheckpointError: if a policy's thresholds were chosen on other heads.
+        CheckpointError: if a policy's thresholds were chosen on other weights or settings.
     """
-    heads = [weight for name, weight in model.state_dict().items() if name.startswith("exit_heads.")]
-    if any(weight.is_meta for weight in heads):
+    certified = list(_certified(model.config))
+    if not certified:
         return
-    own, dtype = heads_fingerprint(model), str(model.dtype).removeprefix("torch.")
-    for point, policy, certificate in list(_certified(model.config)):
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        logger.warning(
+            f"Weights of {path} are not in memory, so nobody can see whether they are those that were calibrated."
+        )
+        return
+    own, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    for point, policy, certificate in certified:
         named = "exit policy" if point is None else f"operating point {point!r}"
         if policy is None or policy_fingerprint(policy) != certificate["policy"]:
             if policy is not None:
                 logger.warning(f"The {named} of {path} is not the one that was calibrated; it is used without certificate.")
             _take_off(model.config, point, keep_policy=True)
-        elif not _same_heads(own, certificate):
+        elif not _same_model(own, certificate):
             if not drop_uncertified:
                 raise CheckpointError(
-                    f"The thresholds of the {named} in {path} were chosen on exit heads {certificate['fingerprint']}, but "
-                    f"the heads there are {own}: the folder was saved or edited in part. Restore it, or pass "
-                    "ignore_certificate=True to load without these thresholds and calibrate again.",
+                    f"The thresholds of the {named} in {path} were chosen on another model: "
+                    f"{_difference(own, certificate, model.config)}. The folder was saved or edited in part. Restore it, or "
+                    "pass ignore_certificate=True to load without these thresholds and calibrate again.",
                     field="exit_certificate",
                     value=certificate["fingerprint"],
                     path=path,
                 )
-            logger.warning(f"The {named} of {path} was calibrated on other exit heads and is left out; calibrate again.")
+            logger.warning(f"The {named} of {path} was calibrated on another model and is left out; calibrate again.")
             _take_off(model.config, point)
         elif certificate["dtype"] not in ("", dtype):
             logger.warning(
@@ -116,22 +163,35 @@ def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
 
 
 def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:
-    """Before saving, take off the policies whose heads have been trained since; says so.
+    """Before saving, take off the policies whose model has changed since, and certificates without a policy; says so.
 
     Args:
         model: about to be saved.
         tensors: what will be saved, if it is not the model's own state.
     """
-    certified = list(_certified(model.config))
-    tensors = model.state_dict() if tensors is None else tensors
-    if not certified or not any(name.startswith(HEAD_PREFIXES) for name in tensors):
+    for point, policy, _ in list(_certified(model.config)):
+        if policy is None:
+            _take_off(model.config, point)
+    certified, own = list(_certified(model.config)), answering_state(model)
+    if not certified or (tensors is not None and not own.keys() <= tensors.keys()):
         return
-    own = tensors_fingerprint(tensors)
-    outdated = [point for point, _, certificate in certified if not _same_heads(own, certificate)]
+    state = own if tensors is None else {name: tensors[name] for name in own}
+    fingerprint = state_fingerprint(state, model.config)
+    outdated = [point for point, _, certificate in certified if not _same_model(fingerprint, certificate)]
     for point in outdated:
         _take_off(model.config, point)
     if outdated:
-        logger.warning("The exits have changed since their thresholds were chosen, so these are left out; calibrate again.")
+        logger.warning("The model has changed since its thresholds were chosen, so these are left out; calibrate again.")
+
+
+def _difference(own: str, certificate: dict[str, Any], config: Any) -> str:
+    """What is another than it was, in words: a setting where it is one, else the weights."""
+    before, now = certificate["settings"], answering_settings(config)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            was, is_now = (repr(values[name]) if name in values else "the default" for values in (before, now))
+            return f"{name} is {is_now}, and was {was}"
+    return f"its weights have the fingerprint {own}, and had {certificate['fingerprint']}"
 
 
 def _certified(config: Any) -> Iterator[tuple[str | None, dict[str, Any] | None, dict[str, Any]]]:
@@ -143,8 +203,8 @@ def _certified(config: Any) -> Iterator[tuple[str | None, dict[str, Any] | None,
         yield point, points.get(point), certificate
 
 
-def _same_heads(own: str, certificate: dict[str, Any]) -> bool:
-    return own == certificate["fingerprint"] or own in certificate.get("rounded", {}).values()
+def _same_model(own: str, certificate: dict[str, Any]) -> bool:
+    return own == certificate["fingerprint"] or own in certificate["rounded"].values()
 
 
 def _take_off(config: Any, point: str | None, keep_policy: bool = False) -> None:

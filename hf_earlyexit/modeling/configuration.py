@@ -18,7 +18,7 @@ from ..files import read_json
 from ..policies import ExitPolicy
 from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..registry import Registry
-from .certificate import is_certificate
+from .certificate import is_certificate, without_policy
 from .gates import GATES
 from .heads import HEADS
 from .shim import LoadedByShim, auto_map, write_shim
@@ -87,7 +87,14 @@ class EarlyExitConfig(LoadedByShim):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; the Auto classes come this way, and say from where."""
-        with _told_where(kwargs.get("name_or_path")):
+        with _told_where(kwargs.get("name_or_path") or config_dict.get("_name_or_path")):
+            if (field := without_policy(config_dict)) is not None and not kwargs.keys() & {field, "exit_policy"}:
+                raise wrong(
+                    field,
+                    config_dict[field],
+                    "the policy that it vouches for beside it, in exit_policy or exit_operating_points: restore that, or "
+                    f"pass {field}=None to run without and calibrate again",
+                )
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod

@@ -39,7 +39,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
     ) -> None:
         """As in transformers, but the folder is replaced whole or not at all.
 
-        After an error it is as it was. A policy whose heads have been trained since it was calibrated is left out. With
+        After an error it is as it was. A policy whose model has changed since it was calibrated is left out. With
         `distributed_checkpoint` every process writes its part of a sharded model straight into the folder, the config first;
         a failure there leaves what was written. Give it a new folder.
 
@@ -77,7 +77,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
             pretrained_model_name_or_path: folder or Hub id.
             args, kwargs: as in transformers, and `init_missing_exits=True` to accept a checkpoint with exits whose
                 exits differ from the config's: missing ones are initialised, others dropped. For training only.
-                `ignore_certificate=True` leaves out policies that were calibrated on other exit heads.
+                `ignore_certificate=True` leaves out policies that were calibrated on another model.
 
         Raises:
             CheckpointError: if tensors are missing, of another shape, not finite, not those that the thresholds were chosen

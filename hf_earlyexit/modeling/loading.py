@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import CheckpointError
 from ..files import CONFIG, read_json
-from .fingerprint import HEAD_PREFIXES, NEW_PARTS
+from .fingerprint import NEW_PARTS
 
 INPUT_PARTS = {
     "tokenizer": ("tokenizer_config.json",),
@@ -111,13 +112,25 @@ def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size
             field=(lost or stray)[0],
             path=path,
         )
-    for name, tensor in model.named_parameters():
-        small = name.startswith(HEAD_PREFIXES) and not tensor.is_meta
-        if small and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} in {path} holds values that are not finite.", field=name, path=path)
+    for name, tensor in model.state_dict().items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"{name} in {path} holds values that are not finite, so its answers would not be either. Download "
+                "the folder again, or train again with a lower learning rate.",
+                field=name,
+                path=path,
+            )
     if any(name.startswith("exit_heads.") for name in missing):
         logger.warning_once(
             "The exits are new and know nothing yet: train them (EarlyExitTrainer), then calibrate, before exiting early."
         )
     elif any(name.startswith("exit_gates.") for name in missing):
         logger.warning_once("The gates are new and know nothing yet: train them (ConsistentTrainer) before they decide.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither nan nor an infinity; read once, without a copy. One that is not in memory counts."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    lowest, highest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

@@ -9,7 +9,7 @@ from ..calibration.result import CalibrationResult
 from ..errors import EarlyExitConfigError, UsageError
 from ..policies import ExitPolicy
 from ..registry import unknown_name
-from .certificate import certify
+from .certificate import Fingerprints, certify
 from .configuration import DEFAULT, EXACT
 
 
@@ -29,14 +29,14 @@ class OperatingPoints:
         """Serve with this policy from now on; `None` runs the model in full.
 
         Args:
-            policy: a calibration result, whose heads must be this model's: they are checked again at every load. Or a bare
+            policy: a calibration result, which must be of this model: that is checked again at every load. Or a bare
                 policy, for which nothing vouches.
 
         Raises:
             EarlyExitConfigError: for a policy made for other exits or another problem type.
-            CheckpointError: for a calibration of other exit heads.
+            CheckpointError: for a calibration of another model.
         """
-        values, certificate = (None, None) if policy is None else self._accept(policy)
+        values, certificate = (None, None) if policy is None else self._accept(policy, Fingerprints(self))
         self.config.exit_policy, self.config.exit_certificate = values, certificate
 
     def set_operating_points(
@@ -67,7 +67,8 @@ class OperatingPoints:
             )
         if default is not None and default not in (EXACT, *points):
             raise unknown_name("operating point", default, (EXACT, *points))
-        accepted = {name: self._accept(source, name) for name, source in points.items()}
+        fingerprints = Fingerprints(self)
+        accepted = {name: self._accept(source, fingerprints, name) for name, source in points.items()}
         policies = {name: values for name, (values, _) in accepted.items()}
         certificates = {name: certificate for name, (_, certificate) in accepted.items() if certificate is not None}
         if keep_others:
@@ -135,7 +136,9 @@ class OperatingPoints:
                 )
         return policy
 
-    def _accept(self, source: ExitPolicy | CalibrationResult, name: str | None = None) -> tuple[dict, dict | None]:
+    def _accept(
+        self, source: ExitPolicy | CalibrationResult, fingerprints: Fingerprints, name: str | None = None
+    ) -> tuple[dict, dict | None]:
         """A policy as the config holds it, and its certificate."""
         policy = source.policy if isinstance(source, CalibrationResult) else source
         if not isinstance(policy, ExitPolicy):
@@ -146,4 +149,5 @@ class OperatingPoints:
             self.config.check_policy(policy)
         else:
             self.config.check_operating_point(name, policy)
-        return policy.to_dict(), certify(source, self) if isinstance(source, CalibrationResult) else None
+        certified = isinstance(source, CalibrationResult)
+        return policy.to_dict(), certify(source, self.config, fingerprints) if certified else None

@@ -16,7 +16,7 @@ from ..calibration.targets import Target
 from ..errors import UsageError
 from ..files import replaced_folder
 from ..modeling.certificate import warn_of_other_tokenizer
-from ..modeling.fingerprint import heads_fingerprint
+from ..modeling.fingerprint import model_fingerprint
 from ..policies import ExitPolicy
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
@@ -73,7 +73,7 @@ def export_onnx(
     warn_of_other_tokenizer(model, tokenizer)
     whole = walk_graph(model)
     config = copy.deepcopy(model.config)
-    fingerprint, dtype, changed = heads_fingerprint(model), "float32", None
+    fingerprint, dtype, changed = model_fingerprint(model), "float32", None
     if int8:
         whole, dtype = quantize_graph(whole), "int8"
         fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]

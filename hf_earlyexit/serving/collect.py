@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError
 from ..modeling.classifier import label_problem_type
-from ..modeling.fingerprint import heads_fingerprint
+from ..modeling.fingerprint import model_fingerprint
 from ..trace import ExitTrace
 from .batching import evaluation_mode, sorted_batches
 from .rows import encode_rows
@@ -88,7 +88,7 @@ def make_trace(model: Any, logits: Tensor, labels: Tensor, split: str, gates: Te
         split=split,
         gates=gates,
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
-        fingerprint=heads_fingerprint(model),
+        fingerprint=model_fingerprint(model),
         meta={
             "dtype": str(model.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Int8Linear(nn.Module):
         self.scale, self.sums, self.offset = scale, weight.sum(1), torch.cat(offsets).float()
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         fast = torch.backends.mkldnn.is_available()
+        self.register_buffer(
+            "checksum", _checksum(rounded, self.scale, self.sums, self.offset)
+        )  # for the model's fingerprint
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None) if fast else None
         self.rounded = None if fast else rounded.float()
 
@@ -64,6 +68,14 @@ class Int8Linear(nn.Module):
         plain = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale or zero of outputs, nothing after
         products = torch.ops.onednn.qlinear_pointwise(tokens, 1.0, 0, self.packed, self.scale, self.zeros, *plain)
         return products[:count]
+
+
+def _checksum(*tensors: Tensor) -> Tensor:
+    """SHA-256 of these tensors' values, `[32]` bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def quantize_int8(model: Any) -> Any:

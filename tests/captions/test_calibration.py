@@ -298,7 +298,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
     model.set_operating_points({"quick": found})
     model.save_pretrained(tmp_path / "model")
     assert ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path / "model").policy_at("quick") == found.policy
-    with pytest.raises(CheckpointError, match="chosen on exit heads"):
+    with pytest.raises(CheckpointError, match=r"chosen on (a|another) model"):
         captioner(seed=1, exit_head="linear").set_exit_policy(found)
 
 

@@ -82,7 +82,7 @@ def test_other_heads_are_refused(saved, name):
 
 def test_a_single_bit_is_seen(saved):
     edit_weights(saved, flip_a_bit)
-    with pytest.raises(CheckpointError, match="chosen on exit heads"):
+    with pytest.raises(CheckpointError, match="chosen on another model: its weights"):
         Door.from_pretrained(saved)
 
 
@@ -101,7 +101,7 @@ def test_other_heads_can_be_loaded_without_their_thresholds(saved, model, caplog
     assert loaded.exit_policy is None
     assert loaded.operating_points == ("exact", "bare")
     assert loaded.config.exit_certificate is loaded.config.exit_point_certificates is None
-    assert len(heard(caplog, "calibrated on other exit heads and is left out")) == 2
+    assert len(heard(caplog, "calibrated on another model and is left out")) == 2
     assert AutoModel.from_pretrained(saved, init_missing_exits=True).exit_policy is None
 
 
@@ -127,7 +127,7 @@ def test_exits_trained_after_their_calibration_are_saved_without_thresholds(mode
     with torch.no_grad():
         model.exit_heads["2"].classifier.weight.add_(0.1)
     model.save_pretrained(tmp_path)
-    assert heard(caplog, "The exits have changed since their thresholds were chosen")
+    assert heard(caplog, "The model has changed since its thresholds were chosen")
     assert AutoModel.from_pretrained(tmp_path).exit_policy is None
     assert AutoModel.from_pretrained(tmp_path).operating_points == ("exact", "bare")
 

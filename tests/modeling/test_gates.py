@@ -8,7 +8,7 @@ from transformers import BertForSequenceClassification
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, EarlyExitConfigError, UnknownNameError
-from hf_earlyexit.modeling.fingerprint import heads_fingerprint
+from hf_earlyexit.modeling.fingerprint import model_fingerprint
 from hf_earlyexit.modeling.gates import GATES
 
 KINDS = GATES.names()
@@ -121,10 +121,10 @@ def test_gates_come_back_to_the_bit_and_belong_to_the_fingerprint(tiny_model, ra
     again = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**batch, early_exit=False).exit_gates, model(**batch, early_exit=False).exit_gates)
     assert again.exit_policy == model.exit_policy
-    assert heads_fingerprint(again) == heads_fingerprint(model)
+    assert model_fingerprint(again) == model_fingerprint(model)
     with torch.no_grad():
         again.exit_gates["2"].outer.bias += 1
-    assert heads_fingerprint(again) != heads_fingerprint(model)
+    assert model_fingerprint(again) != model_fingerprint(model)
     stock = BertForSequenceClassification.from_pretrained(tmp_path).eval()  # reads the folder all the same
     assert torch.equal(stock(**batch).logits, model(**batch, early_exit=False).logits)
 

@@ -194,7 +194,7 @@ def test_thresholds_of_the_model_are_not_for_int8(served, labelled, tmp_path):
     small = ee.OnnxClassifier.from_pretrained(tmp_path)
     assert small.exit_policy is None
     trace = ee.collect_trace(served, rows, labels=labels, progress=False)
-    with pytest.raises(CheckpointError, match="chosen on exit heads"):
+    with pytest.raises(CheckpointError, match=r"chosen on (a|another) model"):
         small.set_exit_policy(ee.calibrate(trace, "confidence", keep_weak_exits=True))
     own = ee.collect_trace(small, rows, labels=labels, progress=False)
     assert own.meta["dtype"] == "int8"

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.modeling.fingerprint import heads_fingerprint
+from hf_earlyexit.modeling.fingerprint import model_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_labels_out_of_range_are_refused(model, tokenizer, rows, labels, wrong):
 def test_the_trace_says_where_it_comes_from(model, tokenizer, rows, labels):
     trace = ee.collect_trace(model, rows, tokenizer=tokenizer, labels=labels, split="train", progress=False)
     assert (trace.split, trace.problem_type) == ("train", "single_label_classification")
-    assert trace.fingerprint == heads_fingerprint(model)
+    assert trace.fingerprint == model_fingerprint(model)
     assert trace.meta["dtype"] == "float32"
     assert set(trace.meta["versions"]) == {"hf_earlyexit", "torch", "transformers"}
 
@@ -126,24 +126,24 @@ def test_half_precision_models_give_float32_traces(tiny_model, tokenizer, rows, 
     assert trace.meta["dtype"] == "bfloat16"
 
 
-def test_the_fingerprint_changes_with_the_heads_and_with_nothing_else(tiny_model, tmp_path):
+def test_the_fingerprint_changes_with_the_weights_and_not_with_the_policy(tiny_model, tmp_path):
     model = tiny_model()
-    start = heads_fingerprint(model)
+    start = model_fingerprint(model)
     assert len(start) == 16
-    with torch.no_grad():
-        model.bert.encoder.layer[0].output.dense.weight.add_(1)
     model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3))
-    assert heads_fingerprint(model) == start
+    assert model_fingerprint(model) == start
     model.save_pretrained(tmp_path)
-    assert heads_fingerprint(type(model).from_pretrained(tmp_path)) == start
+    assert model_fingerprint(type(model).from_pretrained(tmp_path)) == start
     seen = {start}
-    for weight in (model.exit_heads["2"].classifier.bias, model.exit_heads["3"].classifier.weight, model.classifier.weight):
+    layer = model.bert.encoder.layer[0].output.dense
+    heads = (model.exit_heads["2"].classifier.bias, model.exit_heads["3"].classifier.weight, model.classifier.weight)
+    for weight in (*heads, layer.weight):
         with torch.no_grad():
             weight.view(-1)[0] += 1e-3
-        seen.add(heads_fingerprint(model))
-    assert len(seen) == 4
+        seen.add(model_fingerprint(model))
+    assert len(seen) == 5
     half = model.to(torch.bfloat16)
-    assert heads_fingerprint(half) == heads_fingerprint(half.to(torch.float32))
+    assert model_fingerprint(half) == model_fingerprint(half.to(torch.float32))
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6])
