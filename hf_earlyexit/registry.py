@@ -53,6 +53,11 @@ class Registry(Generic[T]):
         self._load_entry_points()
         return sorted(self._items)
 
+    def listed(self) -> str:
+        """All known names in words, for help texts: "a, b or c"."""
+        *first, last = self.names()
+        return f"{', '.join(first)} or {last}" if first else last
+
     def get(self, name: str) -> T:
         """The object called `name`.
 

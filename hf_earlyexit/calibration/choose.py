@@ -24,7 +24,7 @@ CURVE_POINTS = 400
 
 def calibrate(
     trace: ExitTrace,
-    policy: str | ExitPolicy = "beem-a",
+    policy: str | ExitPolicy = "confidence",
     target: str | Target = "max-drop:0",
     *,
     per_exit: bool | None = None,

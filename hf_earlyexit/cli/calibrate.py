@@ -1,6 +1,6 @@
 """Choose thresholds for a trained model on held-back rows, and put policy and thresholds into its config.
 
-    hf-earlyexit calibrate --model bert-with-exits --policy beem-a --target max-drop:0.01
+    hf-earlyexit calibrate --model bert-with-exits --policy confidence --target max-drop:0.01
     hf-earlyexit calibrate --model bert-with-exits --target speed-up:2 --operating_point fast
 
 Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json. A policy with a
@@ -16,8 +16,10 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from ..calibration import calibrate
+from ..calibration.targets import target_forms
 from ..errors import UsageError
 from ..hub.save import save_calibrated
+from ..policies import POLICIES
 from ..serving.collect import collect_trace
 from ..trace import ExitTrace
 from ..training.data import load_splits, require_split
@@ -31,8 +33,8 @@ class CalibrateArguments:
     """Which policy, for what, on which rows."""
 
     model: str = field(metadata={"help": "folder of a trained model with exits"})
-    policy: str = field(default="beem-a", metadata={"help": "name of an exit policy"})
-    target: str = field(default="max-drop:0", metadata={"help": "max-drop:X, speed-up:X, layer-budget:X, final-layer-error"})
+    policy: str = field(default="confidence", metadata={"help": POLICIES.listed()})
+    target: str = field(default="max-drop:0", metadata={"help": target_forms()})
     per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
     options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})
     dataset: str | None = field(default=None, metadata={"help": f"rows to choose on; by default the model's {TRACE_FILE}"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..modeling.gates import GATES
 from ..serving.collect import collect_trace
 from ..training import ConsistentTrainer, ConsistentTrainingArguments
 from .answer import Answer
@@ -20,7 +21,7 @@ from .train import TRACE_FILE, TrainArguments, prepare
 class GateArguments:
     """What the gates look like."""
 
-    exit_gate: str = field(default="mlp", metadata={"help": "mlp, or mlp+logits for gates that see the exit's answer too"})
+    exit_gate: str = field(default="mlp", metadata={"help": f"{GATES.listed()}; mlp+logits sees the exit's answer too"})
 
 
 ARGUMENTS = (TrainArguments, GateArguments, ConsistentTrainingArguments)

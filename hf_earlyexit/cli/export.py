@@ -29,10 +29,10 @@ class ExportArguments:
 
     WORDS: ClassVar[tuple[str, ...]] = ("format", "model", "output")
 
-    format: str = field(metadata={"help": "onnx"})
+    format: str = field(metadata={"help": ", ".join(FORMATS)})
     model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
     output: str = field(metadata={"help": "folder to write"})
-    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "one-file, layers, or both"})
+    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": f"{', '.join(FORMS)}, or both"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to export as the default"})
     int8: bool = field(default=False, metadata={"help": "compute layers in 8 bits; thresholds are chosen anew"})
     dataset: str | None = field(default=None, metadata={"help": "with int8: held-back rows with labels"})

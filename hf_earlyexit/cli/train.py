@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from ..doors import EarlyExitBertForSequenceClassification
+from ..modeling.heads import HEADS
 from ..serving.collect import collect_trace
 from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
 from ..training.data import encode, hold_back, label_names, load_splits, require_split, with_ids
@@ -33,7 +34,7 @@ class TrainArguments:
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     held_back: str = field(default="0.1", metadata={"help": "share of the train split, or name of a split, for thresholds"})
     exit_layers: list[int] | None = field(default=None, metadata={"help": "layers with an exit; all by default"})
-    exit_head: str = field(default="linear-mean", metadata={"help": "linear-mean, linear, pooler or linear-cls"})
+    exit_head: str = field(default="linear-mean", metadata={"help": HEADS.listed()})
     max_length: int = field(default=128, metadata={"help": "tokens of a text"})
 
 

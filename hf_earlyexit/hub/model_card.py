@@ -19,9 +19,10 @@ from ..calibration.replay import Replay
 from ..calibration.result import CalibrationResult
 from ..doors import CAPTIONING
 from ..errors import UsageError
+from ..losses import OBJECTIVES
 from ..measuring.timing import Timing
+from ..policies import POLICIES
 from ..problem_types import REGRESSION, SINGLE_LABEL, quality_name
-from .citations import citations
 from .markdown import escape, hub_id, without_private
 
 METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
@@ -74,6 +75,7 @@ def model_card_files(
     evaluated_on: str | None = None,
     timings: Mapping[str, Timing] | None = None,
     timed_on: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, bytes]:
     """The files that describe a model on the Hub: card, results and plots.
 
@@ -89,6 +91,7 @@ def model_card_files(
         evaluated_on: Hub id of the data the evaluations are from; by default the only one of `datasets`.
         timings: measured speed against the full model, by name of the operating point.
         timed_on: rows and machine of the timings, in words.
+        objective: registered name of what the exits were trained with, to tell and to cite.
 
     Returns:
         Contents by path: `README.md`; for each accuracy on named data `.eval_results/<point>.yaml`; and, with a calibration
@@ -96,6 +99,7 @@ def model_card_files(
 
     Raises:
         UsageError: for figures of an operating point that calibration does not have, or two points with one file name.
+        UnknownNameError: for an objective that is not registered.
     """
     evaluations, timings = dict(evaluations or {}), dict(timings or {})
     _check_points(calibration, evaluations, timings)
@@ -126,6 +130,7 @@ def model_card_files(
         where=Markup(hub_id(repo_id) or "FOLDER_OR_HUB_ID"),
         base_model=hub_id(base_model),
         about=kind.about,
+        objective=objective,
         task=kind.task,
         unit=kind.unit,
         inputs=kind.inputs,
@@ -143,7 +148,7 @@ def model_card_files(
         timed_on=None if timed_on is None else without_private(timed_on),
         has_plots=bool(files),
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
-        citations=[Markup(text) for text in citations(policies)],
+        citations=[Markup(text) for text in _citations(policies, objective)],
     ).encode()
     if data_name is not None and problem == SINGLE_LABEL and kind is CLASSIFIER:
         for name, done in evaluations.items():
@@ -152,6 +157,13 @@ def model_card_files(
                 raise UsageError(f"Two operating points would both be written to {path}; rename {name!r}.", value=name)
             files[path] = _eval_result(name, done, data_name).encode()
     return files
+
+
+def _citations(policies: Iterable[str], objective: str | None) -> list[str]:
+    """BibTeX of the policies and the objective, each entry once, in their order."""
+    used = [POLICIES.get(name).citation for name in policies]
+    used += [] if objective is None else [OBJECTIVES.get(objective).citation]
+    return list(dict.fromkeys(entry for entries in used for entry in entries))
 
 
 def file_name(point: str) -> str:

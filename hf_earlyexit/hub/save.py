@@ -39,7 +39,7 @@ def save(
         image_processor: a captioner's; the same holds for it.
         calibration: how the model's thresholds were chosen: a result, or several by operating point.
         card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license`,
-            `evaluated_on`, and what `card_figures` returned.
+            `objective`, `evaluated_on`, and what `card_figures` returned.
         repo_id: where the folder will be pushed to, for the card.
 
     Raises:

@@ -40,6 +40,7 @@ class Objective(ABC):
     weights: str | Sequence[float] = "linear"
 
     freezes_backbone: ClassVar[bool] = False  # True: only what the exits added is trained
+    citation: ClassVar[tuple[str, ...]] = ()  # BibTeX of the papers it comes from, for model cards
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..citations import BEEM
 from ..errors import TrainingError
 from ..problem_types import MULTI_LABEL, REGRESSION
 from .base import OBJECTIVES, Objective, label_losses
@@ -28,6 +30,8 @@ class DistillationObjective(Objective):
     Paper: BEEM (https://arxiv.org/abs/2502.00745): cross entropy plus KL, temperature 1. The paper's direction could not be
     established, so both are here.
     """
+
+    citation: ClassVar[tuple[str, ...]] = (BEEM,)
 
     temperature: float = 1.0
     direction: str = "exit-to-last"

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..citations import DEEBERT
 from ..errors import TrainingError
 from .base import OBJECTIVES
 from .distillation import DistillationObjective
@@ -28,6 +29,7 @@ class TwoStageObjective(DistillationObjective):
     strength: float = 0.0
 
     freezes_backbone: ClassVar[bool] = True
+    citation: ClassVar[tuple[str, ...]] = (DEEBERT,)
 
     def exit_weights(self, exit_layers: Sequence[int]) -> Tensor:
         weights = super().exit_weights(exit_layers)

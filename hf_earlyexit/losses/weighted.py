@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..citations import PABEE
 from .base import OBJECTIVES, Objective, label_losses
 
 
@@ -16,6 +18,8 @@ class WeightedObjective(Objective):
 
     Paper: PABEE (https://arxiv.org/abs/2006.04152) and BEEM weigh an exit by its depth ("linear").
     """
+
+    citation: ClassVar[tuple[str, ...]] = (PABEE,)
 
     def exit_losses(self, exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         return label_losses(exit_logits, labels, problem_type)

@@ -93,6 +93,7 @@ class ExitPolicy(ABC):
     counts: ClassVar[bool] = False  # True: scores are whole numbers, and so are thresholds
     lowest_threshold: ClassVar[float] = 0.0
     highest_score: ClassVar[float] = math.inf  # of any row at any exit
+    citation: ClassVar[tuple[str, ...]] = ()  # BibTeX of the papers the rule comes from, for model cards
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON brings lists

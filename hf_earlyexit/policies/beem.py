@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from .agreement import Chain
@@ -48,6 +49,7 @@ class BeemPolicy(ExitPolicy):
     vote: str = "probability"
     decay: float = 1.0
 
+    citation: ClassVar[tuple[str, ...]] = (BEEM,)
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL, MULTI_LABEL})
 
     @property

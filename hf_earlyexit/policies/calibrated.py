@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import SINGLE_LABEL, row_quality
 from .agreement import Chain
@@ -38,6 +39,7 @@ class CalibratedBeemPolicy(ExitPolicy):
     offsets: tuple[tuple[float, ...], ...]
     memory: float = 0.25
 
+    citation: ClassVar[tuple[str, ...]] = (BEEM,)
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
     highest_score: ClassVar[float] = 1.0

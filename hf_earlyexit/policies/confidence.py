@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..citations import DEEBERT
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from .base import ExitSignal, register_policy
 from .measures import certainty, margin, max_probability, measure
@@ -44,6 +45,7 @@ class EntropyPolicy(MeasuredPolicy):
     threshold t here is entropy (1 - t) * log C there.
     """
 
+    citation: ClassVar[tuple[str, ...]] = (DEEBERT,)
     how: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(certainty)
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..citations import CONSISTENTEE
 from ..errors import PolicyError
 from .base import ExitSignal, register_policy
 from .measures import probability
@@ -27,6 +28,7 @@ class GatePolicy(MemorylessPolicy):
     a curve from the same model, so `calibrate` serves it like every rule.
     """
 
+    citation: ClassVar[tuple[str, ...]] = (CONSISTENTEE,)
     uses_logits: ClassVar[bool] = False
     uses_gate: ClassVar[bool] = True
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..citations import PABEE
 from ..errors import PolicyError
 from ..problem_types import REGRESSION
 from .agreement import Chain
@@ -30,6 +31,7 @@ class PatiencePolicy(ExitPolicy):
 
     tolerance: float = 0.0
 
+    citation: ClassVar[tuple[str, ...]] = (PABEE,)
     counts: ClassVar[bool] = True
     lowest_threshold: ClassVar[float] = 1.0
 

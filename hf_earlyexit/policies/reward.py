@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..citations import CONSISTENTEE
 from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
 from ..problem_types import SINGLE_LABEL, row_quality
@@ -69,6 +70,7 @@ class RewardPolicy(ExitPolicy):
 
     weights: tuple[float, ...]
 
+    citation: ClassVar[tuple[str, ...]] = (CONSISTENTEE,)
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
     highest_score: ClassVar[float] = 1.0

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..citations import CALM, MUE
 from ..errors import PolicyError
 from .base import ExitSignal, register_policy
 from .memoryless import MemorylessPolicy, NoState
@@ -22,6 +23,7 @@ class SaturationPolicy(MemorylessPolicy):
     Paper: MuE (https://arxiv.org/abs/2211.11152), and the hidden-state measure of CALM (https://arxiv.org/abs/2207.07061).
     """
 
+    citation: ClassVar[tuple[str, ...]] = (MUE, CALM)
     uses_logits: ClassVar[bool] = False
     uses_similarity: ClassVar[bool] = True
 

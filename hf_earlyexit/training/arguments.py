@@ -28,9 +28,9 @@ class EarlyExitTrainingArguments(TrainingArguments):
         TrainingError, UnknownNameError: for an objective that cannot be made.
     """
 
-    objective: str = field(default="weighted", metadata={"help": "weighted, distillation or two-stage"})
+    objective: str = field(default="weighted", metadata={"help": OBJECTIVES.listed()})
     objective_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "fields of the objective, JSON"})
-    exit_metric: str | None = field(default=None, metadata={"help": "accuracy, f1, matthews, spearman or mse"})
+    exit_metric: str | None = field(default=None, metadata={"help": EXIT_METRICS.listed()})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import TrainingError
-from ..losses import ConsistentObjective
+from ..losses import ESTIMATORS, ConsistentObjective
+from ..losses.consistentee import ACTIONS
 from .arguments import EarlyExitTrainingArguments
 from .gates import EpsilonSchedule, GateRecipe
 from .hardness import HARDNESS
@@ -39,20 +40,20 @@ class ConsistentTrainingArguments(EarlyExitTrainingArguments):
     """
 
     alpha: float = field(default=0.05, metadata={"help": "price of a layer for the easiest rows, in units of the loss"})
-    estimator: str = field(default="reinforce", metadata={"help": "reinforce or exact"})
+    estimator: str = field(default="reinforce", metadata={"help": ESTIMATORS.listed()})
     rollouts: int = field(default=8, metadata={"help": "ways drawn for every row"})
-    action: str = field(default="sample", metadata={"help": "sample or argmax"})
+    action: str = field(default="sample", metadata={"help": " or ".join(ACTIONS)})
     epsilon_start: float = field(default=0.0, metadata={"help": "chance of a coin's action at the first step"})
     epsilon_end: float = field(default=0.0, metadata={"help": "and in the end"})
     epsilon_decay: float = field(default=1000.0, metadata={"help": "steps in which the difference falls to a third"})
-    hardness: str = field(default="memorized", metadata={"help": "memorized, oracle, loss or none"})
+    hardness: str = field(default="memorized", metadata={"help": HARDNESS.listed()})
     id_column: str = field(default="idx", metadata={"help": "column with each row's own id"})
     exits_trained: bool = field(default=False, metadata={"help": "leave out the phase of all exits"})
     gate_epochs: int = field(default=2, metadata={"help": "passes over the cached states"})
     gate_batch_size: int = field(default=32, metadata={"help": "rows a step of the gates"})
     gate_learning_rate: float = field(default=3e-4, metadata={"help": "of the gates"})
     max_gate_rows: int = field(default=20_000, metadata={"help": "most rows the gates learn from"})
-    chosen_phase: str = field(default="alternate", metadata={"help": "alternate or joint"})
+    chosen_phase: str = field(default="alternate", metadata={"help": " or ".join(CHOSEN_PHASES)})
     chosen_epochs: float = field(default=1.0, metadata={"help": "of the phase that trains the exits where rows leave"})
     chosen_learning_rate: float = field(default=2e-5, metadata={"help": "of that phase"})
     rounds: int = field(default=1, metadata={"help": "turns of gates and chosen exits"})

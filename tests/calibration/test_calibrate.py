@@ -82,9 +82,9 @@ def test_every_policy_that_can_is_calibrated_for_many_labels_and_values(name, pr
         assert found.layer_speed_up > 1 or name == "static"
 
 
-def test_by_default_beem_a_loses_nothing_with_one_threshold():
+def test_by_default_confidence_loses_nothing_with_one_threshold():
     found = calibrate(learned_trace(300, seed=1))
-    assert (found.policy.name, found.target.split("(")[0]) == ("beem-a", "MaxDrop")
+    assert (found.policy.name, found.target.split("(")[0]) == ("confidence", "MaxDrop")
     assert len(set(found.policy.thresholds)) == 1
     assert found.quality >= found.full_quality
 

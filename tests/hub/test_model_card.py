@@ -18,10 +18,12 @@ from huggingface_hub import EvalResultEntry, ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import UsageError
-from hf_earlyexit.hub.citations import citations
+from hf_earlyexit.errors import UnknownNameError, UsageError
+from hf_earlyexit.hub import model_card
 from hf_earlyexit.hub.model_card import model_card_files
+from hf_earlyexit.losses import OBJECTIVES
 from hf_earlyexit.measuring.timing import Timing
+from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from tests.hub.toy import make_all, texts
 from tests.samples import learned_trace
@@ -197,7 +199,51 @@ def test_only_used_methods_are_cited(model, calibration):
     assert "2502.00745" in text
     assert "2006.04152" in text
     assert "DeeBERT" not in text
-    assert len(citations(["beem-a", "beem-c", "confidence", "of a third party"])) == 1
+    assert text.count("@inproceedings") == 2
+
+
+def test_policies_and_objectives_name_their_papers(calibration, model):
+    uncited = {"confidence", "margin", "static"}  # common practice without a single source
+    for registry in (POLICIES, OBJECTIVES):
+        own = [name for name in registry.names() if registry.get(name).__module__.startswith("hf_earlyexit.")]
+        for name in own:
+            entries = registry.get(name).citation
+            assert bool(entries) == (name not in uncited), name
+            assert all(re.fullmatch(r"@inproceedings\{\w+,\n.*\n\}", entry, re.DOTALL) for entry in entries)
+    assert "ConsistentEE" in GatePolicy.citation[0]
+    assert "ConsistentEE" in POLICIES.get("reward").citation[0]
+    assert "Multiple Exiting" in SaturationPolicy.citation[0]
+    for name in POLICIES.names():  # a paper is cited where its rule is used, whichever it is
+        text = "\n".join(model_card._citations([name], None))
+        assert text == "\n".join(POLICIES.get(name).citation)
+
+
+def test_the_card_of_gates_cites_their_paper(tiny_model):
+    model = tiny_model(exit_gate="mlp")
+    model.set_exit_policy(GatePolicy.half(len(model.exit_layers)))
+    assert "ConsistentEE" in model_card_files(model, {})["README.md"].decode()
+
+
+def test_the_objective_is_told_and_cited(model, calibration):
+    only = {"balanced": calibration["balanced"]}
+    plain = model_card_files(model, only)["README.md"].decode()
+    told = model_card_files(model, only, objective="two-stage")["README.md"].decode()
+    assert "DeeBERT" not in plain
+    assert "trained with the objective two-stage" in told
+    assert "DeeBERT" in told
+    with pytest.raises(UnknownNameError, match="two-stage"):
+        model_card_files(model, only, objective="two-stages")
+
+
+def test_a_rule_of_a_third_party_is_cited_by_what_it_says_of_itself(model, monkeypatch):
+    monkeypatch.setattr(POLICIES, "_items", dict(POLICIES._items))
+
+    @register_policy("theirs")
+    class Theirs(ConfidencePolicy):
+        citation = ("@misc{theirs,\n  title = {Theirs}\n}",)
+
+    model.set_exit_policy(Theirs(thresholds=(0.9,) * (len(model.exit_layers) - 1)))
+    assert "@misc{theirs," in model_card_files(model, {})["README.md"].decode()
 
 
 def test_notes_of_the_calibration_are_told(model, calibration):

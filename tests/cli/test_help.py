@@ -1,0 +1,47 @@
+"""Help texts list what is registered, so a new name appears in them by itself."""
+
+from dataclasses import fields
+
+import pytest
+
+from hf_earlyexit.calibration import TARGETS, parse_target
+from hf_earlyexit.calibration.targets import target_forms
+from hf_earlyexit.cli.calibrate import CalibrateArguments
+from hf_earlyexit.cli.consistentee import GateArguments
+from hf_earlyexit.cli.train import TrainArguments
+from hf_earlyexit.losses import ESTIMATORS, OBJECTIVES
+from hf_earlyexit.modeling.gates import GATES
+from hf_earlyexit.modeling.heads import HEADS
+from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.registry import Registry
+from hf_earlyexit.training import ConsistentTrainingArguments, EarlyExitTrainingArguments
+from hf_earlyexit.training.hardness import HARDNESS
+from hf_earlyexit.training.metrics import EXIT_METRICS
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "registry"),
+    [(CalibrateArguments, "policy", POLICIES), (CalibrateArguments, "target", TARGETS),
+     (TrainArguments, "exit_head", HEADS), (EarlyExitTrainingArguments, "objective", OBJECTIVES),
+     (EarlyExitTrainingArguments, "exit_metric", EXIT_METRICS), (GateArguments, "exit_gate", GATES),
+     (ConsistentTrainingArguments, "estimator", ESTIMATORS), (ConsistentTrainingArguments, "hardness", HARDNESS)],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "kind", ""),
+)  # fmt: skip
+def test_a_flag_lists_every_registered_name(command, flag, registry):
+    text = next(field.metadata["help"] for field in fields(command) if field.name == flag)
+    missing = [name for name in registry.names() if name not in text]
+    assert not missing, f"--{flag} says {text!r}, without {missing}"
+
+
+def test_names_are_listed_in_words():
+    fruit: Registry[str] = Registry("fruit")
+    for names, listed in (("kiwi",), "kiwi"), (("apple", "kiwi"), "apple or kiwi"), (("plum",), "apple, kiwi or plum"):
+        for name in names:
+            fruit.register(name)(name)
+        assert fruit.listed() == listed
+
+
+def test_targets_are_shown_as_they_are_written():
+    assert target_forms() == "final-layer-error, layer-budget:LAYERS, max-drop:DROP, speed-up:RATIO"
+    for form in target_forms().split(", "):
+        assert parse_target(form.split(":")[0] + ":2" * (":" in form))
