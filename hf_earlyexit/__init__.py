@@ -1,6 +1,6 @@
 """Early exiting for Hugging Face transformers: rows leave the network at the layer where they are decided.
 
-Importing the package makes transformers know its models and its pipeline and does nothing else. Both happens when the part of
+Importing the package makes transformers know its models and its pipeline and does nothing else. It does so once the part of
 transformers that has to know is loaded, before or after; every other name is loaded when it is first used.
 """
 
