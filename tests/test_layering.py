@@ -24,6 +24,7 @@ ALLOWED = {
     "files": {"errors", "folder_swap"},
     "problem_types": {"errors"},
     "images": {"errors"},
+    "data": BASE,
     "losses": BASE,
     "policies": BASE | {"losses"},
     "trace": BASE | {"policies"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "serving": WALK | {"modeling"},
     "measuring": SERVE,
     "generation": WALK | {"modeling"},
-    "training": SERVE,
+    "training": SERVE | {"data"},
     "plots": PURE,
     "reports": PURE | {"plots", "images"},
     "captions": SERVE | {"generation", "training", "reports", "images"},
@@ -45,7 +46,7 @@ ALLOWED = {
     "hub": SERVE | {"training", "plots", "measuring", "captions", "doors"},
     "pipelines": SERVE | {"captions", "images", "doors"},
     "cli": SERVE
-    | {"training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
+    | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
     | {"__init__"},
 }
 OUTSIDE = {"torch", "numpy", "safetensors"}  # all that the pure parts may need, beside the standard library

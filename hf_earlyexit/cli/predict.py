@@ -15,12 +15,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from ..data.forms import Reading
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..onnx.manifest import MANIFEST
 from ..problem_types import SINGLE_LABEL
 from ..serving.predict import predict
 from ..serving.rows import text_columns
-from ..training.data import READERS, load_splits, require_split
+from ..training.data import load_splits, require_split
 from .answer import Answer
 from .loading import load_model
 
@@ -84,7 +85,7 @@ def _texts(args: PredictArguments) -> list:
     if args.input == "-":
         return sys.stdin.read().splitlines()
     path = Path(args.input)
-    if path.is_file() and path.suffix not in READERS:
+    if path.is_file() and Reading().form_of(path) in (None, "text"):
         return path.read_text(encoding="utf-8").splitlines()
     splits = load_splits(args.input)
     rows = require_split(splits, "train" if path.is_file() else args.split, args.input)

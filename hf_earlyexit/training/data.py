@@ -6,37 +6,41 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 
+from ..data.forms import Reading
+from ..data.labels import as_numbers, learn_labelling
+from ..data.sources import Source
 from ..errors import DataError
 from ..serving.rows import text_columns
 
-READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
-
-def load_splits(source: str) -> datasets.DatasetDict:
+def load_splits(source: str, reading: Reading | None = None) -> datasets.DatasetDict:
     """All splits of a folder with one file per split, of a single file ("train"), or of a Hub data set.
+
+    Args:
+        source: as in `Source`, which reads splits one at a time.
+        reading: how files are read.
+
+    Returns:
+        Splits by name, whose columns may differ. Cells of CSV and TSV are texts, but for a column `label` of numbers.
 
     Raises:
         DataError: if there is nothing to read.
     """
-    path = Path(source)
-    if path.is_dir():
-        files = {file.stem: str(file) for file in sorted(path.iterdir()) if file.suffix in READERS}
-        if not files:
-            raise DataError(f"{source} holds no {', '.join(READERS)} file; expected one per split.", path=source)
-        kinds = {READERS[Path(file).suffix] for file in files.values()}
-        if len(kinds) > 1:
-            raise DataError(f"{source} mixes {' and '.join(sorted(kinds))} files; expected one kind.", path=source)
-        return datasets.load_dataset(kinds.pop(), data_files=files)
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise DataError(f"{source} is a {path.suffix} file; expected one of {', '.join(READERS)}.", path=source)
-        return datasets.load_dataset(READERS[path.suffix], data_files={"train": str(path)})
-    return datasets.load_dataset(source)
+    found = Source(source, reading)
+    return datasets.DatasetDict({split: _with_numbers(found.read(split)) for split in found.splits})
+
+
+def _with_numbers(rows: datasets.Dataset) -> datasets.Dataset:
+    if "label" not in rows.features or rows.features["label"] != datasets.Value("string"):
+        return rows
+    labels = as_numbers(rows["label"])
+    if labels is None:
+        return rows
+    return rows.remove_columns("label").add_column("label", labels).select_columns(rows.column_names)
 
 
 def require_split(splits: datasets.DatasetDict, name: str, source: str) -> datasets.Dataset:
@@ -68,19 +72,20 @@ def hold_back(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets
 
 
 def label_names(rows: datasets.Dataset) -> list[str] | None:
-    """Names of the classes, from the label feature or a `label_text` column; `None` for values."""
+    """Names of the classes, from the label feature, the labels or a `label_text` column; `None` for values.
+
+    Raises:
+        DataError: for labels whose meaning is not plain, naming the row.
+    """
     if "label" not in rows.features:
         raise DataError(f"No column 'label' among {', '.join(rows.features)}; rename the column of labels.", field="label")
-    feature = rows.features["label"]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    labels = rows["label"]
-    if any(isinstance(label, float) for label in labels[:1]):
-        return None
-    count = max(labels) + 1
-    if "label_text" in rows.column_names:
-        return [name for _, name in sorted(set(zip(labels, rows["label_text"], strict=True)))]
-    return [f"LABEL_{index}" for index in range(count)]
+    labelling = learn_labelling(
+        rows["label"],
+        "label",
+        class_names=getattr(rows.features["label"], "names", None),
+        texts=rows["label_text"] if "label_text" in rows.column_names else None,
+    )
+    return labelling.shown_names
 
 
 def with_ids(rows: datasets.Dataset, column: str) -> datasets.Dataset:

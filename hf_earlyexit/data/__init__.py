@@ -1,0 +1,1 @@
+"""Rows and labels from files, folders and the Hub."""
