@@ -1,43 +1,78 @@
-# Every target builds what it needs in .venv, from nothing. torch comes first, so that a machine without a GPU does not fetch
-# GPU packages.
+# Every target builds what it needs, from nothing, with the exact versions of constraints/locked.txt, in an environment of its
+# own. torch comes first, so that a machine without a GPU does not fetch GPU packages.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-TORCH := torch==2.13.0
+TORCH ?= torch==2.13.0
+BUILD := "pip>=23.2" "setuptools>=77"
+DEVELOPMENT := dev,docs
+LOCKED := constraints/locked.txt
+OLDEST := constraints/oldest.txt
+PYTEST := -m pytest -n logical --maxprocesses 8
+export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs test-newest test-oldest constraints clean
 
-demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+demo: .venv/.demo
+	.venv/bin/python examples/demo.py
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+test: .venv/.dev
+	.venv/bin/python $(PYTEST)
 
-check: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+check: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
-docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+docs: .venv/.docs
+	.venv/bin/mkdocs build --strict
+
+# The newest release of everything that pyproject.toml allows, and the oldest, torch included: it comes for GPUs, some
+# gigabytes, unless pip is set up to find releases for CPUs.
+test-newest test-oldest: TORCH = torch
+
+test-newest:
+	$(call install,.venv-newest,dev,--upgrade --upgrade-strategy eager)
+	.venv-newest/bin/python -m pip freeze --all
+	.venv-newest/bin/python $(PYTEST)
+
+test-oldest:
+	$(call install,.venv-oldest,dev,-c $(OLDEST))
+	.venv-oldest/bin/python -m pip freeze --all
+	.venv-oldest/bin/python $(PYTEST)
+
+# Writes both files anew from the package index; run the tests before they are committed.
+constraints:
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(call compile,$(TORCH),--universal --extra dev --extra docs) > $(LOCKED).new
+	$(call compile,torch,--resolution lowest-direct --extra dev) > $(OLDEST).new
+	mv $(LOCKED).new $(LOCKED)
+	mv $(OLDEST).new $(OLDEST)
+	rm -r .venv-constraints
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf .venv .venv-newest .venv-oldest .venv-constraints build site *.egg-info
 
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
+# Arguments: folder of the environment, extras, options of pip. The package is built by the installed setuptools, not by the
+# newest one, as pip would by itself.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3) $(BUILD)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3) $(TORCH)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3) $(TORCH) --no-build-isolation -e ".[$(2)]"
+endef
+
+# Arguments: the release of torch, options of uv.
+compile = printf '%s\n' "$(1)" $(BUILD) | .venv-constraints/bin/uv pip compile --quiet --python-version 3.11 \
+	--no-annotate --custom-compile-command "make constraints" $(2) pyproject.toml -
+
+.venv/.demo: pyproject.toml $(LOCKED)
+	$(call install,.venv,demo,-c $(LOCKED))
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[demo]" $(TORCH)
+.venv/.dev: pyproject.toml $(LOCKED)
+	$(call install,.venv,$(DEVELOPMENT),-c $(LOCKED))
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[dev,docs]" $(TORCH)
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[docs]" $(TORCH)
+.venv/.docs: pyproject.toml $(LOCKED)
+	$(call install,.venv,docs,-c $(LOCKED))
 	touch $@

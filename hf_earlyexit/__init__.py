@@ -1,7 +1,8 @@
 """Early exiting for Hugging Face transformers: rows leave the network at the layer where they are decided.
 
-Importing the package makes transformers know its models and its pipeline and does nothing else. It does so once the part of
-transformers that has to know is loaded, before or after; every other name is loaded when it is first used.
+Importing the package makes transformers know its models and its pipeline, warns of a transformers newer than any that was
+tested, and does nothing else. The models are made known when the part of transformers that has to know is loaded, before or
+after; every other name is loaded when it is first used.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from .after_import import after_import
+from .tested import warn_if_untested
 
 __version__ = version("hf_earlyexit")
 
@@ -66,6 +68,8 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+warn_if_untested()
 
 
 def _register(name: str) -> None:

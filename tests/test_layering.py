@@ -17,6 +17,7 @@ WALK = PURE | {"families", "walking"}
 SERVE = WALK | {"modeling", "serving"}
 ALLOWED = {
     "errors": set(),
+    "tested": set(),
     "after_import": set(),
     "citations": set(),
     "registry": {"errors"},
