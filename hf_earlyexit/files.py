@@ -1,8 +1,9 @@
-"""Folders and files that are replaced whole or not at all, and JSON that is read with care."""
+"""Folders and files that are replaced whole or not at all, and what is read back from them."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -15,10 +16,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from .errors import CheckpointError
 from .folder_swap import exchanged, list_files, sync
+from .values import MOST_BYTES, parse_json
 
 if sys.platform != "win32":
     import fcntl
@@ -89,23 +94,37 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
         raise _not_written(target, error, len(data)) from error
 
 
-def read_tensors(path: str | PathLike[str], form: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and tensors of a safetensors file.
+def write_tensors(path: str | PathLike[str], form: str, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Replace a safetensors file whole; `values` are JSON values beside the tensors, and a sum ties all of it together.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    text = json.dumps(values, allow_nan=False)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(tensors, metadata={"format": form, "values": text, "sha256": _tensor_sum(text, tensors)}))
+
+
+def read_tensors(path: str | PathLike[str], form: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and tensors that `write_tensors` wrote.
 
     Args:
         path: the file.
-        form: what its metadata must say under "format".
+        form: what it must say it is.
 
     Raises:
-        ValueError: if it says something else.
+        ValueError: if it says something else, or was changed since it was written.
         OSError, SafetensorError: if it cannot be read.
     """
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
         if meta.get("format") != form:
             raise ValueError(f"its format is {meta.get('format')!r}, expected {form!r}")
-        names = list(file.keys())
-        return meta, {name: file.get_tensor(name) for name in names}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    values = parse_json(meta.get("values", ""), path)
+    if meta.get("sha256") != _tensor_sum(meta["values"], tensors):
+        raise ValueError("it was changed since it was written")
+    return values, tensors
 
 
 def write_json(path: str | PathLike[str], values: dict[str, Any], allow_nan: bool = False) -> None:
@@ -123,19 +142,20 @@ def write_json(path: str | PathLike[str], values: dict[str, Any], allow_nan: boo
     write_file(target, (json.dumps(values, indent=1, allow_nan=allow_nan) + "\n").encode())
 
 
-def read_json(path: str | PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: str | PathLike[str], finite: bool = True) -> dict[str, Any]:
+    """The JSON object in a file; see `parse_json`.
 
     Raises:
-        CheckpointError: if the file holds anything else.
+        CheckpointError: if the file cannot be read, or holds anything else.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); make or download it again.", path=path) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(values).__name__}; expected an object.", path=path)
-    return values
+        size = Path(path).stat().st_size
+        data = b"" if size > MOST_BYTES else Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).", path=path) from error
+    if size > MOST_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}.", path=path)
+    return parse_json(data, path, finite)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -148,6 +168,15 @@ def inside(folder: Path, name: str) -> Path:
     if folder.resolve() not in place.resolve().parents:
         raise CheckpointError(f"The file name {name!r} leads out of {folder}; expected one inside.", field=name, path=folder)
     return place
+
+
+def _tensor_sum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _beside(target: Path) -> Path:

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from .errors import UnknownNameError
+from .values import shown
 
 T = TypeVar("T")
 
@@ -15,9 +16,9 @@ T = TypeVar("T")
 def unknown_name(kind: str, name: Any, known: Iterable[str]) -> UnknownNameError:
     """The error for a name that is not among the known ones, with the nearest of them and the whole list."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(name) if isinstance(name, str) and len(name) < 100 else "", names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UnknownNameError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.", field=kind, value=name)
+    return UnknownNameError(f"Unknown {kind} {shown(name)}.{hint} Known: {', '.join(names)}.", field=kind, value=name)
 
 
 class Registry(Generic[T]):

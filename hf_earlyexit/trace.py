@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
 from .errors import CheckpointError, DataError
-from .files import read_tensors, write_file
+from .files import read_tensors, write_tensors
 from .policies.base import ExitSignal
 from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
+from .values import MOST_LAYERS, are_layers, is_real
 
 FORMAT = "hf_earlyexit.trace/1"
 
@@ -40,7 +38,7 @@ class ExitTrace:
         meta: anything else worth keeping, JSON values (dtype, model name, library versions).
 
     Raises:
-        DataError: if the shapes do not fit each other, or a logit is not finite.
+        DataError: if shapes or types do not fit each other, a number is not finite, or cost does not ascend from above 0.
     """
 
     logits: Tensor
@@ -61,47 +59,20 @@ class ExitTrace:
                 f"logits has shape {list(self.logits.shape)}; expected [rows, {len(self.exit_layers)} exits, classes].",
                 field="logits",
             )
-        if self.problem_type not in PROBLEM_TYPES:
-            raise DataError(
-                f"problem_type is {self.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
-                field="problem_type",
-                value=self.problem_type,
-            )
-        if not all(low < high for low, high in pairwise((0, *self.exit_layers))):
-            raise DataError(
-                f"exit_layers is {self.exit_layers}; expected layer numbers from 1, ascending.",
-                field="exit_layers",
-                value=self.exit_layers,
-            )
-        if self.cost is not None and (len(self.cost) != self.num_exits or not all(map(math.isfinite, self.cost))):
-            raise DataError(
-                f"cost is {self.cost}; expected {self.num_exits} finite numbers, one per exit.",
-                field="cost",
-                value=self.cost,
-            )
+        _check_plain(self)
         for name, values, exits in self._beside():
             if values is not None and values.shape != (self.num_rows, exits):
                 raise DataError(f"{name} has shape {list(values.shape)}; expected [{self.num_rows}, {exits}].", field=name)
-        if self.labels.shape[0] != self.num_rows:
-            raise DataError(f"{self.labels.shape[0]} labels for {self.num_rows} rows; expected one a row.", field="labels")
-        if not bool(torch.isfinite(self.logits).all()):
-            row = int((~torch.isfinite(self.logits)).flatten(1).any(1).nonzero()[0])
-            raise DataError(
-                f"Row {row} has a logit that is not finite; check the model's weights and dtype.", field="logits"
-            )
-        if self.problem_type != SINGLE_LABEL and self.labels.numel() != self.num_rows * self.logits.shape[-1]:
-            raise DataError(
-                f"labels has shape {list(self.labels.shape)}; expected [{self.num_rows}, {self.logits.shape[-1]}].",
-                field="labels",
-            )
-        if not bool(torch.isfinite(self.labels).all()):
-            row = int((~torch.isfinite(self.labels)).reshape(self.num_rows, -1).any(1).nonzero()[0])
-            raise DataError(f"Row {row} has a label that is not finite; leave it out.", field="labels")
-        if self.problem_type == SINGLE_LABEL and self.num_rows:
-            low, high = int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= self.logits.shape[-1]:
+        _check_labels(self.labels, self.num_rows, self.logits.shape[-1], self.problem_type)
+        for name, values in (("logits", self.logits), *((name, values) for name, values, _ in self._beside())):
+            if values is None:
+                continue
+            if not values.is_floating_point():
+                raise DataError(f"{name} are {values.dtype}; expected float32.", field=name)
+            if not bool(torch.isfinite(values).all()):
+                row = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
                 raise DataError(
-                    f"Labels run from {low} to {high}; expected 0 to {self.logits.shape[-1] - 1}.", field="labels"
+                    f"Row {row} has a value in {name} that is not finite; check the model's weights and dtype.", field=name
                 )
 
     def _beside(self) -> tuple[tuple[str, Tensor | None, int], ...]:
@@ -157,25 +128,81 @@ class ExitTrace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file."""
-        tensors = {"logits": self.logits.contiguous(), "labels": self.labels.contiguous()}
         beside = {name: values for name, values, _ in self._beside()}
-        tensors |= {name: values.contiguous() for name, values in beside.items() if values is not None}
+        tensors = {"logits": self.logits, "labels": self.labels} | {k: v for k, v in beside.items() if v is not None}
         plain = {name: value for name, value in vars(self).items() if name not in ("logits", "labels", *beside)}
-        write_file(path, save(tensors, metadata={"format": FORMAT, "trace": json.dumps(plain)}))
+        write_tensors(path, FORMAT, plain, tensors)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ExitTrace:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: if the file is damaged or not a trace.
+            CheckpointError: if the file is damaged, was changed, or is not a trace.
         """
         try:
-            meta, tensors = read_tensors(path, FORMAT)
-            plain = json.loads(meta["trace"])
-            plain["cost"] = None if plain["cost"] is None else tuple(plain["cost"])
-            return cls(**plain, **tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # JSON and data errors are ValueErrors
+            plain, tensors = read_tensors(path, FORMAT)
+            cost = plain.get("cost")
+            return cls(**{**plain, "cost": tuple(cost) if isinstance(cost, list) else cost}, **tensors)
+        except (OSError, SafetensorError, TypeError, ValueError) as error:  # data errors are ValueErrors
             raise CheckpointError(
-                f"{path} is not an exit trace, or cannot be read as one ({error}); collect the trace again.", path=path
+                f"{path} is not an exit trace, or cannot be read as one ({error}); collect the trace again.",
+                field=getattr(error, "field", None),
+                path=path,
             ) from error
+
+
+def _check_plain(trace: ExitTrace) -> None:
+    """Refuse fields beside the tensors that cannot be."""
+    if trace.problem_type not in PROBLEM_TYPES:
+        raise DataError(
+            f"problem_type is {trace.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
+            field="problem_type",
+            value=trace.problem_type,
+        )
+    layers = trace.exit_layers
+    if not are_layers(layers):
+        raise DataError(
+            f"exit_layers is {layers}; expected layer numbers from 1 to {MOST_LAYERS}, ascending.",
+            field="exit_layers",
+            value=layers,
+        )
+    cost = trace.cost
+    if cost is not None and (
+        not isinstance(cost, tuple)
+        or len(cost) != len(layers)
+        or not all(is_real(value) for value in cost)
+        or not all(low < high for low, high in pairwise((0, *cost)))
+    ):
+        raise DataError(
+            f"cost is {cost}; expected {len(layers)} finite numbers above 0, ascending, one per exit.",
+            field="cost",
+            value=cost,
+        )
+    for name, kind in (("split", str), ("fingerprint", str), ("meta", dict)):
+        if not isinstance(getattr(trace, name), kind):
+            value = getattr(trace, name)
+            raise DataError(f"{name} is {value!r}; expected a {kind.__name__}.", field=name, value=value)
+
+
+def _check_labels(labels: Tensor, rows: int, classes: int, problem_type: str) -> None:
+    """Refuse labels that are not what the problem type wants."""
+    if labels.ndim == 0 or labels.shape[0] != rows:
+        raise DataError(f"labels has shape {list(labels.shape)} for {rows} rows; expected one a row.", field="labels")
+    if problem_type != SINGLE_LABEL:
+        if labels.numel() != rows * classes:
+            raise DataError(f"labels has shape {list(labels.shape)}; expected [{rows}, {classes}].", field="labels")
+        if not bool(torch.isfinite(labels).all()):
+            row = int((~torch.isfinite(labels)).reshape(rows, -1).any(1).nonzero()[0])
+            raise DataError(f"Row {row} has a label that is not finite; leave it out.", field="labels")
+        return
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(
+            f"labels are {str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}; expected class numbers, "
+            f"integers of shape [{rows}].",
+            field="labels",
+        )
+    if rows:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise DataError(f"Labels run from {low} to {high}; expected 0 to {classes - 1}.", field="labels")

@@ -189,7 +189,7 @@ def test_a_foreign_safetensors_file_is_refused_with_its_path(tmp_path, metadata)
 
 
 @pytest.mark.parametrize(
-    "metadata", [{}, {"trace": "{"}, {"trace": "{}"}, {"trace": json.dumps({"exit_layers": [1], "cost": None})}]
+    "metadata", [{}, {"values": "{"}, {"values": "{}"}, {"values": json.dumps({"exit_layers": [1], "cost": None})}]
 )
 def test_a_trace_file_that_lacks_what_a_trace_needs_is_refused_with_its_path(tmp_path, metadata):
     path = tmp_path / "half.safetensors"
@@ -244,3 +244,60 @@ def test_on_the_real_mean_pooled_trace_no_exit_is_dead(data_path):
     assert full.dead_exits() == ()
     assert full.problem_type == SINGLE_LABEL
     assert full.quality[:, -1].mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["gates", "similarities"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_signals_beside_the_logits_are_finite(name, value):
+    exits = {"gates": 3, "similarities": 4}[name]
+    values = torch.rand(6, exits)
+    values[3:, 1] = value
+    with pytest.raises(DataError, match=f"Row 3 has a value in {name} that is not finite") as caught:
+        trace(
+            logits=torch.zeros(6, 4, 2), labels=torch.zeros(6, dtype=torch.long), exit_layers=(1, 2, 3, 4), **{name: values}
+        )
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cost", (3.0, 2.0, 1.0, 4.0)),
+        ("cost", (1.0, 1.0, 2.0, 3.0)),
+        ("cost", (-1.0, 1.0, 2.0, 3.0)),
+        ("cost", (0.0, 1.0, 2.0, 3.0)),
+        ("cost", (1.0, 2.0, 3.0, 10**400)),
+        ("cost", (1.0, 2.0, 3.0, "4")),
+        ("cost", {"a": 1}),
+        ("exit_layers", (1, 2, 3, 10**8)),
+        ("exit_layers", (1, 2, 3, 10**400)),
+        ("exit_layers", (1.0, 2.0, 3.0, 4.0)),
+        ("exit_layers", ("1", "2", "3", "4")),
+        ("split", None),
+        ("fingerprint", 3),
+        ("meta", []),
+        ("labels", torch.zeros(6)),
+        ("labels", torch.zeros(6, dtype=torch.bool)),
+        ("labels", torch.zeros(6, 1, dtype=torch.long)),
+        ("labels", torch.tensor(0)),
+        ("logits", torch.zeros(6, 4, 2, dtype=torch.long)),
+    ],
+    ids=str,
+)
+def test_values_of_a_wrong_type_or_size_are_refused_by_name(field, value):
+    right = {"logits": torch.zeros(6, 4, 2), "labels": torch.zeros(6, dtype=torch.long), "exit_layers": (1, 2, 3, 4)}
+    trace(**right)
+    with pytest.raises(DataError) as caught:
+        trace(**{**right, field: value})
+    assert caught.value.field == field
+
+
+def test_a_trace_that_was_changed_since_it_was_collected_is_refused(tmp_path):
+    path = tmp_path / "held-back.safetensors"
+    trace().save(path)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="changed since it was written") as caught:
+        ExitTrace.load(path)
+    assert caught.value.path == str(path)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, ClassVar
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, EarlyExitError
 from ..files import read_json, write_json
 from ..policies.base import ExitPolicy
+from ..values import json_sum
 from .replay import ExitReport
+from .stored import SUM, check_calibration, check_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +56,49 @@ class CalibrationResult:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
+        """Plain JSON values and their sum; `from_dict` reads them back."""
+        values = self._values()
+        return {**values, SUM: json_sum(values)}
+
+    def _values(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["exits"] = [dataclasses.asdict(report) for report in self.exits]
-        return {"format": self.FORMAT, **fields, "policy": self.policy.to_dict()}
+        fields["curve"] = [[cost, quality, list(thresholds)] for cost, quality, thresholds in self.curve]
+        return {"format": self.FORMAT, **fields, "policy": self.policy.to_dict(), "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CalibrationResult:
         """The result that `to_dict` described, a captioner's as such.
 
         Raises:
-            CheckpointError: for another format.
+            CheckpointError: for another format, a field that is missing or cannot be, figures that do not fit each other, or
+                values that were changed since they were written.
+            PolicyError, UnknownNameError: for an impossible policy.
         """
         kinds = {kind.FORMAT: kind for kind in (cls, *cls.__subclasses__())}
-        kind = kinds.get(values.get("format", ""))
-        if kind is None:
+        form = values.get("format") if isinstance(values, dict) else None
+        if not isinstance(form, str) or form not in kinds:
             raise CheckpointError(
-                f"Calibration has format {values.get('format')!r}; expected {' or '.join(map(repr, kinds))}.", field="format"
+                f"Calibration has format {form!r}; expected {' or '.join(map(repr, kinds))}.", field="format"
             )
-        return kind._from_values({key: value for key, value in values.items() if key != "format"})
+        given = {name: value for name, value in values.items() if name != SUM}
+        result = kinds[form]._from_values({name: value for name, value in given.items() if name != "format"})
+        if values.get(SUM) != json_sum(given):
+            raise CheckpointError(
+                "Its numbers were changed since calibrate wrote them, so nothing vouches for them.",
+                field=SUM,
+                value=values.get(SUM),
+            )
+        return result
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> CalibrationResult:
-        given = dict(values)
-        given["policy"] = ExitPolicy.from_dict(given["policy"])
-        given["exits"] = tuple(ExitReport(**report) for report in given["exits"])
-        given["curve"] = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in given["curve"])
-        given["notes"] = tuple(given["notes"])
-        return cls(**given)
+        policy = ExitPolicy.from_dict(values.get("policy"))  # type: ignore[arg-type]
+        check_known(values, (field.name for field in dataclasses.fields(cls)))
+        check_calibration(values, policy)
+        exits = tuple(ExitReport(**report) for report in values["exits"])
+        curve = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in values["curve"])
+        return cls(**{**values, "policy": policy, "exits": exits, "curve": curve, "notes": tuple(values["notes"])})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one JSON file."""
@@ -87,11 +106,14 @@ class CalibrationResult:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> CalibrationResult:
-        """Read what `save` wrote."""
-        try:
-            return cls.from_dict(read_json(path))
-        except (OSError, KeyError, TypeError, AttributeError, CheckpointError) as error:
-            raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: naming the file, and the field where one is at fault.
+        """
+        values = read_json(path)
+        with named_in(path):
+            return cls.from_dict(values)
 
     def __str__(self) -> str:
         rows = f"{self.num_rows} rows of {self.split!r}"
@@ -107,6 +129,23 @@ class CalibrationResult:
             "layer  threshold   share  quality  of leavers  last exit on them",
         ]
         return "\n".join(head + [_line(report) for report in self.exits] + [f"note: {note}" for note in self.notes])
+
+
+@contextmanager
+def named_in(path: str | PathLike[str], place: str = "") -> Iterator[None]:
+    """Add to errors about a stored calibration the file that it is in, and its place there.
+
+    Args:
+        path: of the file.
+        place: such as "results.fast.".
+    """
+    try:
+        yield
+    except EarlyExitError as error:
+        field = None if error.field is None else place + error.field
+        raise CheckpointError(
+            f"{path} is not a saved calibration ({place}{error} Calibrate again.)", field=field, value=error.value, path=path
+        ) from error
 
 
 def _line(report: ExitReport) -> str:

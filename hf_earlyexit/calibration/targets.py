@@ -13,9 +13,11 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..registry import Registry
+from ..values import is_real, shown
 from .search import Array, Curve, LeaverRule
 
 TARGETS: Registry[type[Target]] = Registry("target")
+LONGEST = 100_000  # characters; two constants for each of 1,024 exits take half of it
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,10 @@ def parse_target(text: str) -> Target:
         UnknownNameError: for an unknown name.
         CalibrationError: for a missing or impossible number.
     """
+    if not isinstance(text, str) or len(text) > LONGEST:
+        raise CalibrationError(
+            f"target is {shown(text)}; expected words such as 'max-drop:0.01'.", field="target", value=text
+        )
     for printed in map(TARGETS.get, TARGETS.names()):
         if text.startswith(f"{printed.__name__}(") and text.endswith(")"):
             return _parse_printed(printed, text)
@@ -195,7 +201,7 @@ def parse_target(text: str) -> Target:
         return cls(float(number)) if number else cls()  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise CalibrationError(
-            f"Target {text!r}: {error}; write it like `{name}:0.01`.", field="target", value=text
+            f"Target {shown(text)}: {error}; write it like `{name}:0.01`.", field="target", value=text
         ) from error
 
 
@@ -215,20 +221,22 @@ def _parse_printed(cls: type[Target], text: str) -> Target:
             raise ValueError("it is no call")
         numbers = [ast.literal_eval(value) for value in call.args]
         return cls(*numbers, **{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None})
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise CalibrationError(f"Target {text!r} cannot be read: {error}.", field="target", value=text) from error
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise CalibrationError(f"Target {shown(text)} cannot be read: {error}.", field="target", value=text) from error
 
 
 def _require(field: str, value: float, lowest: float) -> None:
-    real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not real or not np.isfinite(value) or value < lowest:
-        raise CalibrationError(f"{field} is {value!r}; expected a number of at least {lowest:g}.", field=field, value=value)
+    plain = value.item() if isinstance(value, np.number) else value
+    if not is_real(plain, lowest):
+        raise CalibrationError(
+            f"{field} is {shown(value)}; expected a number of at least {lowest:g}.", field=field, value=value
+        )
 
 
 def _constants(name: str, values: Sequence[float] | None, count: int) -> Array:
     try:
         array = np.ones(count) if values is None else np.asarray(values, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.empty(0)
     if array.shape != (count,) or not np.isfinite(array).all() or (array <= 0).any():
         raise CalibrationError(f"{name} is {values!r}; expected {count} numbers above 0.", field=name, value=values)

@@ -11,8 +11,27 @@ import numpy as np
 from ..calibration.proposals import Thresholds
 from ..calibration.result import CalibrationResult
 from ..calibration.search import Curve
+from ..calibration.stored import check_fields, check_known, check_thresholds, wrong
 
 FULL = "full model"
+CAPTION_FIELDS = {
+    "metric": "text",
+    "settings": "objects",
+    "chosen": "count",
+    "exit_decay": "error or null",
+    "num_tokens": "rows",
+    "generation": "object",
+}
+SETTING_FIELDS = {
+    "kind": "text",
+    "mean_layers": "positive",
+    "mean_cost": "positive",
+    "layer_speed_up": "positive",
+    "score": "number",
+    "difference": "number",
+    "standard_error": "error",
+    "trace_layers": "positive",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +81,23 @@ class CaptionCalibrationResult(CalibrationResult):
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> CaptionCalibrationResult:
-        settings = tuple(
-            CaptionSetting(**{**setting, "thresholds": tuple(setting["thresholds"])}) for setting in values["settings"]
-        )
+        check_fields(values, CAPTION_FIELDS)
+        policy = values.get("policy")
+        thresholds = policy.get("thresholds") if isinstance(policy, dict) else None
+        count = len(thresholds) if isinstance(thresholds, list) else 0
+        for index, setting in enumerate(values["settings"]):
+            place = f"settings[{index}]."
+            check_known(setting, (field.name for field in dataclasses.fields(CaptionSetting)), place)
+            check_fields(setting, SETTING_FIELDS, place)
+            check_thresholds(setting.get("thresholds"), count, f"{place}thresholds")
+        if values["chosen"] >= len(values["settings"]):
+            raise wrong("chosen", values["chosen"], f"a place among the {len(values['settings'])} settings")
+        settings = tuple(CaptionSetting(**{**one, "thresholds": tuple(one["thresholds"])}) for one in values["settings"])
         return super()._from_values({**values, "settings": settings})  # type: ignore[return-value]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "settings": [dataclasses.asdict(setting) for setting in self.settings]}
+    def _values(self) -> dict[str, Any]:
+        settings = [{**dataclasses.asdict(one), "thresholds": list(one.thresholds)} for one in self.settings]
+        return {**super()._values(), "settings": settings}
 
     def __str__(self) -> str:
         head = [

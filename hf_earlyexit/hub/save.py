@@ -7,12 +7,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..calibration.result import CalibrationResult
+from ..calibration.result import CalibrationResult, named_in
+from ..calibration.stored import SUM, wrong
 from ..captions.processor import EarlyExitCaptionProcessor
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_json
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ..values import json_sum
 
 CALIBRATION_FILE = "calibration.json"
 SEVERAL = "hf_earlyexit.calibrations/1"
@@ -72,7 +74,7 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
     """The calibration that `save` put into a folder: a result, several by operating point, or `None`.
 
     Raises:
-        CheckpointError: if the file is damaged.
+        CheckpointError: naming the file, and the field where one is at fault.
     """
     path = Path(folder) / CALIBRATION_FILE
     if not path.is_file():
@@ -80,10 +82,18 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
     values = read_json(path)
     if values.get("format") != SEVERAL:
         return CalibrationResult.load(path)
-    try:
-        return {name: CalibrationResult.from_dict(result) for name, result in values["results"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a saved calibration ({error}); calibrate again.", path=path) from error
+    stored = values.get("results")
+    if not isinstance(stored, dict) or not stored:
+        with named_in(path):
+            raise wrong("results", stored, "calibrations by the names of their operating points")
+    results = {}
+    for name, one in stored.items():
+        with named_in(path, f"results.{name}."):
+            results[name] = CalibrationResult.from_dict(one)
+    if values.pop(SUM, None) != json_sum(values):
+        with named_in(path):
+            raise CheckpointError("Its calibrations changed places or names since they were written.", field=SUM)
+    return results
 
 
 def save_calibrated(
@@ -114,7 +124,7 @@ def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> 
         results[DEFAULT].save(folder / CALIBRATION_FILE)
         return
     values = {"format": SEVERAL, "results": {name: result.to_dict() for name, result in results.items()}}
-    write_json(folder / CALIBRATION_FILE, values)
+    write_json(folder / CALIBRATION_FILE, {**values, SUM: json_sum(values)})
 
 
 def by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) -> dict[str, CalibrationResult]:

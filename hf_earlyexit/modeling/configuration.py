@@ -107,7 +107,7 @@ class EarlyExitConfig(LoadedByShim):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        return cls._decode_special_floats(read_json(json_file))  # type: ignore[attr-defined]
+        return cls._decode_special_floats(read_json(json_file, finite=False))  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; beside a model's config goes the file that lets it load where this package is not imported."""

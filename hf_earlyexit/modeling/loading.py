@@ -30,7 +30,7 @@ def check_config_file(name: Any) -> None:
         CheckpointError: naming the file.
     """
     if (Path(name) / CONFIG).is_file():
-        read_json(Path(name) / CONFIG)
+        read_json(Path(name) / CONFIG, finite=False)
 
 
 def unreadable(name: Any, error: SafetensorError) -> CheckpointError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
+from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, shown
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
 
@@ -226,7 +226,7 @@ class ExitPolicy(ABC):
         """
         if not isinstance(values, dict) or "name" not in values:
             raise PolicyError(
-                f"An exit policy is a dict with a 'name' and its numbers, as `policy.to_dict()` writes it; got {values!r}.",
+                f"An exit policy is a dict with a 'name' and its numbers, as `policy.to_dict()` writes it: {shown(values)}.",
                 field="exit_policy",
                 value=values,
             )
@@ -243,7 +243,7 @@ class ExitPolicy(ABC):
     def _require_serves(cls, problem_type: str) -> None:
         if problem_type not in PROBLEM_TYPES:
             raise PolicyError(
-                f"problem_type is {problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
+                f"problem_type is {shown(problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}.",
                 field="problem_type",
                 value=problem_type,
             )
@@ -260,29 +260,29 @@ class ExitPolicy(ABC):
         self._require_serves(self.problem_type)
         if not isinstance(self.thresholds, tuple):
             raise PolicyError(
-                f"thresholds is {self.thresholds!r}; expected a list with one number or null per exit but the last.",
+                f"thresholds is {shown(self.thresholds)}; expected a list with one number or null per exit but the last.",
                 field="thresholds",
                 value=self.thresholds,
             )
-        if not isinstance(self.muted, tuple) or len(set(self.muted)) < len(self.muted):
+        if not isinstance(self.muted, tuple) or any(index in self.muted[:place] for place, index in enumerate(self.muted)):
             raise PolicyError(
-                f"muted is {self.muted!r}; expected a list of indices, each once.", field="muted", value=self.muted
+                f"muted is {shown(self.muted)}; expected a list of indices, each once.", field="muted", value=self.muted
             )
         for index in self.muted:
-            inside = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(self.thresholds)
-            if not inside or self.thresholds[index] is not None:
+            if not is_whole(index, 0, len(self.thresholds) - 1) or self.thresholds[index] is not None:
                 raise PolicyError(
-                    f"muted holds {index!r}; expected indices 0 to {len(self.thresholds) - 1} of exits with threshold null.",
+                    f"muted holds {shown(index)}; expected indices below {len(self.thresholds)}, of exits with threshold null.",
                     field="muted",
                     value=self.muted,
                 )
         if self.exit_layers is None:
             return
         layers = self.exit_layers
-        whole = isinstance(layers, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
-        if not whole or not all(low < high for low, high in pairwise((0, *layers))):
+        if not are_layers(layers):
             raise PolicyError(
-                f"exit_layers is {layers!r}; expected layer numbers from 1, ascending.", field="exit_layers", value=layers
+                f"exit_layers is {shown(layers)}; expected layer numbers from 1 to {MOST_LAYERS}, ascending.",
+                field="exit_layers",
+                value=layers,
             )
         if len(layers) != self.num_exits:
             raise PolicyError(
@@ -316,15 +316,18 @@ def require_number(field: str, value: Any, lowest: float, highest: float = math.
     Raises:
         PolicyError: naming the field, the value and the range.
     """
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not lowest <= value <= highest:
+    if not is_real(value, lowest, highest):
         raise PolicyError(
-            f"{field} is {value!r}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
+            f"{field} is {shown(value)}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
         )
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+def _frozen(value: Any, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise PolicyError(
+            f"A list of the policy lies more than {DEEPEST} levels deep; expected numbers.", field="exit_policy"
+        )
+    return tuple(_frozen(item, depth + 1) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _thawed(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..values import shown
 from .agreement import Chain
 from .base import ExitPolicy, ExitSignal, register_policy, require_number
 from .measures import log_odds, margin, max_probability, measure
@@ -23,6 +24,7 @@ VOTES: dict[str, Callable[[Tensor], Tensor]] = {
     "log-odds": log_odds,
 }
 RESETS = ("self", "zero")
+HEAVIEST = 1e9  # so that float32 holds every score
 NORMALIZATIONS = ("none", "sum", "max")
 
 
@@ -66,7 +68,7 @@ class BeemPolicy(ExitPolicy):
                 value=self.weights,
             )
         for index, weight in enumerate(self.weights):
-            require_number(f"weights[{index}]", weight, 0)
+            require_number(f"weights[{index}]", weight, 0, HEAVIEST)
         require_number("decay", self.decay, 0, 1)
         require_choice("reset", self.reset, RESETS)
         require_choice("vote", self.vote, VOTES)
@@ -140,5 +142,5 @@ def require_choice(field: str, value: Any, choices: Any) -> None:
     Raises:
         PolicyError: naming the field, the value and the choices.
     """
-    if value not in choices:
-        raise PolicyError(f"{field} is {value!r}; expected one of {', '.join(choices)}.", field=field, value=value)
+    if not isinstance(value, str) or value not in choices:
+        raise PolicyError(f"{field} is {shown(value)}; expected one of {', '.join(choices)}.", field=field, value=value)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, DataError
-from ..files import read_tensors, write_file
+from ..files import read_tensors, write_tensors
 from ..losses.base import row_losses
 from ..metrics import memorized_layer, right_exits
 from ..registry import Registry
 from ..trace import ExitTrace
+from ..values import MOST_LAYERS, is_whole
 
 FORMAT = "hf_earlyexit.hardness/1"
 EXTREMES = 5  # so many smallest and largest losses are cut before scaling
@@ -77,6 +77,14 @@ class HardnessTable:
     measure: str = "memorized"
 
     def __post_init__(self) -> None:
+        if not is_whole(self.num_layers, 1, MOST_LAYERS):
+            raise DataError(
+                f"num_layers is {self.num_layers!r}; expected a whole number from 1 to {MOST_LAYERS}.",
+                field="num_layers",
+                value=self.num_layers,
+            )
+        if not isinstance(self.measure, str):
+            raise DataError(f"measure is {self.measure!r}; expected a name.", field="measure", value=self.measure)
         object.__setattr__(self, "ids", _checked_ids(self.ids, "hardness table"))
         object.__setattr__(self, "layers", self.layers.float())
         if self.layers.shape != (len(self.ids),):
@@ -157,8 +165,7 @@ class HardnessTable:
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
         plain = {"ids": self.ids, "num_layers": self.num_layers, "measure": self.measure}
-        metadata = {"format": FORMAT, "table": json.dumps(plain)}
-        write_file(path, save({"layers": self.layers.contiguous()}, metadata=metadata))
+        write_tensors(path, FORMAT, plain, {"layers": self.layers})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> HardnessTable:
@@ -168,10 +175,12 @@ class HardnessTable:
             CheckpointError: if the file is damaged or holds something else.
         """
         try:
-            meta, tensors = read_tensors(path, FORMAT)
-            return cls(layers=tensors["layers"], **json.loads(meta["table"]))
-        except Exception as error:
-            raise CheckpointError(f"{path} is no hardness table ({error}); measure it again.", path=path) from error
+            plain, tensors = read_tensors(path, FORMAT)
+            return cls(**plain, **tensors)
+        except (OSError, SafetensorError, TypeError, ValueError) as error:  # data errors are ValueErrors
+            raise CheckpointError(
+                f"{path} is no hardness table ({error}); measure it again.", field=getattr(error, "field", None), path=path
+            ) from error
 
 
 def _checked_ids(ids: Sequence[Any], what: str) -> tuple[ExampleId, ...]:
@@ -180,6 +189,8 @@ def _checked_ids(ids: Sequence[Any], what: str) -> tuple[ExampleId, ...]:
     Raises:
         DataError: for an id that is doubled, missing, or neither a whole number nor a text.
     """
+    if isinstance(ids, (str, dict)) or not hasattr(ids, "__iter__"):
+        raise DataError(f"ids of the {what} are {ids!r}; expected a list.", field="ids", value=ids)
     seen: set[ExampleId] = set()
     for row, key in enumerate(ids):
         if not isinstance(key, (int, str)) or isinstance(key, bool):

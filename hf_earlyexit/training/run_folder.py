@@ -85,4 +85,4 @@ class RunFolder:
                 "folder.",
                 path=file,
             ) from error
-        return list(read_json(self.path / phase / DONE_FILE)["log"])
+        return list(read_json(self.path / phase / DONE_FILE, finite=False)["log"])

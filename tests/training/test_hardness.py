@@ -96,3 +96,28 @@ def test_what_is_no_table_is_refused_with_its_path(tmp_path):
         with pytest.raises(CheckpointError, match="is no hardness table") as caught:
             HardnessTable.load(path)
         assert caught.value.path == str(path)
+
+
+@pytest.mark.parametrize("layers", [10**8, 10**400, 0, -1, 1.5, "4", None, True])
+def test_a_number_of_layers_that_no_model_has_is_refused_at_once(layers):
+    with pytest.raises(DataError, match="num_layers is") as caught:
+        HardnessTable(ids=(1, 2), layers=torch.ones(2), num_layers=layers)
+    assert caught.value.field == "num_layers"
+
+
+@pytest.mark.parametrize("ids", ["ab", {"a": 1, "b": 2}, 3, None])
+def test_ids_come_as_a_list(ids):
+    with pytest.raises(DataError, match="ids of the hardness table are") as caught:
+        HardnessTable(ids=ids, layers=torch.ones(2), num_layers=4)
+    assert caught.value.field == "ids"
+
+
+def test_a_table_that_was_changed_since_it_was_measured_is_refused(table, tmp_path):
+    path = tmp_path / "hardness.safetensors"
+    table.save(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="changed since it was written") as caught:
+        HardnessTable.load(path)
+    assert caught.value.path == str(path)

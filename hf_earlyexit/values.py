@@ -1,0 +1,124 @@
+"""Values from files and callers: JSON that is read with care, numbers that are what they should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from itertools import pairwise
+from typing import Any
+
+from .errors import CheckpointError
+
+MOST_LAYERS = 1024
+MOST_BYTES = 1 << 28  # of a JSON file; 1,024 exits with a curve of 400 points take 10 MB
+DEEPEST = 64  # nested lists and objects
+LARGEST_EXACT = 1 << 53  # above it a double no longer holds every whole number
+LONGEST_SHOWN = 200
+MOST_DIGITS = 400  # of a number in JSON; a double's largest takes 309
+
+
+def is_whole(value: Any, lowest: int = 0, highest: int = LARGEST_EXACT) -> bool:
+    """Whether a value is a whole number in a range, and no boolean."""
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def is_real(value: Any, lowest: float = -math.inf, highest: float = math.inf) -> bool:
+    """Whether a value is a finite number in a range, and no boolean; whole ones at most 2^53 in size."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if isinstance(value, int) and abs(value) > LARGEST_EXACT:
+        return False
+    return math.isfinite(value) and lowest <= value <= highest
+
+
+def are_layers(values: Any) -> bool:
+    """Whether these are layers' numbers, whole from 1 to 1,024 and ascending, in a tuple."""
+    whole = isinstance(values, tuple) and all(is_whole(value, 1, MOST_LAYERS) for value in values)
+    return whole and all(low < high for low, high in pairwise(values))
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        text = f"a whole number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} ..."
+
+
+def parse_json(text: str | bytes, name: Any, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in a text.
+
+    Args:
+        text: as it was read; bytes are UTF-8.
+        name: the file it is from, for errors.
+        finite: refuse nan, infinities and whole numbers of more than 64 bits.
+
+    Raises:
+        CheckpointError: naming the file, and the field where one is at fault: for anything but an object, a name that comes
+            twice, more than 64 levels, or a number that is not finite.
+    """
+    if len(text) > MOST_BYTES:
+        raise CheckpointError(f"{name} has {len(text):,} bytes; expected at most {MOST_BYTES:,}.", path=name)
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        values = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, name), parse_int=_whole)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON in UTF-8 ({error}); make or download it again.", path=name) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name} holds a JSON {type(values).__name__}; expected an object.", path=name)
+    _check(values, name, finite)
+    return values
+
+
+def json_sum(values: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MOST_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)
+
+
+def _once(pairs: list[tuple[str, Any]], name: Any) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise CheckpointError(f"{name} has {twice!r} twice in one object; which one counts?", field=twice, path=name)
+    return values
+
+
+def _check(values: dict[str, Any], name: Any, finite: bool) -> None:
+    """Refuse what lies too deep, and numbers that are not finite; no recursion."""
+    level: list[tuple[str, Any]] = list(values.items())
+    for _ in range(DEEPEST):
+        below: list[tuple[str, Any]] = []
+        for field, value in level:
+            if isinstance(value, dict):
+                below += [(f"{field}.{key}", inner) for key, inner in value.items()]
+            elif isinstance(value, list):
+                below += [(f"{field}[{index}]", inner) for index, inner in enumerate(value)]
+            elif finite and _is_too_large(value):
+                raise CheckpointError(
+                    f"{field} in {name} is {str(value)[:40]}; expected a finite number of at most 64 bits.",
+                    field=field,
+                    value=value,
+                    path=name,
+                )
+        level = below
+        if not level:
+            return
+    field = level[0][0]
+    raise CheckpointError(
+        f"{field[:80]} ... in {name} lies {DEEPEST} levels deep; nothing that this library reads does.",
+        field=field.partition(".")[0].partition("[")[0],
+        path=name,
+    )
+
+
+def _is_too_large(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, int) and abs(value) >= 1 << 63
