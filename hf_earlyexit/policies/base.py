@@ -271,7 +271,7 @@ class ExitPolicy(ABC):
         for index in self.muted:
             if not is_whole(index, 0, len(self.thresholds) - 1) or self.thresholds[index] is not None:
                 raise PolicyError(
-                    f"muted holds {shown(index)}; expected indices below {len(self.thresholds)}, of exits with threshold null.",
+                    f"muted holds {shown(index)}; expected indices below {len(self.thresholds)} with threshold null.",
                     field="muted",
                     value=self.muted,
                 )
