@@ -17,7 +17,7 @@ from ..trace import ExitTrace
 from .replay import replay
 from .result import CalibrationResult
 from .search import Array, Curve, per_exit_curve, single_threshold_curve
-from .targets import Target, parse_target
+from .targets import MaxDrop, Target, parse_target
 
 CURVE_POINTS = 400
 
@@ -176,8 +176,19 @@ def _result(
         dtype=str(rows.meta.get("dtype", "unknown")),
         fingerprint=rows.fingerprint,
         versions={name: version(name) for name in ("hf_earlyexit", "torch")},
-        notes=tuple(_notes(policy, rows, scores, weak)),
+        notes=(*_generosity(target, rows, float(curve.quality[0])), *_notes(policy, rows, scores, weak)),
     )
+
+
+def _generosity(target: Target, rows: ExitTrace, full: float) -> list[str]:
+    """A note where a drop permits answers that know nothing."""
+    constant = majority_quality(rows.labels, rows.problem_type)
+    if not isinstance(target, MaxDrop) or not full - target.drop <= constant < full:
+        return []
+    return [
+        f"a drop of {target.drop:g} from {full:.4f} permits answers no better than the most frequent one ({constant:.4f}); "
+        "drop is in the unit of quality, so that 0.01 is one point of accuracy"
+    ]
 
 
 def _notes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, weak: tuple[int, ...]) -> list[str]:

@@ -25,6 +25,7 @@ class Target(ABC):
     """A wish that picks one point of a curve."""
 
     per_exit: ClassVar[bool] = False  # whether thresholds are chosen exit by exit unless the caller says otherwise
+    example: ClassVar[str] = ""  # its fields in words, for errors
 
     @property
     def serves_single_threshold(self) -> bool:
@@ -69,6 +70,8 @@ class MaxDrop(Target):
         This is what the calibration rows showed, not a promise about others: see the standard error in the result.
     """
 
+    example: ClassVar[str] = "0.01:sigmas=1"
+
     drop: float
     sigmas: float = 0.0
 
@@ -77,6 +80,14 @@ class MaxDrop(Target):
         _require("sigmas", self.sigmas, 0.0)
 
     def pick(self, curve: Curve) -> int:
+        full = float(curve.quality[0])
+        if 0 < full <= self.drop:  # quality that is a share; minus squared errors are never above 0
+            raise CalibrationError(
+                f"A drop of {self.drop:g} permits to lose all of the full model's quality, {full:.4f}. Quality runs from 0 "
+                f"to 1: one point is 0.01, so {self.drop:g} points are {self.drop / 100:g}.",
+                field="drop",
+                value=self.drop,
+            )
         spare = self.sigmas * curve.standard_error
         return _cheapest(curve, curve.quality - spare >= curve.quality[0] - self.drop - 1e-12)
 
@@ -89,6 +100,8 @@ class SpeedUp(Target):
     Args:
         ratio: layer speed-up, from 1.
     """
+
+    example: ClassVar[str] = "2"
 
     ratio: float
 
@@ -107,6 +120,8 @@ class LayerBudget(Target):
     Args:
         layers: mean layers per row, above 0.
     """
+
+    example: ClassVar[str] = "5"
 
     layers: float
 
@@ -141,6 +156,7 @@ class FinalLayerError(Target):
     sigmas: float = 0.0
 
     per_exit: ClassVar[bool] = True
+    example: ClassVar[str] = "sigmas=1"
 
     def __post_init__(self) -> None:
         _require("sigmas", self.sigmas, 0.0)
@@ -180,11 +196,14 @@ class FinalLayerError(Target):
 
 
 def parse_target(text: str) -> Target:
-    """A target from words, such as `max-drop:0.01`, `speed-up:2`, `layer-budget:5`, `final-layer-error`, or a printed one.
+    """A target from words, or a printed one.
+
+    Words are a name, its number if it has one, and any other field by name: `max-drop:0.01`, `max-drop:0.01:sigmas=1`,
+    `speed-up:2`, `layer-budget:5`, `final-layer-error:paired=false`.
 
     Raises:
         UnknownNameError: for an unknown name.
-        CalibrationError: for a missing or impossible number.
+        CalibrationError: for a missing or impossible number, or a field the target has not.
     """
     if not isinstance(text, str) or len(text) > LONGEST:
         raise CalibrationError(
@@ -193,16 +212,39 @@ def parse_target(text: str) -> Target:
     for printed in map(TARGETS.get, TARGETS.names()):
         if text.startswith(f"{printed.__name__}(") and text.endswith(")"):
             return _parse_printed(printed, text)
-    name, _, number = text.partition(":")
+    name, *words = (word.strip() for word in text.split(":"))
     cls = TARGETS.get(name)
+    fields = [field.name for field in dataclasses.fields(cls)]
+    has_number = any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls))
+    given: dict[str, object] = {}
     try:
-        if number and not any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
-            raise CalibrationError(f"{name} takes no number")
-        return cls(float(number)) if number else cls()  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
+        for place, word in enumerate(words):
+            field, equals, value = (part.strip() for part in word.partition("="))
+            if not equals and (place or not has_number):
+                raise CalibrationError(f"{name} takes no number {word!r}; name its field")
+            field, value = (field, value) if equals else (fields[0], word)
+            if field not in fields or field in given:
+                raise CalibrationError(f"{field!r} is given twice" if field in given else f"{name} has no {field!r}")
+            given[field] = _plain_value(value)
+        if has_number and fields[0] not in given:
+            raise CalibrationError(f"it has no {fields[0]}")
+        return cls(**given)
+    except CalibrationError as error:
+        problem, example = str(error).removesuffix("."), ":".join(filter(None, (name, cls.example)))
         raise CalibrationError(
-            f"Target {shown(text)}: {error}; write it like `{name}:0.01`.", field="target", value=text
+            f"Target {shown(text)}: {problem}; write it like `{example}`.", field="target", value=text
         ) from error
+
+
+def _plain_value(word: str) -> object:
+    """A number, a truth value or a list, as in Python; the first two in any case, as on a command line."""
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    try:
+        value = ast.literal_eval(word)
+        return float(value) if isinstance(value, int) else value
+    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
+        raise CalibrationError(f"{shown(word)} is no number") from error
 
 
 def target_forms() -> str:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from hf_earlyexit.calibration import (
     TARGETS,
@@ -13,6 +14,7 @@ from hf_earlyexit.calibration import (
 from hf_earlyexit.calibration.search import Curve
 from hf_earlyexit.errors import CalibrationError, UnknownNameError
 from hf_earlyexit.policies import ConfidencePolicy
+from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
 
 # The full model costs 12; the second point is better and the third equal; two points tie in quality, two in cost.
@@ -191,6 +193,10 @@ def test_constants_of_the_theorem_belong_to_the_literal_rule():
         ("speed-up:2", SpeedUp(2.0)),
         ("layer-budget:5.5", LayerBudget(5.5)),
         ("final-layer-error", FinalLayerError()),
+        ("max-drop:0.01:sigmas=1", MaxDrop(0.01, sigmas=1.0)),
+        ("max-drop: drop=0.02 : sigmas=0.5", MaxDrop(0.02, sigmas=0.5)),
+        ("final-layer-error:sigmas=2", FinalLayerError(sigmas=2.0)),
+        ("final-layer-error:paired=false:a=[1,2]", FinalLayerError(paired=False, a=[1, 2])),
         ("MaxDrop(0.02)", MaxDrop(0.02)),
         ("FinalLayerError(sigmas=2.0)", FinalLayerError(sigmas=2.0)),
     ],
@@ -210,6 +216,11 @@ def test_words_become_a_target(text, target):
         "speed-up:0.5",
         "speed-up:inf",
         "layer-budget:1:2",
+        "max-drop:0.01:sgmas=1",
+        "max-drop:0.01:drop=2",
+        "max-drop:0.01:sigmas=-1",
+        "max-drop:0.01:sigmas=__import__('os')",
+        "final-layer-error:paired=maybe",
     ],
 )
 def test_words_with_a_missing_or_impossible_number_are_refused_with_an_example(text):
@@ -230,6 +241,27 @@ def test_a_number_for_a_target_that_has_none_is_refused(text):
 def test_a_misspelt_target_gets_the_nearest_name(text, meant):
     with pytest.raises(UnknownNameError, match=f"Did you mean '{meant}'"):
         parse_target(text)
+
+
+@pytest.mark.parametrize("name", TARGETS.names())
+def test_the_example_in_errors_is_a_target(name):
+    cls = TARGETS.get(name)
+    assert isinstance(parse_target(f"{name}:{cls.example}"), cls)
+
+
+def test_a_drop_meant_in_points_is_refused_and_one_that_permits_ignorance_is_noted():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (400,))
+    sure = torch.tensor([0.5, 1.0, 6.0])
+    logits = torch.eye(2)[labels][:, None] * sure[:, None] + torch.randn(400, 3, 2)
+    trace = ExitTrace(logits=logits, labels=labels, exit_layers=(1, 2, 3))
+    with pytest.raises(CalibrationError, match=r"1 points are 0\.01"):
+        calibrate(trace, "confidence", "max-drop:1")
+    assert not any("no better than" in note for note in calibrate(trace, "confidence", "max-drop:0.01").notes)
+    assert any("no better than" in note for note in calibrate(trace, "confidence", "max-drop:0.6").notes)
+    values = ExitTrace(logits=logits[..., :1], labels=logits[:, 2, 0], exit_layers=(1, 2, 3), problem_type="regression")
+    found = calibrate(values, "patience", "max-drop:30", options={"tolerance": 0.1}, keep_weak_exits=True)
+    assert found.mean_layers < 3  # squared errors have no end, so neither has a drop
 
 
 def test_a_target_shows_its_numbers():
