@@ -1,10 +1,13 @@
-"""Reliability by hand."""
+"""Reliability, memorized layers and F1, by hand and against scikit-learn."""
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
+import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
-from hf_earlyexit.metrics import reliability
+from hf_earlyexit.metrics import f1, memorized_layer, reliability, uneven_classes
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 def rows(*probabilities):
@@ -37,3 +40,44 @@ def test_an_honest_exit_has_no_gap():
 def test_nothing_to_look_at_is_refused(count, bins):
     with pytest.raises(DataError, match="expected at least one"):
         reliability(torch.zeros(count, 2), torch.zeros(count, dtype=torch.long), bins)
+
+
+def test_an_ignored_exit_knows_nothing():
+    # exit 1 always says class 0, exit 2 is right on rows 0 and 1, exit 3 on rows 0, 1 and 2
+    answers = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 0]])
+    trace = ee.ExitTrace(logits=torch.eye(2)[answers], labels=torch.tensor([0, 1, 0, 1]), exit_layers=(2, 4, 6))
+    assert memorized_layer(trace).tolist() == [2, 4, 6, 6]
+    assert memorized_layer(trace, ignored=(0,)).tolist() == [4, 4, 6, 6]
+    assert memorized_layer(trace, ignored=(0, 1)).tolist() == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_f1_is_that_of_scikit_learn(classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(300, classes, generator=generator)
+    labels = (classes * torch.rand(300, generator=generator) ** 3).long()
+    assert f1(logits, labels, SINGLE_LABEL) == pytest.approx(f1_score(labels, logits.argmax(-1), average="macro"))
+    many = (torch.rand(300, classes, generator=generator) < 0.2).float()
+    assert f1(logits, many, MULTI_LABEL) == pytest.approx(f1_score(many, logits > 0, average="micro"))
+    assert f1(-torch.ones(3, 2), torch.zeros(3, 2), MULTI_LABEL) == 0.0
+
+
+def test_a_class_that_never_occurs_has_no_part_in_f1():
+    logits, labels = torch.eye(3)[torch.tensor([0, 0, 1, 0])], torch.tensor([0, 0, 1, 1])
+    assert f1(logits, labels, SINGLE_LABEL) == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+def test_values_have_no_f1():
+    with pytest.raises(DataError, match="no F1"):
+        f1(torch.zeros(2, 1), torch.zeros(2), REGRESSION)
+
+
+@pytest.mark.parametrize(
+    ("counts", "uneven"),
+    [((50, 50), False), ((65, 35), False), ((67, 33), True), ((50, 50, 0), True), ((30, 35, 35), False)],
+)
+def test_classes_are_uneven_from_twice_the_rows_of_the_rarest(counts, uneven):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    assert uneven_classes(labels, SINGLE_LABEL, len(counts)) is uneven
+    assert uneven_classes(labels, REGRESSION, 1) is False
+    assert uneven_classes(labels, MULTI_LABEL, 1) is True

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from ..errors import CalibrationError, UsageError
+from ..metrics import f1, f1_name, uneven_classes
 from ..policies.base import POLICIES, ExitPolicy
-from ..problem_types import majority_quality, row_quality
+from ..problem_types import majority_quality, quality_name, row_quality
 from ..trace import ExitTrace
 from .replay import replay
 from .result import CalibrationResult
@@ -20,6 +21,7 @@ from .search import Array, Curve, per_exit_curve, single_threshold_curve
 from .targets import MaxDrop, Target, parse_target
 
 CURVE_POINTS = 400
+RARE_LOSS = 0.01  # F1 that may be lost beyond the loss of quality without a note
 
 
 def calibrate(
@@ -79,7 +81,7 @@ def calibrate(
         curve = single_threshold_curve(visible, quality, cost, rule.lowest_threshold, rule.counts)
     chosen = target.pick(curve)
     rule = rule.with_thresholds(_as_thresholds(curve.thresholds[chosen]))
-    return _result(rule, rows, scores, curve, target, weak, learned_from, seed)
+    return _result(rule, rows, scores, answers, curve, target, weak, learned_from, seed)
 
 
 def _check(trace: ExitTrace, target: Target) -> None:
@@ -155,6 +157,7 @@ def _result(
     policy: ExitPolicy,
     rows: ExitTrace,
     scores: torch.Tensor,
+    answers: torch.Tensor,
     curve: Curve,
     target: Target,
     weak: tuple[int, ...],
@@ -176,7 +179,7 @@ def _result(
         dtype=str(rows.meta.get("dtype", "unknown")),
         fingerprint=rows.fingerprint,
         versions={name: version(name) for name in ("hf_earlyexit", "torch")},
-        notes=(*_generosity(target, rows, float(curve.quality[0])), *_notes(policy, rows, scores, weak)),
+        notes=(*_generosity(target, rows, float(curve.quality[0])), *_notes(policy, rows, scores, answers, weak)),
     )
 
 
@@ -191,7 +194,9 @@ def _generosity(target: Target, rows: ExitTrace, full: float) -> list[str]:
     ]
 
 
-def _notes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, weak: tuple[int, ...]) -> list[str]:
+def _notes(
+    policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, answers: torch.Tensor, weak: tuple[int, ...]
+) -> list[str]:
     notes = []
     if weak:
         layers = ", ".join(str(rows.exit_layers[index]) for index in weak)
@@ -200,11 +205,27 @@ def _notes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, weak: tupl
             f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
         )
     if bool((policy.decide(scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
-        looked = scores[:, :-1][torch.isfinite(scores[:, :-1])]
-        seen = (
-            f"scores run from {float(looked.min()):.4g} to {float(looked.max()):.4g}"
-            if looked.numel()
+        open_scores = scores[:, :-1][torch.isfinite(scores[:, :-1])]
+        score_range = (
+            f"scores run from {float(open_scores.min()):.4g} to {float(open_scores.max()):.4g}"
+            if open_scores.numel()
             else "no exit is open"
         )
-        notes.append(f"no row leaves early: {seen}, and no threshold among them meets the target on these rows")
+        notes.append(f"no row leaves early: {score_range}, and no threshold among them meets the target on these rows")
+    notes += _note_on_rare_classes(policy, rows, scores, answers)
     return notes
+
+
+def _note_on_rare_classes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, answers: torch.Tensor) -> list[str]:
+    """A word where F1 falls further than the quality that the target looks at."""
+    if not uneven_classes(rows.labels, rows.problem_type, rows.logits.shape[-1]):
+        return []
+    early = answers[torch.arange(rows.num_rows), policy.decide(scores)]
+    f1s = [f1(logits, rows.labels, rows.problem_type) for logits in (rows.logits[:, -1], early)]
+    quality = [float(row_quality(logits, rows.labels, rows.problem_type).mean()) for logits in (rows.logits[:, -1], early)]
+    if f1s[0] - f1s[1] <= max(quality[0] - quality[1], 0.0) + RARE_LOSS:
+        return []
+    return [
+        f"rare classes lose more than quality shows: {f1_name(rows.problem_type)} falls from {f1s[0]:.4f} to {f1s[1]:.4f}, "
+        f"{quality_name(rows.problem_type)} from {quality[0]:.4f} to {quality[1]:.4f}; permit a smaller drop if they matter"
+    ]

@@ -43,12 +43,12 @@ def propose(scores: Array, agrees: Array, layers: Array, count: int, lowest: flo
         count: most proposals, at least 2.
         lowest, counts: of the policy.
     """
-    found: dict[Thresholds, Proposal] = {}
+    proposals: dict[Thresholds, Proposal] = {}
 
     def add(kind: str, vector: Array, mean_layers: float) -> None:
         if not np.isnan(vector).all():  # a setting that closes every exit is the full model, which is tried anyway
             key = tuple(None if math.isnan(value) else float(value) for value in vector)
-            found.setdefault(key, Proposal(kind, key, mean_layers))
+            proposals.setdefault(key, Proposal(kind, key, mean_layers))
 
     curve = single_threshold_curve(scores, agrees, layers, lowest, counts)
     for wanted in np.linspace(layers[-1], curve.cost.min(), count // 2 + 2)[1:-1]:
@@ -58,4 +58,4 @@ def propose(scores: Array, agrees: Array, layers: Array, count: int, lowest: flo
         rule = LeaverRule(np.full(scores.shape[1] - 1, share), min_leavers=MIN_LEAVERS)
         vector = per_exit_thresholds(scores, 1 - agrees, rule, lowest, counts)
         add(EACH, vector, float(layers[exits_taken(scores, vector)].mean()))
-    return list(found.values())
+    return list(proposals.values())

@@ -90,8 +90,8 @@ def _commit(
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    there = api.list_repo_files(repo_id, revision=revision)
-    stale = [name for name in there if name not in files and (WEIGHTS.fullmatch(name) or name == CALIBRATION_FILE)]
+    former_files = api.list_repo_files(repo_id, revision=revision)
+    stale = [name for name in former_files if name not in files and (WEIGHTS.fullmatch(name) or name == CALIBRATION_FILE)]
     return api.create_commit(
         repo_id,
         [

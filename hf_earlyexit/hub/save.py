@@ -112,8 +112,10 @@ def save_calibrated(
     except CheckpointError:  # what is damaged cannot be kept
         former = None
     known = {} if former is None else by_name(former)
-    served, own = _served(model), model_fingerprint(model)
-    results = {name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", own)}
+    served, fingerprint = _served(model), model_fingerprint(model)
+    results = {
+        name: one for name, one in known.items() if one.policy.to_dict() in served and one.fingerprint in ("", fingerprint)
+    }
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
         model.save_pretrained(new)
         _write_calibrations(new, results | {operating_point or DEFAULT: result})
@@ -139,7 +141,7 @@ def _served(model: Any) -> list[dict[str, Any]]:
 
 
 def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
-    served, own = _served(model), model_fingerprint(model)
+    served, fingerprint = _served(model), model_fingerprint(model)
     for name, result in results.items():
         if result.policy.to_dict() not in served:
             raise UsageError(
@@ -148,9 +150,9 @@ def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
                 field="calibration",
                 value=name,
             )
-        if result.fingerprint not in ("", own):
+        if result.fingerprint not in ("", fingerprint):
             raise CheckpointError(
-                f"The calibration {name!r} is of a model of fingerprint {result.fingerprint}; this one has {own}. "
+                f"The calibration {name!r} is of a model of fingerprint {result.fingerprint}; this one has {fingerprint}. "
                 "Calibrate again.",
                 field="calibration",
                 value=result.fingerprint,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -55,6 +56,7 @@ SETTINGS: dict[Any, Any] = {
     "legend.fontsize": 9.5,
     "path.simplify_threshold": 0.5,
 }
+MOST_NUMBERS = 12  # below an axis, so that none covers another
 ID = re.compile(r' id="([^"]*)"')
 
 
@@ -67,12 +69,12 @@ def figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield drawing, drawing.add_subplot()
 
 
-def to_svg(drawing: Figure, says: str) -> str:
+def to_svg(drawing: Figure, description: str) -> str:
     """The figure as one `<svg>` element with real text and a size given by its view box alone.
 
     Args:
         drawing: from `figure`, inside its block.
-        says: what the figure shows, for readers who cannot see it.
+        description: what the figure shows, for readers who cannot see it.
     """
     file = io.StringIO()
     drawing.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -85,7 +87,7 @@ def to_svg(drawing: Figure, says: str) -> str:
     assert box is not None, "matplotlib always writes a view box"
     body = text[text.index("<defs") : text.rindex("</svg>")]
     links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    label = escape(says, quote=True)
+    label = escape(description, quote=True)
     return f'<svg {links} viewBox="{box[1]}" role="img" aria-label="{label}">\n{body}</svg>\n'
 
 
@@ -100,3 +102,18 @@ def calm(axes: Axes, **labels: Any) -> None:
     """A light grid across, and labels."""
     axes.grid(visible=True, axis="y")
     axes.set(**labels)
+
+
+def legend_columns(names: Sequence[str], width: float) -> int:
+    """How many columns of a legend with these names fit into a figure of `width` inches, at least 1.
+
+    Letters are taken as wide as the widest common font draws them, since the reader's font is not known.
+    """
+    widest = 0.09 * max(len(name) for name in names) + 0.5  # inches: the letters, the handle and the gap
+    return max(1, min(len(names), int(width / widest)))
+
+
+def number_layers(axes: Axes, layers: Sequence[int]) -> None:
+    """The layers' numbers below their places 0, 1, 2, ...; of many only every second or third, the last one always."""
+    places = range(len(layers))[:: -math.ceil(len(layers) / MOST_NUMBERS)]
+    axes.set_xticks(places, [str(layers[place]) for place in places])

@@ -95,8 +95,8 @@ def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tu
     """
     num_classes = logits.shape[-1]
     lead = log_odds(logits.log_softmax(-1)).double()[:, None]
-    says = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).double()
-    features = torch.cat([torch.ones_like(lead), lead, says], 1)
+    predicted = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).double()
+    features = torch.cat([torch.ones_like(lead), lead, predicted], 1)
     features = torch.cat([features, features.mean(0, keepdim=True)])
     target = torch.cat([harmless.double(), torch.zeros(1, dtype=torch.float64)])
     penalty = torch.full((num_classes + 2,), ridge, dtype=torch.float64)

@@ -93,8 +93,8 @@ class RewardPolicy(ExitPolicy):
     def update(self, state: History, signal: ExitSignal, exit_index: int) -> tuple[History, Tensor, Tensor]:
         depth = (exit_index + 1) / self.num_exits
         state, features = _look(state, signal.logits, depth)
-        said = _network(features, torch.tensor(self.weights, device=signal.logits.device))
-        return state, probability(said), signal.logits
+        leave_logits = _network(features, torch.tensor(self.weights, device=signal.logits.device))
+        return state, probability(leave_logits), signal.logits
 
     @classmethod
     def learn(cls, trace: Any, members: int = 1, **options: Any) -> dict[str, Any]:
@@ -120,30 +120,30 @@ class RewardPolicy(ExitPolicy):
 
 def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
     """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
-    said = logits.float().log_softmax(-1).clamp_min(FLOOR)
-    answer = said.argmax(-1, keepdim=True)
+    log_probs = logits.float().log_softmax(-1).clamp_min(FLOOR)
+    answer = log_probs.argmax(-1, keepdim=True)
     now = History(
-        total=state.total + said,
-        lowest=torch.minimum(state.lowest, said),  # of numbers at or below 0
-        previous=said,
-        votes=state.votes.scatter_add(1, answer, torch.ones_like(said[:, :1])),
+        total=state.total + log_probs,
+        lowest=torch.minimum(state.lowest, log_probs),  # of numbers at or below 0
+        previous=log_probs,
+        votes=state.votes.scatter_add(1, answer, torch.ones_like(log_probs[:, :1])),
         seen=state.seen + 1,
     )
 
     def of_answer(values: Tensor) -> Tensor:
         return values.gather(1, answer)[:, 0]
 
-    own = of_answer(said)
-    risen = torch.where(state.seen == 0, torch.zeros_like(own), own - of_answer(state.previous))
+    answer_log_prob = of_answer(log_probs)
+    risen = torch.where(state.seen == 0, torch.zeros_like(answer_log_prob), answer_log_prob - of_answer(state.previous))
     return now, [
-        own + 0.5,
-        log_odds(said) / 2 - 1,
-        certainty(said) - 0.5,
+        answer_log_prob + 0.5,
+        log_odds(log_probs) / 2 - 1,
+        certainty(log_probs) - 0.5,
         of_answer(now.total) / now.seen + 0.5,
         risen,
         of_answer(now.votes) / now.seen - 0.5,
         (of_answer(now.lowest) + 1) / 2,
-        torch.full_like(own, 2 * depth - 1),
+        torch.full_like(answer_log_prob, 2 * depth - 1),
     ]
 
 
@@ -153,10 +153,10 @@ def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     hidden = bias.expand(*features[0].shape, len(bias))
     for feature, row in zip(features, inner, strict=True):
         hidden = hidden + feature[..., None] * row
-    said = weights[-1].expand(features[0].shape)
+    leave_logits = weights[-1].expand(features[0].shape)
     for column in (hidden.relu() * outer).unbind(-1):
-        said = said + column
-    return said
+        leave_logits = leave_logits + column
+    return leave_logits
 
 
 def _part(trace: Any, member: int, members: int) -> Any:

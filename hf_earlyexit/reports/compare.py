@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,13 +20,17 @@ from ..trace import ExitTrace
 
 FEWEST_ROWS = 40
 STATIC = "static"
+PLAINEST = "confidence"
 
 
 class Curve(NamedTuple):
-    """Mean layers of a policy's settings on the judging rows, ascending, and the quality of each."""
+    """Mean layers of a policy's settings on the judging rows, ascending, the quality of each, and the standard error of its
+    difference to the full model's.
+    """
 
     layers: tuple[float, ...]
     quality: tuple[float, ...]
+    error: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +74,15 @@ class Comparison:
 
     @property
     def best(self) -> Contender:
-        """The policy with the fewest layers on the choosing half; chosen without a look at the judging half."""
+        """The policy with the fewest layers on the choosing half; chosen without a look at the judging half.
+
+        Of several that do the same, `confidence` if it is among them: the plainest rule that does it.
+        """
         rules = [contender for name, contender in self.contenders.items() if name != STATIC]
-        return min(rules or self.contenders.values(), key=lambda one: (one.chosen.mean_cost, -one.chosen.quality))
+        return min(
+            rules or self.contenders.values(),
+            key=lambda one: (one.chosen.mean_cost, -one.chosen.quality, one.name != PLAINEST),
+        )
 
 
 def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) -> Comparison:
@@ -125,9 +136,12 @@ def _curve_on(chosen: CalibrationResult, judging: ExitTrace) -> Curve:
     """The settings of a calibration's curve on other rows; scores do not depend on thresholds, so one scan does."""
     scores, answers = chosen.policy.scan(judging)
     quality = row_quality(answers, judging.labels, judging.problem_type).numpy()
+    full = row_quality(judging.logits[:, -1], judging.labels, judging.problem_type).numpy()
     layers, rows = np.asarray(judging.exit_layers), np.arange(judging.num_rows)
     settings = set()
     for thresholds in (chosen.policy.thresholds, *(point[2] for point in chosen.curve)):  # a curve leaves settings out
         taken = chosen.policy.with_thresholds(thresholds).decide(scores).numpy()
-        settings.add((float(layers[taken].mean()), float(quality[rows, taken].mean())))
+        difference = quality[rows, taken] - full
+        error = float(difference.std()) / math.sqrt(len(full))
+        settings.add((float(layers[taken].mean()), float(quality[rows, taken].mean()), error))
     return Curve(*zip(*sorted(settings), strict=True))

@@ -20,7 +20,7 @@ class Mistake(NamedTuple):
         row: its place in the trace.
         layer: it left after.
         score: it left with.
-        truth, answer, last_answer: label, what it was told, what the last exit would have said; in words.
+        truth, answer, last_answer: the label, the answer it left with, the last exit's answer; in words.
         harmed: whether the last exit would have done better.
     """
 
@@ -86,8 +86,8 @@ class _Namer:
         self.names = label_names
 
     def of_logits(self, logits: Tensor) -> str:
-        said = predictions(logits, self.problem_type)
-        return self.of_label(said if self.problem_type == REGRESSION else said.long())
+        answer = predictions(logits, self.problem_type)
+        return self.of_label(answer if self.problem_type == REGRESSION else answer.long())
 
     def of_label(self, label: Tensor) -> str:
         if self.problem_type == REGRESSION:

@@ -7,11 +7,12 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 from markupsafe import Markup
 
 from ..calibration.replay import Replay, replay
 from ..errors import DataError
-from ..metrics import memorized_layer, reliability
+from ..metrics import f1, f1_name, memorized_layer, reliability, uneven_classes
 from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
 from ..policies.base import ExitPolicy
@@ -73,7 +74,7 @@ def write_report(
         name, judged, rule = comparison.best.name, comparison.best.judged, comparison.best.chosen.policy
     else:
         name, judged, rule = f"{policy.name}, as served", replay(policy, comparison.judging), policy
-    found = find_mistakes(rule, comparison.judging, label_names, most_mistakes)
+    mistakes = find_mistakes(rule, comparison.judging, label_names, most_mistakes)
     write_page(
         "report.html",
         path,
@@ -88,7 +89,9 @@ def write_report(
         summary=summary(name, judged, comparison.judging),
         doubts=doubts(name, judged, comparison),
         always=ALWAYS,
-        mistakes=found,
+        mistakes=mistakes,
+        dead_layers=[comparison.judging.exit_layers[index] for index in comparison.judging.dead_exits()],
+        uneven=_rare_classes(rule, comparison.judging),
         texts=None if texts is None else [_text(texts[row]) for row in comparison.judging_rows.tolist()],
         places=comparison.judging_rows.tolist(),
         **_figures(name, judged, comparison),
@@ -121,25 +124,32 @@ def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any
     judging = comparison.judging
     measure, layers = quality_name(judging.problem_type), judging.exit_layers
     lines = _lines(comparison, name)
-    mark = Mark(name, judged.mean_layers, judged.quality)
+    mark = Mark(
+        f"{name}, at the permitted drop" if name in comparison.contenders else name,
+        judged.mean_layers,
+        judged.quality,
+        judged.standard_error,
+    )
     full = Mark("full model", layers[-1], judged.full_quality)
     everyone = [report.quality for report in judged.exits]
+    errors = (judging.quality.std(0, correction=0) / judging.num_rows**0.5).tolist()
     leavers = [report.quality_of_leavers for report in judged.exits]
     shares = [report.share for report in judged.exits]
-    honest, hardness = [], None
+    reliabilities, hardness = [], None
     if judging.problem_type == SINGLE_LABEL:
-        needed = memorized_layer(judging)
+        needed = memorized_layer(judging, judging.dead_exits())
         hardness = _inline(
             exit_shares_svg({"rows": [float((needed == n).float().mean()) for n in layers]}, layers, "share of rows")
         )
-        honest = [reliability(judging.logits[:, index].float(), judging.labels) for index in range(judging.num_exits)]
+        reliabilities = [reliability(judging.logits[:, index].float(), judging.labels) for index in range(judging.num_exits)]
     return {
         "pareto": _inline(pareto_svg(lines, [mark], full, measure)),
         "shares": _inline(exit_shares_svg({name: shares}, layers)),
         "hardness": hardness,
-        "qualities": _inline(exit_quality_svg(layers, everyone, leavers, shares, measure)),
+        "qualities": _inline(exit_quality_svg(layers, everyone, leavers, shares, measure, errors)),
         "reliabilities": [
-            (layer, found, _inline(reliability_svg(found, layer))) for layer, found in zip(layers, honest, strict=False)
+            (layer, measured, _inline(reliability_svg(measured, layer)))
+            for layer, measured in zip(layers, reliabilities, strict=False)
         ],
     }
 
@@ -160,8 +170,20 @@ def _lines(comparison: Comparison, name: str) -> list[Line]:
     for _, members in groups:
         names = [one.name for one in members]
         look = "dots" if names == [STATIC] else "bold" if name in names else "plain"
-        lines.append(Line(", ".join(names), *members[0].curve, look))
+        shown = next((one for one in members if one.name == name), members[0])
+        curve = shown.curve
+        lines.append(Line(", ".join(names), curve.layers, curve.quality, look, curve.error))
     return lines
+
+
+def _rare_classes(policy: ExitPolicy, trace: ExitTrace) -> tuple[str, float, float] | None:
+    """Name of F1, and F1 of the early answers and of the full model, where classes are uneven."""
+    if not uneven_classes(trace.labels, trace.problem_type, trace.logits.shape[-1]):
+        return None
+    scores, answers = policy.scan(trace)
+    early = answers[torch.arange(trace.num_rows), policy.decide(scores)]
+    early_f1, full_f1 = (f1(logits, trace.labels, trace.problem_type) for logits in (early, trace.logits[:, -1]))
+    return f1_name(trace.problem_type), early_f1, full_f1
 
 
 def _inline(svg: str) -> Markup:

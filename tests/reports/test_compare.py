@@ -51,16 +51,25 @@ def test_curves_hold_the_chosen_setting_and_both_ends(comparison):
     for one in comparison.contenders.values():
         points = list(zip(*one.curve, strict=True))
         assert points == sorted(points)
-        assert points[-1] == (4.0, full)
+        assert points[-1] == (4.0, full, 0.0)
         assert any(
             layers == pytest.approx(one.judged.mean_layers) and quality == pytest.approx(one.judged.quality)
-            for layers, quality in points
+            for layers, quality, _ in points
         )
+        nearest = min(points, key=lambda point: abs(point[0] - one.judged.mean_layers) + abs(point[1] - one.judged.quality))
+        assert nearest[2] == pytest.approx(one.judged.standard_error)
 
 
 def test_the_best_has_the_fewest_layers_on_the_choosing_half(comparison):
     rules = [one for one in comparison.contenders.values() if one.name != "static"]
     assert comparison.best.chosen.mean_cost == min(one.chosen.mean_cost for one in rules)
+
+
+def test_of_rules_that_do_the_same_the_plainest_is_the_best():
+    logits = torch.eye(2)[torch.arange(200) % 2][:, None].repeat(1, 3, 1) * 9  # every exit is right and sure
+    same = compare_policies(ee.ExitTrace(logits=logits, labels=torch.arange(200) % 2, exit_layers=(1, 2, 3)), 0.0)
+    assert len({one.chosen.mean_cost for one in same.contenders.values()} & {1.0}) == 1
+    assert same.best.name == "confidence"
 
 
 @pytest.mark.parametrize("problem", [MULTI_LABEL, REGRESSION])

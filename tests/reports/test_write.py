@@ -1,8 +1,11 @@
 """The page: one file, true to its data, closed to hostile texts, and no wider than a phone."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
+from sklearn.metrics import f1_score
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
@@ -104,3 +107,34 @@ def test_hardness_is_shown_where_answers_are_right_or_wrong(tmp_path):
         classes = 1 if problem_type == REGRESSION else 3
         write_report(learned_trace(rows=300, classes=classes, problem_type=problem_type), tmp_path / "report.html")
         assert ("How hard the rows are" in (tmp_path / "report.html").read_text()) is shown
+
+
+def test_an_exit_that_gives_every_row_one_class_makes_no_row_easy(tmp_path, monkeypatch):
+    trace = learned_trace(rows=600)
+    logits = trace.logits.clone()
+    logits[:, 0] = torch.tensor([2.0, 0.0, 0.0])
+    shares = {}
+    monkeypatch.setattr(
+        "hf_earlyexit.reports.write.exit_shares_svg", lambda by_name, *_: shares.update(by_name) or "<svg></svg>"
+    )
+    write_report(dataclasses.replace(trace, logits=logits), tmp_path / "r.html", max_drop=0.05)
+    assert shares["rows"][0] == 0.0
+    assert sum(shares["rows"]) == pytest.approx(1.0)
+    text = " ".join((tmp_path / "r.html").read_text(encoding="utf-8").split())
+    assert "The exit after layer 1 is no better than always giving the most frequent answer" in text
+    write_report(trace, tmp_path / "r.html", max_drop=0.05)
+    assert shares["rows"][0] > 0.1
+    assert "no better than always giving" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_f1_is_told_where_classes_are_uneven(tmp_path):
+    trace = learned_trace(rows=600)
+    write_report(trace, tmp_path / "even.html", max_drop=0.05)
+    assert "macro F1" not in (tmp_path / "even.html").read_text(encoding="utf-8")
+    rare = torch.cat([(trace.labels != 2).nonzero()[:, 0], (trace.labels == 2).nonzero()[:30, 0]])
+    comparison = write_report(trace.select(rare), tmp_path / "uneven.html", max_drop=0.05)
+    judging, policy = comparison.judging, comparison.best.chosen.policy
+    layers = ee.replay(policy, judging).exit_layer
+    early = judging.logits[torch.arange(judging.num_rows), torch.as_tensor(layers).long() - 1].argmax(-1)
+    text = " ".join((tmp_path / "uneven.html").read_text(encoding="utf-8").split())
+    assert f"macro F1 of the early answers is {f1_score(judging.labels, early, average='macro'):.4f}" in text
