@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from ..calibration.rare_classes import early_and_full_f1
 from ..calibration.replay import replay
 from ..errors import UsageError
 from ..measuring.timing import compare_speed
+from ..metrics import uneven_classes
 from ..modeling.configuration import EXACT
 from ..serving.batching import evaluation_mode
 from ..serving.collect import collect_trace
@@ -40,7 +42,8 @@ def card_figures(
         progress: show a bar.
 
     Returns:
-        `evaluations`, `timings` and `timed_on`, for the argument `card` of `save` and `push_to_hub`.
+        `evaluations`, `timings`, `timed_on`, and `f1s` where classes are uneven, for the argument `card` of `save` and
+        `push_to_hub`.
 
     Raises:
         UsageError: without a calibration, or for a negative number of repeats.
@@ -57,8 +60,11 @@ def card_figures(
         raise UsageError(f"repeats is {repeats}; expected at least 0.", field="repeats", value=repeats)
     trace = collect_trace(model, rows, tokenizer=tokenizer, labels=labels, split="card", progress=progress)
     evaluations = {name: replay(result.policy, trace) for name, result in results.items()}
+    judged: dict[str, Any] = {"evaluations": evaluations}
+    if uneven_classes(trace.labels, trace.problem_type, trace.logits.shape[-1]):
+        judged["f1s"] = {name: early_and_full_f1(result.policy, trace) for name, result in results.items()}
     if repeats == 0:
-        return {"evaluations": evaluations}
+        return judged
     with evaluation_mode(model):
         walker, encoded = walker_for(model), encode_rows(rows, tokenizer)
         runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
@@ -66,8 +72,7 @@ def card_figures(
         timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
     del timings[EXACT]
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return {
-        "evaluations": evaluations,
+    return judged | {
         "timings": timings,
         "timed_on": f"{len(encoded)} texts, {model.device.type}{threads}, {str(model.dtype).removeprefix('torch.')}",
     }

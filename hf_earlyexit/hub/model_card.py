@@ -21,6 +21,7 @@ from ..doors import CAPTIONING
 from ..errors import UsageError
 from ..losses import OBJECTIVES
 from ..measuring.timing import Timing
+from ..metrics import f1_name
 from ..policies import POLICIES
 from ..problem_types import REGRESSION, SINGLE_LABEL, quality_name
 from .markdown import escape, hub_id, without_private
@@ -76,6 +77,7 @@ def model_card_files(
     timings: Mapping[str, Timing] | None = None,
     timed_on: str | None = None,
     objective: str | None = None,
+    f1s: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, bytes]:
     """The files that describe a model on the Hub: card, results and plots.
 
@@ -83,7 +85,8 @@ def model_card_files(
         model: with exits; its config gives layers, labels and the policy in service.
         calibration: how the thresholds of each operating point were chosen, by its name; a card without any says so.
         repo_id: where the card goes, for the examples in it.
-        base_model: Hub id of the checkpoint the exits were put on; left out if it is a local path.
+        base_model: Hub id of the checkpoint the exits were put on; by default where the model was loaded from. Left out if
+            it is a local path.
         datasets: Hub ids of the data; local paths are left out.
         language: code or codes of ISO 639.
         license: an identifier of the Hub, such as "apache-2.0".
@@ -92,6 +95,7 @@ def model_card_files(
         timings: measured speed against the full model, by name of the operating point.
         timed_on: rows and machine of the timings, in words.
         objective: registered name of what the exits were trained with, to tell and to cite.
+        f1s: F1 of the early answers and of the full model on the rows of `evaluations`, by name of the operating point.
 
     Returns:
         Contents by path: `README.md`; for each accuracy on named data `.eval_results/<point>.yaml`; and, with a calibration
@@ -102,7 +106,9 @@ def model_card_files(
         UnknownNameError: for an objective that is not registered.
     """
     evaluations, timings = dict(evaluations or {}), dict(timings or {})
-    _check_points(calibration, evaluations, timings)
+    f1s = dict(f1s or {})
+    _check_points(calibration, evaluations=evaluations, timings=timings, f1s=f1s)
+    base_model = hub_id(base_model or model.config.name_or_path or None)
     known = [name for name in map(hub_id, datasets) if name is not None]
     data_name = hub_id(evaluated_on) or (known[0] if len(known) == 1 else None)
     problem = model.config.resolved_problem_type
@@ -115,8 +121,8 @@ def model_card_files(
         library_name="transformers",  # any other value makes `pipeline(model=...)` refuse the model
         pipeline_tag=kind.tag,
         tags=["hf_earlyexit", "early-exit", *policies],
-        base_model=hub_id(base_model),
-        base_model_relation=None if hub_id(base_model) is None else "finetune",
+        base_model=base_model,
+        base_model_relation=None if base_model is None else "finetune",
         datasets=known or None,
         language=language,
         license=license,
@@ -128,7 +134,7 @@ def model_card_files(
         meta=Markup(meta.to_yaml()),
         title=(hub_id(repo_id) or kind.title).split("/")[-1],
         where=Markup(hub_id(repo_id) or "FOLDER_OR_HUB_ID"),
-        base_model=hub_id(base_model),
+        base_model=base_model,
         about=kind.about,
         objective=objective,
         task=kind.task,
@@ -145,6 +151,8 @@ def model_card_files(
         evaluations=evaluations,
         data_name=data_name,
         timings=timings,
+        f1s=f1s,
+        f1_name=f1_name(problem),
         timed_on=None if timed_on is None else without_private(timed_on),
         has_plots=bool(files),
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
@@ -171,10 +179,10 @@ def file_name(point: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", point).strip("-") or "point"
 
 
-def _check_points(calibration: Mapping[str, Any], evaluations: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
+def _check_points(calibration: Mapping[str, Any], **figures: Mapping[str, Any]) -> None:
     known = ", ".join(calibration) or "none"
-    for field, given in (("evaluations", evaluations), ("timings", timings)):
-        for name in given:
+    for field, by_name in figures.items():
+        for name in by_name:
             if name not in calibration:
                 raise UsageError(
                     f"{field} has {name!r}; expected operating points of calibration: {known}.",
@@ -203,7 +211,9 @@ def _eval_result(name: str, done: Replay, data_name: str) -> str:
         dataset_id=data_name,
         task_id="default",
         value=done.quality,
-        notes=f"{name}: mean exit {done.mean_layers:.2f}/{depth}, full model {done.full_quality:.4f}",
+        notes=f"{name}: mean exit {done.mean_layers:.2f}/{depth}, full model {done.full_quality:.4f}, "
+        f"standard error of the difference "
+        f"{done.standard_error:.4f}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 
@@ -226,7 +236,7 @@ def _plots(
         Line(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points], "bold")
         for (policy, points), names in lines.items()
     ]
-    shown = [Mark(name, result.mean_cost, result.quality) for name, result in calibration.items()]
+    shown = [Mark(name, result.mean_cost, result.quality, result.standard_error) for name, result in calibration.items()]
     first = next(iter(calibration.values()))
     full = Mark("full model", first.curve[0][0], first.full_quality)
     done = {name: evaluations.get(name, result) for name, result in calibration.items()}

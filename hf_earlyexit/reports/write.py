@@ -7,12 +7,12 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 
+from ..calibration.rare_classes import early_and_full_f1
 from ..calibration.replay import Replay, replay
 from ..errors import DataError
-from ..metrics import f1, f1_name, memorized_layer, reliability, uneven_classes
+from ..metrics import f1_name, memorized_layer, reliability, uneven_classes
 from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
 from ..policies.base import ExitPolicy
@@ -180,10 +180,7 @@ def _rare_classes(policy: ExitPolicy, trace: ExitTrace) -> tuple[str, float, flo
     """Name of F1, and F1 of the early answers and of the full model, where classes are uneven."""
     if not uneven_classes(trace.labels, trace.problem_type, trace.logits.shape[-1]):
         return None
-    scores, answers = policy.scan(trace)
-    early = answers[torch.arange(trace.num_rows), policy.decide(scores)]
-    early_f1, full_f1 = (f1(logits, trace.labels, trace.problem_type) for logits in (early, trace.logits[:, -1]))
-    return f1_name(trace.problem_type), early_f1, full_f1
+    return f1_name(trace.problem_type), *early_and_full_f1(policy, trace)
 
 
 def _inline(svg: str) -> Markup:

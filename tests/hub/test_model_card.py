@@ -16,6 +16,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import EvalResultEntry, ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
+from sklearn.metrics import f1_score
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UnknownNameError, UsageError
@@ -95,6 +96,7 @@ def test_numbers_are_those_of_the_data(model, calibration, evaluations):
             "300, chose nothing",
             f"{done.quality:.4f}",
             f"{done.full_quality:.4f}",
+            f"{done.quality - done.full_quality:+.4f} ({done.standard_error:.4f})",
             f"{done.mean_layers:.2f}",
             f"{done.layer_speed_up:.2f}x",
             speed,
@@ -328,3 +330,46 @@ def test_the_clients_own_validation_accepts_it(model, calibration, tmp_path):
         server.server_close()
     assert done.returncode == 0, done.stderr
     assert seen[0]["repoType"] == "model"
+
+
+def test_f1_stands_on_the_card_where_classes_are_uneven(model, calibration, evaluations):
+    rows = table(
+        model_card_files(model, calibration, evaluations=evaluations, f1s={"fast": (0.81, 0.92)})["README.md"].decode(),
+        "operating point",
+    )
+    assert [row[6:8] for row in rows] == [["0.8100", "0.9200"], ["not measured", "not measured"]]
+    assert "F1" not in model_card_files(model, calibration, evaluations=evaluations)["README.md"].decode()
+    with pytest.raises(UsageError, match="f1s has 'slow'"):
+        model_card_files(model, calibration, f1s={"slow": (0.5, 0.5)})
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_card_figures_measure_f1_where_classes_are_uneven(uneven):
+    model, tokenizer, results = make_all()
+    labels = [index % 3 if index < 15 or not uneven else 0 for index in range(60)]
+    rows = Dataset.from_dict({"text": texts(60), "label": labels})
+    judged = ee.card_figures(model, results, rows, tokenizer=tokenizer, repeats=0, progress=False)
+    assert ("f1s" in judged) is uneven
+    if uneven:
+        early = ee.predict(model, rows, tokenizer=tokenizer, operating_point="fast").logits.argmax(-1)
+        full = ee.predict(model, rows, tokenizer=tokenizer, early_exit=False).logits.argmax(-1)
+        expected = [f1_score(labels, answers, average="macro") for answers in (early, full)]
+        assert judged["f1s"]["fast"] == pytest.approx(expected)
+
+
+def test_the_base_model_is_where_the_model_was_loaded_from(model, calibration, tmp_path):
+    def base(name, **fields):
+        model.config.name_or_path = name
+        return card_of(model_card_files(model, calibration, **fields)).data.base_model
+
+    assert base("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
+    assert base("google-bert/bert-base-uncased", base_model="org/other") == "org/other"
+    assert base(str(tmp_path)) is None
+    assert base("") is None
+
+
+def test_the_standard_error_of_rows_that_chose_nothing_is_told(model, calibration, evaluations):
+    text = model_card_files(model, calibration, evaluations=evaluations)["README.md"].decode()
+    promise = text[text.index("What the thresholds do not promise") :]
+    for name, done in evaluations.items():
+        assert f"{done.standard_error:.4f} for {name}" in promise
