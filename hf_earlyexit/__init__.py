@@ -15,11 +15,10 @@ from .tested import warn_if_untested
 __version__ = version("hf_earlyexit")
 
 _HOMES = {
-    "EarlyExitBertConfig": "modeling.configuration",
-    "EarlyExitBertForSequenceClassification": "doors",
-    "EarlyExitVisionEncoderDecoder": "captions.model",
-    "EarlyExitVisionEncoderDecoderConfig": "captions.configuration",
-    "EarlyExitCaptionProcessor": "captions.processor",
+    "from_pretrained": "doors",
+    "EarlyExitVisionEncoderDecoder": "doors",
+    "EarlyExitVisionEncoderDecoderConfig": "doors",
+    "EarlyExitCaptionProcessor": "doors",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
     "EarlyExitCaptioningTrainer": "captions.trainer",
@@ -35,7 +34,6 @@ _HOMES = {
     "replay": "calibration.replay",
     "CalibrationResult": "calibration.result",
     "CaptionCalibrationResult": "captions.result",
-    "Certified": "calibration.certify",
     "FinalLayerError": "calibration.targets",
     "LayerBudget": "calibration.targets",
     "MaxDrop": "calibration.targets",
@@ -78,14 +76,23 @@ def _register(name: str) -> None:
 
 
 after_import("transformers.models.auto.configuration_auto", lambda: _register("register_auto_classes"))
+after_import("transformers.models.auto.processing_auto", lambda: _register("register_processors"))
 after_import("transformers.pipelines", lambda: _register("register_pipelines"))
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    home = _HOMES.get(name, "doors" if name.startswith("EarlyExit") else None)  # doors of all families are made there
+    try:
+        return getattr(import_module(f".{home}", __name__), name) if home else _missing(name)
+    except AttributeError:
+        if name in _HOMES:
+            raise
+        return _missing(name)
+
+
+def _missing(name: str) -> Any:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *import_module(".doors", __name__).door_names()})

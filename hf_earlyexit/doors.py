@@ -1,46 +1,216 @@
-"""The named classes: one config and one model per family and task."""
+"""The named classes: a config and a model for every family and task, made when somebody first asks for them.
+
+`EarlyExitRobertaConfig` and `EarlyExitRobertaForSequenceClassification` are attributes of this module like any others: they
+can be imported and pickled. Transformers' Auto classes know all of them from the start, and load no family's code for that.
+"""
 
 from __future__ import annotations
 
-import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BertForSequenceClassification
+from importlib import import_module
+from threading import RLock
+from typing import Any, NamedTuple
 
-from .captions.configuration import EarlyExitVisionEncoderDecoderConfig
-from .captions.model import EarlyExitVisionEncoderDecoder
-from .captions.processor import EarlyExitCaptionProcessor
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from .errors import UsageError
 from .families import FAMILIES
-from .modeling.classifier import EarlyExitClassifier
-from .modeling.configuration import EarlyExitBertConfig
+from .families.base import IMAGE, TEXT, Family
+from .modeling.configuration import EarlyExitClassifierConfig
+from .modeling.tasks import TASKS
 
 CAPTIONING = "early-exit-captioning"
+CAPTIONER = "vision-encoder-decoder"
+CAPTIONS = {
+    "EarlyExitVisionEncoderDecoderConfig": "configuration",
+    "EarlyExitVisionEncoderDecoder": "model",
+    "EarlyExitCaptionProcessor": "processor",
+}
+_MAKING = RLock()
 
 
-class EarlyExitBertForSequenceClassification(EarlyExitClassifier, BertForSequenceClassification):
-    """`BertForSequenceClassification` with exits.
+class Door(NamedTuple):
+    """Names of a family's classes, and the type that its configs have."""
 
-    Loads any plain BERT checkpoint (bare, masked language model or classifier) and keeps its final answers to the bit;
-    the stock class reads the folders it saves and gives the full model's answers.
+    config: str
+    model: str
+    model_type: str
+
+
+def door_of(stock_type: str) -> Door:
+    """The classes for a stock model type, such as "roberta"."""
+    if stock_type == CAPTIONER:
+        config, model, _ = CAPTIONS
+        return Door(config, model, f"early_exit_{stock_type.replace('-', '_')}")
+    family = FAMILIES[stock_type]
+    name = f"EarlyExit{family.name}"
+    return Door(f"{name}Config", f"{name}{TASKS[family.task].suffix}", f"early_exit_{stock_type.replace('-', '_')}")
+
+
+def door_names() -> list[str]:
+    """Names of all classes, in the order of the families."""
+    return [name for stock_type in FAMILIES for name in door_of(stock_type)[:2]] + list(CAPTIONS)
+
+
+def stock_type_of(name: str) -> str | None:
+    """The stock model type whose classes have this name; `None` if there is none."""
+    if name in CAPTIONS:
+        return CAPTIONER
+    return next((stock_type for stock_type in FAMILIES if name in door_of(stock_type)[:2]), None)
+
+
+def __getattr__(name: str) -> Any:
+    stock_type = stock_type_of(name)
+    if stock_type is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with _MAKING:
+        if name not in globals():
+            globals().update(_captions() if stock_type == CAPTIONER else _classes(stock_type, FAMILIES[stock_type]))
+    return globals()[name]
+
+
+def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
+    """Load a model with exits, or a plain checkpoint whose exits are then new, through the class that suits its config.
+
+    Args:
+        name: folder or Hub id.
+        task: as transformers names its pipelines, "text-classification" or "image-classification"; by default what the
+            family does.
+        kwargs: as for the class's own `from_pretrained`.
+
+    Raises:
+        UsageError: for a model type or task without exits; with the list of those that have them.
+        CheckpointError: as for the class's own `from_pretrained`.
 
     Example:
+        >>> import tempfile
         >>> import hf_earlyexit as ee
-        >>> config = ee.EarlyExitBertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
-        >>> ee.EarlyExitBertForSequenceClassification(config).exit_layers
-        (1, 2, 3, 4)
+        >>> from transformers import RobertaConfig, RobertaForSequenceClassification
+        >>> shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> stock = RobertaForSequenceClassification(RobertaConfig(vocab_size=9, **shape))
+        >>> folder = tempfile.mkdtemp()
+        >>> stock.save_pretrained(folder)
+        >>> type(ee.from_pretrained(folder)).__name__
+        'EarlyExitRobertaForSequenceClassification'
     """
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
+    found = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+    stock_type = next((kind for kind in (*FAMILIES, CAPTIONER) if found in (kind, door_of(kind).model_type)), None)
+    if stock_type is None:
+        raise UsageError(
+            f"{name} is a model of type {found!r}; types that can have exits are {', '.join((*FAMILIES, CAPTIONER))}.",
+            field="model",
+            value=found,
+        )
+    able = CAPTIONING if stock_type == CAPTIONER else FAMILIES[stock_type].task
+    if task not in (None, able):
+        raise UsageError(f"task is {task!r}; models of type {stock_type!r} do {able!r} here.", field="task", value=task)
+    return __getattr__(door_of(stock_type).model).from_pretrained(name, **kwargs)
 
-    config_class = EarlyExitBertConfig
-    config: EarlyExitBertConfig
-    family = FAMILIES["bert"]
+
+# --- making classes -----------------------------------------------------------------------------------------------------
+
+
+class _OwnBackbone:
+    """Put before a stock classifier that asks AutoModel for its backbone: AutoModel would give it this very class."""
+
+    stock_backbone: str
+
+    def __init__(self, config: Any) -> None:
+        super(GenericForSequenceClassification, self).__init__(config)  # type: ignore[misc]
+        self.num_labels = config.num_labels
+        setattr(self, self.base_model_prefix, getattr(transformers, self.stock_backbone)(config))  # type: ignore[attr-defined]
+        self.score = nn.Linear(config.get_text_config().hidden_size, self.num_labels, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+
+def _classes(stock_type: str, family: Family) -> dict[str, type]:
+    """A family's config and model classes, by name, known to the Auto classes."""
+    door, task = door_of(stock_type), TASKS[family.task]
+    stock_config, stock = (getattr(transformers, f"{family.name}{end}") for end in ("Config", task.suffix))
+    config = strict(
+        type(
+            door.config,
+            (EarlyExitClassifierConfig, stock_config),
+            {
+                "__module__": __name__,
+                "__doc__": f"Fields of `{stock_config.__name__}` and of `EarlyExitConfig`, for `{door.model}`.",
+                "model_type": door.model_type,
+                "stock_model_type": stock_type,
+                "door": door.model,
+                "auto_models": ("AutoModel", task.auto_model),
+            },
+        )
+    )
+    generic = issubclass(stock, GenericForSequenceClassification)
+    model = type(
+        door.model,
+        (task.mixin, *((_OwnBackbone,) if generic else ()), stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"`{stock.__name__}` with exits. It loads plain checkpoints and keeps their last answers to the bit; "
+            "the stock class reads the folders it saves.",
+            "__annotations__": {"config": config},
+            "config_class": config,
+            "family": family,
+            "stock_backbone": f"{family.name}Model",
+        },
+    )
+    for known, new in ((stock.__name__, door.model), (stock_type, door.model_type)):
+        names = get_checkpoint_conversion_mapping(
+            known
+        )  # of tensors in older checkpoints; classes of others are passed over
+        if names is not None:
+            register_checkpoint_conversion_mapping(new, names, overwrite=True)
+    _tell_auto_classes(config, model)
+    return {door.config: config, door.model: model}
+
+
+def _captions() -> dict[str, type]:
+    """The captioner's classes, by name, known to the Auto classes."""
+    classes = {name: getattr(import_module(f"hf_earlyexit.captions.{home}"), name) for name, home in CAPTIONS.items()}
+    config, model, processor = classes.values()
+    _tell_auto_classes(config, model)
+    transformers.AutoProcessor.register(config, processor, exist_ok=True)
+    return classes
+
+
+def _tell_auto_classes(config: Any, model: type) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name in config.auto_models:
+        getattr(transformers, name).register(config, model, exist_ok=True)
+
+
+# --- what transformers knows from the start -----------------------------------------------------------------------------
+
+
+def _later(name: str) -> type:
+    """Stands for a config class until somebody asks AutoConfig for it."""
+
+    def made(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__(name)(*args, **kwargs)
+
+    def from_dict(*args: Any, **kwargs: Any) -> Any:
+        return __getattr__(name).from_dict(*args, **kwargs)
+
+    return type(name, (), {"__module__": __name__, "__new__": made, "from_dict": staticmethod(from_dict)})
 
 
 def register_auto_classes() -> None:
-    """Make the Auto classes know the doors; harmless when repeated."""
-    for model in (EarlyExitBertForSequenceClassification, EarlyExitVisionEncoderDecoder):
-        config = model.config_class
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        for name in config.auto_models:
-            getattr(transformers, name).register(config, model, exist_ok=True)
-    AutoProcessor.register(EarlyExitVisionEncoderDecoderConfig, EarlyExitCaptionProcessor, exist_ok=True)
+    """Make AutoConfig know every model type; harmless when repeated. The other Auto classes learn of a family with it."""
+    for stock_type in (*FAMILIES, CAPTIONER):
+        door = door_of(stock_type)
+        if door.config not in globals():
+            AutoConfig.register(door.model_type, _later(door.config), exist_ok=True)
+
+
+def register_processors() -> None:
+    """Make AutoProcessor know the captioner's processor, which it looks for by name."""
+    __getattr__("EarlyExitCaptionProcessor")
 
 
 def register_pipelines() -> None:
@@ -49,6 +219,9 @@ def register_pipelines() -> None:
 
     PIPELINE_REGISTRY.supported_tasks[CAPTIONING] = {
         "impl": "hf_earlyexit.pipelines.EarlyExitCaptioningPipeline",
-        "pt": (AutoModelForImageTextToText,),
+        "pt": (transformers.AutoModelForImageTextToText,),
         "type": "image",
     }
+
+
+__all__ = ["IMAGE", "TEXT", "door_names", "door_of", "from_pretrained"]

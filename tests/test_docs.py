@@ -155,3 +155,13 @@ def test_pages_name_no_place_of_one_machine():
     for page in [README, *PAGES, ROOT / "mkdocs.yml"]:
         found = re.findall(r"/(?:work|home|root|tmp|mnt|Users)/|localhost|127\.0\.0\.1", page.read_text(encoding="utf-8"))
         assert not found, f"{name_of(page)} mentions {found}"
+
+
+def test_the_page_of_families_is_what_its_command_writes():
+    from benchmarks.families_page import PAGE, page
+    from hf_earlyexit.doors import door_names
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text) == text, "run python -m benchmarks.families_page"
+    listed = text + (DOCS / "api.md").read_text(encoding="utf-8")
+    assert not [name for name in door_names() if name not in listed and not name.endswith("Config")]

@@ -15,7 +15,7 @@ import datasets
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from ..doors import EarlyExitBertForSequenceClassification
+from ..doors import from_pretrained
 from ..modeling.heads import HEADS
 from ..serving.collect import collect_trace
 from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
@@ -82,7 +82,7 @@ def prepare(
     labels = {"num_labels": 1} if names is None else {
         "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}
     }  # fmt: skip
-    model = EarlyExitBertForSequenceClassification.from_pretrained(
+    model = from_pretrained(
         args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels, **fields
     )
     keep = () if id_column is None else (id_column,)

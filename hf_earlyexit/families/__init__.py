@@ -1,7 +1,10 @@
 """Families of networks: the only place that knows transformers' layer lists."""
 
+from . import causal, text, vision
 from .base import Family
 from .context import Context
-from .text import FAMILIES
+
+FAMILIES: dict[str, Family] = text.FAMILIES | vision.FAMILIES | causal.FAMILIES
+"""The rows, by transformers' model type."""
 
 __all__ = ["FAMILIES", "Context", "Family"]

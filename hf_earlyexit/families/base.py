@@ -64,19 +64,19 @@ class Family:
         call: layer, hidden states, context to hidden states after it: the stock layer, called as the stock model calls it.
         final_norm: path of the norm after the last layer, which every exit reads through; `None` where there is none.
         answer: classifier with exits and the `Part` behind the final norm to the stock logits `[B, C]`.
-        answers: paths, from the classifier, of the modules that make the last answer: what a certificate vouches for.
         one_token: whether the last answer reads a single token; may depend on the config.
         token: which token that is, the first or the last real one.
         pool: classifier and hidden states `[B, 1, H]` to the stock pooled state `[B, H]`; `None` where the stock model has
             none that exits could borrow.
         positions: model and inputs to the positions the stock model counts `[B or 1, T]`.
-        rotary: whether positions enter the layers, so that those that were given must go with the rows.
+        keeps_positions: whether layers or their masks read positions, so that those that were given must go with the rows.
         longest: config to the most tokens of an input.
         check: refuses inputs the model cannot read.
         dropout: names of the config's dropout before a classifier; the first that is set counts.
         inputs: names of the model's inputs.
         packed: a class whose objects run one layer on rows without padding; `None` for padded rows only.
-        same_input: path of a layer's part, and names of its linear maps that read the same input.
+        same_input: path of a layer's part, and names of its linear maps that read the same input: `packed` takes one map in
+            their place, with their outputs side by side, where the part has one named `joint`.
         untraced: why the family cannot become a graph; empty where it can.
         task: what the stock classifier does.
     """
@@ -87,14 +87,13 @@ class Family:
     frame: Callable[[Frame], Framed]
     call: Callable[[nn.Module, Tensor, Context], Tensor]
     answer: Callable[[Any, Part], Tensor]
-    answers: tuple[str, ...]
     check: Callable[[Family, Any, dict[str, Any]], None]
     final_norm: str | None = None
     one_token: bool | Callable[[Any], bool] = True
     token: str = FIRST
     pool: Callable[[Any, Tensor], Tensor] | None = None
     positions: Callable[[Any, dict[str, Any]], Tensor | None] | None = None
-    rotary: bool = False
+    keeps_positions: bool = False
     longest: Callable[[Any], int] = attrgetter("max_position_embeddings")
     dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
     inputs: tuple[str, ...] = TEXT_INPUTS
@@ -199,7 +198,7 @@ class Family:
 
     def _kept(self, model: Any, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Tensor]:
         kept = {}
-        if self.rotary and inputs.get("position_ids") is not None:
+        if self.keeps_positions and inputs.get("position_ids") is not None:
             kept["position_ids"] = inputs["position_ids"].expand(hidden.shape[:2])
         if self.token == LAST:
             kept["answering"] = last_token(model.config, inputs)

@@ -207,7 +207,7 @@ def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Te
     shape = ids.shape[:2]
     answering = last_token(model.config, given) if family.token == LAST else None
     tokens, context = pack(shape, mask, ids.device, answering, front=family.token != LAST)
-    if tokens is None and not family.rotary and "position_ids" not in given:  # as the stock model does it
+    if tokens is None and not family.keeps_positions and "position_ids" not in given:  # as the stock model does it
         hidden = family.embed(model, {**dict.fromkeys(family.inputs), **given})
         return hidden.flatten(0, 1), context, None
     if "position_ids" not in given:
@@ -281,14 +281,14 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface over packed rows: `[1, heads, tokens, D]` to `[1, tokens, heads * D]`."""
+    """Transformers' attention interface over packed rows: `[1, heads, tokens, D]` to `[1, tokens, heads, D]`."""
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     mixed = attention_mask.attend(q, k, v, scaling, getattr(module, "is_causal", False), window)
-    return mixed[None], None
+    return mixed.view(1, len(q), *q.shape[1:]), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)

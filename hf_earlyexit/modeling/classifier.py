@@ -85,6 +85,45 @@ class EarlyExitClassifier(ModelWithExits):
             return False
         return mask is None or (mask.ndim == 2 and len(mask) > 0)
 
+    def _classify(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        early_exit: bool | None,
+        operating_point: str | None,
+        options: dict[str, Any],
+    ) -> EarlyExitClassifierOutput:
+        """What `forward` does, whatever the inputs are."""
+        policy = self.choose_policy(early_exit, operating_point, options)
+        if self._may_pack(policy, inputs.get("attention_mask"), options) and self.family.packs(self.base_model):
+            hidden, context = self.family.begin_packed(self.base_model, inputs)
+        else:
+            hidden, context = self.family.begin(self.base_model, inputs, options)
+        if policy is not None:
+            early = run_early(self, hidden, context, policy, self.num_labels)
+            layers = torch.tensor(self.config.exit_layers, device=hidden.device)
+            output = EarlyExitClassifierOutput(
+                logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
+            )
+        else:
+            exit_logits, gates = run_all(self, hidden, context, self.num_labels)
+            depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
+            output = EarlyExitClassifierOutput(
+                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
+            )
+        if labels is not None:
+            problem_type = label_problem_type(self.config, labels)
+            if self.training:
+                loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
+            else:
+                loss = task_loss(output.logits, labels, problem_type)
+            output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
+        return output
+
+
+class EarlyExitTextClassifier(EarlyExitClassifier):
+    """Put before a stock sequence classifier, adds exits to it."""
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -117,7 +156,6 @@ class EarlyExitClassifier(ModelWithExits):
             UnknownNameError: for an unknown operating point.
             DataError: for inputs longer than the model takes.
         """
-        policy = self.choose_policy(early_exit, operating_point, kwargs)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -125,30 +163,37 @@ class EarlyExitClassifier(ModelWithExits):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        if self._may_pack(policy, attention_mask, kwargs) and self.family.packs(self.base_model):
-            hidden, context = self.family.begin_packed(self.base_model, inputs)
-        else:
-            hidden, context = self.family.begin(self.base_model, inputs, kwargs)
-        if policy is not None:
-            early = run_early(self, hidden, context, policy, self.num_labels)
-            layers = torch.tensor(self.config.exit_layers, device=hidden.device)
-            output = EarlyExitClassifierOutput(
-                logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
-            )
-        else:
-            exit_logits, gates = run_all(self, hidden, context, self.num_labels)
-            depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
-            output = EarlyExitClassifierOutput(
-                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
-            )
-        if labels is not None:
-            problem_type = label_problem_type(self.config, labels)
-            if self.training:
-                loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
-            else:
-                loss = task_loss(output.logits, labels, problem_type)
-            output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
-        return output
+        return self._classify(inputs, labels, early_exit, operating_point, kwargs)
+
+
+class EarlyExitImageClassifier(EarlyExitClassifier):
+    """Put before a stock image classifier, adds exits to it."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        early_exit: bool | None = None,
+        operating_point: str | None = None,
+        **kwargs: Any,
+    ) -> EarlyExitClassifierOutput:
+        """Classify a batch of images; with a policy, each leaves at the layer where it is decided.
+
+        Args:
+            pixel_values: `[B, channels, height, width]`, from the model's image processor.
+            labels, early_exit, operating_point, kwargs: as for texts.
+            interpolate_pos_encoding: take images of another size, where the family can.
+
+        Raises:
+            UsageError: for early exit without a policy, in training, or with hidden states asked for.
+            UnknownNameError: for an unknown operating point.
+            DataError: for images of another size or number of channels.
+        """
+        inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
+        return self._classify(inputs, labels, early_exit, operating_point, kwargs)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BertConfig
 from transformers.utils import logging
 
 from ..errors import EarlyExitConfigError, EarlyExitError
+from ..families import FAMILIES
 from ..files import read_json
 from ..policies import ExitPolicy
 from ..problem_types import REGRESSION, SINGLE_LABEL
@@ -194,19 +193,13 @@ class EarlyExitConfig(LoadedByShim):
             )
 
 
-@strict
-class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
-    """Configuration of a BERT with exits: `BertConfig` and the fields of `EarlyExitConfig`.
+class EarlyExitClassifierConfig(EarlyExitConfig):
+    """What the configurations of all classifiers add: the row of their family.
 
-    Example:
-        >>> import hf_earlyexit as ee
-        >>> ee.EarlyExitBertConfig(num_hidden_layers=6, exit_layers=[2, 4, 6]).exit_head
-        'linear-mean'
+    Raises:
+        EarlyExitConfigError: for heads that borrow a pooler where the family has none, or a decoder's setting.
     """
 
-    model_type = "early_exit_bert"
-    stock_model_type = "bert"
-    door = "EarlyExitBertForSequenceClassification"
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_logits",
@@ -217,9 +210,13 @@ class EarlyExitBertConfig(EarlyExitConfig, BertConfig):
         "attentions",
     ]
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.is_decoder:
+    def check_exits(self) -> None:
+        super().check_exits()
+        family = FAMILIES[self.stock_model_type]
+        if self.heads.get(self.exit_head).borrows_pooler and family.pool is None:
+            able = ", ".join(name for name in self.heads.names() if not self.heads.get(name).borrows_pooler)
+            raise wrong("exit_head", self.exit_head, f"one of {able}: {family.name} models have no pooler to borrow")
+        if getattr(self, "is_decoder", False):
             raise wrong("is_decoder", True, "False: this class classifies with an encoder")
 
 

@@ -1,0 +1,130 @@
+"""Image encoders. Every image has the same number of patches, so rows are never padded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .base import IMAGE, Family, Frame, Framed
+from .context import Context, Part
+from .masks import MASK, both_ways, framed, one_mask
+from .text import call
+
+PIXELS = ("pixel_values", "interpolate_pos_encoding")
+
+
+def check_images(family: Family, model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse what is not a batch of images of the model's channels and size.
+
+    Raises:
+        DataError: telling what came and what is expected.
+    """
+    size = model.config.image_size
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    _check(model, inputs, None if inputs.get("interpolate_pos_encoding") else sides)
+
+
+def check_images_of_any_size(family: Family, model: Any, inputs: dict[str, Any]) -> None:
+    """As `check_images`, for models that fit their positions to every image."""
+    _check(model, inputs, None)
+
+
+def _check(model: Any, inputs: dict[str, Any], sides: tuple[int, ...] | None) -> None:
+    pixels, channels = inputs.get("pixel_values"), model.config.num_channels
+    shape = None if pixels is None else tuple(pixels.shape)
+    if shape is None or len(shape) != 4 or shape[1] != channels or (sides is not None and shape[2:] != sides):
+        height, width = sides or ("height", "width")
+        raise DataError(
+            f"pixel_values has shape {shape and list(shape)}; expected [images, {channels}, {height}, {width}]. Prepare "
+            "images with the model's own image processor.",
+            field="pixel_values",
+            value=shape,
+        )
+
+
+def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Patches, in the model's precision."""
+    pixels = inputs["pixel_values"]
+    options = {"interpolate_pos_encoding": True} if inputs.get("interpolate_pos_encoding") else {}
+    return model.embeddings(pixels.to(model.embeddings.patch_embeddings.projection.weight.dtype), **options)
+
+
+def embed_any_size(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Patches of a model that always fits its positions to the image."""
+    return model.embeddings(inputs["pixel_values"])
+
+
+def _frame_beit(frame: Frame) -> Framed:
+    model, side = frame.model, frame.model.config.image_size
+    side = side if isinstance(side, (list, tuple)) else (side, side)
+    mask = both_ways(frame)
+    if model.shared_position_bias is not None:
+        grid = tuple(length // model.config.patch_size for length in side)
+        bias = model.shared_position_bias(grid, interpolate_pos_encoding=False, dim_size=frame.hidden.shape[1])
+        mask = bias if mask is None else bias + mask
+    return framed(frame, {}, {MASK: mask, "resolution": tuple(side)})
+
+
+def _call_beit(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
+    return layer(hidden, attention_mask=context[MASK], resolution=context["resolution"], **context.options)
+
+
+def patches_answer(skipped: Any) -> Any:
+    """The first token and the mean of the patches behind `skipped(config)` other tokens, side by side."""
+
+    def answer(model: Any, part: Part) -> Tensor:
+        patches = part.hidden[:, 1 + skipped(model.config) :]
+        return model.classifier(torch.cat([part.hidden[:, 0], patches.mean(dim=1)], dim=1))
+
+    return answer
+
+
+VIT = Family(
+    name="ViT",
+    layers="layers",
+    embed=embed,
+    frame=one_mask,
+    call=call,
+    final_norm="layernorm",
+    answer=lambda model, part: model.classifier(part.state),
+    check=check_images,
+    longest=lambda config: 0,
+    dropout=("hidden_dropout_prob",),
+    inputs=PIXELS,
+    untraced="image models have no token inputs, which the exported graphs start from.",
+    task=IMAGE,
+)
+DINOV2 = replace(
+    VIT,
+    name="Dinov2",
+    check=check_images_of_any_size,
+    layers="encoder.layer",
+    embed=embed_any_size,
+    answer=patches_answer(lambda config: 0),
+    one_token=False,
+    inputs=PIXELS[:1],
+)
+FAMILIES = {
+    "vit": VIT,
+    "deit": replace(VIT, name="DeiT"),
+    "beit": replace(
+        VIT,
+        name="Beit",
+        embed=embed_any_size,
+        frame=_frame_beit,
+        call=_call_beit,
+        answer=lambda model, part: model.classifier(model.base_model.pooler(part.hidden)),
+        one_token=False,
+        inputs=PIXELS[:1],
+    ),
+    "dinov2": DINOV2,
+    "dinov2_with_registers": replace(
+        DINOV2,
+        name="Dinov2WithRegisters",
+        answer=patches_answer(lambda config: config.num_register_tokens),
+    ),
+}
