@@ -8,9 +8,11 @@ from transformers import VisionEncoderDecoderConfig
 
 from ..families.decoders import CACHE_NAMES, decoder_backbone
 from ..generation.word_heads import WORD_HEADS
-from ..modeling.configuration import EarlyExitConfig, is_count, wrong
+from ..modeling.configuration import EarlyExitConfig
+from ..modeling.sizes import wrong
 from ..problem_types import SINGLE_LABEL
 from ..registry import Registry
+from ..values import is_real, is_whole
 
 SIGNALS = ("vocabulary", "shortlist")
 
@@ -72,15 +74,15 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitConfig, VisionEncoderDecoderC
         decoder_backbone(decoder.model_type)
         if not decoder.add_cross_attention:
             raise wrong("decoder.add_cross_attention", False, "true: the decoder looks at the image")
-        if not is_count(self.exit_rank, 1 << 20):
+        if not is_whole(self.exit_rank, 1, 1 << 20):
             raise wrong("exit_rank", self.exit_rank, "a whole number above 0")
         if self.exit_signal not in SIGNALS:
             raise wrong("exit_signal", self.exit_signal, f"one of {', '.join(SIGNALS)}")
-        if self.exit_shortlist is not None and not (2 <= self.exit_shortlist <= decoder.vocab_size):
+        if self.exit_shortlist is not None and not is_whole(self.exit_shortlist, 2, decoder.vocab_size):
             raise wrong("exit_shortlist", self.exit_shortlist, f"a number of words from 2 to {decoder.vocab_size}")
         if self.exit_signal == "shortlist" and self.exit_shortlist is None:
             raise wrong("exit_shortlist", None, "a number of words, as exit_signal is 'shortlist'")
         if self.exit_gate == "mlp+logits":
             raise wrong("exit_gate", self.exit_gate, "'linear' or 'mlp': here gates are asked so that no logits are needed")
-        if self.exit_decay is not None and not 0 <= self.exit_decay < float("inf"):
+        if self.exit_decay is not None and not is_real(self.exit_decay, 0):
             raise wrong("exit_decay", self.exit_decay, "a number of at least 0, or null")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from ..errors import DataError, UsageError
+from ..errors import CheckpointError, DataError, EarlyExitError, UsageError
+from ..files import read_json
+from ..modeling.configuration import UNREADABLE
+from ..modeling.loading import INPUT_PARTS
+from ..values import is_whole, shown
 
 
 class EarlyExitCaptionProcessor(ProcessorMixin):
@@ -25,8 +30,34 @@ class EarlyExitCaptionProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor: Any, tokenizer: Any, start_token_id: int | None = None, **kwargs: Any) -> None:
+        if start_token_id is not None and not is_whole(start_token_id):
+            raise UsageError(
+                f"start_token_id is {shown(start_token_id)}; expected a token's number, or None.", field="start_token_id"
+            )
         super().__init__(image_processor, tokenizer, **kwargs)
         self.start_token_id = start_token_id
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a damaged folder is refused by file.
+
+        Raises:
+            CheckpointError: naming the file where it is known, else the folder.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        for name in {file for files in INPUT_PARTS.values() for file in files}:
+            if (folder / name).is_file():
+                read_json(folder / name, finite=False)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (*UNREADABLE, OSError) as error:
+            if isinstance(error, EarlyExitError) and error.path is not None:
+                raise
+            raise CheckpointError(
+                f"The processor in {folder} cannot be loaded: {' '.join(str(error).split())}. Save it there again.",
+                field=getattr(error, "field", None),
+                path=folder,
+            ) from error
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Tensors for `generate`.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,15 +18,19 @@ from ..files import read_json
 from ..policies import ExitPolicy
 from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..registry import Registry
+from ..values import MOST_LAYERS, is_real, is_whole
 from .certificate import is_certificate, without_policy
 from .gates import GATES
 from .heads import HEADS
 from .shim import LoadedByShim, auto_map, write_shim
+from .sizes import check_raw, check_room, check_sizes, wrong
 
 FORMAT_VERSION = "1.0"
-MOST_LAYERS = 1024
 EXACT = "exact"
 DEFAULT = "default"  # in calibration.json: the policy that serves without a name
+
+# what transformers raises over values that it did not expect; errors of this library are ValueErrors
+UNREADABLE = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +74,7 @@ class EarlyExitConfig(LoadedByShim):
     gives_similarity: ClassVar[bool] = False  # whether exits report how much their layer changed the state
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_raw({**vars(self), **kwargs})
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_exits()
 
@@ -81,7 +87,9 @@ class EarlyExitConfig(LoadedByShim):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; errors tell where the config came from."""
         with _told_where(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            made = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+            check_room(made[0] if isinstance(made, tuple) else made, pretrained_model_name_or_path)
+            return made
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -94,7 +102,10 @@ class EarlyExitConfig(LoadedByShim):
                     "the policy that it vouches for beside it, in exit_policy or exit_operating_points: restore that, or "
                     f"pass {field}=None to run without and calibrate again",
                 )
-            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            check_raw({**config_dict, **kwargs})
+            made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            check_room(made[0] if isinstance(made, tuple) else made, kwargs.get("name_or_path"))
+            return made
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
@@ -124,18 +135,22 @@ class EarlyExitConfig(LoadedByShim):
     def check_exits(self) -> None:
         """Refuse fields that cannot work, before anything is allocated. Called by the config and again by the model."""
         count = self.num_exit_layers
-        if not is_count(count):
+        if not is_whole(count, 1, MOST_LAYERS):
             raise wrong("num_hidden_layers", count, f"a whole number from 1 to {MOST_LAYERS}")
+        check_sizes(self)
         if self.exit_layers is None:
             self.exit_layers = list(range(1, count + 1))
         layers = self.exit_layers
-        right = isinstance(layers, list) and layers and all(is_count(layer, count) for layer in layers)
+        right = isinstance(layers, list) and layers and all(is_whole(layer, 1, count) for layer in layers)
         if not right or sorted(set(layers)) != layers or layers[-1] != count:
             raise wrong("exit_layers", layers, f"layer numbers from 1 to {count}, ascending, each once, ending at {count}")
         if self.exit_cost is not None:
-            ascending = all(low < high for low, high in zip(self.exit_cost, self.exit_cost[1:], strict=False))
-            inside = self.exit_cost and 0 < self.exit_cost[0] <= self.exit_cost[-1] < float("inf")
-            if len(self.exit_cost) != len(layers) or not ascending or not inside:
+            numbers = all(is_real(value) for value in self.exit_cost)
+            if (
+                len(self.exit_cost) != len(layers)
+                or not numbers
+                or not all(a < b for a, b in pairwise((0, *self.exit_cost)))
+            ):
                 raise wrong("exit_cost", self.exit_cost, f"{len(layers)} ascending numbers above 0")
         self.heads.get(self.exit_head)
         if self.exit_gate is not None:
@@ -225,7 +240,7 @@ def _told_where(place: Any) -> Iterator[None]:
     """Add to errors the folder or Hub id whose config is at fault; wrong types become errors of this library."""
     try:
         yield
-    except (EarlyExitError, StrictDataclassError) as error:
+    except UNREADABLE as error:
         if place is None or (isinstance(error, EarlyExitError) and error.path is not None):
             raise
         kind = type(error) if isinstance(error, EarlyExitError) else EarlyExitConfigError
@@ -236,13 +251,3 @@ def _told_where(place: Any) -> Iterator[None]:
             value=getattr(error, "value", None),
             path=place,
         ) from error
-
-
-def is_count(value: Any, most: int = MOST_LAYERS) -> bool:
-    """Whether a value from a config is a whole number from 1 to `most`."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
-
-
-def wrong(field: str, value: Any, expected: str) -> EarlyExitConfigError:
-    """The error that names a config field, its value and what is allowed."""
-    return EarlyExitConfigError(f"{field} is {value!r}; expected {expected}.", field=field, value=value)

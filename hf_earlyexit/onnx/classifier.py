@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
 
-from ..errors import DataError, UsageError
+from ..errors import CheckpointError, DataError, UsageError
 from ..families.context import Context, row_lengths
+from ..modeling.configuration import UNREADABLE, EarlyExitConfig
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
@@ -24,7 +25,7 @@ from ..serving.rows import TokenIds, check_any_token, check_ids
 from ..serving.walker import BatchWalker
 from ..walking.loop import run_all, run_early
 from .layer_files import BEGIN, exit_file, layer_file
-from .manifest import read_manifest
+from .manifest import AGAIN, MANIFEST, read_manifest
 from .walk import TOKENS, hidden_after
 
 
@@ -44,9 +45,9 @@ class OnnxWalker(BatchWalker):
         self.config = config
         self.exit_layers = tuple(config.exit_layers)
         self.num_classes = config.num_labels
-        self._begin = _session(read(BEGIN), threads)
-        self._layers = [_session(read(layer_file(layer)), threads) for layer in range(1, config.num_hidden_layers + 1)]
-        self._exits = [_session(read(exit_file(index)), threads) for index in range(len(self.exit_layers))]
+        self._begin = _session(read, BEGIN, threads)
+        self._layers = [_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
+        self._exits = [_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
@@ -122,8 +123,7 @@ class OnnxClassifier(OperatingPoints):
                 f"{folder} holds no layers, only one file for ONNX Runtime itself; export it with forms=['layers'].",
                 field="forms",
             )
-        values = dict(told["config"])
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config = _config(told["config"], Path(folder) / MANIFEST)
         return cls(config, lambda name: (Path(folder) / name).read_bytes(), told["fingerprint"], told["dtype"], threads)
 
     @property
@@ -184,12 +184,43 @@ class OnnxClassifier(OperatingPoints):
         return ()
 
 
-def _session(graph: bytes, threads: int) -> ort.InferenceSession:
+def _config(values: dict[str, Any], path: Path) -> Any:
+    """The config that a manifest holds.
+
+    Raises:
+        CheckpointError: naming the manifest.
+    """
+    try:
+        rest = {name: value for name, value in values.items() if name != "model_type"}
+        config = AutoConfig.for_model(values.get("model_type"), **rest)
+        if not isinstance(config, EarlyExitConfig):
+            raise UsageError(f"model_type is {values.get('model_type')!r}, which has no exits.", field="model_type")
+        return config
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"The config in {path} cannot be used: {' '.join(str(error).split())}",
+            field=getattr(error, "field", None),
+            path=path,
+        ) from error
+
+
+def _session(read: Callable[[str], bytes], name: str, threads: int) -> ort.InferenceSession:
+    """One file of the export, ready to run.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # each session has threads of its own
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(read(name), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime has kinds of its own, below no common one
+        first = str(error).strip().splitlines()[:1]
+        raise CheckpointError(
+            f"{name} is no ONNX file that runs here ({''.join(first)}). {AGAIN}", field=name, path=name
+        ) from error
 
 
 def _run(session: ort.InferenceSession, name: str, hidden: Tensor, context: Context) -> list[np.ndarray]:

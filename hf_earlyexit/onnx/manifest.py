@@ -11,11 +11,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import inside, read_json
+from ..values import json_sum, shown
 
 MANIFEST, ONE_FILE = "manifest.json", "model.onnx"
 FORMAT = "hf_earlyexit.onnx/1"
 PACKAGES = ("hf_earlyexit", "onnx", "onnxruntime", "torch", "transformers")
-NEEDED = ("config", "dtype", "fingerprint", "files")
+NEEDED = {"config": dict, "dtype": str, "fingerprint": str, "files": dict}
+DTYPES = ("float32", "int8")
 AGAIN = "Export the model again, or copy the folder again."
 
 
@@ -24,7 +26,7 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     files = {path.name: _sum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     versions = {name: version(name) for name in PACKAGES}
     told = {"format": FORMAT, **values, "versions": versions, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({**told, "sha256": _own_sum(told)}, indent=1, allow_nan=False) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({**told, "sha256": json_sum(told)}, indent=1, allow_nan=False) + "\n")
 
 
 def read_manifest(folder: str | PathLike[str]) -> dict[str, Any]:
@@ -43,8 +45,17 @@ def read_manifest(folder: str | PathLike[str]) -> dict[str, Any]:
     if told.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {told.get('format')!r}; expected {FORMAT!r}. {AGAIN}", path=path)
     own = told.pop("sha256", None)
-    if own != _own_sum(told) or any(name not in told for name in NEEDED):
+    if own != json_sum(told):
         raise CheckpointError(f"{path} has been changed since it was written. {AGAIN}", field="sha256", path=path)
+    for name, kind in NEEDED.items():
+        if not isinstance(told.get(name), kind):
+            raise CheckpointError(
+                f"{name} in {path} is {shown(told.get(name))}; expected a {kind.__name__}. {AGAIN}", field=name, path=path
+            )
+    if told["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"dtype in {path} is {told['dtype']!r}; expected {' or '.join(DTYPES)}.", field="dtype", path=path
+        )
     for name, expected in told["files"].items():
         file = inside(folder, name)
         if not file.is_file():
@@ -57,7 +68,3 @@ def read_manifest(folder: str | PathLike[str]) -> dict[str, Any]:
 def _sum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _own_sum(told: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
