@@ -233,10 +233,9 @@ class ExitPolicy(ABC):
         cls = POLICIES.get(values["name"])
         given = {key: value for key, value in values.items() if key != "name"}
         _refuse_unknown(cls, set(given), {field.name for field in dataclasses.fields(cls)})
-        if "thresholds" not in given:
-            raise PolicyError(
-                f"The {values['name']} policy needs thresholds, one per exit but the last.", field="thresholds"
-            )
+        needed = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory]  # both missing
+        if missing := [name for name in needed if name not in given]:
+            raise PolicyError(f"The {values['name']} policy needs {' and '.join(missing)}.", field=missing[0])
         return cls(**given)
 
     @classmethod
