@@ -54,8 +54,12 @@ def check_raw(values: dict[str, Any], place: str = "") -> None:
         raise wrong(f"{place}id2label", names, "an object with class numbers, 0 and up, as its names")
     for name in ("dtype", "torch_dtype"):
         dtype = values.get(name)
-        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype not in (None, "auto") and not isinstance(known, (torch.dtype, dict)):  # a dict has one for each part
             raise wrong(f"{place}{name}", dtype, "a type such as 'float32' or 'bfloat16'")
+    kind = values.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise wrong(f"{place}model_type", kind, "a name such as 'early_exit_bert'")
     for part, inner in values.items():
         if isinstance(inner, dict) and "model_type" in inner:
             check_raw(inner, f"{place}{part}.")

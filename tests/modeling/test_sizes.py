@@ -53,6 +53,8 @@ def written(folder):
         ("initializer_range", -1.0),
         ("hidden_act", "gelo"),
         ("dtype", "load"),
+        ("dtype", [1]),
+        ("dtype", float("nan")),
         ("dtype", "float33"),
         ("id2label", {"x": "a"}),
         ("exit_cost", [1, 2, 3, 10**400]),
