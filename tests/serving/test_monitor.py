@@ -1,0 +1,190 @@
+"""The monitor alarms when it should, and hardly ever when it should not, however often it is looked at."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from hf_earlyexit.errors import CheckpointError, UsageError
+from hf_earlyexit.serving import monitor as module
+from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor, disagreement_bounds
+
+LAYERS = (2, 4, 6, 8)
+SHARES = (0.4, 0.3, 0.2, 0.1)
+
+
+def feed(monitor, rows, different, shares=SHARES, seed=0, step=100):
+    """Let a monitor see rows of a known rate, a few at a time; rows seen before the first alarm, if any."""
+    generator = np.random.default_rng(seed)
+    for seen in range(step, rows + 1, step):
+        layers = generator.choice(LAYERS, step, p=shares).tolist()
+        shadowed = monitor.draw(step)
+        monitor.record(layers, (generator.random(len(shadowed)) >= different).tolist())
+        if monitor.state.alarms:
+            return seen
+    return None
+
+
+def false_alarms(rate, streams=300, rows=20_000, limit=0.05, delta=0.1):
+    generator = np.random.default_rng(0)
+    steps = rows // 200
+    count = 0
+    for _ in range(streams):
+        shadowed = generator.binomial(200, 0.05, steps).cumsum()
+        different = np.array([generator.binomial(n, rate) for n in np.diff(shadowed, prepend=0)]).cumsum()
+        looks = zip(different.tolist(), shadowed.tolist(), strict=True)
+        count += any(module.disagreement_bounds(k, n, delta)[0] > limit for k, n in looks)
+    return count
+
+
+def test_a_rate_at_the_limit_gives_no_more_false_alarms_than_promised(monkeypatch):
+    allowed = binom.ppf(0.999, 300, 0.1)
+    assert false_alarms(0.05) <= allowed
+
+    def one_look_only(different, shadowed, delta):
+        """A bound that holds at one moment, looked at again and again."""
+        from scipy.stats import beta
+
+        return beta.ppf(delta, max(different, 1e-9), shadowed - different + 1), 1.0
+
+    monkeypatch.setattr(module, "disagreement_bounds", one_look_only)
+    assert false_alarms(0.05) > allowed
+
+
+@pytest.mark.parametrize("delta", [0.01, 0.1])
+def test_bounds_hold_what_they_should(delta):
+    for different, shadowed in ((0, 0), (0, 50), (3, 50), (50, 50), (30, 3000)):
+        lower, upper = disagreement_bounds(different, shadowed, delta)
+        assert 0 <= lower <= (different / shadowed if shadowed else 0) <= upper <= 1
+    assert disagreement_bounds(0, 0, delta) == (0.0, 1.0)
+    wide, narrow = disagreement_bounds(3, 100, delta), disagreement_bounds(30, 1000, delta)
+    assert narrow[0] > wide[0]
+    assert narrow[1] < wide[1]
+    assert disagreement_bounds(30, 1000, 0.2)[0] > disagreement_bounds(30, 1000, 0.01)[0]
+
+
+def test_the_bound_by_hand():
+    """At the edge the averaged likelihood is 1 / delta of the edge's own."""
+    from math import comb
+
+    lower, upper = disagreement_bounds(2, 10, 0.05)
+    average = 1 / (11 * comb(10, 2))  # the integral of p^2 (1 - p)^8
+    for edge in (lower, upper):
+        assert edge**2 * (1 - edge) ** 8 == pytest.approx(0.05 * average, rel=1e-6)
+
+
+def test_many_different_answers_raise_one_alarm():
+    told = []
+    monitor = Monitor(LAYERS, limit=0.02, shadow=0.2, reference=SHARES, on_alarm=told.append)
+    seen = feed(monitor, 20_000, different=0.1)
+    assert seen is not None
+    assert seen <= 5_000
+    feed_more = np.random.default_rng(1)
+    for _ in range(20):
+        monitor.record(feed_more.choice(LAYERS, 100, p=SHARES).tolist(), [False] * 20)
+    assert [alarm.kind for alarm in told] == [DISAGREEMENT]
+    assert told[0].num_rows == seen
+    assert "the limit is 2.00%" in told[0].message
+
+
+def test_rows_that_leave_elsewhere_raise_an_alarm_without_a_shadow():
+    monitor = Monitor(LAYERS, shadow=0.01, reference=SHARES)
+    assert feed(monitor, 5_000, different=0.0, shares=(0.1, 0.2, 0.3, 0.4)) == 1000
+    assert [alarm.kind for alarm in monitor.state.alarms] == [SHIFT]
+
+
+def test_rows_as_ever_raise_none():
+    """1,000 streams of 20,000 rows, by windows: no shift is seen where none is."""
+    monitor, generator = Monitor(LAYERS, reference=SHARES), np.random.default_rng(0)
+    counts = generator.multinomial(1000, SHARES, size=20_000)
+    assert max(monitor.shift(window) for window in counts) < 0.1
+    assert feed(Monitor(LAYERS, shadow=0.2, limit=0.05), 20_000, different=0.03) is None
+
+
+def test_the_first_window_is_the_reference_where_none_was_given():
+    monitor = Monitor(LAYERS)
+    assert feed(monitor, 1000, 0.0) is None
+    assert monitor.reference == tuple(count / 1000 for count in monitor.state.exits)
+    assert feed(monitor, 1000, 0.0, shares=(0, 0, 0, 1)) == 1000
+
+
+def test_the_share_of_shadowed_rows():
+    monitor = Monitor(LAYERS, shadow=0.1, seed=3)
+    places = [place for _ in range(100) for place in monitor.draw(200)]
+    assert len(places) == pytest.approx(2000, abs=200)
+    assert set(places) <= set(range(200))
+    assert Monitor(LAYERS, shadow=1.0).draw(5) == [0, 1, 2, 3, 4]
+    assert Monitor(LAYERS, shadow=0.1, seed=3).draw(200) == Monitor(LAYERS, shadow=0.1, seed=3).draw(200)
+
+
+def test_it_goes_on_from_its_file(tmp_path):
+    monitor = Monitor(LAYERS, limit=0.03, shadow=0.5, reference=SHARES, fall_back=True)
+    feed(monitor, 3000, different=0.2)
+    monitor.save(tmp_path / "monitor.json")
+    again = Monitor.load(tmp_path / "monitor.json")
+    assert again.to_dict() == monitor.to_dict()
+    assert again.falls_back
+    assert again.bounds() == monitor.bounds()
+    assert str(again) == str(monitor)
+    assert "ALARM" in str(again)
+
+
+def test_states_of_several_processes_add_up():
+    parts = [Monitor(LAYERS, shadow=0.5, reference=SHARES, seed=seed) for seed in range(3)]
+    for seed, part in enumerate(parts):
+        feed(part, 900, different=0.01, seed=seed)
+    whole = Monitor(LAYERS, shadow=0.5, reference=SHARES, state=parts[0].state + parts[1].state + parts[2].state)
+    assert whole.state.num_rows == 2700
+    assert whole.state.num_different == sum(part.state.num_different for part in parts)
+    assert np.array_equal(whole.state.exits, np.sum([part.state.exits for part in parts], 0))
+    with pytest.raises(UsageError, match="two models"):
+        parts[0].state + Monitor((1, 2), state=module.MonitorState(exits=(1, 2))).state
+
+
+def test_threads_lose_no_row():
+    monitor = Monitor(LAYERS, shadow=0.5, reference=SHARES)
+    threads = [threading.Thread(target=feed, args=(monitor, 5000, 0.0, SHARES, seed, 10)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert monitor.state.num_rows == sum(monitor.state.exits) == 40_000
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda values: values["state"].update(num_different=10**6),
+        lambda values: values["state"].update(exits=[1, 2, 3, 4]),
+        lambda values: values.update(format="other"),
+        lambda values: values.pop("limit"),
+        lambda values: values.update(limit=2),
+        lambda values: values.update(state=None),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, edit):
+    monitor = Monitor(LAYERS, shadow=0.5)
+    feed(monitor, 500, 0.0)
+    monitor.save(tmp_path / "monitor.json")
+    values = json.loads((tmp_path / "monitor.json").read_text())
+    edit(values)
+    (tmp_path / "monitor.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"monitor\.json is no saved monitor"):
+        Monitor.load(tmp_path / "monitor.json")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"limit": 0}, {"limit": 1}, {"shadow": 0}, {"shadow": 1.5}, {"confidence": 1}, {"window": 5}, {"reference": (1.0,)}],
+)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UsageError) as caught:
+        Monitor(LAYERS, **options)
+    assert caught.value.field == next(iter(options))
+
+
+def test_a_layer_without_an_exit_is_refused():
+    with pytest.raises(UsageError, match="after layer 3"):
+        Monitor(LAYERS).record([2, 3])
