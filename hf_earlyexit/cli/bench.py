@@ -8,27 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
 from ..errors import UsageError
-from ..measuring.bench import as_table, bench
-from ..serving.int8 import quantize_int8
-from ..serving.rows import encode_rows
 from .answer import Answer
-from .loading import load_model
+from .arguments import DeviceArguments, FileArguments
 
 
 @dataclass
-class BenchArguments:
+class BenchArguments(FileArguments, DeviceArguments):
     """Which model on which texts."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
-    input: str = field(metadata={"help": "text file with one text a line"})
+    input: str = field(metadata={"help": "text file with one text a line, or a data set"})
+    split: str | None = field(default=None, metadata={"help": "split of the data set; test by default"})
     rows: int = field(default=500, metadata={"help": "rows to measure with, drawn from the file"})
     batch_size: int = field(default=32, metadata={"help": "rows of a batch in arrival order"})
     static_layer: int | None = field(default=None, metadata={"help": "where the static model stops; the mean exit layer"})
-    device: str = field(default="cpu", metadata={"help": "where to measure, such as cuda"})
     dtype: str = field(default="float32", metadata={"help": "of the model: float32, bfloat16 or float16"})
     int8: bool = field(default=False, metadata={"help": "measure an int8 copy too, with the same thresholds; on a CPU"})
     repeats: int = field(default=3, metadata={"help": "turns after one to warm up"})
@@ -43,8 +37,16 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 def run(args: BenchArguments) -> Answer:
     """Read, measure, tell."""
-    model = _as_asked(load_model(args.model).eval(), args)
-    texts = Path(args.input).read_text(encoding="utf-8").splitlines()
+    from transformers import AutoTokenizer
+
+    from ..measuring.bench import as_table, bench
+    from ..serving.int8 import quantize_int8
+    from ..serving.rows import encode_rows
+    from .incoming import incoming
+
+    model = _as_asked(args)
+    source = incoming(args, args.input, args.split)
+    texts = [source.text(row) for row in source.rows]
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
     models = {SHORT[args.dtype]: model}
     if args.int8:
@@ -71,15 +73,12 @@ def run(args: BenchArguments) -> Answer:
     return Answer(result, "\n".join(lines))
 
 
-def _as_asked(model: Any, args: BenchArguments) -> Any:
+def _as_asked(args: BenchArguments) -> Any:
     """The model on the device and in the dtype asked for."""
+    import torch
+
+    from .loading import load_model, on_device
+
     if args.dtype not in SHORT:
         raise UsageError(f"dtype is {args.dtype!r}; expected {', '.join(SHORT)}.", field="dtype", value=args.dtype)
-    try:
-        return model.to(args.device, getattr(torch, args.dtype))
-    except (RuntimeError, AssertionError) as error:  # torch says both of devices it has not
-        raise UsageError(
-            f"device is {args.device!r}, which cannot be used here: {error}. `hf-earlyexit env` lists the devices.",
-            field="device",
-            value=args.device,
-        ) from error
+    return on_device(load_model(args.model), args.device, getattr(torch, args.dtype))

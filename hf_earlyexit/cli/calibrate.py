@@ -13,32 +13,27 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from ..calibration import calibrate
-from ..calibration.targets import target_forms
 from ..errors import UsageError
-from ..hub.save import save_calibrated
-from ..policies import POLICIES
-from ..serving.collect import collect_trace
-from ..trace import ExitTrace
-from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_model
-from .train import TRACE_FILE
+from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments
+
+POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
+TARGETS = "final-layer-error, layer-budget:LAYERS, max-drop:DROP or speed-up:RATIO; with more fields, max-drop:0.01:sigmas=1"
 
 
 @dataclass
-class CalibrateArguments:
+class CalibrateArguments(RowArguments, DeviceArguments):
     """Which policy, for what, on which rows."""
 
     model: str = field(metadata={"help": "folder of a trained model with exits"})
-    policy: str = field(default="confidence", metadata={"help": POLICIES.listed()})
-    target: str = field(default="max-drop:0", metadata={"help": target_forms()})
+    policy: str = field(default="confidence", metadata={"help": POLICIES})
+    target: str = field(default="max-drop:0", metadata={"help": TARGETS})
     per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
     options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})
-    dataset: str | None = field(default=None, metadata={"help": f"rows to choose on; by default the model's {TRACE_FILE}"})
-    split: str = field(default="validation", metadata={"help": "split of the data set"})
+    dataset: str | None = field(
+        default=None, metadata={"help": f"rows to choose on; by default the model's {TRACE_FILE}; else a {SPLITS}"}
+    )
+    split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; validation by default"})
     operating_point: str | None = field(
         default=None, metadata={"help": "keep the policy under this name; the default stays"}
     )
@@ -51,6 +46,14 @@ ARGUMENTS = (CalibrateArguments,)
 
 def run(args: CalibrateArguments) -> Answer:
     """Calibrate and save."""
+    from transformers import AutoTokenizer
+
+    from ..calibration import calibrate
+    from ..hub.save import save_calibrated
+    from ..serving.collect import collect_trace
+    from ..trace import ExitTrace
+    from .loading import load_model
+
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; calibrate writes into one. Download the model first.", path=folder)
@@ -58,10 +61,15 @@ def run(args: CalibrateArguments) -> Answer:
         options = json.loads(args.options)
     except json.JSONDecodeError as error:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
-    model = load_model(folder)
+    model = load_model(folder, args.device)
     if args.dataset is not None:
-        rows = require_split(load_splits(args.dataset), args.split, args.dataset)
-        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(folder), split=args.split)
+        from ..data.labels import Labelling
+        from .rows import labelled_rows, read_rows
+
+        rows = read_rows(args, args.dataset, args.split, "validation")
+        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        split = args.split or "validation"
+        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(folder), split=split)
     elif (folder / TRACE_FILE).is_file():
         trace = ExitTrace.load(folder / TRACE_FILE)
     else:

@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..doors import CAPTIONING
 from ..errors import UsageError
 from ..images import SUFFIXES
-from ..pipelines import pipeline
 from .answer import Answer
-from .loading import load_captioner, load_input_parts
+from .arguments import DeviceArguments
 
 
 @dataclass
-class CaptionArguments:
+class CaptionArguments(DeviceArguments):
     """Which model on which pictures."""
 
     model: str = field(metadata={"help": "folder or Hub id of a captioner with exits"})
@@ -43,6 +41,10 @@ REST = "--images"
 
 def run(args: CaptionArguments) -> Answer:
     """Load, caption, show."""
+    from ..doors import CAPTIONING
+    from ..pipelines import pipeline
+    from .loading import load_captioner, load_input_parts
+
     pictures = _pictures(args.images)
     for name, value in (
         ("batch_size", args.batch_size),
@@ -51,10 +53,11 @@ def run(args: CaptionArguments) -> Answer:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1.", field=name, value=value)
-    model = load_captioner(args.model)
+    model = load_captioner(args.model, args.device)
     pipe = pipeline(
         CAPTIONING,
         model=model,
+        device=model.device,
         **load_input_parts(args.model),
         operating_point=args.operating_point,
         early_exit=args.early_exit,

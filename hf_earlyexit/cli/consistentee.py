@@ -9,31 +9,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..modeling.gates import GATES
-from ..serving.collect import collect_trace
-from ..training import ConsistentTrainer, ConsistentTrainingArguments
 from .answer import Answer
-from .train import TRACE_FILE, TrainArguments, prepare
+from .arguments import TRACE_FILE
+from .train import TrainArguments, checkpoint, prepare, settings
+
+if TYPE_CHECKING:
+    from ..training import ConsistentTrainingArguments
+
+MORE = """Every setting of hf_earlyexit.ConsistentTrainingArguments is a flag as well, and so is every one of transformers'
+TrainingArguments: --output_dir, --alpha, --estimator, --hardness, --id_column, --gate_epochs, --chosen_epochs, --rounds,
+--num_train_epochs, --learning_rate, ...; --help_all lists them all."""
 
 
 @dataclass
 class GateArguments:
     """What the gates look like."""
 
-    exit_gate: str = field(default="mlp", metadata={"help": f"{GATES.listed()}; mlp+logits sees the exit's answer too"})
+    exit_gate: str = field(default="mlp", metadata={"help": "linear, mlp or mlp+logits, which sees the exit's answer too"})
 
 
-ARGUMENTS = (TrainArguments, GateArguments, ConsistentTrainingArguments)
+ARGUMENTS = (TrainArguments, GateArguments)
+
+
+def more_arguments() -> tuple[type, ...]:
+    """What training takes beside these."""
+    from .training_settings import ConsistentSettings
+
+    return (ConsistentSettings,)
 
 
 def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> Answer:
     """Train in phases, save, trace."""
+    from ..serving.collect import collect_trace
+    from ..training import ConsistentTrainer
+
     model, tokenizer, train, held = prepare(
         args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
     )
-    trainer = ConsistentTrainer(model, training, train, held, processing_class=tokenizer)
-    log = trainer.train(resume_from_checkpoint=str(training.resume_from_checkpoint).lower() == "true")
+    with settings():
+        trainer = ConsistentTrainer(model, training, train, held, processing_class=tokenizer)
+    log = trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint) is True)
     trainer.save_model()
     trace = Path(training.output_dir) / TRACE_FILE
     collect_trace(model, held, tokenizer=tokenizer).save(trace)

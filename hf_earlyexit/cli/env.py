@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from .answer import Answer
 
 PACKAGES = (
@@ -48,6 +46,8 @@ def run(args: EnvArguments) -> Answer:
 
 def environment() -> dict[str, Any]:
     """Versions, threads and devices by name."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

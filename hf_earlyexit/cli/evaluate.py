@@ -10,33 +10,30 @@ machine.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from transformers import AutoTokenizer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..measuring.timing import compare_speed
-from ..modeling.configuration import EXACT
-from ..problem_types import quality_name, row_quality
-from ..serving.predict import predict
-from ..serving.rows import encode_rows
-from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_model
+from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(RowArguments, DeviceArguments):
     """Which model on which rows."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
-    dataset: str = field(metadata={"help": "folder with one file per split, a file, or a Hub id"})
-    split: str = field(default="test", metadata={"help": "split of the data set; neither trained nor calibrated on"})
+    dataset: str = field(metadata={"help": SPLITS})
+    split: str | None = field(
+        default=None,
+        metadata={"help": f"split of the data set, {SLICES}; neither trained nor calibrated on; test by default"},
+    )
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use"})
     time: bool = field(default=False, metadata={"help": "measure the time of both, in turns"})
     repeats: int = field(default=5, metadata={"help": "rounds of measuring"})
-    max_batch_tokens: int = field(default=2048, metadata={"help": "padded tokens in a batch"})
+    max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
 
 
 ARGUMENTS = (EvaluateArguments,)
@@ -44,29 +41,40 @@ ARGUMENTS = (EvaluateArguments,)
 
 def run(args: EvaluateArguments) -> Answer:
     """Predict early and in full, compare."""
+    from transformers import AutoTokenizer
+
+    from ..data.labels import Labelling
+    from ..modeling.configuration import EXACT
+    from ..serving.rows import encode_rows
+    from .loading import load_model
+    from .rows import labelled_rows, read_rows
+
     if args.repeats < 1:
         raise UsageError(f"repeats is {args.repeats}; expected at least 1.", field="repeats", value=args.repeats)
-    model = load_model(args.model)
+    model = load_model(args.model, args.device)
     if args.operating_point == EXACT:
         raise UsageError(
             f"At {EXACT!r} every row runs through all layers; there is nothing to compare.", field="operating_point"
         )
     if model.policy_at(args.operating_point) is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")
-    rows = require_split(load_splits(args.dataset), args.split, args.dataset)
-    if not len(rows) or "label" not in rows.column_names:
-        raise UsageError(
-            f"Split {args.split!r} has {len(rows)} rows and columns {', '.join(rows.column_names)}; expected at least one "
-            "row and a column 'label'.",
-            field="split",
-        )
-    encoded = encode_rows(rows, AutoTokenizer.from_pretrained(args.model))  # once, so that measuring does not tokenize
-    found = figures(model, encoded, torch.as_tensor(rows["label"]), args)
+    rows = read_rows(args, args.dataset, args.split, "test")
+    rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    encoded = encode_rows(rows, tokenizer)  # once, so that measuring does not tokenize
+    found = figures(model, encoded, rows["label"][:], tokenizer, args)
     return Answer(found, _sentences(found))
 
 
-def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments) -> dict[str, Any]:
+def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: EvaluateArguments) -> dict[str, Any]:
     """What early exit does to the rows, as plain numbers."""
+    import torch
+
+    from ..measuring.timing import compare_speed
+    from ..modeling.configuration import EXACT
+    from ..problem_types import quality_name, row_quality
+    from ..serving.collect import collect_trace
+    from ..serving.predict import predict
 
     def answer(early_exit: bool) -> Any:
         point = args.operating_point if early_exit else EXACT
@@ -74,20 +82,24 @@ def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments
 
     problem, depth = model.config.resolved_problem_type, model.exit_layers[-1]
     early = answer(True)
-    quality = row_quality(early.logits, labels, problem)
-    full = row_quality(answer(False).logits, labels, problem)
+    truth = torch.tensor(labels)
+    quality = row_quality(early.logits, truth, problem)
+    full = row_quality(answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
+    trace = collect_trace(model, rows, labels=labels, tokenizer=tokenizer, split="evaluated", progress=False)
     found = {
         "policy": model.policy_at(args.operating_point).name,
         "measure": quality_name(problem),
-        "rows": len(labels),
+        "rows": len(truth),
         "quality": float(quality.mean()),
         "full_quality": float(full.mean()),
-        "standard_error": float((quality - full).std(correction=0) / len(labels) ** 0.5),
+        "standard_error": float((quality - full).std(correction=0) / len(truth) ** 0.5),
         "mean_layers": float(layers.mean()),
         "num_layers": depth,
         "layer_speed_up": float(depth / layers.mean()),
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
+        "static": _static(trace.quality, model.exit_layers, quality, float(layers.mean())),
+        "target": _verdict(args, quality, full, layers, depth),
     }
     if args.time:
         runs = {"full": lambda: answer(False), "early": lambda: answer(True)}
@@ -103,12 +115,64 @@ def figures(model: Any, rows: Any, labels: torch.Tensor, args: EvaluateArguments
     return found
 
 
+def _static(by_exit: Tensor, exit_layers: tuple[int, ...], early: Tensor, mean_layers: float) -> dict[str, Any]:
+    """The model simply cut off at the first exit that costs at least as much as early exit does.
+
+    Args:
+        by_exit: quality of each exit on each row `[N, E]`.
+        exit_layers: layer of each exit.
+        early: quality of the early answers `[N]`.
+        mean_layers: their cost.
+    """
+    index = next(place for place, layer in enumerate(exit_layers) if layer >= mean_layers - 1e-9)
+    gain = early - by_exit[:, index]
+    return {
+        "layer": exit_layers[index],
+        "quality": float(by_exit[:, index].mean()),
+        "gain": float(gain.mean()),
+        "standard_error": float(gain.std(correction=0) / len(gain) ** 0.5),
+    }
+
+
+def _verdict(args: EvaluateArguments, early: Tensor, full: Tensor, layers: Tensor, depth: int) -> dict[str, Any] | None:
+    """Whether the target that thresholds were chosen for was kept on these rows, and by how much.
+
+    `margin` is in the unit of the target, at least 0 where it was kept; `None` where the model does not say its target.
+    """
+    from ..calibration.targets import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, parse_target
+    from ..hub.save import by_name, load_calibrations
+    from ..modeling.configuration import DEFAULT
+
+    calibration = load_calibrations(args.model)
+    result = {} if calibration is None else by_name(calibration)
+    chosen = result.get(args.operating_point or DEFAULT)
+    if chosen is None:
+        return None
+    target = parse_target(chosen.target)
+    drop, error = full - early, 0.0
+    if isinstance(target, (MaxDrop, FinalLayerError)):
+        allowed = target.drop if isinstance(target, MaxDrop) else 0.0
+        margin, error = allowed - float(drop.mean()), float(drop.std(correction=0) / len(drop) ** 0.5)
+    elif isinstance(target, (SpeedUp, LayerBudget)):
+        most = depth / target.ratio if isinstance(target, SpeedUp) else target.layers
+        margin, error = most - float(layers.mean()), float(layers.std(correction=0) / len(layers) ** 0.5)
+    else:
+        return None
+    unit = "quality" if isinstance(target, (MaxDrop, FinalLayerError)) else "layers"
+    return {"target": chosen.target, "kept": margin >= -1e-12, "margin": margin, "standard_error": error, "unit": unit}
+
+
 def _sentences(found: dict[str, Any]) -> str:
+    static = found["static"]
     lines = [
         f"{found['policy']} on {found['rows']} rows",
         f"{found['measure']} {found['quality']:.4f} against {found['full_quality']:.4f} of the full model "
         f"({found['quality'] - found['full_quality']:+.4f}, standard error {found['standard_error']:.4f})",
         f"mean layers {found['mean_layers']:.2f} of {found['num_layers']}: layer speed-up {found['layer_speed_up']:.2f}x",
+        _judgement(found["target"]),
+        f"a model cut off after layer {static['layer']} reaches {static['quality']:.4f}: early exit is "
+        f"{abs(static['gain']):.4f} {'above' if static['gain'] >= 0 else 'below'} it (standard error "
+        f"{static['standard_error']:.4f})",
         "leaving after layer " + ", ".join(f"{layer}: {share:.1%}" for layer, share in found["exit_shares"].items()),
     ]
     if "time" in found:
@@ -119,3 +183,15 @@ def _sentences(found: dict[str, Any]) -> str:
             f"against {time['full_seconds']:.3f} s, {time['device']}, {time['threads']} threads"
         )
     return "\n".join(lines)
+
+
+def _judgement(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return "the folder does not say what the thresholds were chosen for, so no target is judged"
+    margin, error, unit = verdict["margin"], verdict["standard_error"], verdict["unit"]
+    how = f"{abs(margin):.4f} {unit} {'to spare' if verdict['kept'] else 'beyond it'}, standard error {error:.4f}"
+    if verdict["kept"]:
+        doubt = "" if margin >= error else "; other rows may well miss it"
+        return f"target {verdict['target']}: kept on these rows ({how}{doubt})"
+    doubt = "; so little may be chance" if -margin <= 2 * error else ""
+    return f"target {verdict['target']}: not kept on these rows ({how}{doubt})"

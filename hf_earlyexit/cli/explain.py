@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
-
-from ..serving.explain import explain
 from .answer import Answer
-from .loading import load_model
+from .arguments import DeviceArguments
 
 
 @dataclass
-class ExplainArguments:
+class ExplainArguments(DeviceArguments):
     """Which model on which text."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
@@ -32,7 +29,12 @@ ARGUMENTS = (ExplainArguments,)
 
 def run(args: ExplainArguments) -> Answer:
     """Explain one text."""
-    model = load_model(args.model)
+    from transformers import AutoTokenizer
+
+    from ..serving.explain import explain
+    from .loading import load_model
+
+    model = load_model(args.model, args.device)
     text = args.text if args.text_pair is None else (args.text, args.text_pair)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     told = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)

@@ -12,19 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from transformers import AutoTokenizer
-
 from ..errors import UsageError
-from ..onnx.export import FORMS, export_onnx
-from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_model
+from .arguments import SLICES, SPLITS, RowArguments
 
 FORMATS = ("onnx",)
+FORMS = ("one-file", "layers")
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(RowArguments):
     """Which model, where to, and how."""
 
     WORDS: ClassVar[tuple[str, ...]] = ("format", "model", "output")
@@ -35,8 +32,8 @@ class ExportArguments:
     forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": f"{', '.join(FORMS)}, or both"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to export as the default"})
     int8: bool = field(default=False, metadata={"help": "compute layers in 8 bits; thresholds are chosen anew"})
-    dataset: str | None = field(default=None, metadata={"help": "with int8: held-back rows with labels"})
-    split: str = field(default="validation", metadata={"help": "split of the data set"})
+    dataset: str | None = field(default=None, metadata={"help": f"with int8: held-back rows with labels: {SPLITS}"})
+    split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; validation by default"})
     target: str | None = field(default=None, metadata={"help": "for the new thresholds; as the model was calibrated"})
 
 
@@ -45,6 +42,11 @@ ARGUMENTS = (ExportArguments,)
 
 def run(args: ExportArguments) -> Answer:
     """Load, export, tell what changed."""
+    from transformers import AutoTokenizer
+
+    from ..onnx.export import export_onnx
+    from .loading import load_model
+
     if args.format not in FORMATS:
         raise UsageError(f"format is {args.format!r}; expected {', '.join(FORMATS)}.", field="format", value=args.format)
     model = load_model(args.model)
@@ -54,7 +56,13 @@ def run(args: ExportArguments) -> Answer:
         points.exit_certificate = (points.exit_point_certificates or {}).get(args.operating_point)
     has_tokenizer = args.dataset is not None or (Path(args.model) / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(args.model) if has_tokenizer else None
-    rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
+    rows = None
+    if args.dataset is not None:
+        from ..data.labels import Labelling
+        from .rows import labelled_rows, read_rows
+
+        rows = read_rows(args, args.dataset, args.split, "validation")
+        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
     changed = export_onnx(
         model,
         args.output,
@@ -63,7 +71,7 @@ def run(args: ExportArguments) -> Answer:
         rows=rows,
         tokenizer=tokenizer,
         target=args.target,
-        split=args.split,
+        split=args.split or "validation",
         progress=True,
     )
     told = [] if changed is None else [str(changed)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,21 +19,53 @@ from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
+from .arguments import AUTO
 
 
-def load_model(name: Any) -> Any:
-    """A classifier with exits, from a folder or the Hub.
+def load_model(name: Any, device: str = "cpu") -> Any:
+    """A classifier with exits, from a folder or the Hub, in eval mode.
+
+    Args:
+        name: folder or Hub id.
+        device: as in `on_device`.
 
     Raises:
         CheckpointError: if it is damaged.
         UsageError: if it has no exits, or is no classifier.
     """
-    return _load(AutoModelForSequenceClassification, name, f"run `hf-earlyexit train --model {name}` first")
+    model = _load(AutoModelForSequenceClassification, name, f"run `hf-earlyexit train --model {name}` first")
+    return on_device(model.eval(), device)
 
 
-def load_captioner(name: Any) -> Any:
+def load_captioner(name: Any, device: str = "cpu") -> Any:
     """A captioner with exits; otherwise as `load_model`."""
-    return _load(AutoModelForImageTextToText, name, "load it as EarlyExitVisionEncoderDecoder and train its exits first")
+    remedy = "load it as EarlyExitVisionEncoderDecoder and train its exits first"
+    return on_device(_load(AutoModelForImageTextToText, name, remedy).eval(), device)
+
+
+def on_device(model: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """The model moved to a device.
+
+    Args:
+        model: any.
+        device: its name; "auto" is the first GPU of CUDA where there is one, and the CPU otherwise.
+        dtype: to cast the model to.
+
+    Raises:
+        UsageError: for a device that is not here.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == AUTO else device
+    try:
+        return model.to(chosen, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch says both of devices it has not
+        first = str(error).split("\n")[0]
+        raise UsageError(
+            f"device is {device!r}, which cannot be used here: {first} `hf-earlyexit env` lists the devices.",
+            field="device",
+            value=device,
+        ) from error
 
 
 def load_any(name: Any) -> Any:

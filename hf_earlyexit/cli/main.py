@@ -6,12 +6,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
+from importlib.metadata import version
 
-from transformers.utils import logging
-
-from ..errors import EarlyExitError, UnknownNameError
 from ..registry import Registry
-from .parsing import parse_arguments
+from .failures import end_of
 
 COMMANDS: Registry[str] = Registry("command")
 for _name, _help in (
@@ -30,6 +28,8 @@ for _name, _help in (
 ):
     COMMANDS.register(_name)(_help)
 
+HELP, HELP_ALL = ("-h", "--help"), "--help_all"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -38,41 +38,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; `sys.argv` by default.
 
     Returns:
-        0 if it worked, 2 for a mistake in what was given, which is told in one line.
+        0 if it worked; 2 for a mistake in what was given, which is told in one message; 130 if it was interrupted; 141 if
+        whoever read its output has gone. Any other error is a bug, and is raised.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(_overview())
         return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"hf-earlyexit {version('hf_earlyexit')}")
+        return 0
+    name = words[0]
     try:
-        COMMANDS.get(words[0])
-        command = import_module(f".{words[0]}", __package__)
-        logging.set_verbosity_warning()
-        rest = getattr(command, "REST", None)
-        objects, as_json = parse_arguments(command.ARGUMENTS, words[1:], words[0], command.__doc__, rest)
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whatever else prints, such as a Trainer
-            answer = command.run(*objects)
-        if told := answer.printed(as_json):
-            print(told)
-    except ModuleNotFoundError as error:
-        print(
-            f'hf-earlyexit {words[0]}: {error}; run: pip install "hf_earlyexit[train,report,caption,onnx]"', file=sys.stderr
-        )
-        return 2
-    except UnknownNameError as error:
-        print(f"hf-earlyexit: {error}", file=sys.stderr)
-        return 2
-    except (EarlyExitError, OSError) as error:
-        print(f"hf-earlyexit {words[0]}: {error}", file=sys.stderr)
-        return 2
+        COMMANDS.get(name)
+        _run(name, words[1:])
+    except BaseException as error:
+        if "--traceback" in words:
+            raise
+        end = end_of(error, name)
+        if end is None:
+            raise
+        print(*end.messages, sep="\n", end="\n" if end.messages else "", file=sys.stderr)
+        return end.status
     return 0
+
+
+def _run(name: str, words: list[str]) -> None:
+    from .parsing import parse_arguments  # brings transformers' parser with it, which the overview does not need
+
+    command = import_module(f".{name}", __package__)
+    # what a command takes beside its own flags costs seconds to import, and pages to list
+    more = getattr(command, "more_arguments", None)
+    short = more is not None and bool(set(HELP) & set(words))
+    classes = command.ARGUMENTS if more is None or short else (*command.ARGUMENTS, *more())
+    words = [HELP[1] if word == HELP_ALL else word for word in words]
+    objects, as_json = parse_arguments(
+        classes, words, name, command.__doc__, getattr(command, "REST", None), getattr(command, "MORE", None)
+    )
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whatever else prints, such as a Trainer
+        answer = command.run(*objects)
+        text = answer.printed(as_json) if as_json or answer.lines is None else None
+    if text is None:
+        answer.print_lines()
+    elif text:
+        print(text, flush=True)
 
 
 def _overview() -> str:
     lines = [f"  {name:12s} {COMMANDS.get(name)}" for name in COMMANDS.names()]
     return "\n".join(
         ["usage: hf-earlyexit COMMAND [MODEL] [--config recipe.yaml] [--flag value ...]", "", *lines, "",
-         "hf-earlyexit COMMAND --help tells every flag."]
+         "hf-earlyexit COMMAND --help tells every flag; hf-earlyexit --version, the version."]
     )  # fmt: skip
 
 

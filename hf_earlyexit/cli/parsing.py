@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from ..errors import UsageError
+from ..errors import EarlyExitError, UsageError
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong as every other part of the library does."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -21,7 +29,12 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parse_arguments(
-    classes: Sequence[type], words: Sequence[str], command: str, about: str | None, rest: str | None = None
+    classes: Sequence[type],
+    words: Sequence[str],
+    command: str,
+    about: str | None,
+    rest: str | None = None,
+    more: str | None = None,
 ) -> tuple[tuple[Any, ...], bool]:
     """One object for each dataclass, and whether JSON is asked for.
 
@@ -31,21 +44,31 @@ def parse_arguments(
             names in `WORDS`; `--config FILE` names a YAML file of the same fields.
         rest: the flag that words between those and the first flag are for, such as "--images".
         command: for the usage line.
-        about: shown by `--help`.
+        about: shown by `--help` before the flags.
+        more: shown after them.
 
     Raises:
-        UsageError: for a recipe that cannot be read, or that holds a name no flag has.
+        UsageError: for a recipe that cannot be read, or that holds a name no flag has; and for values that are refused.
     """
-    parser = HfArgumentParser(classes, prog=f"hf-earlyexit {command}", description=about, formatter_class=_Help)
+    parser = _Parser(classes, prog=f"hf-earlyexit {command}", description=about, epilog=more, formatter_class=_Help)
     parser.add_argument("--config", help="a YAML file of these flags; flags on the command line win")
     parser.add_argument(
         "--json", type=string_to_bool, default=False, const=True, nargs="?", help="print one JSON object and nothing else"
     )
+    parser.add_argument("--traceback", action="store_true", help="show where in the library a mistake was found")
     words = _with_flags(list(words), getattr(classes[0], "WORDS", ("model",)), rest)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in words[:-1]:
         _use_as_defaults(parser, words[words.index("--config") + 1])
-    *objects, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    try:
+        *objects, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except EarlyExitError:
+        raise
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, PackageNotFoundError) as error:
+        # settings that refuse each other or this machine, such as TrainingArguments' --bf16 where there is no GPU
+        raise UsageError(" ".join(str(error).split())) from error
     if unknown:
         raise _unknown_flag(parser, unknown[0])
     *filled, common = objects

@@ -1,39 +1,49 @@
-"""Classify the lines of a file, or the texts of a data set, as JSON lines with the layer each left after.
+"""Classify the lines of a file, or the rows of a data set, each with the layer it left after.
 
     hf-earlyexit predict --model bert-with-exits --input texts.txt --output answers.jsonl
+    hf-earlyexit predict bert-with-exits --input reviews.csv --text_column body --output answers.csv
+    cat rows.jsonl | hf-earlyexit predict bert-with-exits --input - --input_format jsonl | head
 
-Each line of the output is one JSON object; exit_layer tells where the text left.
+Every answer keeps the columns of its row. Rows are read, answered and written as they come, whatever their number.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
-from ..data.forms import Reading
-from ..modeling.certificate import warn_of_other_tokenizer
-from ..onnx.manifest import MANIFEST
-from ..problem_types import SINGLE_LABEL
-from ..serving.predict import predict
-from ..serving.rows import text_columns
-from ..training.data import load_splits, require_split
+from ..errors import UsageError
 from .answer import Answer
-from .loading import load_model
+from .arguments import SLICES, DeviceArguments, FileArguments
+
+if TYPE_CHECKING:
+    from .incoming import Incoming
+
+STDOUT = "-"
+ANSWERS = ("label", "score", "logits", "exit_layer", "error")
+CHANGES_NO_ANSWER = ("output", "resume", "max_rows", "max_batch_tokens", "device")
 
 
 @dataclass
-class PredictArguments:
+class PredictArguments(FileArguments, DeviceArguments):
     """Which model on which texts."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
     input: str = field(metadata={"help": "text file with one text a line, '-' for standard input, or a data set"})
-    split: str = field(default="test", metadata={"help": "split of the data set"})
-    output: str = field(default="-", metadata={"help": "file to write; '-' for standard output"})
+    split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; test by default"})
+    output: str = field(
+        default=STDOUT,
+        metadata={"help": "file to write: .jsonl, .csv, .tsv, .parquet or .arrow; '-' for JSON Lines on standard output"},
+    )
+    resume: bool | None = field(
+        default=None, metadata={"help": "true goes on with the output of a run that was stopped; false begins anew"}
+    )
+    errors: str = field(
+        default="raise", metadata={"help": "raise ends at a row that cannot be answered; slot says why under 'error'"}
+    )
     early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
@@ -44,50 +54,106 @@ ARGUMENTS = (PredictArguments,)
 
 def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
-    model = _load(args.model)
+    from transformers import AutoTokenizer
+
+    from ..modeling.certificate import warn_of_other_tokenizer
+    from .incoming import incoming
+    from .outgoing import OutputFile, check_output, skipped
+
+    if args.output != STDOUT:
+        check_output(args.output)
+    elif args.resume:
+        raise UsageError("Standard output cannot be gone on with; name an --output.", field="resume")
+    source = incoming(args, args.input, args.split)
+    model = _load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     warn_of_other_tokenizer(model, tokenizer)
-    texts = _texts(args)
-    answers = predict(
+    tally: dict[str, Any] = {"rows": 0, "mean_layers": None, "num_layers": model.exit_layers[-1]}
+    if args.output == STDOUT:
+        return Answer(tally, lines=_answered(args, model, tokenizer, source, source.rows, 0, tally))
+    file = OutputFile(args.output, _run_of(args, model), args.resume)
+    rows = _answered(args, model, tokenizer, source, skipped(source.rows, file.done), file.done, tally)
+    file.write_all(rows)
+    tally["output"] = args.output
+    told = f"saved {args.output}: {file.done + tally['rows']} texts"
+    if file.done:
+        told += f", {file.done} of them by the run that was stopped"
+        tally["rows_before"] = file.done
+    if tally.get("failed"):
+        told += f"; {tally['failed']} could not be answered, see their 'error'"
+    return Answer(tally, told)
+
+
+def _load(args: PredictArguments) -> Any:
+    from ..onnx.manifest import MANIFEST
+    from .loading import load_model
+
+    if not (Path(args.model) / MANIFEST).is_file():
+        return load_model(args.model, args.device)
+    from ..onnx.classifier import OnnxClassifier
+
+    if args.device not in ("auto", "cpu"):
+        raise UsageError(f"device is {args.device!r}, but ONNX files are run on the CPU; leave it out.", field="device")
+    return OnnxClassifier.from_pretrained(args.model)
+
+
+def _run_of(args: PredictArguments, model: Any) -> dict[str, Any]:
+    """What decides the answers of a run."""
+    settings = {name: value for name, value in asdict(args).items() if name not in CHANGES_NO_ANSWER}
+    path = Path(args.input)
+    changed = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    certificate = getattr(model.config, "exit_certificate", None)
+    return {**settings, "input as it is": changed, "certificate": certificate}
+
+
+def _answered(
+    args: PredictArguments, model: Any, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]], first: int,
+    tally: dict[str, Any],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Each row with its answer; `tally` counts along."""
+    from tqdm.auto import tqdm
+
+    from ..problem_types import SINGLE_LABEL
+    from ..serving.predict import WINDOW, stream
+
+    waiting: deque[dict[str, Any]] = deque()
+    layers = failed = 0
+
+    def texts() -> Iterator[Any]:
+        for row in rows:
+            waiting.append(row)
+            yield source.text(row)
+
+    answers = stream(
         model,
-        texts,
+        texts(),
         tokenizer=tokenizer,
+        window=WINDOW if args.input != "-" else 256,  # whoever writes into a pipe wants to see answers come
         max_batch_tokens=args.max_batch_tokens,
         early_exit=args.early_exit,
         operating_point=args.operating_point,
-        progress=args.output != "-",
+        errors=args.errors,
     )
     single = model.config.resolved_problem_type == SINGLE_LABEL
-    told = []
-    for text, logits, layer in zip(texts, answers.logits, answers.exit_layer.tolist(), strict=True):
-        score, index = logits.softmax(-1).max(-1)
-        label = {"label": model.config.id2label[int(index)], "score": float(score)}
-        answer = label if single else {"logits": logits.tolist()}
-        told.append({"text": text, **answer, "exit_layer": layer})
-    lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in told)
-    mean = float(answers.exit_layer.double().mean()) if told else None
-    values = {"rows": len(told), "mean_layers": mean, "num_layers": model.exit_layers[-1]}
-    if args.output == "-":
-        return Answer({**values, "answers": told}, lines)
-    Path(args.output).write_text(lines + "\n" if told else "", encoding="utf-8")
-    return Answer({**values, "output": args.output}, f"saved {args.output}: {len(told)} texts")
-
-
-def _load(path: str) -> Any:
-    if not (Path(path) / MANIFEST).is_file():
-        return load_model(path)
-    from ..onnx.classifier import OnnxClassifier
-
-    return OnnxClassifier.from_pretrained(path)
-
-
-def _texts(args: PredictArguments) -> list:
-    if args.input == "-":
-        return sys.stdin.read().splitlines()
-    path = Path(args.input)
-    if path.is_file() and Reading().form_of(path) in (None, "text"):
-        return path.read_text(encoding="utf-8").splitlines()
-    splits = load_splits(args.input)
-    rows = require_split(splits, "train" if path.is_file() else args.split, args.input)
-    columns = [list(rows[name]) for name in text_columns(rows.column_names)]
-    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+    names = model.config.id2label
+    bar = tqdm(answers, total=source.total, initial=first, disable=args.output == STDOUT, unit="row")
+    for answer in bar:
+        row = waiting.popleft()
+        known = {f"input_{name}" if name in ANSWERS else name: value for name, value in row.items()}
+        told: dict[str, Any]
+        if single:
+            score, index = (None, None) if answer.error is not None else answer.logits.softmax(-1).max(-1)
+            told = {"label": None if index is None else names[int(index)], "score": None if score is None else float(score)}
+        else:
+            told = {"logits": None if answer.error is not None else answer.logits.tolist()}
+        told["exit_layer"] = answer.exit_layer if answer.error is None else None
+        if args.errors == "slot":
+            told["error"] = None if answer.error is None else str(answer.error)
+        failed += answer.error is not None
+        layers += answer.exit_layer
+        tally["rows"] += 1
+        answered = tally["rows"] - failed
+        tally["mean_layers"] = layers / answered if answered else None
+        if args.errors == "slot":
+            tally["failed"] = failed
+        yield {**known, **told}

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..hub.figures import card_figures
-from ..hub.push import push_to_hub
-from ..hub.save import load_calibrations
-from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_any, load_parts_there
+from .arguments import SPLITS, DeviceArguments, RowArguments
 
 
 @dataclass
-class PushArguments:
+class PushArguments(RowArguments, DeviceArguments):
     """What goes where."""
 
     model: str = field(metadata={"help": "folder of a model with exits"})
@@ -36,9 +32,9 @@ class PushArguments:
     datasets: list[str] = field(default_factory=list, metadata={"help": "for the card: Hub ids of its data sets"})
     test_rows: str | None = field(
         default=None,
-        metadata={"help": "for the card: data set to judge and time on, which neither trained nor chose anything"},
+        metadata={"help": f"for the card: rows that neither trained nor chose anything, to judge and time on; a {SPLITS}"},
     )
-    test_split: str = field(default="test", metadata={"help": "split of these rows"})
+    test_split: str | None = field(default=None, metadata={"help": "split of these rows; test by default"})
     evaluated_on: str | None = field(default=None, metadata={"help": "for the card: Hub id of these rows"})
     repeats: int = field(default=5, metadata={"help": "rounds of timing on these rows; 0 for no timing"})
     language: str | None = field(default=None, metadata={"help": "for the card: such as en"})
@@ -50,6 +46,10 @@ ARGUMENTS = (PushArguments,)
 
 def run(args: PushArguments) -> Answer:
     """Load and push."""
+    from ..hub.push import push_to_hub
+    from ..hub.save import load_calibrations
+    from .loading import load_any, load_parts_there, on_device
+
     folder = Path(args.model)
     if not folder.is_dir():
         raise UsageError(f"{args.model} is no folder; name one that holds a saved model.", path=folder)
@@ -58,7 +58,13 @@ def run(args: PushArguments) -> Answer:
     fields = ("base_model", "datasets", "language", "license", "evaluated_on")
     card: Any = {name: getattr(args, name) for name in fields} if args.card else False
     if args.test_rows is not None and args.card:
-        rows = require_split(load_splits(args.test_rows), args.test_split, args.test_rows)
+        from ..data.labels import Labelling
+        from ..hub.figures import card_figures
+        from .rows import labelled_rows, read_rows
+
+        rows = read_rows(args, args.test_rows, args.test_split, "test")
+        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        model = on_device(model, args.device)
         card |= card_figures(model, calibration, rows, tokenizer=parts["tokenizer"], repeats=args.repeats)
     commit = push_to_hub(
         model,

@@ -10,30 +10,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-
-from ..calibration.replay import Replay
 from ..errors import UsageError
-from ..modeling.configuration import EXACT
-from ..modeling.fingerprint import model_fingerprint
-from ..reports.write import write_report
-from ..serving.collect import collect_trace
-from ..serving.rows import text_columns
-from ..trace import ExitTrace
-from ..training.data import load_splits, require_split
 from .answer import Answer
-from .loading import load_model
+from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
+
+if TYPE_CHECKING:
+    from ..calibration.replay import Replay
+    from ..trace import ExitTrace
 
 
 @dataclass
-class ReportArguments:
+class ReportArguments(RowArguments, DeviceArguments):
     """Which model on which rows."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
-    dataset: str | None = field(default=None, metadata={"help": "folder with one file per split, a file, or a Hub id"})
-    split: str = field(default="validation", metadata={"help": "split of the data set; not trained on"})
+    dataset: str | None = field(default=None, metadata={"help": SPLITS})
+    split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; validation by default"})
     trace: str | None = field(default=None, metadata={"help": "trace of the same rows, instead of a pass through the model"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy shown as the one in service"})
     output: str = field(default="report.html", metadata={"help": "file to write"})
@@ -46,15 +40,29 @@ ARGUMENTS = (ReportArguments,)
 
 def run(args: ReportArguments) -> Answer:
     """Collect or load a trace, write the report."""
+    from transformers import AutoTokenizer
+
+    from ..modeling.configuration import EXACT
+    from ..reports.write import write_report
+    from ..serving.collect import collect_trace
+    from .loading import load_model
+
     if args.dataset is None and args.trace is None:
         raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
     if args.operating_point == EXACT:
         raise UsageError(f"At {EXACT!r} every row runs through all layers; name another.", field="operating_point")
-    model = load_model(args.model)
+    model = load_model(args.model, args.device)
     policy = model.policy_at(args.operating_point)
-    rows = None if args.dataset is None else require_split(load_splits(args.dataset), args.split, args.dataset)
+    rows, texts, split = None, None, args.split or "validation"
+    if args.dataset is not None:
+        from ..data.labels import Labelling
+        from .rows import labelled_rows, read_rows, texts_of
+
+        rows = read_rows(args, args.dataset, args.split, "validation")
+        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        texts = texts_of(rows)
     if args.trace is None:
-        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(args.model), split=args.split)
+        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(args.model), split=split)
     else:
         trace = _load_trace(args.trace, model)
     names = model.config.id2label
@@ -63,9 +71,9 @@ def run(args: ReportArguments) -> Answer:
         args.output,
         policy=policy,
         label_names=[str(names[index]) for index in range(len(names))],
-        texts=None if rows is None else _texts(rows),
+        texts=texts,
         title=Path(args.model).name,
-        rows_name=None if args.dataset is None else f"{Path(args.dataset).name}, {args.split}",
+        rows_name=None if args.dataset is None else f"{Path(args.dataset).name}, {split}",
         max_drop=args.max_drop,
         seed=args.seed,
     )
@@ -91,6 +99,9 @@ def _figures(judged: Replay) -> dict[str, float]:
 
 
 def _load_trace(path: str, model: Any) -> ExitTrace:
+    from ..modeling.fingerprint import model_fingerprint
+    from ..trace import ExitTrace
+
     trace, own = ExitTrace.load(path), model_fingerprint(model)
     if trace.fingerprint not in ("", own):
         raise UsageError(
@@ -100,8 +111,3 @@ def _load_trace(path: str, model: Any) -> ExitTrace:
             path=path,
         )
     return trace
-
-
-def _texts(rows: Any) -> list[Any]:
-    columns = [list(rows[name]) for name in text_columns(rows.column_names)]
-    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))

@@ -7,45 +7,65 @@ Rows held back from training are run through the trained model once; the trace i
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import torch
-from transformers import AutoTokenizer, set_seed
-
-from ..doors import from_pretrained
-from ..modeling.heads import HEADS
-from ..serving.collect import collect_trace
-from ..training import EarlyExitTrainer, EarlyExitTrainingArguments
-from ..training.data import encode, hold_back, label_names, load_splits, require_split, with_ids
+from ..errors import EarlyExitError, UsageError
 from .answer import Answer
+from .arguments import SPLITS, TRACE_FILE, RowArguments
 
-TRACE_FILE = "held-back.safetensors"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..training import EarlyExitTrainingArguments
+
+MORE = """Every setting of hf_earlyexit.EarlyExitTrainingArguments is a flag as well, and so is every one of transformers'
+TrainingArguments: --output_dir, --objective, --objective_options, --exit_metric, --num_train_epochs, --learning_rate,
+--resume_from_checkpoint, --seed, --use_cpu, ...; --help_all lists them all."""
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(RowArguments):
     """What is trained on what."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a BERT checkpoint"})
-    dataset: str = field(metadata={"help": "folder with one file per split, a file, or a Hub id"})
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    held_back: str = field(default="0.1", metadata={"help": "share of the train split, or name of a split, for thresholds"})
+    model: str = field(metadata={"help": "folder or Hub id of a checkpoint"})
+    dataset: str = field(metadata={"help": SPLITS})
+    train_split: str = field(default="train", metadata={"help": "split to train on, or a slice such as 'train[:90%%]'"})
+    held_back: str = field(
+        default="0.1", metadata={"help": "share of the train split, or a split or slice of its own, for thresholds"}
+    )
+    problem_type: str | None = field(
+        default=None,
+        metadata={"help": "single_label_classification, multi_label_classification or regression; as the labels tell"},
+    )
     exit_layers: list[int] | None = field(default=None, metadata={"help": "layers with an exit; all by default"})
-    exit_head: str = field(default="linear-mean", metadata={"help": HEADS.listed()})
-    max_length: int = field(default=128, metadata={"help": "tokens of a text"})
+    exit_head: str = field(default="linear-mean", metadata={"help": "linear, linear-cls, linear-mean or pooler"})
+    max_length: int = field(default=128, metadata={"help": "tokens of a text, in training and when the model is used"})
 
 
-ARGUMENTS = (TrainArguments, EarlyExitTrainingArguments)
+ARGUMENTS = (TrainArguments,)
+
+
+def more_arguments() -> tuple[type, ...]:
+    """What training takes beside these."""
+    from .training_settings import TrainSettings
+
+    return (TrainSettings,)
 
 
 def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     """Train, save, trace."""
+    from ..serving.collect import collect_trace
+    from ..training import EarlyExitTrainer
+
     model, tokenizer, train, held = prepare(args, training.seed)
-    trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    with settings():
+        trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint))
     trainer.save_model()
     trace = Path(training.output_dir) / TRACE_FILE
     collect_trace(model, held, tokenizer=tokenizer).save(trace)
@@ -57,9 +77,26 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     return Answer(values, "\n".join(lines))
 
 
+@contextmanager
+def settings() -> Iterator[None]:
+    """Where a trainer is made: settings that transformers refuses are a mistake in what was given."""
+    try:
+        yield
+    except EarlyExitError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def checkpoint(given: str | bool | None) -> str | bool | None:
+    """What `--resume_from_checkpoint` means: true for the newest, false for none, or a folder."""
+    words = {"true": True, "false": False}
+    return words.get(given.lower(), given) if isinstance(given, str) else given
+
+
 def prepare(
     args: TrainArguments, seed: int, id_column: str | None = None, **fields: Any
-) -> tuple[Any, Any, datasets.Dataset, datasets.Dataset]:
+) -> tuple[Any, Any, Dataset, Dataset]:
     """Model, tokenizer, encoded training rows and encoded held-back rows.
 
     Args:
@@ -68,22 +105,41 @@ def prepare(
         id_column: kept, or made where it is absent.
         fields: given to `from_pretrained`.
     """
-    splits = load_splits(args.dataset)
-    train = require_split(splits, args.train_split, args.dataset)
+    import torch
+    from transformers import AutoTokenizer, set_seed
+
+    from ..doors import from_pretrained
+    from ..problem_types import MULTI_LABEL
+    from ..training.data import encode, hold_back, with_ids
+    from .rows import labelled_rows, read_rows
+
+    train = read_rows(args, args.dataset, args.train_split)
     if id_column is not None:
         train = with_ids(train, id_column)
     if args.held_back.replace(".", "", 1).isdigit():
         train, held = hold_back(train, float(args.held_back), seed)
     else:
-        held = require_split(splits, args.held_back, args.dataset)
-    names = label_names(train)
+        held = read_rows(args, args.dataset, args.held_back)
+    train, labelling = labelled_rows(args, train, problem_type=args.problem_type)
+    held, _ = labelled_rows(args, held, labelling)
+    for note in labelling.notes:
+        warn(note)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.model_max_length = min(args.max_length, tokenizer.model_max_length)  # served as it was trained
     set_seed(seed)
-    labels = {"num_labels": 1} if names is None else {
+    names = labelling.shown_names
+    labels: dict[str, Any] = {"num_labels": 1} if names is None else {
         "id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}
     }  # fmt: skip
+    if labelling.problem_type == MULTI_LABEL:
+        labels["problem_type"] = MULTI_LABEL
     model = from_pretrained(
         args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels, **fields
     )
     keep = () if id_column is None else (id_column,)
     return model, tokenizer, encode(train, tokenizer, args.max_length, keep), encode(held, tokenizer, args.max_length)
+
+
+def warn(note: str) -> None:
+    """Say on standard error what was taken as meant."""
+    print(f"note: {note}", file=sys.stderr)

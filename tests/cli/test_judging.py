@@ -115,7 +115,7 @@ def test_help_teaches_with_an_example(command, capsys):
     ("words", "message"),
     [
         (["evaluate", "--model", "{plain}", "--dataset", "{data}"], "no exit policy"),
-        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--split", "dev"], "it has test, validation"),
+        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--split", "extra"], "it has test, validation"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--repeats", "0"], "expected at least 1"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "frist"], "Did you mean 'first'"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "exact"], "nothing to compare"),
@@ -123,7 +123,7 @@ def test_help_teaches_with_an_example(command, capsys):
         (["explain", "--model", "{model}", "--text", "w5", "--operating_point", "exact"], "nothing to explain"),
         (["report", "--model", "{model}", "--dataset", "{data}", "--operating_point", "exact"], "name another"),
         (["report", "--model", "{model}"], "No rows"),
-        (["report", "--model", "{model}", "--trace", "{trace}"], "this model has"),
+        (["report", "--model", "{model}", "--trace", "{trace}"], "this one has"),
         (["report", "--model", "{model}", "--trace", "nowhere"], "cannot be read"),
     ],
 )

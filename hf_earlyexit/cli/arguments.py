@@ -1,0 +1,46 @@
+"""Flags that several commands share. Importing them costs nothing: help texts need no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+AUTO = "auto"
+
+
+@dataclass(kw_only=True)
+class DeviceArguments:
+    """Where to compute."""
+
+    device: str = field(default=AUTO, metadata={"help": "cpu, cuda, cuda:1 ...; auto takes a GPU where there is one"})
+
+
+@dataclass(kw_only=True)
+class FileArguments:
+    """How rows are found in files."""
+
+    text_column: list[str] | None = field(
+        default=None, metadata={"help": "column of the texts, or two columns of pairs; by default the usual names"}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "take so many rows from the beginning"})
+    dataset_config: str | None = field(default=None, metadata={"help": "name of a configuration of the data set"})
+    encoding: str | None = field(default=None, metadata={"help": "of text files, such as latin-1; UTF-8 by default"})
+    separator: str | None = field(default=None, metadata={"help": "of the cells in CSV; a comma, in TSV a tab"})
+    quotes: bool | None = field(default=None, metadata={"help": "false takes double quotes in CSV and TSV as they are"})
+    input_format: str | None = field(
+        default=None, metadata={"help": "csv, tsv, json, jsonl, parquet, arrow or text, where a name does not tell"}
+    )
+
+
+@dataclass(kw_only=True)
+class RowArguments(FileArguments):
+    """How labelled rows are found in files."""
+
+    label_column: str | None = field(default=None, metadata={"help": "column of the labels; 'label' by default"})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "names of the classes, in the order of their numbers"}
+    )
+
+
+TRACE_FILE = "held-back.safetensors"
+SPLITS = "folder with one file per split, a file, '-' for standard input, or a Hub id"
+SLICES = "or a slice such as 'test[:100]'"

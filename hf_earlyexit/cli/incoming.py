@@ -1,0 +1,153 @@
+"""Rows to answer, one after the other, from whatever holds them: never more of them in memory than are under way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from ..data.forms import STDIN, open_text, unreadable
+from ..errors import DataError
+from ..serving.rows import text_columns
+from .arguments import FileArguments
+from .rows import reading
+
+Row = dict[str, Any]
+CHUNK = 1000  # rows that are read at a time where a reader gives several
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Rows as they come.
+
+    Attributes:
+        rows: each by column name, in order.
+        text_columns: the column of the texts, or two of pairs.
+        total: how many rows, where that is known.
+    """
+
+    rows: Iterator[Row]
+    text_columns: tuple[str, ...]
+    total: int | None = None
+
+    def text(self, row: Row) -> Any:
+        """What is to be answered of a row: a text or a pair; `None` in place of one that is missing."""
+        texts = [row.get(name) for name in self.text_columns]
+        return texts[0] if len(texts) == 1 else tuple(texts)
+
+
+def incoming(args: FileArguments, place: str, split: str | None) -> Incoming:
+    """Open what is to be answered.
+
+    Args:
+        args: flags.
+        place: a text file with one text a line, or whatever `Source` reads; "-" is standard input, of texts unless told.
+        split: of a data set; "test" by default.
+
+    Raises:
+        DataError: for what cannot be read, now or, by row or file, when it is met.
+    """
+    how = reading(args)
+    is_file = place == STDIN or Path(place).is_file()
+    form = (how.form_of(place) or "text") if is_file else None
+    total = None
+    if form in READERS and split is None:
+        rows = _guarded(place, how, READERS[form](place, how))
+    else:
+        from ..data.sources import Source
+
+        found = Source(place, how).read(split, "test")
+        total = len(found)
+        rows = _of_data_set(found)
+    if args.max_rows is not None:
+        rows = islice(rows, args.max_rows)
+        total = None if total is None else min(total, args.max_rows)
+    first = next(rows, None)
+    if first is None:
+        return Incoming(iter(()), ("text",), 0)
+    return Incoming(chain([first], rows), _columns_of_texts(args, first, place), total)
+
+
+def _columns_of_texts(args: FileArguments, first: Row, place: str) -> tuple[str, ...]:
+    if args.text_column is None:
+        return text_columns(list(first))
+    for name in args.text_column:
+        if name not in first:
+            raise DataError(f"{place} has no column {name!r}; it has {', '.join(first)}.", field="text_column", value=name)
+    return tuple(args.text_column)
+
+
+def _lines(place: str, how: Any) -> Iterator[Row]:
+    """Texts, each ended by a line feed, with or without a carriage return before it, and by nothing else."""
+    with open_text(place, how) as file:
+        for line in file:
+            yield {"text": line.removesuffix("\n").removesuffix("\r")}
+
+
+def _objects(place: str, how: Any) -> Iterator[Row]:
+    """JSON Lines."""
+    with open_text(place, how) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"Line {number} of {place} is not JSON ({error}); expected one object a line.", path=place
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"Line {number} of {place} is a JSON {type(row).__name__}; expected an object.", path=place)
+            yield row
+
+
+def _cells(form: str) -> Callable[[str, Any], Iterator[Row]]:
+    def read(place: str, how: Any) -> Iterator[Row]:
+        import pandas
+
+        from ..data.sources import check_header, lone_quote
+
+        options = how.csv_options(form)
+        with open_text(place, how) as file:
+            for part in pandas.read_csv(file, dtype=str, chunksize=CHUNK, **{**options, "encoding": None}):
+                check_header(part, place, options["sep"])
+                for row in part.where(part.notna(), None).to_dict("records"):
+                    if form == "tsv" and how.quotes is None:
+                        for name, cell in row.items():
+                            if cell is not None and "\n" in cell:
+                                raise lone_quote(place, str(name))
+                    yield {str(name): cell for name, cell in row.items()}
+
+    return read
+
+
+READERS: dict[str | None, Callable[[str, Any], Iterator[Row]]] = {
+    "text": _lines,
+    "jsonl": _objects,
+    "csv": _cells("csv"),
+    "tsv": _cells("tsv"),
+}
+
+
+def _of_data_set(rows: Any) -> Iterator[Row]:
+    for batch in rows.iter(CHUNK):
+        yield from (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
+
+
+def _guarded(place: str, how: Any, rows: Iterator[Row]) -> Iterator[Row]:
+    """The same rows; what their reader raises names the file."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except DataError:
+            raise
+        except (ValueError, EOFError) as error:  # undecodable, torn or otherwise no such file
+            if "No columns to parse" in str(error):
+                return  # empty
+            raise unreadable(place, how, error) from error
+        yield row

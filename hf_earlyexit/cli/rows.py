@@ -1,0 +1,137 @@
+"""Rows of a data set, with their texts and labels under the names that the library looks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset
+
+from ..data.forms import Reading
+from ..data.labels import Labelling, class_numbers, learn_labelling
+from ..data.sources import Source
+from ..errors import DataError, UsageError
+from ..serving.rows import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
+from .arguments import FileArguments, RowArguments
+
+LABEL, LABEL_TEXT = "label", "label_text"
+USUAL = {name for names in TEXT_COLUMNS for name in names}
+
+
+def reading(args: FileArguments) -> Reading:
+    """How files are read, as the flags say."""
+    if args.max_rows is not None and args.max_rows < 1:
+        raise UsageError(f"max_rows is {args.max_rows}; expected at least 1.", field="max_rows", value=args.max_rows)
+    if args.text_column is not None and len(args.text_column) > 2:
+        raise UsageError(
+            f"text_column names {len(args.text_column)} columns; expected one, or two for pairs.", field="text_column"
+        )
+    return Reading(args.input_format, args.encoding, args.separator, args.quotes, args.dataset_config)
+
+
+def read_rows(args: FileArguments, place: str, split: str | None, default: str = "train") -> Dataset:
+    """One split with its texts, of which none is missing.
+
+    Args:
+        args: flags.
+        place: a folder, a file, "-", or a Hub id.
+        split: as in `Source.read`; `default` if it is `None`.
+
+    Raises:
+        DataError: for rows that cannot be read, naming the first.
+    """
+    rows = Source(place, reading(args)).read(split, default)
+    if args.max_rows is not None:
+        rows = rows.select(range(min(args.max_rows, len(rows))))
+    if not len(rows):
+        raise DataError(f"{place} has no rows here; expected at least one.", path=place)
+    return _with_texts(rows, args.text_column, place)
+
+
+def labelled_rows(
+    args: RowArguments, rows: Dataset, labelling: Labelling | None = None, problem_type: str | None = None
+) -> tuple[Dataset, Labelling]:
+    """Rows whose labels are numbers under "label", and what these mean.
+
+    Args:
+        args: flags.
+        rows: from `read_rows`.
+        labelling: of the model that answers them; without it the labels tell it.
+        problem_type: what the labels are, where they could be several things.
+
+    Raises:
+        DataError: for labels that cannot be, naming the first row.
+    """
+    column = args.label_column or LABEL
+    if column not in rows.column_names:
+        raise DataError(
+            f"No column {column!r} among {', '.join(rows.column_names)}; name the column of labels with --label_column.",
+            field="label_column",
+            value=column,
+        )
+    labels = rows[column][:]
+    class_names: Sequence[str] | None = getattr(rows.features[column], "names", None)
+    if labelling is None:
+        texts = rows[LABEL_TEXT][:] if LABEL_TEXT in rows.column_names and column == LABEL else None
+        labelling = learn_labelling(
+            labels, column, class_names=class_names, names=args.label_names, texts=texts, problem_type=problem_type
+        )
+        as_given = labelling
+    else:
+        as_given = _as_given(labelling, args.label_names)
+    if args.label_names is not None and class_names is not None and set(class_names) != set(args.label_names):
+        class_names = None  # other words for the same classes, in the same order
+    numbers = class_numbers(labels, column, as_given, class_names)
+    rows = rows.remove_columns([name for name in {column, LABEL, "labels"} if name in rows.column_names])
+    return rows.add_column(LABEL, numbers), labelling
+
+
+def _as_given(labelling: Labelling, names: Sequence[str] | None) -> Labelling:
+    """The model's labelling by the words that a column has for its classes."""
+    if names is None:
+        return labelling
+    if len(names) != labelling.num_labels:
+        raise UsageError(
+            f"{len(names)} label_names for the model's {labelling.num_labels} classes; expected as many, in their order.",
+            field="label_names",
+            value=names,
+        )
+    return replace(labelling, names=tuple(names))
+
+
+def _with_texts(rows: Dataset, chosen: Sequence[str] | None, place: str) -> Dataset:
+    if chosen is not None:
+        for name in chosen:
+            if name not in rows.column_names:
+                raise DataError(
+                    f"{place} has no column {name!r}; it has {', '.join(rows.column_names)}.",
+                    field="text_column",
+                    value=name,
+                )
+        rows = rows.remove_columns([name for name in rows.column_names if name in USUAL and name not in chosen])
+        new = ("text", "text_pair")[: len(chosen)]
+        rows = rows.rename_columns({name: f"_{name}_" for name in chosen}).rename_columns(
+            {f"_{name}_": text for name, text in zip(chosen, new, strict=True)}
+        )
+    elif set(MODEL_COLUMNS[:1]) <= set(rows.column_names):
+        return rows  # token ids already
+    for name in text_columns(rows.column_names):
+        kind = getattr(rows.features[name], "dtype", "list")
+        if kind not in ("string", "large_string"):
+            raise DataError(
+                f"The column {name!r} of {place} holds {kind}; expected texts. Name another with --text_column.", field=name
+            )
+        missing = next((row for row, text in enumerate(rows[name]) if text is None), None)
+        if missing is not None:
+            raise DataError(
+                f"Row {missing} of {place} has no text: its column {name!r} is null. Drop the row, or write an empty text.",
+                field=name,
+            )
+    return rows
+
+
+def texts_of(rows: Dataset) -> list[Any]:
+    """The texts, or pairs of texts, of rows from `read_rows`."""
+    columns = [list(rows[name]) for name in text_columns(rows.column_names)]
+    return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
