@@ -156,7 +156,7 @@ def rows_in(place):
         return list(csv.DictReader(file, delimiter="\t" if place.suffix == ".tsv" else ","))
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """What ends a run in the middle."""
 
 
@@ -172,11 +172,11 @@ def test_a_stopped_run_goes_on_where_it_was(model, tmp_path, monkeypatch, capsys
 
     def fails(value):
         if next(calls) == (40 if form == "jsonl" else 200):
-            raise Stop
+            raise StoppedError
         return write(value)
 
     monkeypatch.setattr(outgoing, "as_line" if form == "jsonl" else "_cell", fails)
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         main([*words, str(out)])
     assert not out.exists()
     with open(tmp_path / f"answers.{form}.part", "ab") as file:
