@@ -34,6 +34,7 @@ _HOMES = {
     "replay": "calibration.replay",
     "CalibrationResult": "calibration.result",
     "CaptionCalibrationResult": "captions.result",
+    "Certified": "calibration.certify",
     "FinalLayerError": "calibration.targets",
     "LayerBudget": "calibration.targets",
     "MaxDrop": "calibration.targets",

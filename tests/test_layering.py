@@ -51,7 +51,7 @@ ALLOWED = {
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
     | {"__init__"},
 }
-OUTSIDE = {"torch", "numpy", "safetensors"}  # all that the pure parts may need, beside the standard library
+OUTSIDE = {"torch", "numpy", "scipy", "safetensors"}  # all that the pure parts may need, beside the standard library
 
 
 def part_of(path: Path) -> str:

@@ -76,7 +76,7 @@ def test_values_have_no_f1():
     ("counts", "uneven"),
     [((50, 50), False), ((65, 35), False), ((67, 33), True), ((50, 50, 0), True), ((30, 35, 35), False)],
 )
-def test_classes_are_uneven_from_twice_the_rows_of_the_rarest(counts, uneven):
+def test_classes_are_uneven_where_accuracy_can_hide_the_rare_ones(counts, uneven):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     assert uneven_classes(labels, SINGLE_LABEL, len(counts)) is uneven
     assert uneven_classes(labels, REGRESSION, 1) is False

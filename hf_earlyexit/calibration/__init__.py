@@ -1,17 +1,26 @@
 """Choosing thresholds: targets, exact search, results. Imports no model and no transformers."""
 
+from .certify import Certified
 from .choose import calibrate
+from .cross_fit import Expectation
+from .promise import Promise
+from .quality import METRICS, Metric
 from .replay import ExitReport, Replay, replay
 from .result import CalibrationResult
 from .targets import TARGETS, FinalLayerError, LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 
 __all__ = [
+    "METRICS",
     "TARGETS",
     "CalibrationResult",
+    "Certified",
     "ExitReport",
+    "Expectation",
     "FinalLayerError",
     "LayerBudget",
     "MaxDrop",
+    "Metric",
+    "Promise",
     "Replay",
     "SpeedUp",
     "Target",

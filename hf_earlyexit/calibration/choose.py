@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 
-from ..errors import CalibrationError, UsageError
-from ..metrics import f1, f1_name, uneven_classes
-from ..policies.base import POLICIES, ExitPolicy
-from ..problem_types import majority_quality, quality_name, row_quality
+from ..errors import CalibrationError
+from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
+from .certify import Certified, certify_setting
+from .cross_fit import Expectation, expect
+from .notes import on_expectation, on_rare_classes, on_rows, on_setting, on_target
+from .promise import Promise
+from .quality import Metric, default_metric, find_metric
+from .quality_metrics import Accuracy
 from .replay import replay
 from .result import CalibrationResult
-from .search import Array, Curve, per_exit_curve, single_threshold_curve
-from .targets import MaxDrop, Target, parse_target
-
-CURVE_POINTS = 400
-RARE_LOSS = 0.01  # F1 that may be lost beyond the loss of quality without a note
+from .settings import Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
+from .targets import Target, parse_target
 
 
 def calibrate(
@@ -29,36 +30,47 @@ def calibrate(
     policy: str | ExitPolicy = "confidence",
     target: str | Target = "max-drop:0",
     *,
+    metric: str | Metric | Callable[[Any, Any], float] | None = None,
     per_exit: bool | None = None,
     options: dict[str, Any] | None = None,
     keep_weak_exits: bool = False,
     min_leavers: int = 10,
     learning_share: float = 0.2,
+    folds: int = 5,
+    groups: ArrayLike | None = None,
     seed: int = 0,
 ) -> CalibrationResult:
     """Choose a policy's thresholds so that a target is met on the rows of a trace.
 
     Exits that are no better than always giving the most frequent answer are closed and muted: they would agree with each
     other without knowing anything. Policies that learn numbers of their own do so on other rows than those that choose
-    the thresholds. Candidate thresholds are all observed scores; the sweep over them is exact.
+    the thresholds. Candidate thresholds are all observed scores; the sweep over them is exact. The whole choice is repeated
+    fold by fold, and `result.expected` says what it was worth on the rows left out.
 
     Args:
-        trace: labelled rows the exits were not trained on, from `collect_trace`.
+        trace: rows the exits were not trained on, from `collect_trace`.
         policy: a registered name, made for this trace, or a policy whose own numbers are kept.
-        target: `MaxDrop`, `SpeedUp`, `LayerBudget`, `FinalLayerError`, or words such as "max-drop:0.01".
+        target: `MaxDrop`, `SpeedUp`, `LayerBudget`, `FinalLayerError`, `Certified`, or words such as "max-drop:0.01" and
+            "certified:0.01@0.95".
+        metric: the unit of quality: a name such as "accuracy", "f1:1", "f1-macro", "matthews", "balanced-accuracy",
+            "recall-at-precision:0.9", "mae" or "spearman", or a function of (answers, labels), bigger being better. By
+            default accuracy, macro F1 where the classes of one label are uneven, and minus the squared error for values.
         per_exit: one threshold per exit instead of one for all; by default as the target prefers.
         options: fields of the policy or of its `learn`, such as `{"layer_cost": 0.4}`; with a name only.
         keep_weak_exits: leave exits open that are no better than the most frequent answer.
         min_leavers: with `per_exit`, the fewest rows an exit must take to be opened.
-        learning_share: share of the rows a policy learns its own numbers from, in `(0, 1)`.
-        seed: of the split between learning rows and threshold rows.
+        learning_share: share of the rows a policy learns its own numbers from, in `(0, 1)`; for `Certified`, of those that
+            make the path of settings.
+        folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none.
+        groups: for `Certified(by="group")`, the number of each row's slice `[N]`.
+        seed: of the split between learning rows and threshold rows, and of the folds.
 
     Returns:
-        The policy with thresholds, and what they did on the rows that chose them. Report figures on other rows.
+        The policy with thresholds, what they did on the rows that chose them, and what to expect of others.
 
     Raises:
-        CalibrationError: for an empty or train-tagged trace, or a target that cannot be met.
-        UnknownNameError: for an unknown policy or target.
+        CalibrationError: for an empty or train-tagged trace, a target that cannot be met, or too few rows to certify.
+        UnknownNameError: for an unknown policy, target or metric.
         PolicyError: for options the policy refuses, or a problem type it cannot serve.
     """
     target = parse_target(target) if isinstance(target, str) else target
@@ -66,22 +78,26 @@ def calibrate(
     per_exit = target.per_exit if per_exit is None else per_exit
     if not per_exit and not target.serves_single_threshold:
         raise CalibrationError(f"{target} sets each exit's own threshold; use per_exit=True.", field="per_exit")
-    weak = () if keep_weak_exits else trace.dead_exits()
-    rule, rows, learned_from = _make_policy(trace, policy, options, weak, learning_share, seed)
-
-    scores, answers = rule.scan(rows)
-    quality = row_quality(answers, rows.labels, rows.problem_type).numpy()
-    cost = np.asarray(rows.costs)
-    visible = scores.double().numpy().copy()
-    visible[:, list(rule.muted)] = -np.inf
-    if per_exit:
-        rules = target.rules(quality, min_leavers)
-        curve = per_exit_curve(visible, quality, cost, rules, rule.lowest_threshold, rule.counts)
-    else:
-        curve = single_threshold_curve(visible, quality, cost, rule.lowest_threshold, rule.counts)
-    chosen = target.pick(curve)
-    rule = rule.with_thresholds(_as_thresholds(curve.thresholds[chosen]))
-    return _result(rule, rows, scores, answers, curve, target, weak, learned_from, seed)
+    chosen_metric = find_metric(metric, trace.problem_type, default_metric(trace))
+    notes = on_rows(trace, metric, chosen_metric, isinstance(target, Certified))
+    if isinstance(target, Certified) and metric is None and not chosen_metric.is_mean:
+        chosen_metric = Accuracy()
+    recipe = Recipe(
+        policy=policy,
+        target=target,
+        metric=chosen_metric,
+        per_exit=per_exit,
+        options=check_options(policy, options),
+        keep_weak_exits=keep_weak_exits,
+        min_leavers=min_leavers,
+        learning_share=learning_share,
+        seed=seed,
+    )
+    if isinstance(target, Certified):
+        setting, promise = certify_setting(recipe, target, trace, None if groups is None else np.asarray(groups))
+        return _result(recipe, setting, notes, None, promise)
+    setting = choose_setting(recipe, trace)
+    return _result(recipe, setting, notes, expect(recipe, trace, folds))
 
 
 def _check(trace: ExitTrace, target: Target) -> None:
@@ -100,132 +116,36 @@ def _check(trace: ExitTrace, target: Target) -> None:
         )
 
 
-def _make_policy(
-    trace: ExitTrace,
-    policy: str | ExitPolicy,
-    options: dict[str, Any] | None,
-    weak: tuple[int, ...],
-    learning_share: float,
-    seed: int,
-) -> tuple[ExitPolicy, ExitTrace, int]:
-    """The policy without thresholds, the rows that will choose them, and how many rows taught it."""
-    if isinstance(policy, ExitPolicy):
-        if options:
-            raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")
-        if policy.num_exits != trace.num_exits:
-            raise CalibrationError(
-                f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",
-                field="policy",
-            )
-        if policy.problem_type != trace.problem_type:
-            raise CalibrationError(
-                f"The policy serves {policy.problem_type}, the trace is {trace.problem_type}; they must be of one model.",
-                field="problem_type",
-            )
-        if policy.exit_layers not in (None, trace.exit_layers):
-            raise CalibrationError(
-                f"The policy is for exits after layers {policy.exit_layers}, the trace has {trace.exit_layers}; "
-                "they must be of one model.",
-                field="exit_layers",
-            )
-        muted = tuple(sorted({*policy.muted, *weak}))
-        closed = (None,) * (trace.num_exits - 1)
-        return replace(policy, thresholds=closed, muted=muted, exit_layers=trace.exit_layers), trace, 0
-    cls = POLICIES.get(policy)
-    given = dict(options or {})
-    given["muted"] = tuple(sorted({*given.get("muted", ()), *weak}))
-    if not cls.learns:
-        return cls.from_trace(trace, **given), trace, 0
-    if not 0 < learning_share < 1:
-        raise CalibrationError(
-            f"learning_share is {learning_share!r}; expected a share between 0 and 1.", field="learning_share"
-        )
-    order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(seed))
-    count = round(learning_share * trace.num_rows)
-    if count == 0 or count == trace.num_rows:
-        raise CalibrationError(
-            f"{trace.num_rows} rows cannot be split into learning rows and threshold rows; collect more.", field="trace"
-        )
-    return cls.from_trace(trace.select(order[:count]), **given), trace.select(order[count:]), count
-
-
-def _as_thresholds(vector: Array) -> tuple[float | None, ...]:
-    return tuple(None if math.isnan(value) else float(value) for value in vector)
-
-
 def _result(
-    policy: ExitPolicy,
-    rows: ExitTrace,
-    scores: torch.Tensor,
-    answers: torch.Tensor,
-    curve: Curve,
-    target: Target,
-    weak: tuple[int, ...],
-    learned_from: int,
-    seed: int,
+    recipe: Recipe,
+    setting: Setting,
+    notes: list[str],
+    expected: Expectation | None = None,
+    promise: Promise | None = None,
 ) -> CalibrationResult:
-    outcome = {field.name: getattr(done, field.name) for done in [replay(policy, rows)] for field in fields(done)}
+    policy, rows = setting.policy, setting.rows
+    done = replay(policy, rows, recipe.metric)
+    outcome = {field.name: getattr(done, field.name) for field in fields(done)}
     del outcome["exit_layer"]
-    thin = np.unique(np.linspace(0, len(curve.cost) - 1, CURVE_POINTS).round().astype(int))
-    return CalibrationResult(
+    curve = thinned(setting.curve)
+    result = CalibrationResult(
         **outcome,
         policy=policy,
-        target=str(target),
-        curve=tuple((float(curve.cost[k]), float(curve.quality[k]), _as_thresholds(curve.thresholds[k])) for k in thin),
+        target=str(recipe.target),
+        metric=recipe.metric.name,
+        curve=tuple(
+            (float(cost), float(quality), as_thresholds(vector))
+            for cost, quality, vector in zip(curve.cost, curve.quality, curve.thresholds, strict=True)
+        ),
         num_rows=rows.num_rows,
-        num_learning_rows=learned_from,
-        seed=seed,
+        num_learning_rows=setting.num_learning_rows,
+        seed=recipe.seed,
         split=rows.split,
         dtype=str(rows.meta.get("dtype", "unknown")),
         fingerprint=rows.fingerprint,
         versions={name: version(name) for name in ("hf_earlyexit", "torch")},
-        notes=(*_generosity(target, rows, float(curve.quality[0])), *_notes(policy, rows, scores, answers, weak)),
+        expected=expected,
+        promise=promise,
     )
-
-
-def _generosity(target: Target, rows: ExitTrace, full: float) -> list[str]:
-    """A note where a drop permits answers that know nothing."""
-    constant = majority_quality(rows.labels, rows.problem_type)
-    if not isinstance(target, MaxDrop) or not full - target.drop <= constant < full:
-        return []
-    return [
-        f"a drop of {target.drop:g} from {full:.4f} permits answers no better than the most frequent one ({constant:.4f}); "
-        "drop is in the unit of quality, so that 0.01 is one point of accuracy"
-    ]
-
-
-def _notes(
-    policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, answers: torch.Tensor, weak: tuple[int, ...]
-) -> list[str]:
-    notes = []
-    if weak:
-        layers = ", ".join(str(rows.exit_layers[index]) for index in weak)
-        constant = majority_quality(rows.labels, rows.problem_type)
-        notes.append(
-            f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
-        )
-    if bool((policy.decide(scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
-        open_scores = scores[:, :-1][torch.isfinite(scores[:, :-1])]
-        score_range = (
-            f"scores run from {float(open_scores.min()):.4g} to {float(open_scores.max()):.4g}"
-            if open_scores.numel()
-            else "no exit is open"
-        )
-        notes.append(f"no row leaves early: {score_range}, and no threshold among them meets the target on these rows")
-    notes += _note_on_rare_classes(policy, rows, scores, answers)
-    return notes
-
-
-def _note_on_rare_classes(policy: ExitPolicy, rows: ExitTrace, scores: torch.Tensor, answers: torch.Tensor) -> list[str]:
-    """A word where F1 falls further than the quality that the target looks at."""
-    if not uneven_classes(rows.labels, rows.problem_type, rows.logits.shape[-1]):
-        return []
-    early = answers[torch.arange(rows.num_rows), policy.decide(scores)]
-    f1s = [f1(logits, rows.labels, rows.problem_type) for logits in (rows.logits[:, -1], early)]
-    quality = [float(row_quality(logits, rows.labels, rows.problem_type).mean()) for logits in (rows.logits[:, -1], early)]
-    if f1s[0] - f1s[1] <= max(quality[0] - quality[1], 0.0) + RARE_LOSS:
-        return []
-    return [
-        f"rare classes lose more than quality shows: {f1_name(rows.problem_type)} falls from {f1s[0]:.4f} to {f1s[1]:.4f}, "
-        f"{quality_name(rows.problem_type)} from {quality[0]:.4f} to {quality[1]:.4f}; permit a smaller drop if they matter"
-    ]
+    notes += on_target(recipe.target, setting) + on_setting(setting) + on_rare_classes(setting, recipe.metric)
+    return replace(result, notes=(*notes, *on_expectation(recipe.target, result)))

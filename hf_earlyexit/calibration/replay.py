@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..problem_types import row_quality
 from ..trace import ExitTrace
+from .quality import Metric, find_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Replay:
     """A policy's outcome on N rows.
 
     Attributes:
-        quality: of the early answers; full_quality: of the last exit. Accuracy for one label.
+        quality: of the early answers; full_quality: of the last exit; both by the metric.
         standard_error: of the difference of the two.
         mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
         exits: one report per exit.
@@ -56,7 +57,7 @@ class Replay:
     exit_layer: np.ndarray
 
 
-def replay(policy: ExitPolicy, trace: ExitTrace) -> Replay:
+def replay(policy: ExitPolicy, trace: ExitTrace, metric: str | Metric | None = None) -> Replay:
     """Let every row of a trace leave where the policy says.
 
     Serving gives the same layers: the engine steps the very `update` that is folded here.
@@ -64,6 +65,7 @@ def replay(policy: ExitPolicy, trace: ExitTrace) -> Replay:
     Args:
         policy: with thresholds for the trace's exits.
         trace: labelled rows; for figures to report, rows that neither trained nor chose anything.
+        metric: the unit of `quality`, as in `calibrate`; accuracy by default, minus the squared error for values.
 
     Returns:
         Quality, layers and what each exit did.
@@ -77,16 +79,18 @@ def replay(policy: ExitPolicy, trace: ExitTrace) -> Replay:
             "expected the exits of one model, and rows.",
             field="trace",
         )
+    metric = find_metric(metric, trace.problem_type)
     scores, answers = policy.scan(trace)
     taken = policy.decide(scores).numpy()
+    given = answers[torch.arange(trace.num_rows), torch.from_numpy(taken)]
+    compared = metric.compare(given, trace.logits[:, -1], trace.labels, trace.problem_type)
     quality = row_quality(answers, trace.labels, trace.problem_type).numpy()
     full = row_quality(trace.logits[:, -1], trace.labels, trace.problem_type).numpy()
-    early = quality[np.arange(len(taken)), taken]
     layers = np.asarray(trace.exit_layers)[taken]
     return Replay(
-        quality=float(early.mean()),
-        full_quality=float(full.mean()),
-        standard_error=float((early - full).std() / math.sqrt(len(early))),
+        quality=compared.quality,
+        full_quality=compared.full_quality,
+        standard_error=compared.standard_error,
         mean_layers=float(layers.mean()),
         mean_cost=float(np.asarray(trace.costs)[taken].mean()),
         layer_speed_up=float(trace.exit_layers[-1] / layers.mean()),

@@ -13,6 +13,8 @@ from ..errors import CheckpointError, EarlyExitError
 from ..files import read_json, write_json
 from ..policies.base import ExitPolicy
 from ..values import json_sum
+from .cross_fit import Expectation
+from .promise import Promise
 from .replay import ExitReport
 from .stored import SUM, check_calibration, check_known
 
@@ -23,14 +25,16 @@ class CalibrationResult:
 
     Attributes:
         policy: ready for `model.set_exit_policy`.
-        target: the wish, in words.
-        quality: of the early answers; full_quality: of the last exit; both on `num_rows` rows. Accuracy for one label.
+        target: the wish, in words; metric: the unit of quality, in words.
+        quality: of the early answers; full_quality: of the last exit; both on `num_rows` rows.
         standard_error: of the difference of the two.
         mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
         exits: one report per exit.
         curve: points (mean cost, quality, thresholds) from the full model to the cheapest setting.
         num_rows: rows that chose the thresholds; num_learning_rows: other rows, that the policy's own numbers came from.
         seed: of the split of the two; split, dtype, fingerprint, versions: where the rows and the model came from.
+        expected: what rows not seen can be expected to get; `None` where the rows were too few to tell, or not asked to.
+        promise: what was certified; `None` where nothing was.
         notes: what a user should know, in sentences.
     """
 
@@ -38,6 +42,7 @@ class CalibrationResult:
 
     policy: ExitPolicy
     target: str
+    metric: str
     quality: float
     full_quality: float
     standard_error: float
@@ -53,6 +58,8 @@ class CalibrationResult:
     dtype: str
     fingerprint: str
     versions: dict[str, str]
+    expected: Expectation | None = None
+    promise: Promise | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +71,8 @@ class CalibrationResult:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["exits"] = [dataclasses.asdict(report) for report in self.exits]
         fields["curve"] = [[cost, quality, list(thresholds)] for cost, quality, thresholds in self.curve]
+        for name in ("expected", "promise"):
+            fields[name] = None if fields[name] is None else dataclasses.asdict(fields[name])
         return {"format": self.FORMAT, **fields, "policy": self.policy.to_dict(), "notes": list(self.notes)}
 
     @classmethod
@@ -96,9 +105,12 @@ class CalibrationResult:
         policy = ExitPolicy.from_dict(values.get("policy"))  # type: ignore[arg-type]
         check_known(values, (field.name for field in dataclasses.fields(cls)))
         check_calibration(values, policy)
-        exits = tuple(ExitReport(**report) for report in values["exits"])
-        curve = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in values["curve"])
-        return cls(**{**values, "policy": policy, "exits": exits, "curve": curve, "notes": tuple(values["notes"])})
+        given = {**values, "policy": policy, "notes": tuple(values["notes"])}
+        given["exits"] = tuple(ExitReport(**report) for report in values["exits"])
+        given["curve"] = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in values["curve"])
+        for name, kind in (("expected", Expectation), ("promise", Promise)):
+            given[name] = None if values.get(name) is None else kind.from_dict(values[name])
+        return cls(**given)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one JSON file."""
@@ -122,9 +134,11 @@ class CalibrationResult:
         drop = self.quality - self.full_quality
         head = [
             f"{self.policy.name} for {self.target}, thresholds chosen on {rows}",
-            f"quality {self.quality:.4f} against {self.full_quality:.4f} of the full model "
+            f"{self.metric} {self.quality:.4f} against {self.full_quality:.4f} of the full model "
             f"({drop:+.4f}, standard error {self.standard_error:.4f})",
             f"mean layers {self.mean_layers:.2f} of {self.exits[-1].layer}: layer speed-up {self.layer_speed_up:.2f}x",
+            *([] if self.expected is None else [str(self.expected)]),
+            *([] if self.promise is None else [self.promise.in_words()]),
             "",
             "layer  threshold   share  quality  of leavers  last exit on them",
         ]

@@ -20,6 +20,7 @@ WORDS: dict[str, tuple[Check, str]] = {
     "text": (lambda value: isinstance(value, str), "a text"),
     "texts": (lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value), "a list of texts"),
     "object": (lambda value: isinstance(value, dict), "an object"),
+    "object or null": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
     "objects": (lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value), "a list of objects"),
     "versions": (
         lambda value: isinstance(value, dict) and all(isinstance(one, str) for one in value.values()),
@@ -38,6 +39,7 @@ WORDS: dict[str, tuple[Check, str]] = {
 }
 FIELDS = {
     "target": "text",
+    "metric": "text",
     "quality": "number",
     "full_quality": "number",
     "standard_error": "error",
@@ -52,6 +54,8 @@ FIELDS = {
     "dtype": "text",
     "fingerprint": "text",
     "versions": "versions",
+    "expected": "object or null",
+    "promise": "object or null",
     "notes": "texts",
 }
 EXIT_FIELDS = {

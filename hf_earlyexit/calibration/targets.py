@@ -26,11 +26,17 @@ class Target(ABC):
 
     per_exit: ClassVar[bool] = False  # whether thresholds are chosen exit by exit unless the caller says otherwise
     example: ClassVar[str] = ""  # its fields in words, for errors
+    named_by_words: ClassVar[frozenset[str]] = frozenset()  # fields that hold a word, not a number
 
     @property
     def serves_single_threshold(self) -> bool:
         """Whether the wish makes sense for one threshold shared by all exits."""
         return True
+
+    @property
+    def promised_drop(self) -> float | None:
+        """The most quality that is to be lost; `None` where the wish is about something else."""
+        return None
 
     @abstractmethod
     def pick(self, curve: Curve) -> int:
@@ -78,6 +84,10 @@ class MaxDrop(Target):
     def __post_init__(self) -> None:
         _require("drop", self.drop, 0.0)
         _require("sigmas", self.sigmas, 0.0)
+
+    @property
+    def promised_drop(self) -> float | None:
+        return self.drop
 
     def pick(self, curve: Curve) -> int:
         full = float(curve.quality[0])
@@ -189,6 +199,10 @@ class FinalLayerError(Target):
     def serves_single_threshold(self) -> bool:
         return self.paired
 
+    @property
+    def promised_drop(self) -> float | None:
+        return 0.0 if self.paired else None
+
     def pick(self, curve: Curve) -> int:
         if self.paired:
             return _cheapest(curve, curve.quality >= curve.quality[0] - 1e-12)
@@ -199,7 +213,7 @@ def parse_target(text: str) -> Target:
     """A target from words, or a printed one.
 
     Words are a name, its number if it has one, and any other field by name: `max-drop:0.01`, `max-drop:0.01:sigmas=1`,
-    `speed-up:2`, `layer-budget:5`, `final-layer-error:paired=false`.
+    `speed-up:2`, `layer-budget:5`, `final-layer-error:paired=false`, `certified:0.01@0.95:risk=harm`.
 
     Raises:
         UnknownNameError: for an unknown name.
@@ -222,10 +236,11 @@ def parse_target(text: str) -> Target:
             field, equals, value = (part.strip() for part in word.partition("="))
             if not equals and (place or not has_number):
                 raise CalibrationError(f"{name} takes no number {word!r}; name its field")
-            field, value = (field, value) if equals else (fields[0], word)
-            if field not in fields or field in given:
-                raise CalibrationError(f"{field!r} is given twice" if field in given else f"{name} has no {field!r}")
-            given[field] = _plain_value(value)
+            numbers = [(field, value)] if equals else zip(fields, word.split("@"), strict=False)  # 0.01@0.95
+            for field, value in numbers:
+                if field not in fields or field in given:
+                    raise CalibrationError(f"{field!r} is given twice" if field in given else f"{name} has no {field!r}")
+                given[field] = value if field in cls.named_by_words else _plain_value(value)
         if has_number and fields[0] not in given:
             raise CalibrationError(f"it has no {fields[0]}")
         return cls(**given)

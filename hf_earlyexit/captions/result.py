@@ -72,7 +72,6 @@ class CaptionCalibrationResult(CalibrationResult):
 
     FORMAT: ClassVar[str] = "hf_earlyexit.caption-calibration/1"
 
-    metric: str
     settings: tuple[CaptionSetting, ...]
     chosen: int
     exit_decay: float | None

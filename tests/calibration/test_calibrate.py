@@ -147,7 +147,7 @@ def test_learning_rows_and_threshold_rows_are_disjoint_and_counted(monkeypatch, 
 
     monkeypatch.setattr(cls, "learn", classmethod(spy_learn))
     monkeypatch.setattr(cls, "scan", spy_scan)
-    found = calibrate(numbered, name, MaxDrop(0.05), learning_share=share)
+    found = calibrate(numbered, name, MaxDrop(0.05), learning_share=share, folds=0)
     assert not seen["learning"] & seen["thresholds"]
     assert seen["learning"] | seen["thresholds"] == rows_of(numbered)
     assert (found.num_learning_rows, found.num_rows) == (expected, 200 - expected)

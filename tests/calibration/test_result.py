@@ -75,8 +75,9 @@ def test_a_result_prints_as_a_table():
     lines = str(found).splitlines()
     assert lines[0].startswith("beem-a for FinalLayerError(")
     assert "240 rows of 'dev' (and 60 others for the policy's own numbers)" in lines[0]
-    assert f"quality {found.quality:.4f} against {found.full_quality:.4f}" in lines[1]
+    assert f"accuracy {found.quality:.4f} against {found.full_quality:.4f}" in lines[1]
     assert f"mean layers {found.mean_layers:.2f} of 4: layer speed-up {found.layer_speed_up:.2f}x" in lines[2]
+    assert lines[3] == str(found.expected)
     head = next(index for index, line in enumerate(lines) if line.startswith("layer"))
     rows = lines[head + 1 : head + 5]
     assert [row.split()[0] for row in rows] == ["1", "2", "3", "4"]

@@ -270,5 +270,8 @@ def test_a_target_shows_its_numbers():
 
 
 def test_every_target_by_name_is_tried_here():
-    tried = {type(parse_target(text)) for text in ("max-drop:0", "speed-up:2", "layer-budget:5", "final-layer-error")}
+    tried = {
+        type(parse_target(text))
+        for text in ("max-drop:0", "speed-up:2", "layer-budget:5", "final-layer-error", "certified:0.01")
+    }
     assert tried == {TARGETS.get(name) for name in TARGETS.names()}

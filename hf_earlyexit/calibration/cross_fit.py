@@ -1,0 +1,101 @@
+"""What a choice of thresholds is worth on rows that did not make it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, CheckpointError
+from ..trace import ExitTrace
+from .settings import Recipe, choose_setting
+
+LEAST_ROWS = 50  # of a fold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What rows not seen can be expected to get, from repeating the whole choice without a part of the rows.
+
+    Attributes:
+        difference: quality of the early answers minus the full model's, all folds together.
+        standard_error: of it.
+        mean_layers: per row.
+        num_folds: times the choice was repeated; num_rows: that were judged, each by thresholds it did not choose.
+    """
+
+    difference: float
+    standard_error: float
+    mean_layers: float
+    num_folds: int
+    num_rows: int
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Expectation:
+        """What `dataclasses.asdict` made.
+
+        Raises:
+            CheckpointError: for missing, unknown or impossible values.
+        """
+        try:
+            expectation = cls(**values)
+            finite = np.isfinite([expectation.difference, expectation.standard_error, expectation.mean_layers]).all()
+        except TypeError as error:
+            raise CheckpointError(f"expected cannot be read ({error}).", field="expected") from error
+        if not finite:
+            raise CheckpointError(f"expected holds a number that is not finite: {values!r}.", field="expected")
+        return expectation
+
+    def __str__(self) -> str:
+        return (
+            f"expected on rows not seen: {self.difference:+.4f} (standard error {self.standard_error:.4f}) at "
+            f"{self.mean_layers:.2f} mean layers, from {self.num_folds} folds"
+        )
+
+
+def expect(recipe: Recipe, trace: ExitTrace, folds: int) -> Expectation | None:
+    """Repeat a choice on all rows but a fold's, judge it on the fold, fold by fold.
+
+    Where the target cannot be met without a fold, its rows run through the full model.
+
+    Args:
+        recipe: how thresholds are chosen.
+        trace: all rows.
+        folds: most folds; fewer where a fold would have less than 50 rows.
+
+    Returns:
+        `None` where two folds of 50 rows are not to be had, or fewer than 2 are asked for.
+    """
+    count = min(folds, trace.num_rows // LEAST_ROWS)
+    if count < 2:
+        return None
+    order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(recipe.seed + 1))
+    early = torch.empty_like(trace.logits[:, -1])
+    layers = np.empty(trace.num_rows)
+    for places in order.chunk(count):
+        kept = torch.ones(trace.num_rows, dtype=torch.bool)
+        kept[places] = False
+        answers, exit_layers = _judged(recipe, trace.select(kept), trace.select(places))
+        early[places], layers[places.numpy()] = answers, exit_layers
+    compared = recipe.metric.compare(early, trace.logits[:, -1], trace.labels, trace.problem_type)
+    return Expectation(
+        difference=compared.quality - compared.full_quality,
+        standard_error=compared.standard_error,
+        mean_layers=float(layers.mean()),
+        num_folds=count,
+        num_rows=trace.num_rows,
+    )
+
+
+def _judged(recipe: Recipe, trace: ExitTrace, fold: ExitTrace) -> tuple[Tensor, np.ndarray]:
+    """Answers `[n, C]` and layers `[n]` of a fold's rows under thresholds that the other rows chose."""
+    try:
+        policy = choose_setting(recipe, trace).policy
+    except CalibrationError:
+        return fold.logits[:, -1], np.full(fold.num_rows, trace.exit_layers[-1])
+    scores, answers = policy.scan(fold)
+    taken = policy.decide(scores)
+    return answers[torch.arange(fold.num_rows), taken].to(fold.logits.dtype), np.asarray(trace.exit_layers)[taken.numpy()]

@@ -1,0 +1,106 @@
+"""What a calibration says beside its numbers, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..metrics import f1, f1_name, uneven_classes
+from ..problem_types import majority_quality, quality_name, row_quality
+from ..trace import ExitTrace
+from .quality import Metric
+from .result import CalibrationResult
+from .settings import Setting
+from .targets import MaxDrop, Target
+
+RARE_LOSS = 0.01  # F1 that may be lost beyond the loss of quality without a note
+
+
+def on_rows(trace: ExitTrace, named: Any, metric: Metric, certified: bool) -> list[str]:
+    """Which metric uneven classes got where none was named, and rows that stand there twice.
+
+    Args:
+        trace: the rows.
+        named: the metric that the caller gave, or `None`.
+        metric: the one that was taken.
+        certified: whether a promise is asked for.
+    """
+    notes = []
+    if named is None and not metric.is_mean:
+        most = float(torch.bincount(trace.labels).max()) / trace.num_rows
+        head = f"classes are uneven (the largest is {most:.0%} of the rows)"
+        if certified:
+            notes.append(f"{head}; what is certified is in accuracy: by='label' certifies each class")
+        else:
+            notes.append(f"{head}, so quality is {metric.title(trace.problem_type)}; pass metric='accuracy' for that")
+    if certified and (doubles := trace.num_rows - len(torch.unique(trace.logits[:, [0, -1]].flatten(1), dim=0))):
+        notes.append(
+            f"{doubles} of {trace.num_rows} rows are copies of others, so rows are not drawn independently: leave copies "
+            "out, or the promise is worth less than it says"
+        )
+    return notes
+
+
+def on_target(target: Target, setting: Setting) -> list[str]:
+    """A drop that permits answers that know nothing."""
+    rows, full = setting.rows, float(setting.curve.quality[0])
+    constant = majority_quality(rows.labels, rows.problem_type)
+    if not isinstance(target, MaxDrop) or not full - target.drop <= constant < full:
+        return []
+    return [
+        f"a drop of {target.drop:g} from {full:.4f} permits answers no better than the most frequent one ({constant:.4f}); "
+        "drop is in the unit of quality, so that 0.01 is one point of accuracy"
+    ]
+
+
+def on_setting(setting: Setting) -> list[str]:
+    """Muted exits, and a setting at which no row leaves early."""
+    policy, rows, notes = setting.policy, setting.rows, []
+    if setting.weak:
+        layers = ", ".join(str(rows.exit_layers[index]) for index in setting.weak)
+        constant = majority_quality(rows.labels, rows.problem_type)
+        notes.append(
+            f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
+        )
+    if bool((policy.decide(setting.scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
+        open_scores = setting.scores[:, :-1][torch.isfinite(setting.scores[:, :-1])]
+        score_range = (
+            f"scores run from {float(open_scores.min()):.4g} to {float(open_scores.max()):.4g}"
+            if open_scores.numel()
+            else "no exit is open"
+        )
+        notes.append(f"no row leaves early: {score_range}, and no threshold among them meets the target on these rows")
+    return notes
+
+
+def on_rare_classes(setting: Setting, metric: Metric) -> list[str]:
+    """A word where F1 falls further than the quality that the target looks at."""
+    policy, rows = setting.policy, setting.rows
+    if not metric.is_mean or not uneven_classes(rows.labels, rows.problem_type, rows.logits.shape[-1]):
+        return []
+    early = policy.scan(rows).answers[torch.arange(rows.num_rows), policy.decide(setting.scores)]
+    f1s = [f1(logits, rows.labels, rows.problem_type) for logits in (rows.logits[:, -1], early)]
+    quality = [float(row_quality(logits, rows.labels, rows.problem_type).mean()) for logits in (rows.logits[:, -1], early)]
+    if f1s[0] - f1s[1] <= max(quality[0] - quality[1], 0.0) + RARE_LOSS:
+        return []
+    return [
+        f"rare classes lose more than quality shows: {f1_name(rows.problem_type)} falls from {f1s[0]:.4f} to {f1s[1]:.4f}, "
+        f"{quality_name(rows.problem_type)} from {quality[0]:.4f} to {quality[1]:.4f}; permit a smaller drop if they matter"
+    ]
+
+
+def on_expectation(target: Target, result: CalibrationResult) -> list[str]:
+    """Where the target is not likely to be kept on other rows, or more evidence would buy more."""
+    notes, expected, promise = [], result.expected, result.promise
+    if expected is not None and target.promised_drop is not None:
+        short = -expected.difference - target.promised_drop
+        if short > expected.standard_error:
+            notes.append(
+                f"rows not seen can be expected to lose {-expected.difference:.4f}, more than the "
+                f"{target.promised_drop:g} asked for (standard error {expected.standard_error:.4f}): keep a reserve with "
+                f"sigmas=1, choose on more rows, or certify with 'certified:{max(target.promised_drop, 0.01):g}@0.95'"
+            )
+    if promise is not None and promise.rows_needed is not None:
+        notes.append(f"about {promise.rows_needed:,} certifying rows would allow the next faster setting")
+    return notes

@@ -1,0 +1,214 @@
+"""The metrics that calibration knows by name."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, quality_name, row_quality
+from .quality import METRICS, Comparison, Metric, RowMean
+
+
+@METRICS.register("accuracy")
+@dataclass(frozen=True)
+class Accuracy(RowMean):
+    """Share of right answers; with many labels, the share of right labels."""
+
+    problem_types = frozenset({SINGLE_LABEL, MULTI_LABEL})
+
+    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        return row_quality(logits, labels, problem_type)
+
+    def title(self, problem_type: str) -> str:
+        return quality_name(problem_type)
+
+
+@METRICS.register("mse")
+@dataclass(frozen=True)
+class SquaredError(RowMean):
+    """Minus the mean squared error."""
+
+    problem_types = frozenset({REGRESSION})
+
+    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        return row_quality(logits, labels, problem_type)
+
+    def title(self, problem_type: str) -> str:
+        return quality_name(problem_type)
+
+
+@METRICS.register("mae")
+@dataclass(frozen=True)
+class AbsoluteError(RowMean):
+    """Minus the mean absolute error."""
+
+    problem_types = frozenset({REGRESSION})
+
+    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        truth = labels.reshape(labels.shape[0], *([1] * (logits.ndim - 2)), logits.shape[-1])
+        return -(logits.double() - truth.double()).abs().mean(-1)
+
+    def title(self, problem_type: str) -> str:
+        return "minus absolute error"
+
+
+class OfConfusion(Metric):
+    """A metric of the confusion matrix; standard errors come from its derivatives (the influence of each row)."""
+
+    @abstractmethod
+    def of(self, confusion: Tensor) -> Tensor:
+        """The metric, a scalar, of counts `[C, C]` by label and answer; the same for any multiple of the counts."""
+
+    def value(self, logits: Tensor, labels: Tensor, problem_type: str) -> float:
+        return float(self.of(_confusion(predictions(logits, problem_type), labels, logits.shape[-1])))
+
+    def compare(self, early: Tensor, full: Tensor, labels: Tensor, problem_type: str) -> Comparison:
+        values, influences = [], []
+        for logits in (early, full):
+            answers = predictions(logits, problem_type)
+            with torch.inference_mode(False), torch.enable_grad():
+                confusion = _confusion(answers, labels, logits.shape[-1]).clone().requires_grad_()
+                value = self.of(confusion)
+                (slope,) = torch.autograd.grad(value, confusion)
+            values.append(value.item())
+            influences.append(slope[labels, answers] * len(labels))
+        spread = (influences[0] - influences[1]).std(correction=0) / math.sqrt(len(labels))
+        return Comparison(values[0], values[1], float(spread))
+
+
+def _confusion(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    cells = torch.bincount(labels * num_classes + answers, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes).double()
+
+
+def _f1(confusion: Tensor) -> Tensor:
+    """F1 of each class `[C]`; 0 for a class that neither occurs nor is answered."""
+    return 2 * confusion.diagonal() / (confusion.sum(0) + confusion.sum(1)).clamp_min(1e-12)
+
+
+@METRICS.register("f1")
+@dataclass(frozen=True)
+class F1(OfConfusion):
+    """F1 of one class.
+
+    Args:
+        label: the class, from 0; class 1 by default, as with yes and no.
+    """
+
+    label: int = 1
+
+    def __post_init__(self) -> None:
+        if self.label != int(self.label) or self.label < 0:
+            raise CalibrationError(f"label is {self.label!r}; expected a class number from 0.", field="metric")
+        object.__setattr__(self, "label", int(self.label))
+
+    def of(self, confusion: Tensor) -> Tensor:
+        if self.label >= len(confusion):
+            raise CalibrationError(
+                f"There is no class {self.label}; the labels are 0 to {len(confusion) - 1}.", field="metric"
+            )
+        return _f1(confusion)[self.label]
+
+    def title(self, problem_type: str) -> str:
+        return f"F1 of class {self.label}"
+
+
+@METRICS.register("f1-macro")
+@dataclass(frozen=True)
+class MacroF1(OfConfusion):
+    """Mean F1 of the classes that occur among the labels."""
+
+    def of(self, confusion: Tensor) -> Tensor:
+        return _f1(confusion)[confusion.sum(1) > 0].mean()
+
+    def title(self, problem_type: str) -> str:
+        return "macro F1"
+
+
+@METRICS.register("balanced-accuracy")
+@dataclass(frozen=True)
+class BalancedAccuracy(OfConfusion):
+    """Mean recall of the classes that occur among the labels."""
+
+    def of(self, confusion: Tensor) -> Tensor:
+        rows = confusion.sum(1)
+        return (confusion.diagonal() / rows.clamp_min(1e-12))[rows > 0].mean()
+
+    def title(self, problem_type: str) -> str:
+        return "balanced accuracy"
+
+
+@METRICS.register("matthews")
+@dataclass(frozen=True)
+class Matthews(OfConfusion):
+    """Matthews' correlation of answers and labels, also for more than two classes; 0 where either is constant."""
+
+    def of(self, confusion: Tensor) -> Tensor:
+        total, given, answered = confusion.sum(), confusion.sum(1), confusion.sum(0)
+        spread = (total**2 - (given**2).sum()) * (total**2 - (answered**2).sum())
+        covariance = confusion.diagonal().sum() * total - (given * answered).sum()
+        return covariance / spread.clamp_min(1e-12 * total.detach() ** 4).sqrt()
+
+    def title(self, problem_type: str) -> str:
+        return "Matthews correlation"
+
+
+@METRICS.register("recall-at-precision")
+@dataclass(frozen=True)
+class RecallAtPrecision(Metric):
+    """The largest share of the rows of class 1 that can be caught at a precision, over cuts of the class's probability.
+
+    Args:
+        precision: in `(0, 1]`.
+    """
+
+    precision: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.precision <= 1:
+            raise CalibrationError(f"precision is {self.precision!r}; expected a share in (0, 1].", field="metric")
+
+    def value(self, logits: Tensor, labels: Tensor, problem_type: str) -> float:
+        if logits.shape[-1] != 2:
+            raise CalibrationError(f"recall-at-precision is for 2 classes; there are {logits.shape[-1]}.", field="metric")
+        positive = (labels == 1).double()
+        score, order = (logits[:, 1].double() - logits[:, 0].double()).sort(descending=True, stable=True)
+        caught = positive[order].cumsum(0)
+        precision = caught / torch.arange(1, len(labels) + 1)
+        is_cut = torch.cat([score[:-1] > score[1:], torch.ones(1, dtype=torch.bool)])  # equal scores stand together
+        reached = caught[is_cut & (precision >= self.precision)]
+        return float(reached.max() / positive.sum()) if len(reached) and bool(positive.any()) else 0.0
+
+    def title(self, problem_type: str) -> str:
+        return f"recall at precision {self.precision:g}"
+
+
+@METRICS.register("spearman")
+@dataclass(frozen=True)
+class Spearman(Metric):
+    """Spearman's rank correlation of one predicted value and its label; 0 where either is constant."""
+
+    problem_types = frozenset({REGRESSION})
+
+    def value(self, logits: Tensor, labels: Tensor, problem_type: str) -> float:
+        if logits.shape[-1] != 1:
+            raise CalibrationError(f"spearman is for one value a row; there are {logits.shape[-1]}.", field="metric")
+        ranks = [_ranks(part.double().flatten()) for part in (logits, labels)]
+        first, second = (part - part.mean() for part in ranks)
+        length = first.norm() * second.norm()
+        return float(first @ second / length) if length > 0 else 0.0
+
+    def title(self, problem_type: str) -> str:
+        return "Spearman correlation"
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Mean ranks `[N]`; equal values share theirs."""
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = (count.cumsum(0).double() - (count - 1) / 2)[place]
+    return ranks

@@ -1,0 +1,455 @@
+"""The promise holds as often as it says, in draws from pools whose risk is known; each way to break it is caught here."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, parse_target, replay
+from hf_earlyexit.calibration import certify as module
+from hf_earlyexit.calibration.certify import _Walk
+from hf_earlyexit.calibration.evidence import (
+    betting_p,
+    binomial_p,
+    fallback,
+    fixed_sequence,
+    hoeffding_bentkus_p,
+    holm,
+    least_rows,
+)
+from hf_earlyexit.calibration.risks import Losses
+from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
+from tests.samples import learned_trace, sst2_trace
+
+DRAWS = 1000
+STEPS = 50
+
+
+class Pool:
+    """20,000 rows of known risk: one exit, whose losses grow likelier as its score falls."""
+
+    def __init__(self, risk="harm", rows=20_000, seed=0, most=0.12, steps=STEPS):
+        generator = np.random.default_rng(seed)
+        rows += 1000  # the last ones make plans
+        self.scores = np.stack([generator.random(rows), np.zeros(rows)], 1)
+        harmed = generator.random(rows) < 2 * most * (1 - self.scores[:, 0])
+        helped = (generator.random(rows) < 0.005) & ~harmed if risk == "drop" else np.zeros(rows, dtype=bool)
+        self.losses = np.stack([harmed.astype(float) - helped, np.zeros(rows)], 1)
+        self.low = -1.0 if risk == "drop" else 0.0
+        self.path = np.append(np.nan, np.linspace(1, 0, steps))[:, None]
+        taken = (self.scores[:, :1] >= np.nan_to_num(self.path.T, nan=2.0)).astype(float)
+        self.before = self.scores[-1000:], self.losses[-1000:]
+        self.risks = (taken * self.losses[:, :1])[:-1000].mean(0)
+
+    def walk(self, target, rows):
+        losses = Losses(self.losses[rows], self.low, 1.0)
+        parts = {"all rows": np.ones(len(rows), dtype=bool)}
+        return _Walk(target, losses, self.scores[rows], self.path, parts, self.before)
+
+    def certified(self, target, count, draws=DRAWS):
+        """True risk of what each draw certified."""
+        generator = np.random.default_rng(1)
+        chosen = [
+            self.walk(target, generator.integers(0, len(self.scores) - 1000, count)).last_certified() for _ in range(draws)
+        ]
+        return self.risks[chosen]
+
+
+def most_broken(delta, draws=DRAWS):
+    """The most broken promises that chance allows, once in a thousand such tests."""
+    return binom.ppf(0.999, draws, delta)
+
+
+@pytest.mark.parametrize("procedure", ["fixed-sequence", "fallback"])
+@pytest.mark.parametrize("risk", ["harm", "drop"])
+@pytest.mark.parametrize(("limit", "delta"), [(0.05, 0.1), (0.02, 0.05)])
+@pytest.mark.parametrize("count", [300, 1000])
+def test_the_promise_holds_and_is_used(risk, limit, delta, count, procedure):
+    target = Certified(limit, 1 - delta, risk=risk, procedure=procedure)
+    pool = Pool(risk)
+    draws = 300 if risk == "drop" else 500
+    used = pool.certified(target, count, draws)
+    assert (used > limit).sum() <= most_broken(delta, draws)
+    if count == 1000:  # "never leave early" would keep every promise
+        assert used.mean() >= limit / 2 if procedure == "fixed-sequence" or limit > 0.02 else used.mean() > 0.3 * limit
+
+
+def off_by_one(monkeypatch):
+    real = _Walk.last_certified
+    monkeypatch.setattr(_Walk, "last_certified", lambda self: min(real(self) + 1, len(self.path) - 1))
+
+
+def turned_round(monkeypatch):
+    real = Losses.p_value
+    monkeypatch.setattr(Losses, "p_value", lambda self, *given: 1 - real(self, *given))
+
+
+def on_past_the_first_failure(monkeypatch):
+    monkeypatch.setattr(
+        module, "fixed_sequence", lambda p_value, count, delta: [k for k in range(count) if p_value(k) <= delta]
+    )
+
+
+def naive(monkeypatch):
+    monkeypatch.setattr(Losses, "p_value", lambda self, losses, limit, share: float(losses.mean() > limit))
+
+
+def path_by_certifying_rows(monkeypatch):
+    """The settings in the order in which they look good on the very rows."""
+    real = _Walk.__init__
+
+    def sorted_first(self, target, losses, scores, path, *others):
+        real(self, target, losses, scores, path, *others)
+        looks = np.argsort([self.at(place).mean() for place in range(len(path))], kind="stable")
+        real(self, target, losses, scores, path[looks], *others)
+
+    monkeypatch.setattr(_Walk, "__init__", sorted_first)
+
+
+@pytest.mark.parametrize("mutant", [off_by_one, naive])
+def test_a_broken_procedure_breaks_the_promise(monkeypatch, mutant):
+    pool, delta, draws = Pool(rows=4000, most=0.2, steps=25), 0.1, 250
+    target = Certified(0.05, 1 - delta, risk="harm")
+    assert (pool.certified(target, 3000, draws) > 0.05).sum() <= most_broken(delta, draws)
+    mutant(monkeypatch)
+    assert (pool.certified(target, 3000, draws) > 0.05).sum() > most_broken(delta, draws)
+
+
+def test_a_test_turned_round_promises_nothing_worth_having(monkeypatch):
+    pool, target = Pool(rows=4000), Certified(0.05, 0.9, risk="harm")
+    assert pool.certified(target, 1000, 20).mean() >= 0.025
+    turned_round(monkeypatch)
+    assert pool.certified(target, 1000, 20).mean() < 0.025
+
+
+@pytest.mark.parametrize("mutant", [on_past_the_first_failure, path_by_certifying_rows])
+def test_looking_for_a_lucky_setting_breaks_the_promise(monkeypatch, mutant):
+    """Many settings just above the limit: some of them look certified by luck."""
+    generator, delta, draws = np.random.default_rng(3), 0.1, 200
+    rows, steps = 3000, 40
+
+    def broken():
+        scores = np.tile(np.linspace(0, 1, rows)[:, None], (1, steps + 1))
+        losses = (generator.random((rows, steps + 1)) < 0.053).astype(float)  # each exit too harmful, by itself
+        path = np.full((steps + 1, steps), np.nan)
+        path[np.arange(1, steps + 1), np.arange(steps)] = 0.0  # all rows leave at one exit
+        losses[:, -1] = 0
+        target, parts = Certified(0.05, 1 - delta, risk="harm"), {"all rows": np.ones(rows, dtype=bool)}
+        return _Walk(target, Losses(losses, 0.0, 1.0), scores, path, parts, (scores, losses)).last_certified() > 0
+
+    assert sum(broken() for _ in range(draws)) <= most_broken(delta, draws)
+    mutant(monkeypatch)
+    assert sum(broken() for _ in range(draws)) > most_broken(delta, draws)
+
+
+def test_a_difference_that_is_not_paired_breaks_the_promise():
+    """Rows whose early answers fail exactly where the full model succeeds: errors of each alone say nothing of harm."""
+    generator, delta, draws, count = np.random.default_rng(5), 0.1, 200, 1000
+    full = generator.random(20_000) < 0.5
+    early = np.where(generator.random(20_000) < 0.06, ~full, full)
+    harm = (full & ~early).astype(float)
+    assert harm.mean() > 0.025
+    broken = {"paired": 0, "unpaired": 0}
+    for _ in range(draws):
+        rows = generator.integers(0, len(full), count)
+        broken["paired"] += Losses(harm[rows], 0.0, 1.0).p_value(harm[rows], 0.025, None) <= delta
+        excess = max(0.0, full[rows].mean() - early[rows].mean())  # what comparing two accuracies would call harm
+        broken["unpaired"] += binomial_p(excess * count, count, 0.025) <= delta
+    assert broken["paired"] <= most_broken(delta, draws) < broken["unpaired"]
+
+
+def test_conformal_risk_control_holds_on_average_only():
+    pool, target = Pool(), Certified(0.05, risk="harm", procedure="crc")
+    used = pool.certified(target, 300, 400)
+    assert used.mean() <= 0.05 + 3 * used.std() / math.sqrt(len(used))
+    assert used.mean() >= 0.035
+    assert (used > 0.05).mean() > 0.2  # which is why it is no promise of 95 %
+
+
+# --- p-values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.3])
+def test_p_values_are_valid_and_agree(limit):
+    """At a risk of just the limit a p-value is below delta in at most a share delta of draws."""
+    generator = np.random.default_rng(0)
+    sums = generator.binomial(500, limit, 4000)
+    ways = {
+        "binomial": [binomial_p(total, 500, limit) for total in sums],
+        "hoeffding-bentkus": [hoeffding_bentkus_p(total, 500, limit) for total in sums],
+        "betting": [betting_p(np.array([0.0, 1.0]), np.array([500.0 - total, total]), limit, 0.5) for total in sums],
+    }
+    for name, values in ways.items():
+        for delta in (0.05, 0.2):
+            assert (np.array(values) <= delta).sum() <= most_broken(delta, 4000), name
+    assert np.mean(ways["binomial"]) <= min(np.mean(ways["hoeffding-bentkus"]), np.mean(ways["betting"]))
+
+
+def test_betting_uses_that_losses_hardly_vary():
+    """Losses of 0.5 throughout, as a difference of none is on the scale of [-1, 1]."""
+    values, counts = np.array([0.5]), np.array([1000.0])
+    assert betting_p(values, counts, 0.505, 0.9) < 1e-3 < hoeffding_bentkus_p(500, 1000, 0.505)
+
+
+def test_hoeffding_bentkus_by_hand():
+    mean, limit, n = 0.01, 0.05, 200
+    hoeffding = math.exp(-n * (mean * math.log(mean / limit) + (1 - mean) * math.log((1 - mean) / (1 - limit))))
+    assert hoeffding_bentkus_p(2, n, limit) == pytest.approx(min(hoeffding, math.e * binom.cdf(2, n, limit)))
+
+
+def test_mapie_certifies_as_much():
+    """Its Learn-then-Test p-values are the oracle, where it is installed."""
+    control = pytest.importorskip("mapie.control_risk.p_values", reason="mapie is not installed")
+    totals = np.arange(0, 60, 3)
+    risks = (totals / 1000)[:, None]
+    theirs = control.compute_hoeffding_bentkus_p_value(risks, 1000, np.array([0.05]))
+    ours = [hoeffding_bentkus_p(total, 1000, 0.05) for total in totals]
+    assert np.asarray(theirs).flatten() == pytest.approx(np.array(ours), abs=1e-9)
+
+
+def test_procedures_by_hand():
+    values = [0.0, 0.01, 0.2, 0.001, 0.0]
+    assert fixed_sequence(values.__getitem__, 5, 0.05) == [0, 1]
+    assert fallback(values.__getitem__, 5, 0.05, starts=1) == [0, 1]
+    assert fallback(values.__getitem__, 5, 0.05, starts=5) == [0, 1, 3, 4]
+    asked = []
+    fixed_sequence(lambda place: asked.append(place) or values[place], 5, 0.05)
+    assert asked == [0, 1, 2]
+    assert holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert least_rows(lambda n: binomial_p(0, n, 0.01), 0.05) == 299
+
+
+# --- through calibrate ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_least_rows():
+    """Rows without a single loss that certify a limit: ln(delta) / ln(1 - limit)."""
+    for limit, row in {0.005: (460, 598, 919), 0.01: (230, 299, 459), 0.02: (114, 149, 228), 0.05: (45, 59, 90)}.items():
+        for delta, expected in zip((0.1, 0.05, 0.01), row, strict=True):
+            assert least_rows(lambda n, limit=limit: binomial_p(0, n, limit), delta) == expected
+
+
+def test_too_few_rows_are_refused_with_what_would_do():
+    with pytest.raises(CalibrationError, match=r"160 certifying rows cannot certify 0.01 at 0.95: 299 without") as caught:
+        calibrate(learned_trace(200), "confidence", Certified(0.01, risk="harm"))
+    assert caught.value.value == 160
+
+
+@pytest.mark.parametrize("policy", ["confidence", "beem-a", "patience", "gate"])
+@pytest.mark.parametrize("per_exit", [False, True])
+@pytest.mark.parametrize("risk", ["drop", "harm", "disagreement"])
+def test_a_certified_setting_leaves_early_and_says_on_which_evidence(policy, per_exit, risk):
+    trace = learned_trace(3000, seed=2)
+    result = calibrate(trace, policy, Certified(0.05, 0.9, risk=risk), per_exit=per_exit)
+    promise = result.promise
+    assert (promise.num_rows, promise.num_path_rows) == (2400, 600) == (result.num_rows, result.num_learning_rows)
+    assert promise.p_value <= 0.1
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
+    rows = trace.select(order[600:])
+    scan = result.policy.scan(rows)
+    taken = result.policy.decide(scan.scores)
+    early, full = scan.answers[torch.arange(2400), taken].argmax(-1), rows.logits[:, -1].argmax(-1)
+    by_hand = {
+        "drop": (full == rows.labels).double() - (early == rows.labels).double(),
+        "harm": ((full == rows.labels) & (early != rows.labels)).double(),
+        "disagreement": (early != full).double(),
+    }[risk]
+    assert promise.mean_loss == pytest.approx(float(by_hand.mean()))
+    assert result.mean_layers == pytest.approx(float((taken + 1).double().mean()))
+    assert result.mean_layers < 4
+    assert "With 90 % confidence over the draw of the 2400 certifying rows" in str(result)
+
+
+def test_labels_are_not_read_where_disagreement_is_certified():
+    trace = learned_trace(2000, seed=2)
+    wrong = dataclasses.replace(trace, labels=(trace.labels + 1) % 3)
+    target = Certified(0.05, risk="disagreement")
+    found = [calibrate(part, "confidence", target, keep_weak_exits=True) for part in (trace, wrong)]
+    assert found[0].promise.mean_loss == found[1].promise.mean_loss
+    assert found[0].policy.thresholds == found[1].policy.thresholds
+
+
+def test_every_label_keeps_the_promise_and_the_worst_is_named():
+    trace = learned_trace(6000, seed=3)
+    hard = trace.labels == 2
+    logits = trace.logits.clone()
+    swapped = hard & (torch.rand(6000, generator=torch.Generator().manual_seed(0)) < 0.5)
+    logits[swapped, :2] = logits[swapped, :2].roll(1, -1) + 3 * torch.eye(3)[1]  # confidently wrong at first, one label only
+    trace = dataclasses.replace(trace, logits=logits)
+    whole = calibrate(trace, "confidence", Certified(0.05, risk="harm"), keep_weak_exits=True)
+    each = calibrate(trace, "confidence", Certified(0.05, risk="harm", by="label"), keep_weak_exits=True)
+    assert [group.name for group in each.promise.groups] == ["label 0", "label 1", "label 2"]
+    assert each.promise.worst.name == "label 2"
+    assert each.mean_layers > whole.mean_layers  # the promise is dearer
+    harmed = replay(whole.policy, trace.select(trace.labels == 2))
+    assert harmed.full_quality - harmed.quality > 0.05  # what "all rows" hid
+    kept = replay(each.policy, trace.select(trace.labels == 2))
+    assert kept.full_quality - kept.quality < 0.05
+    assert all(group.p_value <= 0.15 for group in each.promise.groups)
+
+
+def test_slices_follow_their_rows_through_the_split():
+    trace = learned_trace(3000, seed=4)
+    groups = (trace.logits[:, 0, 0] > 0).long().numpy()
+    result = calibrate(trace, "confidence", Certified(0.1, risk="harm", by="group"), groups=groups)
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))[600:]
+    assert [group.num_rows for group in result.promise.groups] == np.bincount(groups[order.numpy()]).tolist()
+    with pytest.raises(CalibrationError, match="groups has shape"):
+        calibrate(trace, "confidence", Certified(0.1, by="group"), groups=groups[:10])
+    with pytest.raises(CalibrationError, match="by is 'group'"):
+        calibrate(trace, "confidence", Certified(0.1, by="group"))
+
+
+def test_many_labels_and_values():
+    many = learned_trace(2000, problem_type=MULTI_LABEL)
+    assert calibrate(many, "confidence", Certified(0.05)).mean_layers < 4
+    values = learned_trace(2000, classes=1, problem_type=REGRESSION)
+    options = {"options": {"tolerance": 0.2}}
+    with pytest.raises(CalibrationError, match="bound is None"):
+        calibrate(values, "patience", Certified(0.05), **options)
+    assert calibrate(values, "patience", Certified(0.05, bound=4.0), **options).promise.bound == 4.0
+    with pytest.raises(CalibrationError, match="hardly ever agree"):
+        calibrate(values, "patience", Certified(0.05, risk="disagreement"), **options)
+
+
+def test_a_promise_survives_its_file(tmp_path):
+    result = calibrate(learned_trace(2000), "confidence", "certified:0.05@0.9")
+    result.save(tmp_path / "calibration.json")
+    assert CalibrationResult.load(tmp_path / "calibration.json") == result
+    stored = json.loads((tmp_path / "calibration.json").read_text())["promise"]
+    assert (stored["limit"], stored["confidence"], stored["num_rows"]) == (0.05, 0.9, 1600)
+
+
+def test_more_rows_certify_more_and_are_asked_for():
+    few, many = (
+        calibrate(learned_trace(count, seed=6), "confidence", Certified(0.03, risk="harm")) for count in (600, 20_000)
+    )
+    assert many.mean_layers < few.mean_layers
+    assert few.promise.rows_needed > few.promise.num_rows
+    assert any(f"{few.promise.rows_needed:,} certifying rows" in note for note in few.notes)
+
+
+def test_copies_are_warned_of():
+    trace = learned_trace(1500)
+    copied = trace.select(torch.cat([torch.arange(1500), torch.arange(100)]))
+    assert any("100 of 1600 rows are copies" in note for note in calibrate(copied, "confidence", Certified(0.05)).notes)
+    assert not any("copies" in note for note in calibrate(trace, "confidence", Certified(0.05)).notes)
+
+
+def test_f1_cannot_be_certified():
+    with pytest.raises(CalibrationError, match="no mean over rows"):
+        calibrate(learned_trace(2000, classes=2), "confidence", Certified(0.05), metric="f1-macro")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"drop": 0}, "drop"),
+        ({"drop": 1.0}, "drop"),
+        ({"drop": math.nan}, "drop"),
+        ({"drop": True}, "drop"),
+        ({"confidence": 1.0}, "confidence"),
+        ({"confidence": 0.3}, "confidence"),
+        ({"risk": "harms"}, "risk"),
+        ({"procedure": "ltt"}, "procedure"),
+        ({"by": "class"}, "by"),
+    ],
+)
+def test_impossible_promises_are_refused(fields, field):
+    with pytest.raises(CalibrationError) as caught:
+        Certified(**{"drop": 0.01, **fields})
+    assert caught.value.field == field
+
+
+def test_words_and_print():
+    assert parse_target("certified:0.02") == Certified(0.02)
+    assert parse_target("certified:0.02@0.9") == Certified(0.02, 0.9)
+    assert parse_target("certified:0.02:risk=harm:by=label") == Certified(0.02, risk="harm", by="label")
+    with pytest.raises(CalibrationError, match=r"write it like `certified:0.01@0.95:risk=harm`"):
+        parse_target("certified:0.02:risk=harms")
+    assert parse_target(str(Certified(0.02, by="label"))) == Certified(0.02, by="label")
+
+
+def test_train_rows_and_no_rows_are_refused():
+    for trace in (learned_trace(0), learned_trace(1000, split="train")):
+        with pytest.raises(CalibrationError):
+            calibrate(trace, "confidence", Certified(0.05))
+
+
+def test_it_is_the_same_every_time():
+    trace = learned_trace(2000)
+    first, second = (calibrate(trace, "beem-a", Certified(0.05), seed=3) for _ in range(2))
+    assert first == second
+    assert first.policy != calibrate(trace, "beem-a", Certified(0.05), seed=4).policy
+
+
+def test_sst2_at_one_point(data_path):
+    """3,000 held-back rows certify one point at 90 % with at least twice the speed in layers; dev keeps it."""
+    trace = sst2_trace(data_path, "mean-pooled")
+    result = calibrate(trace, "confidence", Certified(0.01, 0.9))
+    dev = replay(result.policy, sst2_trace(data_path, "mean-pooled", "dev"))
+    assert result.layer_speed_up > 1.2
+    assert dev.full_quality - dev.quality <= 0.01 + 2 * dev.standard_error
+
+
+# --- what to expect ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_expected_is_what_new_rows_get():
+    """A hundred small choices: their own rows flatter them, `expected` does not."""
+    pool = learned_trace(8000, seed=9)
+    seen, expected, real = [], [], []
+    for seed in range(60):
+        order = torch.randperm(8000, generator=torch.Generator().manual_seed(seed))
+        result = calibrate(pool.select(order[:250]), "confidence", MaxDrop(0.0), per_exit=True, min_leavers=1)
+        others = replay(result.policy, pool.select(order[250:]))
+        seen.append(result.quality - result.full_quality)
+        expected.append(result.expected.difference)
+        real.append(others.quality - others.full_quality)
+    assert np.mean(seen) >= 0
+    assert np.mean(real) < -0.004
+    assert np.mean(expected) == pytest.approx(np.mean(real), abs=0.004)
+
+
+def test_folds_do_not_choose_what_they_judge(monkeypatch):
+    from hf_earlyexit.calibration import cross_fit
+
+    trace = learned_trace(260)
+    trace = dataclasses.replace(trace, labels=trace.labels, cost=None)
+    marks = {tuple(row.tolist()): place for place, row in enumerate(trace.logits[:, 0])}
+    chosen, judged, real = [], [], cross_fit._judged
+
+    def spy(recipe, rows, fold):
+        chosen.append({marks[tuple(row.tolist())] for row in rows.logits[:, 0]})
+        judged.append({marks[tuple(row.tolist())] for row in fold.logits[:, 0]})
+        return real(recipe, rows, fold)
+
+    monkeypatch.setattr(cross_fit, "_judged", spy)
+    result = calibrate(trace, "confidence", MaxDrop(0.0))
+    assert result.expected.num_folds == 5
+    assert all(not one & other and one | other == set(range(260)) for one, other in zip(chosen, judged, strict=True))
+    assert set.union(*judged) == set(range(260))
+    assert sum(map(len, judged)) == 260
+    assert min(map(len, judged)) >= 50
+
+
+def test_few_rows_have_fewer_folds_or_none():
+    assert calibrate(learned_trace(120), "confidence").expected.num_folds == 2
+    assert calibrate(learned_trace(99), "confidence").expected is None
+    assert calibrate(learned_trace(500), "confidence", folds=0).expected is None
+
+
+def test_an_expectation_that_breaks_the_target_is_said():
+    pool = learned_trace(6000, seed=9)
+    notes = []
+    for seed in range(12):
+        order = torch.randperm(6000, generator=torch.Generator().manual_seed(seed))[:150]
+        notes += calibrate(pool.select(order), "confidence", MaxDrop(0.0), per_exit=True, min_leavers=1).notes
+    assert any("sigmas=1" in note and "certified:" in note for note in notes)
+    quiet = calibrate(learned_trace(3000), "confidence", MaxDrop(0.1))
+    assert not any("not seen" in note for note in quiet.notes)
