@@ -8,7 +8,7 @@ from hf_earlyexit.calibration import MaxDrop, calibrate
 from hf_earlyexit.calibration.search import single_threshold_curve
 from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import POLICIES, RewardPolicy
-from hf_earlyexit.policies.reward import FEATURES, HALF_PRICE, NUM_WEIGHTS, WIDTH
+from hf_earlyexit.policies.reward import FEATURES, FLOOR, HALF_PRICE, NUM_WEIGHTS, WIDTH, History, _look
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
 
@@ -105,3 +105,67 @@ def test_it_is_calibrated_as_every_policy():
     assert (found.num_rows, found.num_learning_rows) == (300, 300)
     assert found.quality >= found.full_quality - 0.01
     assert found.layer_speed_up > 1.2
+
+
+def test_what_the_network_sees_by_hand():
+    # one row, three classes; the exits say class 0, then class 1, then class 1
+    chances = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.5, 0.4]])
+    logs, state, looks = chances.log(), History.empty(1, 3, "cpu"), []
+    for index, row in enumerate(logs):
+        state, features = _look(state, row[None], (index + 1) / 4)
+        looks.append(torch.cat(features))
+    assert looks[0][4] == 0  # nothing before the first exit to have risen from
+    entropy = -float((chances[2] * logs[2]).sum())
+    by_hand = [
+        logs[2, 1] + 0.5,  # the answer's log-probability
+        (logs[2, 1] - logs[2, 2]) / 2 - 1,  # its lead
+        (1 - entropy / np.log(3)) - 0.5,
+        logs[:, 1].mean() + 0.5,  # over all exits so far
+        logs[2, 1] - logs[1, 1],  # against the exit before, not the one before that
+        2 / 3 - 0.5,  # exits that chose it
+        (logs[0, 1] + 1) / 2,  # the lowest it ever was
+        2 * 0.75 - 1,
+    ]
+    assert looks[2].tolist() == pytest.approx([float(value) for value in by_hand], abs=1e-5)
+
+
+def test_a_certain_exit_is_seen_as_finite():
+    _, features = _look(History.empty(1, 2, "cpu"), torch.tensor([[1e4, -1e4]]), 0.5)
+    assert bool(torch.isfinite(torch.cat(features)).all())
+    state, _ = _look(History.empty(1, 2, "cpu"), torch.tensor([[1e4, -1e4]]), 0.5)
+    assert state.lowest.tolist() == [[0.0, FLOOR]]
+
+
+def test_serving_tells_the_network_how_deep_it_is():
+    alike = torch.randn(50, 1, 3, generator=torch.Generator().manual_seed(0)).repeat(1, 4, 1)
+    policy = RewardPolicy.from_trace(learned_trace(400))
+    logits = policy.scan(ExitTrace(logits=alike, labels=torch.zeros(50, dtype=torch.long), exit_layers=(1, 2, 3, 4))).scores
+    state, depths = History.empty(50, 3, "cpu"), []
+    for index in range(4):
+        state, features = _look(state, alike[:, index], (index + 1) / 4)
+        depths.append(float(features[-1][0]))
+        moved = by_matrices(policy, features)
+        assert torch.allclose(logits[:, index], moved, atol=1e-5)
+    assert depths == [-0.5, 0.0, 0.5, 1.0]
+
+
+def by_matrices(policy, features):
+    """The network by matrix products."""
+    weights = torch.tensor(policy.weights)
+    *inner, bias, outer = weights[:-1].view(FEATURES + 2, -1)
+    return ((torch.stack(features, 1) @ torch.stack(inner) + bias).relu() @ outer + weights[-1]).sigmoid()
+
+
+def test_an_error_that_the_last_exit_makes_too_is_no_reason_to_go_on():
+    """Exit 1 errs, exit 2 is right, the last errs again: by harm nothing is lost at exit 1, by errors all is."""
+    labels = torch.randint(3, (300,), generator=torch.Generator().manual_seed(0))
+    answers = torch.stack([(labels + 1) % 3, labels, (labels + 1) % 3], 1)
+    logits = 3 * torch.nn.functional.one_hot(answers, 3).float()
+    trace = ExitTrace(logits=logits, labels=labels, exit_layers=(1, 2, 3))
+    policy = RewardPolicy.from_trace(trace)
+    assert set(policy.with_thresholds(0.5).decide(policy.scan(trace).scores).tolist()) == {0}
+    knows = trace.logits.clone()
+    knows[:, 2] = logits[:, 1]  # now the last exit knows better
+    other = ExitTrace(logits=knows, labels=labels, exit_layers=(1, 2, 3))
+    policy = RewardPolicy.from_trace(other)
+    assert 0 not in policy.with_thresholds(0.5).decide(policy.scan(other).scores).tolist()

@@ -51,6 +51,17 @@ def test_a_target_picks_the_point_worked_out_by_hand(target, point):
     assert target.pick(CURVE) == point
 
 
+def test_of_equally_good_settings_the_cheapest_is_taken_and_of_equally_cheap_ones_the_best():
+    cost, quality = np.array([12.0, 11.0, 9.0, 8.0, 8.0]), np.array([0.90, 0.90, 0.90, 0.85, 0.80])
+    for order in (slice(None), slice(None, None, -1)):
+        curve = Curve(np.full((5, 1), np.nan), cost[order], quality[order], np.zeros(5))
+        best = int(np.flatnonzero(cost[order] == 9.0)[0])
+        assert LayerBudget(12).pick(curve) == LayerBudget(9).pick(curve) == best
+        cheap = int(np.flatnonzero(quality[order] == 0.85)[0])
+        assert LayerBudget(8).pick(curve) == MaxDrop(0.2).pick(curve) == cheap
+    assert SpeedUp(1).pick(Curve(np.full((5, 1), np.nan), cost, quality, np.zeros(5))) == 2
+
+
 @pytest.mark.parametrize("target", [LayerBudget(3.9), SpeedUp(3.1)], ids=str)
 def test_a_target_out_of_reach_says_what_is_reachable_and_what_to_do(target):
     with pytest.raises(CalibrationError, match=r"cheapest setting still costs 4\.00 layers.*keep_weak_exits") as caught:

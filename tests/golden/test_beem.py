@@ -195,6 +195,16 @@ def test_options_that_do_not_belong_are_refused(cls, options, field):
     assert caught.value.field == field
 
 
+def test_weights_from_accuracy_are_right_answers_and_not_agreement_with_the_last_exit():
+    # labels 0 0 0 0; exits are right on 3, 1 and 2 rows; the last agrees with exit 1 on one row, with exit 2 on two
+    says = torch.tensor([[0, 1, 1], [0, 1, 1], [0, 0, 0], [1, 1, 0]])
+    trace = ExitTrace(
+        logits=torch.nn.functional.one_hot(says, 2).float(), labels=torch.zeros(4, dtype=torch.long), exit_layers=(1, 2, 3)
+    )
+    assert BeemAccuracyPolicy.from_trace(trace).weights == (3 / 4, 1 / 4, 2 / 4)
+    assert BeemAccuracyPolicy.from_trace(trace, normalize="max").weights == pytest.approx((1.0, 1 / 3, 2 / 3))
+
+
 # Theorem 3.1: q_i < a / (a + (1/p - 1) b^(i-1)); here p = .1, so 1/p - 1 = 9.
 def test_the_theorems_bound_with_constants_of_one_is_the_last_error():
     # 1 / (1 + 9) = .1 at every exit

@@ -44,3 +44,37 @@ def test_an_exit_that_never_harmed_is_still_not_certain():
     same = ExitTrace(logits=trace.logits[:, -1:].repeat(1, 2, 1), labels=trace.labels, exit_layers=(1, 2))
     policy = CalibratedBeemPolicy.from_trace(same)
     assert float(policy.scan(same).scores.max()) < 1
+
+
+def test_an_answer_that_the_last_exit_would_not_better_does_no_harm():
+    # every row is said 0 with the same lead; half of the labels are 1, and there the last exit says 0 too
+    labels = torch.tensor([0, 1] * 200)
+    says_zero = torch.tensor([2.0, 0.0]).expand(400, 2)
+    trace = ExitTrace(logits=torch.stack([says_zero, says_zero], 1), labels=labels, exit_layers=(1, 2))
+    scores = CalibratedBeemPolicy.from_trace(trace).scan(trace).scores
+    assert float(scores[:, 0].min()) > 0.98  # where half of the answers did harm it would be one half
+    knows = torch.nn.functional.one_hot(labels, 2).float()
+    trace = ExitTrace(logits=torch.stack([says_zero, knows], 1), labels=labels, exit_layers=(1, 2))
+    scores = CalibratedBeemPolicy.from_trace(trace).scan(trace).scores
+    assert scores[:, 0].tolist() == pytest.approx([0.5] * 400, abs=0.01)
+
+
+def test_a_heavy_penalty_leaves_the_share_of_harm_as_it_is():
+    # slopes and offsets by class are drawn to 0, the common offset is not: 1 row in 4 is harmed, and one is made up
+    labels = torch.tensor([0, 0, 0, 1] * 100)
+    early = torch.tensor([2.0, 0.0]).expand(400, 2)
+    last = torch.nn.functional.one_hot(labels, 2).float()
+    trace = ExitTrace(logits=torch.stack([early, last], 1), labels=labels, exit_layers=(1, 2))
+    learned = CalibratedBeemPolicy.learn(trace, ridge=1e6)
+    assert learned["slopes"][0] == pytest.approx(0, abs=1e-3)
+    assert learned["offsets"][0] == pytest.approx([math.log(300 / 101)] * 2, abs=1e-3)
+
+
+def test_each_exit_and_each_class_has_a_line_of_its_own():
+    policy = CalibratedBeemPolicy(
+        thresholds=[0.9, 0.9], slopes=[1, 2, 3], offsets=[[0.5, -1.0], [1.5, -2.0], [0.0, 0.25]], memory=0
+    )
+    lead = math.log(0.7 / 0.3)
+    for classes in ((0, 0, 0), (1, 1, 1)):
+        expected = [sigmoid(policy.offsets[i][c] + policy.slopes[i] * lead) for i, c in enumerate(classes)]
+        assert scan(policy, two_class_row((0.7,) * 3, classes)).scores[0].tolist() == pytest.approx(expected, abs=1e-6)

@@ -183,3 +183,16 @@ def test_rollouts_without_noise_of_their_shape_are_refused():
     for noise in (None, torch.rand(6, 7, 3)):
         with pytest.raises(TrainingError, match=r"reinforce needs uniform numbers \[6, 8, 3\]"):
             ConsistentObjective()(gates, losses, hardness, LAYERS, noise)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.names())
+def test_the_loss_of_the_exits_says_nothing_to_the_gates_and_the_gates_loss_nothing_to_the_exits(estimator):
+    gates, losses, hardness = (part.requires_grad_() for part in batch())
+    objective = ConsistentObjective(estimator=estimator)
+    value = objective(gates, losses, hardness.detach(), LAYERS, row_noise(torch.arange(6), 0, 0, (8, 3)))
+    of_exits = torch.autograd.grad(value.exit_loss, (gates, losses), retain_graph=True, allow_unused=True)
+    of_gates = torch.autograd.grad(value.gate_loss, (gates, losses), allow_unused=True)
+    assert of_exits[0] is None
+    assert float(of_exits[1].abs().max()) > 0
+    assert of_gates[1] is None
+    assert float(of_gates[0].abs().max()) > 0

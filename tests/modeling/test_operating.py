@@ -157,3 +157,22 @@ def test_the_command_line_takes_the_name(model, tmp_path, capsys):
     assert main(["predict", str(tmp_path), "--input", str(tmp_path / "texts.txt"), "--operating_point", "fast"]) == 0
     assert main(["predict", str(tmp_path), "--input", str(tmp_path / "texts.txt"), "--operating_point", "fats"]) == 2
     assert "Did you mean 'fast'" in capsys.readouterr().err
+
+
+def test_a_point_set_anew_beside_the_others_has_its_own_certificate_and_not_the_former(results):
+    model = make_model()
+    model.set_operating_points(results)
+    kept = model.config.exit_point_certificates["balanced"]
+    model.set_operating_points({"fast": results["balanced"]}, keep_others=True)
+    assert model.operating_points == ("exact", "fast", "balanced")
+    assert model.policy_at("fast") == results["balanced"].policy
+    assert model.config.exit_point_certificates == {"fast": kept, "balanced": kept}
+    model.set_operating_points({"fast": results["fast"].policy}, keep_others=True)  # a bare policy: nothing vouches for it
+    assert model.config.exit_point_certificates == {"balanced": kept}
+    assert model.policy_at("fast") == results["fast"].policy
+    model.set_operating_points({"new": results["fast"]}, default="new", keep_others=True)
+    assert model.config.exit_certificate == model.config.exit_point_certificates["new"] != kept
+    assert set(model.config.exit_point_certificates) == {"new", "balanced"}
+    model.set_operating_points({"new": results["fast"]})
+    assert set(model.config.exit_point_certificates) == {"new"}
+    assert model.operating_points == ("exact", "new")

@@ -98,6 +98,18 @@ def test_a_closed_and_a_muted_exit_stay_closed(traced, one_row_session, open_pol
     assert same(in_one_file(one_row_session(found, policy), rows), truth)
 
 
+@pytest.mark.parametrize("name", ["patience", "beem-c"])
+def test_a_rule_with_memory_hears_closed_exits_where_nobody_may_leave(name, traced, one_row_session, open_policy):
+    found, rows = traced(), random_rows(40)
+    opened = open_policy(found.model, name)
+    policy = opened.with_thresholds((None, opened.thresholds[1], None))
+    truth = in_torch(found.model, policy, rows)
+    deaf = type(opened).from_dict(policy.to_dict() | {"muted": [0]})
+    assert not torch.equal(truth[0], in_torch(found.model, deaf, rows)[0])  # what exit 1 says matters at exit 2
+    assert same(in_layers(found, policy, rows), truth)
+    assert same(in_one_file(one_row_session(found, policy), rows), truth)
+
+
 def test_layers_after_the_exit_do_not_run(traced, one_row_session, tmp_path):
     """The runtime's own record of the operators it ran: one attention, hence one Softmax, a layer."""
     found, rows = traced(), random_rows(12)

@@ -341,3 +341,31 @@ def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(
             output = model(**{name: torch.tensor([values]) for name, values in row.items()})
             assert int(output.exit_layer) == model.exit_layers[got.exit_index[place]]
             assert torch.allclose(output.logits[0], got.logits[place], atol=NEAR)
+
+
+def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(tiny_model, rows, monkeypatch, lanes):
+    """Rows leave at every exit before the clock strikes; whoever stays remembers what its last exit said of it alone."""
+    model, walker = tiny_model(), CountingWalker(tiny_model())
+    with torch.inference_mode():
+        each = torch.cat([model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows])
+    sure = each.softmax(-1).amax(-1)
+    policy = ee.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
+    clock_of(walker, monkeypatch)
+    got = Scheduler(walker, policy, 256, ends_at=100, lanes=lanes).run(rows)
+    answered = (got.exit_index >= 0).nonzero().flatten()
+    late = [place for place in answered.tolist() if got.reason[place] == "deadline"]
+    assert len({int(got.exit_index[place]) for place in late}) > 1
+    assert len(late) > 5
+    assert got.reason.count("policy") > 50
+    assert torch.allclose(got.logits[answered], each[answered, got.exit_index[answered]], atol=NEAR)
+    assert torch.allclose(got.score[answered], sure[answered, got.exit_index[answered]], atol=NEAR)
+
+
+def test_reasons_tell_who_left_by_the_policy_at_the_last_exit_within_a_budget(model, rows, lanes):
+    first = ee.ConfidencePolicy(thresholds=[0.0, None, None])
+    got = Scheduler(ModelWalker(model), first, 128, layer_budget=1, lanes=lanes).run(rows[:20])
+    assert set(got.reason) == {"policy"}
+    got = Scheduler(ModelWalker(model), ee.ConfidencePolicy(thresholds=[1.0, None, None]), 128, layer_budget=1).run(
+        rows[:20]
+    )
+    assert set(got.reason) == {"layer budget"}

@@ -1,0 +1,94 @@
+"""A policy may answer something else than the exit it leaves at; quality is that of its answers."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate, replay
+from hf_earlyexit.policies import POLICIES, ExitPolicy
+from tests.samples import learned_trace
+
+
+class Sum(NamedTuple):
+    total: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingPolicy(ExitPolicy):
+    """Answers the mean of what the exits said so far, and leaves where that is sure."""
+
+    highest_score = 1.0
+
+    def init_state(self, batch_size, num_classes, device):
+        return Sum(torch.zeros(batch_size, num_classes), torch.zeros(batch_size))
+
+    def update(self, state, signal, exit_index):
+        state = Sum(state.total + signal.logits, state.seen + 1)
+        answer = state.total / state.seen[:, None]
+        return state, answer.softmax(-1).amax(-1), answer
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    POLICIES.names()  # entry points first: what is added below is taken away again
+    monkeypatch.setitem(POLICIES._items, "averaging", AveragingPolicy)
+    return AveragingPolicy(thresholds=(None,) * 3)
+
+
+def means(trace):
+    """The mean answers `[N, E, C]`, and whether they are right `[N, E]`."""
+    answers = trace.logits.cumsum(1) / torch.arange(1, 5)[:, None]
+    return answers, (answers.argmax(-1) == trace.labels[:, None]).double().numpy()
+
+
+@pytest.mark.parametrize("per_exit", [True, False])
+def test_thresholds_are_chosen_and_judged_by_what_the_policy_answers(policy, per_exit):
+    trace = learned_trace(400, seed=2)
+    answers, right = means(trace)
+    found = calibrate(trace, policy, MaxDrop(0.02), per_exit=per_exit, keep_weak_exits=True)
+    taken = found.policy.decide(found.policy.scan(trace).scores).numpy()
+    by_answers, by_exits = (part[np.arange(400), taken].mean() for part in (right, trace.quality.numpy()))
+    assert found.quality == pytest.approx(by_answers)
+    assert found.quality != pytest.approx(by_exits)  # the test would see the other
+    assert found.full_quality == pytest.approx(trace.quality[:, -1].mean().item())  # the model's own last exit
+    assert [report.quality for report in found.exits] == pytest.approx(right.mean(0))
+    for cost, quality, thresholds in found.curve[:: max(len(found.curve) // 9, 1)]:
+        taken = found.policy.with_thresholds(thresholds).decide(answers.softmax(-1).amax(-1)).numpy()
+        assert (cost, quality) == pytest.approx(((taken + 1).mean(), right[np.arange(400), taken].mean()))
+
+
+def test_so_is_a_replay_on_other_rows(policy):
+    trace = learned_trace(400, seed=3)
+    answers, right = means(trace)
+    policy = policy.with_thresholds((0.6, None, 0.7))
+    done = replay(policy, trace)
+    taken = policy.decide(answers.softmax(-1).amax(-1)).numpy()
+    assert done.quality == pytest.approx(right[np.arange(400), taken].mean())
+    difference = right[np.arange(400), taken] - trace.quality[:, -1].numpy()
+    assert done.standard_error == pytest.approx(difference.std() / 20)
+    here = taken == 0
+    assert done.exits[0].last_quality_of_leavers == pytest.approx(trace.quality[:, -1].numpy()[here].mean())
+
+
+def test_muted_exits_are_not_seen_by_calibration():
+    """What muted exits say, however loudly, changes no threshold and no figure."""
+    for name in ("confidence", "beem-c", "patience"):
+        trace = learned_trace(300, seed=4)
+        loud = trace.logits.clone()
+        loud[:, 1] = 50 * torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+        other = type(trace)(**{**vars(trace), "logits": loud})
+        for target in (MaxDrop(0.01), LayerBudget(3.6)):
+            for per_exit in (True, False):
+                found = [
+                    calibrate(rows, name, target, per_exit=per_exit, options={"muted": (1,)}, keep_weak_exits=True)
+                    for rows in (trace, other)
+                ]
+                assert found[0].policy == found[1].policy
+                assert found[0].curve == found[1].curve
+                assert found[0].policy.thresholds[1] is None
+                assert found[0].exits[1].share == 0
