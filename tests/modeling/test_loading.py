@@ -346,3 +346,23 @@ def test_thresholds_of_other_heads_are_refused(tiny_model, random_batch):
 def test_a_policy_by_name_alone_is_refused(tiny_model):
     with pytest.raises(ee.EarlyExitError, match="expected an ExitPolicy"):
         tiny_model().set_exit_policy("beem-a")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.output.LayerNorm.bias", "bert.pooler.dense.weight"],
+)
+def test_a_weight_of_the_backbone_that_is_not_finite_is_refused_by_name(saved, name, dtype, value):
+    edit_weights(saved, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
+    for load in (Door.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(CheckpointError, match=f"{name} in .* holds values that are not finite") as caught:
+            load(saved, dtype=dtype)
+        assert (caught.value.field, caught.value.path) == (name, str(saved))
+
+
+def test_the_largest_finite_weight_is_let_through(saved):
+    name = "bert.encoder.layer.1.output.dense.bias"
+    edit_weights(saved, lambda tensors: tensors[name].fill_(torch.finfo(torch.float32).max))
+    assert Door.from_pretrained(saved).bert.encoder.layer[1].output.dense.bias[0] > 1e38
