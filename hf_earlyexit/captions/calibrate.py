@@ -20,7 +20,7 @@ from ..errors import CalibrationError, UsageError
 from ..modeling.fingerprint import model_fingerprint
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluation_mode
-from .checks import check_generation
+from .checks import check_generation, generation_settings
 from .judge import CaptionMetric, Judge, listed_references
 from .result import FULL, CaptionCalibrationResult, curve_of
 from .token_trace import Captions, TokenLessons, TokenTrace, encoded_images, token_trace, write_captions
@@ -194,9 +194,9 @@ def _check(
             field="policy",
             value=policy,
         )
-    settings = generation.get("generation_config") or model.generation_config
+    settings = generation_settings(model, generation)
     for name, most in (("do_sample", False), ("num_return_sequences", 1)):
-        value = generation.get(name, getattr(settings, name, None))
+        value = getattr(settings, name)
         if value is not None and value > most:
             raise UsageError(
                 f"{name} is {value!r}; captions are compared one by one with the full model's, so expected one caption per "
@@ -207,7 +207,7 @@ def _check(
     given = sorted({"decoder_input_ids", "pixel_values", "encoder_outputs", "early_exit"} & set(generation))
     if given:
         raise UsageError(f"{given[0]} cannot be given here; images come as `rows`, captions start afresh.", field=given[0])
-    check_generation(model, generation.get("generation_config"), generation, True, True)
+    check_generation(settings, generation, early=True, wants_layers=True)
 
 
 def _split(policy: str | ExitPolicy, count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ def _reports(policy: ExitPolicy, trace: TokenTrace, exits: np.ndarray, layers: t
 
 def _notes(policy: ExitPolicy, decay: float | None) -> list[str]:
     notes = []
-    if all(threshold is None for threshold in policy.thresholds):
+    if not policy.may_leave:
         notes.append("no token leaves early: nothing that was tried meets the target on these images")
     elif decay is not None and not policy.counts:
         notes.append(f"thresholds fall along the caption by config.exit_decay={decay:g}, and hold for that value only")

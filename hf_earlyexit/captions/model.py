@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from transformers import initialization as init
 
 from ..errors import UsageError
 from ..families.decoders import DecoderBackbone, cache_name, decoder_backbone, given_cache
-from ..generation.decoding import ExitRun, decode, exit_layers_of
+from ..generation.decoding import EndWatch, ExitRun, decode, exit_layers_of
+from ..generation.token_cache import require_dynamic, takes_apart
 from ..generation.word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
 from ..losses import WeightedObjective
 from ..modeling.exits import ModelWithExits
 from ..modeling.gates import new_gates
 from ..modeling.outputs import EarlyExitCaptionerOutput
 from ..problem_types import SINGLE_LABEL
-from .checks import check_generation, check_images
+from .checks import check_generation, check_images, generation_settings
 from .configuration import EarlyExitVisionEncoderDecoderConfig
 
 
@@ -154,15 +156,13 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         cache = given_cache(cache, kwargs)
         run = decoder_exits or ExitRun(self.choose_policy(early_exit, operating_point, kwargs))
         token = decoder_input_ids is not None and decoder_input_ids.shape[1] == 1 and labels is None
-        if run.policy is not None and token and _holds_prompt(cache, self.exit_layers[-1]):
+        decodes = run.policy is not None and token and _holds_prompt(cache, self.exit_layers[-1]) and takes_apart(cache)
+        if run.policy is not None and run.policy.may_leave and not decodes:
+            caches = self.config.decoder.use_cache if use_cache is None else use_cache
+            _require_prompt(cache, labels, caches, begun=bool(run.exit_layers) or early_exit is True)
+        if decodes:
             output = decode(self, decoder_input_ids, decoder_attention_mask, encoder_outputs, cache, run, kwargs)
         else:
-            if early_exit:
-                raise UsageError(
-                    "early_exit=True, but tokens leave early only where they are decoded one by one over a cache that holds "
-                    "the prompt; call generate.",
-                    field="early_exit",
-                )
             every_exit = decoder_exits is None and (self.training or early_exit is False)
             hidden_wanted = kwargs.pop("output_hidden_states", None)
             output = EarlyExitCaptionerOutput(
@@ -185,7 +185,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                 if not hidden_wanted:
                     output.decoder_hidden_states = output.encoder_hidden_states = None
             output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
-        run.exit_layers.append(output.exit_layer[:, -1])
+        run.note(output.exit_layer[:, -1])
         plain = self.config.return_dict if return_dict is None else return_dict
         return output if plain else output.to_tuple()
 
@@ -233,18 +233,57 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                 taken apart, or with an assistant.
             DataError: for images that the encoder does not take, or tokens that generation needs and nobody set.
         """
-        policy = self.choose_policy(early_exit, operating_point, kwargs)
-        images = kwargs.get("pixel_values") if inputs is None else inputs
-        if images is not None or kwargs.get("encoder_outputs") is None:
-            check_images(images, self, kwargs.get("interpolate_pos_encoding", False))
-        asked = check_generation(self, generation_config, kwargs, policy is not None, return_exit_layers)
-        run = ExitRun(policy, asked.ends if asked.rows_stay else ())
+        bound = signature(VisionEncoderDecoderModel.generate).bind(self, inputs, generation_config, *args)
+        options = {**dict(list(bound.arguments.items())[2:]), **kwargs}  # all but self and inputs
+        cache = given_cache(None, options)
+        if cache is not None:
+            options[cache_name(VisionEncoderDecoderModel.forward)] = cache
         if return_exit_layers:
-            kwargs["return_dict_in_generate"] = True
-        output = super().generate(inputs, generation_config, *args, decoder_exits=run, **kwargs)
+            options["return_dict_in_generate"] = True
+        settings = generation_settings(self, options)
+        states = {flag: True for flag in ("output_hidden_states", "output_attentions") if getattr(settings, flag)}
+        policy = self.choose_policy(early_exit, operating_point, states)
+        images = options.get("pixel_values") if inputs is None else inputs
+        if images is not None or options.get("encoder_outputs") is None:
+            check_images(images, self, options.get("interpolate_pos_encoding", False))
+        check_generation(settings, options, policy is not None and policy.may_leave, return_exit_layers)
+        run = ExitRun(policy)
+        output = super().generate(inputs, **run.watching(options, settings), decoder_exits=run)
         if return_exit_layers:
-            output["exit_layers"] = exit_layers_of(output, run, asked.ends)
+            output["exit_layers"] = exit_layers_of(output, run)
         return output
+
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        return EndWatch(criteria, stopping_criteria.run) if isinstance(stopping_criteria, EndWatch) else criteria
+
+
+def _in_full(why: str) -> UsageError:
+    return UsageError(
+        f"No token can leave early here: {why}. Tokens leave where they are decoded one by one over a cache that holds the "
+        "prompt, as `generate` does it; pass early_exit=False to run in full.",
+        field="early_exit",
+    )
+
+
+def _require_prompt(cache: Any, labels: Any, caches: bool, begun: bool) -> None:
+    """Refuse passes that run in full although a policy lets tokens leave; only the prompt's may, before any token's.
+
+    Args:
+        cache: of the call, or `None`.
+        labels: of the call, or `None`.
+        caches: whether the pass leaves a cache to go on with.
+        begun: whether the prompt is over, or may not be what comes.
+    """
+    if labels is not None:
+        raise _in_full("labels are compared with a whole caption")
+    if not caches:
+        raise _in_full("use_cache is False")
+    if cache is not None and cache.get_seq_length() > 0:
+        require_dynamic(cache)
+        raise _in_full("several tokens at once go on from a cache, or one whose images are missing")
+    if begun:
+        raise _in_full("there is no cache that holds a prompt")
 
 
 def _holds_prompt(cache: Any, layers: int) -> bool:

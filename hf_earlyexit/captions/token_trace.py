@@ -15,7 +15,7 @@ from ..generation.decoding import DecoderWalker, ExitRun, exit_layers_of
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL
 from .batches import image_batches
-from .checks import check_generation
+from .checks import check_generation, generation_settings
 
 
 class Captions(NamedTuple):
@@ -105,14 +105,13 @@ def write_captions(model: Any, states: Tensor, policy: ExitPolicy | None, option
         policy: `None` for the full model.
         options: for `generate`.
     """
-    asked = check_generation(model, options.get("generation_config"), options, policy is not None, True)
-    run = ExitRun(policy, asked.ends if asked.rows_stay else ())
+    run = ExitRun(policy)
+    options = {**options, "return_dict_in_generate": True}
+    settings = generation_settings(model, options)
+    check_generation(settings, options, policy is not None and policy.may_leave, wants_layers=True)
     given = BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype))
-    output = GenerationMixin.generate(
-        model, encoder_outputs=given, decoder_exits=run, **{**options, "return_dict_in_generate": True}
-    )
-    layers = exit_layers_of(output, run, asked.ends)
-    return Captions(output.sequences.cpu(), layers.cpu())
+    output = GenerationMixin.generate(model, encoder_outputs=given, decoder_exits=run, **run.watching(options, settings))
+    return Captions(output.sequences.cpu(), exit_layers_of(output, run).cpu())
 
 
 def token_trace(model: Any, batches: Iterable[tuple[Tensor, Captions]], policy: ExitPolicy | None = None) -> TokenTrace:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from ..families.decoders import TokenContext, cache_name
 from ..modeling.outputs import EarlyExitCaptionerOutput
@@ -29,20 +30,62 @@ class ExitRun:
 
     Args:
         policy: says who leaves; `None` to run every layer.
-        ends: ids after which a row writes no more, so that it need not run; empty where rows change places, as beams do.
     """
 
-    def __init__(self, policy: ExitPolicy | None, ends: Sequence[int] = ()) -> None:
-        self.policy, self.ends = policy, ends
-        self.finished: Tensor | None = None  # [B], rows that were fed an end
+    def __init__(self, policy: ExitPolicy | None) -> None:
+        self.policy = policy
+        self.finished: Tensor | None = None  # [B], rows that write no more, where `EndWatch` looks
         self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
         self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
 
-    def under_way(self, ids: Tensor) -> Tensor:
-        """Numbers of the rows that still write, given the tokens they go on from `[B, 1]`."""
-        ended = torch.isin(ids[:, 0], torch.tensor(self.ends, dtype=ids.dtype, device=ids.device))
-        self.finished = ended if self.finished is None else self.finished | ended
+    def under_way(self, batch: int, device: Any) -> Tensor:
+        """Numbers of the rows that still write; of all, where none does and the answers go nowhere."""
+        if self.finished is None or self.finished.all():
+            return torch.arange(batch, device=device)
         return (~self.finished).nonzero().flatten()
+
+    def watching(self, options: dict[str, Any], settings: Any) -> dict[str, Any]:
+        """Arguments of `generate`, with criteria that tell this run which rows have ended; beams need none.
+
+        Args:
+            options: by name.
+            settings: the generation config that the call goes by.
+        """
+        if (settings.num_beams or 1) > 1:
+            return options
+        return {**options, "stopping_criteria": EndWatch(options.get("stopping_criteria") or (), self)}
+
+    def note(self, layers: Tensor) -> None:
+        """Keep the layers `[B]` of one pass."""
+        if self.finished is not None:
+            if self.finished.all():  # a pass that some devices make too many
+                return
+            layers = layers.masked_fill(self.finished, 0)
+        self.exit_layers.append(layers)
+
+
+class EndWatch(StoppingCriteriaList):
+    """The criteria that end the rows of a call of `generate`, each for itself; what they say is told to the run as well.
+
+    Not for beams, whose rows change places.
+
+    Args:
+        criteria: the caller's, or all of them.
+        run: of that call.
+    """
+
+    def __init__(self, criteria: Iterable[Any], run: ExitRun) -> None:
+        super().__init__(criteria)
+        self.run = run
+        self.pads = any(
+            hasattr(criterion, "eos_token_id") for criterion in self
+        )  # else ended rows write on, as in the stock loop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.pads:
+            self.run.finished = done if self.run.finished is None else self.run.finished | done
+        return done
 
 
 class DecoderWalker:
@@ -200,7 +243,7 @@ def decode(
     policy = run.policy
     if policy is not None and model.config.exit_decay is not None:
         policy = decayed(policy, model.config.exit_decay, len(run.exit_layers))
-    rows = run.under_way(ids)
+    rows = run.under_way(len(ids), ids.device)
     token = decode_token(DecoderWalker(model, policy, run), hidden, context, rows)
     layers = torch.tensor((*model.exit_layers, 0), device=ids.device)  # index -1 is 0
     return EarlyExitCaptionerOutput(
@@ -211,20 +254,17 @@ def decode(
     )
 
 
-def exit_layers_of(output: Any, run: ExitRun, ends: Sequence[int]) -> Tensor:
+def exit_layers_of(output: Any, run: ExitRun) -> Tensor:
     """The layer each token of finished captions left after, in the shape of `sequences`; 0 for prompt and padding.
 
     Args:
         output: what `generate` returned, as a dict.
         run: of that call.
-        ends: ids that end a caption.
     """
     sequences, passes = output.sequences, torch.stack(run.exit_layers)  # [R, P + T], [T, rows]
     path = output.get("beam_indices")
     if path is None:
         steps, layers = len(passes), passes.T
-        ended = torch.isin(sequences[:, -steps:], torch.tensor(ends, dtype=sequences.dtype, device=sequences.device))
-        layers = layers.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
     else:
         steps = path.shape[1]
         layers = passes[:steps].T.gather(0, path.clamp_min(0)).masked_fill(path < 0, 0)

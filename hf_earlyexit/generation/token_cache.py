@@ -115,6 +115,14 @@ class _CrossEntries:
         return entry if self.rows is None else Entry(entry.keys, entry.values).of(self.rows)
 
 
+def takes_apart(cache: Any) -> bool:
+    """Whether the rows of a cache can be taken apart."""
+    if not isinstance(cache, EncoderDecoderCache):
+        return False
+    own = cache.self_attention_cache
+    return not own.offloading and all(type(layer) is DynamicLayer for layer in own.layers)
+
+
 def require_dynamic(cache: Any) -> None:
     """Refuse a cache whose layers do not grow row by row.
 
@@ -127,8 +135,8 @@ def require_dynamic(cache: Any) -> None:
             "makes by itself.",
             field="cache",
         )
-    own = cache.self_attention_cache
-    if own.offloading or any(type(layer) is not DynamicLayer for layer in own.layers):
+    if not takes_apart(cache):
+        own = cache.self_attention_cache
         kinds = sorted({type(layer).__name__ for layer in own.layers})
         raise UsageError(
             f"Early exit cannot decode over this cache ({', '.join(kinds)}{', offloaded' if own.offloading else ''}): rows "

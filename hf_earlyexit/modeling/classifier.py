@@ -79,7 +79,7 @@ class EarlyExitClassifier(ModelWithExits):
     def _may_pack(self, policy: ExitPolicy | None, mask: Tensor | None, options: dict[str, Any]) -> bool:
         """Whether nothing asks for padded rows: neither the inputs, nor the promise that who does not exit early gets the
         stock model's answers to the bit."""
-        if self.pads and (policy is None or all(threshold is None for threshold in policy.thresholds)):
+        if self.pads and (policy is None or not policy.may_leave):
             return False
         if any(options.get(name) for name in UNREAD - {"use_cache"}) or options.keys() - UNREAD:
             return False

@@ -130,6 +130,8 @@ class OperatingPoints:
             raise UsageError("Early exit asked for in training mode, which needs every exit. Call model.eval() first.")
         for flag in ("output_hidden_states", "output_attentions"):
             if kwargs.get(flag, getattr(self.config, flag, False)):
+                if not policy.may_leave:
+                    return None  # it changes nothing, and the full model gives them
                 raise UsageError(
                     f"{flag} with early exit would give tensors of a different batch at every layer; pass early_exit=False.",
                     field=flag,

@@ -174,9 +174,12 @@ class ExitPolicy(ABC):
         """Whether serving must compute this exit's signal at all."""
         if exit_index == len(self.thresholds):
             return True
-        if exit_index in self.muted:
-            return False
-        return self.uses_history or self.thresholds[exit_index] is not None
+        return exit_index not in self.muted and (self.uses_history or self.thresholds[exit_index] is not None)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether any exit is open; with every exit closed a model runs in full."""
+        return any(threshold is not None for threshold in self.thresholds)
 
     def scan(self, trace: SignalSource) -> Scan:
         """Fold `update` over all exits of a trace.

@@ -162,7 +162,7 @@ def reference_entries(model, image, ids, exits):
                 cache.cross_attention_cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), before)
             if entries[index] is not None:
                 cache.self_attention_cache.update(*entries[index], index)
-            if backbone is ee.families.decoder_backbone("gpt2"):
+            if backbone is decoders.decoder_backbone("gpt2"):
                 after = layer(
                     state, encoder_hidden_states=encoder, use_cache=True, **{cache_name(type(layer).forward): cache}
                 )
