@@ -17,9 +17,11 @@ from ..losses import ObjectiveValue
 from ..losses.base import row_losses
 from ..problem_types import SINGLE_LABEL
 from ..training.arguments import EarlyExitTrainingArguments
+from ..training.settings import refused
 from ..training.trainer import EarlyExitTrainer
 from .batches import FEATURES
 from .data import CaptionCollator, CaptionRows, check_caption_rows
+from .model import EarlyExitVisionEncoderDecoder
 
 
 class EarlyExitCaptioningTrainer(EarlyExitTrainer):
@@ -40,6 +42,8 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
         train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `labels` and `pixel_values`, or
             `encoder_hidden_states`, the encoder's last states; with these the encoder does not learn.
 
+    A `compute_loss_func` gets the logits `[N, V]` and labels `[N]` of the N tokens whose label is not -100.
+
     Raises:
         DataError: before the first step, for captions that cannot be learned; with the batch, where rows cannot be looked
             through.
@@ -48,6 +52,8 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
     Paper: CapEEN (https://arxiv.org/abs/2410.04433) trains exits on a frozen backbone by half cross entropy and half
     divergence from the last exit: "two-stage" with `strength=1` and `direction="last-to-exit"`, but for a factor of 2.
     """
+
+    trains = EarlyExitVisionEncoderDecoder
 
     def __init__(
         self,
@@ -64,33 +70,48 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
                 "callback instead.",
                 field="compute_metrics",
             )
+        if learn_gates and kwargs.get("compute_loss_func") is not None:
+            raise refused("compute_loss_func", None, "gates learn whether an exit's first word is the full model's")
         self.learn_gates = learn_gates
         super().__init__(model, args, data_collator=data_collator or CaptionCollator(), **kwargs)
 
-    def _check_rows(self, rows: Any, name: str) -> None:
-        check_caption_rows(rows, name, self.model.config.decoder.vocab_size)
+    def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
+        check_caption_rows(rows, name, self.exit_model.config.decoder.vocab_size)
 
-    def _choose_what_learns(self) -> None:
+    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
+        super()._take(model, args)
+        if list(args.label_names or ["labels"]) != ["labels"]:
+            raise refused("label_names", args.label_names, "the collator of captions makes the labels")
+        if self.learn_gates and args.label_smoothing_factor:
+            raise refused("label_smoothing_factor", args.label_smoothing_factor, "gates do not learn from labels")
+
+    def _test_rows(self, rows: Any) -> Any:
+        return rows
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        return inputs, inputs.get("labels")
+
+    def _choose_what_learns(self, model: nn.Module) -> None:
         if self.learn_gates:
-            if not len(self.model.exit_gates):
+            if not len(model.exit_gates):
                 raise TrainingError(
                     "The model has no gates to teach; load it with exit_gate='linear' and at least two exits, and with "
                     "init_missing_exits=True if its exits are trained already.",
                     field="exit_gate",
                 )
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name.startswith("exit_gates."))
             return
-        super()._choose_what_learns()
-        encoder = self.model.encoder
+        super()._choose_what_learns(model)
+        encoder = model.encoder
         if _has_features(self.train_dataset):
             encoder.requires_grad_(False)
         pooler = getattr(encoder, "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)  # its answer is not used
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise TrainingError(
-                f"Nothing learns: {self.model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
+                f"Nothing learns: {model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
                 "Load the model with exit_head='tuned', 'linear' or 'low-rank', or train with another objective.",
                 field="exit_head",
             )
@@ -104,7 +125,7 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective over all exits and labelled tokens, or the gates' loss; see `Trainer.compute_loss`."""
-        for part in self.model.children():
+        for part in self.exit_model.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()  # no dropout in what does not learn, as in serving
         labels = _given(inputs.get("labels"))
@@ -118,12 +139,14 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
         if self.learn_gates:
             value = gate_value(outputs)
         else:
-            value = self.objective(outputs.exit_logits, labels[learned], SINGLE_LABEL, self.model.config.exit_layers)
+            truth = labels[learned]
+            losses = self._label_losses(model, outputs, truth, num_items_in_batch)
+            value = self.objective(outputs.exit_logits, truth, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
         self._require_finite(value)
         return (value.loss, outputs) if return_outputs else value.loss
 
     def _shifted(self, labels: Tensor) -> Tensor:
-        config = self.model.config
+        config = self.exit_model.config
         for name in ("decoder_start_token_id", "pad_token_id"):
             if getattr(config, name) is None:
                 raise TrainingError(
@@ -147,7 +170,7 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
         output = Trainer.evaluation_loop(self, dataloader, description, only_loss, ignore_keys, metric_key_prefix)
         metrics = dict(output.metrics)
         if output.predictions is not None:
-            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.model.config.exit_layers)
+            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.exit_model.config.exit_layers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, metrics, output.num_samples)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +15,7 @@ from ..errors import TrainingError
 from ..problem_types import MULTI_LABEL, REGRESSION
 from ..registry import Registry
 
+LabelLosses = Callable[[Tensor, Tensor, str], Tensor]  # exit logits [B, E, C], labels, problem type -> [E]
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
@@ -23,6 +24,36 @@ class ObjectiveValue(NamedTuple):
 
     loss: Tensor
     per_exit: Tensor
+
+
+def task_loss(logits: Tensor, labels: Tensor, problem_type: str, smoothing: float = 0.0) -> Tensor:
+    """Mean loss of answers `[B, C]`: cross entropy (label -100 is left out), binary cross entropy or squared error.
+
+    `smoothing` is the share of a class label, 0 to 1, that is spread over all classes.
+    """
+    if problem_type == REGRESSION:
+        return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(logits.squeeze(-1).shape))
+    if problem_type == MULTI_LABEL:
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    # a batch whose labels are all ignored has loss 0, not 0 / 0
+    total = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    return total / (labels != -100).sum().clamp_min(1)
+
+
+def row_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Every exit's loss on every row, in float32: `[B, E, C]` to `[B, E]`; 0 where the label is -100."""
+    logits = exit_logits.float()
+    if problem_type == REGRESSION:
+        return (logits - labels.to(logits.dtype).reshape(len(labels), 1, -1)).square().mean(-1)
+    if problem_type == MULTI_LABEL:
+        truth = labels.to(logits.dtype)[:, None].expand_as(logits)
+        return functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(-1)
+    return functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
+
+
+def label_losses(exit_logits: Tensor, labels: Tensor, problem_type: str, smoothing: float = 0.0) -> Tensor:
+    """`task_loss` of every exit: `[B, E, C]` to `[E]`."""
+    return torch.stack([task_loss(logits, labels, problem_type, smoothing) for logits in exit_logits.unbind(1)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +91,16 @@ class Objective(ABC):
             )
 
     @abstractmethod
-    def exit_losses(self, exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    def exit_losses(
+        self, exit_logits: Tensor, labels: Tensor, problem_type: str, label_losses: LabelLosses = label_losses
+    ) -> Tensor:
         """Mean loss of each exit over the rows.
 
         Args:
             exit_logits: `[B, E, C]`, float32.
             labels: `[B]` or `[B, C]`.
             problem_type: what the labels mean.
+            label_losses: what the labels cost at every exit; another one where the Trainer is given a loss of its own.
 
         Returns:
             `[E]`.
@@ -86,33 +120,14 @@ class Objective(ABC):
                 )
         return raw / raw.sum()
 
-    def __call__(self, exit_logits: Tensor, labels: Tensor, problem_type: str, exit_layers: Sequence[int]) -> ObjectiveValue:
+    def __call__(
+        self,
+        exit_logits: Tensor,
+        labels: Tensor,
+        problem_type: str,
+        exit_layers: Sequence[int],
+        label_losses: LabelLosses = label_losses,
+    ) -> ObjectiveValue:
         """The weighted sum of the exits' losses, in float32."""
-        losses = self.exit_losses(exit_logits.float(), labels, problem_type)
+        losses = self.exit_losses(exit_logits.float(), labels, problem_type, label_losses)
         return ObjectiveValue((self.exit_weights(exit_layers).to(losses.device) * losses).sum(), losses)
-
-
-def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Mean loss of answers `[B, C]`: cross entropy (label -100 is left out), binary cross entropy or squared error."""
-    if problem_type == REGRESSION:
-        return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(logits.squeeze(-1).shape))
-    if problem_type == MULTI_LABEL:
-        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    # a batch whose labels are all ignored has loss 0, not 0 / 0
-    return functional.cross_entropy(logits, labels, reduction="sum") / (labels != -100).sum().clamp_min(1)
-
-
-def row_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Every exit's loss on every row, in float32: `[B, E, C]` to `[B, E]`; 0 where the label is -100."""
-    logits = exit_logits.float()
-    if problem_type == REGRESSION:
-        return (logits - labels.to(logits.dtype).reshape(len(labels), 1, -1)).square().mean(-1)
-    if problem_type == MULTI_LABEL:
-        truth = labels.to(logits.dtype)[:, None].expand_as(logits)
-        return functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(-1)
-    return functional.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
-
-
-def label_losses(exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """`task_loss` of every exit: `[B, E, C]` to `[E]`."""
-    return torch.stack([task_loss(logits, labels, problem_type) for logits in exit_logits.unbind(1)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import TrainingError
 from ..problem_types import MULTI_LABEL, REGRESSION
-from .base import OBJECTIVES, Objective, label_losses
+from .base import OBJECTIVES, LabelLosses, Objective, label_losses
 
 DIRECTIONS = ("exit-to-last", "last-to-exit")
 
@@ -52,7 +52,9 @@ class DistillationObjective(Objective):
                 value=self.direction,
             )
 
-    def exit_losses(self, exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    def exit_losses(
+        self, exit_logits: Tensor, labels: Tensor, problem_type: str, label_losses: LabelLosses = label_losses
+    ) -> Tensor:
         teacher = exit_logits[:, -1:].detach()
         return label_losses(exit_logits, labels, problem_type) + self.strength * self.divergence(
             exit_logits, teacher, problem_type

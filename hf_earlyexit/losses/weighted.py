@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..citations import PABEE
-from .base import OBJECTIVES, Objective, label_losses
+from .base import OBJECTIVES, LabelLosses, Objective, label_losses
 
 
 @OBJECTIVES.register("weighted")
@@ -21,5 +21,7 @@ class WeightedObjective(Objective):
 
     citation: ClassVar[tuple[str, ...]] = (PABEE,)
 
-    def exit_losses(self, exit_logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    def exit_losses(
+        self, exit_logits: Tensor, labels: Tensor, problem_type: str, label_losses: LabelLosses = label_losses
+    ) -> Tensor:
         return label_losses(exit_logits, labels, problem_type)

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..errors import DataError
 from ..families.base import Family
 from ..families.context import Context, Part
 from ..families.packed import Packed
+from ..labels import read_labels
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy, ExitSignal
-from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..walking.loop import run_all, run_early
 from .exits import ModelWithExits
 from .gates import new_gates
@@ -95,6 +94,8 @@ class EarlyExitClassifier(ModelWithExits):
     ) -> EarlyExitClassifierOutput:
         """What `forward` does, whatever the inputs are."""
         policy = self.choose_policy(early_exit, operating_point, options)
+        if labels is not None:
+            labels, problem_type = read_labels(labels, self.config, "the batch")
         if self._may_pack(policy, inputs.get("attention_mask"), options) and self.family.packs(self.base_model):
             hidden, context = self.family.begin_packed(self.base_model, inputs)
         else:
@@ -112,7 +113,6 @@ class EarlyExitClassifier(ModelWithExits):
                 logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
             )
         if labels is not None:
-            problem_type = label_problem_type(self.config, labels)
             if self.training:
                 loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
             else:
@@ -154,7 +154,7 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
         Raises:
             UsageError: for early exit without a policy, in training, or with hidden states asked for.
             UnknownNameError: for an unknown operating point.
-            DataError: for inputs longer than the model takes.
+            DataError: for inputs longer than the model takes, or labels that cannot be, by row.
         """
         inputs = {
             "input_ids": input_ids,
@@ -198,23 +198,3 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def label_problem_type(config: Any, labels: Tensor) -> str:
-    """What these labels mean, by the stock model's conventions, without writing it into the config.
-
-    Raises:
-        DataError: for class labels where the model has one output and no `problem_type`.
-    """
-    if config.problem_type is not None:
-        return config.problem_type
-    whole = not labels.is_floating_point()
-    if config.num_labels == 1:
-        if whole:
-            raise DataError(
-                "Whole-number labels for a model with one output: set num_labels to the number of classes, or "
-                "problem_type='regression' if they are values.",
-                field="labels",
-            )
-        return REGRESSION
-    return SINGLE_LABEL if whole else MULTI_LABEL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,13 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError
-from ..modeling.classifier import label_problem_type
+from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.wrapped import unwrapped
 from ..trace import ExitTrace
 from .batching import evaluation_mode, sorted_batches
 from .rows import encode_rows
-
-LABEL_NAMES = ("labels", "label")
 
 
 def collect_trace(
@@ -34,10 +33,10 @@ def collect_trace(
     """Run every exit on every row and keep its logits, and its gate's where the model has gates.
 
     Args:
-        model: a model with exits.
+        model: a model with exits; also within torch.compile, DataParallel or PEFT.
         rows: a data set with texts or token ids and a label column, or a sequence of texts or text pairs.
         tokenizer: needed for texts.
-        labels: one a row, where `rows` has no label column.
+        labels: one a row, where `rows` has no label column; in any form that `labels.read_labels` takes.
         split: where the rows come from; "train" for rows the exits were trained on, which `calibrate` refuses.
         max_batch_tokens: padded tokens in a batch.
         max_length: cut longer texts; the tokenizer's own limit by default.
@@ -47,9 +46,10 @@ def collect_trace(
         A trace in the order of the rows.
 
     Raises:
-        DataError: for no rows, no labels, or labels out of range.
+        DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
-    encoded, truth = labelled_rows(rows, tokenizer, labels, max_length)
+    model = unwrapped(model)
+    encoded, truth = labelled_rows(model, rows, tokenizer, labels, max_length)
     chunks, gate_chunks, order = [], [], []
     for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
         chunks.append(output.exit_logits.float().cpu())
@@ -61,30 +61,30 @@ def collect_trace(
 
 
 def labelled_rows(
-    rows: Any, tokenizer: Any, labels: Sequence[Any] | None, max_length: int | None
-) -> tuple[list[dict[str, list[int]]], Tensor]:
+    model: Any, rows: Any, tokenizer: Any, labels: Sequence[Any] | None, max_length: int | None
+) -> tuple[list[dict[str, list[int]]], Labels]:
     """Token ids and labels of every row.
 
     Raises:
-        DataError: for no rows, or another number of labels.
+        DataError: for no rows, another number of labels, or a label that cannot be.
         UsageError: for no labels at all.
     """
     encoded = encode_rows(rows, tokenizer, max_length)
-    labels = _labels_of(rows, labels)
+    labels, column = _labels_of(rows, labels)
     if not encoded or len(labels) != len(encoded):
         raise DataError(
             f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows"
         )
-    return encoded, torch.as_tensor(labels)
+    return encoded, read_labels(labels, model.config, column=column, may_leave_out=False)
 
 
-def make_trace(model: Any, logits: Tensor, labels: Tensor, split: str, gates: Tensor | None = None) -> ExitTrace:
+def make_trace(model: Any, logits: Tensor, labels: Labels, split: str, gates: Tensor | None = None) -> ExitTrace:
     """The trace of what a model said of labelled rows."""
     return ExitTrace(
         logits=logits,
-        labels=labels,
+        labels=labels.values.cpu(),
         exit_layers=model.exit_layers,
-        problem_type=label_problem_type(model.config, labels),
+        problem_type=labels.problem_type,
         split=split,
         gates=gates,
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
@@ -107,13 +107,13 @@ def full_pass(
             bar.update(len(indices))
 
 
-def _labels_of(rows: Any, labels: Iterable[Any] | None) -> list[Any]:
+def _labels_of(rows: Any, labels: Any) -> tuple[Any, str]:
+    """The labels, one a row, and the column they stand in."""
     if labels is not None:
-        return list(labels)
-    columns = getattr(rows, "column_names", ())
-    for name in LABEL_NAMES:
-        if name in columns:
-            return list(rows[name])
-    raise UsageError(
-        f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_NAMES)}.", field="labels"
-    )
+        return (labels if hasattr(labels, "__len__") else list(labels)), "labels"
+    column = find_label_column(getattr(rows, "column_names", None) or ())
+    if column is None:
+        raise UsageError(
+            f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_COLUMNS)}.", field="labels"
+        )
+    return list(rows[column]), column

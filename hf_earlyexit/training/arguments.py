@@ -44,6 +44,12 @@ class EarlyExitTrainingArguments(TrainingArguments):
         self.make_objective()
         if self.exit_metric is not None:
             EXIT_METRICS.get(self.exit_metric)
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise TrainingError(
+                f"label_smoothing_factor is {self.label_smoothing_factor!r}; expected a number from 0 to below 1.",
+                field="label_smoothing_factor",
+                value=self.label_smoothing_factor,
+            )
 
     def make_objective(self) -> Objective:
         """The objective these arguments describe."""

@@ -2,73 +2,184 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..problem_types import MULTI_LABEL, REGRESSION
+from ..labels import LABEL_COLUMNS, LEFT_OUT, UNLABELLED, Labels, as_array, find_label_column, label_numbers, read_labels
+from ..problem_types import SINGLE_LABEL
 
-LABEL_COLUMNS = ("labels", "label")
+
+class LabelKind(NamedTuple):
+    """What the labels of a data set mean, `None` if that cannot be seen, and whether they may be class names."""
+
+    problem_type: str | None
+    may_be_names: bool
 
 
-def check_data_set(rows: Any, name: str, num_labels: int, problem_type: str | None) -> None:
+class LabelColumn(NamedTuple):
+    """A data set's labels as they stand there."""
+
+    name: str
+    values: list[Any]
+
+    @property
+    def are_names(self) -> bool:
+        """Whether classes are given by name."""
+        return any(isinstance(value, str) for value in self.values)
+
+    @property
+    def is_unlabelled(self) -> bool:
+        """Whether every row has -1, the mark of rows whose label is secret."""
+        array = as_array(self.values)
+        return array is not None and array.size == len(self.values) and bool((array == UNLABELLED).all())
+
+
+def check_data_set(rows: Any, name: str, config: Any, label_names: Sequence[str] = (), needed: bool = True) -> LabelKind:
     """Refuse a data set that cannot be trained or evaluated on.
 
     Args:
         rows: a data set with a length, or an iterable one, which cannot be looked through.
         name: the argument it came as.
-        num_labels: outputs of the model.
-        problem_type: as in the config.
+        config: of the model.
+        label_names: columns that hold the labels where they are there; otherwise one of `LABEL_COLUMNS` does.
+        needed: whether rows must have labels.
+
+    Returns:
+        What is known of the labels.
 
     Raises:
-        DataError: for no rows, labels out of range (naming the row), labels that are all ignored, or the wrong kind.
+        DataError: for no rows, no labels, labels that cannot be (naming row and column), or labels that are all ignored.
     """
     if not hasattr(rows, "__len__"):
-        return
+        return LabelKind(None, True)
     if len(rows) == 0:
         raise DataError(f"{name} has no rows.", field=name)
-    labels = _labels(rows)
+    columns = _columns(rows)
+    names = _candidates(columns, label_names)
+    if needed and find_label_column(columns, names) is None:
+        kind = ", ".join(map(str, columns)) or f"rows of type {type(rows[0]).__name__}"
+        raise DataError(
+            f"{name} has no column of labels among {kind}; expected {' or '.join(names)}. Rename the column, name it with "
+            "label_names, or pass a data_collator that makes the labels.",
+            field=name,
+        )
+    labels = label_column(rows, name, label_names)
     if labels is None:
-        return
-    if problem_type is None and num_labels > 1 and (labels.ndim > 1 or np.issubdtype(labels.dtype, np.floating)):
-        problem_type = MULTI_LABEL  # as the model will take them
-    if np.issubdtype(labels.dtype, np.floating):
-        bad = np.flatnonzero(~np.isfinite(labels).reshape(len(labels), -1).all(1))
-        if len(bad):
-            raise DataError(f"Row {bad[0]} of {name} has a label that is not finite.", field="labels")
-    if problem_type == MULTI_LABEL:
-        if labels.ndim != 2 or labels.shape[1] != num_labels or not np.issubdtype(labels.dtype, np.floating):
+        return LabelKind(None, True)
+    read = read_labels(labels.values, config, name, column=labels.name)
+    if read.problem_type == SINGLE_LABEL and bool((read.values == LEFT_OUT).all()):
+        raise DataError(f"Every label of {name} is -100, so nothing can be learned or measured.", field=labels.name)
+    return LabelKind(read.problem_type, labels.are_names)
+
+
+def label_column(rows: Any, name: str, label_names: Sequence[str] = ()) -> LabelColumn | None:
+    """The labels of a data set; `None` if it has none, no length, or a transform that makes every row anew.
+
+    Raises:
+        DataError: for two columns of labels that differ, or a row without the label that the first row has.
+    """
+    if not hasattr(rows, "__len__") or not len(rows) or _is_made_on_the_fly(rows):
+        return None
+    columns = _columns(rows)
+    present = [column for column in _candidates(columns, label_names) if column in columns]
+    if not present:
+        return None
+    values = [_column(rows, column, name) for column in present]
+    for column, others in zip(present[1:], values[1:], strict=True):
+        if any(not np.array_equal(first, other) for first, other in zip(values[0], others, strict=True)):
             raise DataError(
-                f"{name} has labels of shape {list(labels.shape)} and type {labels.dtype}; problem_type "
-                f"multi_label_classification takes {num_labels} float values a row.",
-                field="labels",
+                f"{name} has two columns of labels that differ, {present[0]} and {column}; drop one of them.", field=column
             )
-        return
-    if problem_type == REGRESSION or np.issubdtype(labels.dtype, np.floating):
-        return
-    if num_labels == 1:
-        raise DataError(
-            f"{name} has whole-number labels but the model has one output: set num_labels to the number of classes, or "
-            "problem_type='regression' if they are values.",
-            field="labels",
-        )
-    bad = np.flatnonzero((labels != -100) & ((labels < 0) | (labels >= num_labels)))
-    if len(bad):
-        raise DataError(
-            f"Row {bad[0]} of {name} has label {labels[bad[0]]}; expected 0 to {num_labels - 1}, or -100 to leave it out.",
-            field="labels",
-            value=int(labels[bad[0]]),
-        )
-    if (labels == -100).all():
-        raise DataError(f"Every label of {name} is -100, so nothing can be learned or measured.", field="labels")
+    return LabelColumn(present[0], values[0])
 
 
-def _labels(rows: Any) -> np.ndarray | None:
+def _candidates(columns: Sequence[str], label_names: Sequence[str]) -> Sequence[str]:
+    return label_names if find_label_column(columns, label_names) is not None else LABEL_COLUMNS
+
+
+def _columns(rows: Any) -> list[str]:
     columns = getattr(rows, "column_names", None)
-    if columns is None:
-        first = rows[0]
-        column = next((name for name in LABEL_COLUMNS if isinstance(first, dict) and name in first), None)
-        return None if column is None else np.asarray([np.asarray(rows[index][column]) for index in range(len(rows))])
-    column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    return None if column is None else np.asarray(rows.with_format("numpy")[column][:])
+    if columns is None or _is_made_on_the_fly(rows):
+        columns = rows[0].keys() if isinstance(rows[0], Mapping) else ()
+    return list(columns)
+
+
+def _is_made_on_the_fly(rows: Any) -> bool:
+    kept = getattr(rows, "format", None)
+    return isinstance(kept, dict) and kept.get("type") == "custom"
+
+
+def _column(rows: Any, column: str, name: str) -> list[Any]:
+    if getattr(rows, "column_names", None) is not None:
+        return list(rows.with_format(None)[column][:])
+    values = []
+    for index in range(len(rows)):
+        if column not in rows[index]:
+            raise DataError(f"Row {index} of {name} has no {column}; row 0 has.", field=column)
+        values.append(rows[index][column])
+    return values
+
+
+class NamesToNumbers:
+    """A collator before which labels that are class names become class numbers.
+
+    Args:
+        collate: what makes a batch of rows.
+        config: of the model; its `label2id` has the names.
+        names: columns that may hold the labels.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], config: Any, names: Sequence[str]) -> None:
+        self.collate, self.config, self.names = collate, config, tuple(names)
+
+    def __call__(self, rows: list[Any]) -> Any:
+        column = find_label_column(rows[0], self.names) if rows and isinstance(rows[0], Mapping) else None
+        if column is not None and any(isinstance(row.get(column), str) for row in rows):
+            numbers = label_numbers([row[column] for row in rows], self.config.label2id or {}, "the batch", column)
+            rows = [{**row, column: number} for row, number in zip(rows, numbers, strict=True)]
+        return self.collate(rows)
+
+
+class Unlabelled(Dataset):
+    """Rows without the columns that hold labels."""
+
+    def __init__(self, rows: Any, names: Sequence[str]) -> None:
+        self.rows, self.names = rows, tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: value for name, value in self.rows[index].items() if name not in self.names}
+
+
+def without_labels(rows: Any, names: Sequence[str] = LABEL_COLUMNS) -> Any:
+    """The same rows, their labels left out."""
+    if hasattr(rows, "remove_columns"):
+        return rows.remove_columns([name for name in names if name in rows.column_names])
+    return Unlabelled(rows, names)
+
+
+def pop_labels(inputs: Mapping[str, Any], label_names: Sequence[str], config: Any) -> tuple[dict[str, Any], Labels | None]:
+    """A batch without its labels, and the labels; `None` for a batch that has none.
+
+    Raises:
+        DataError: for labels that cannot be.
+    """
+    names = (*label_names, "labels")
+    rest = {name: value for name, value in inputs.items() if name not in names}
+    column = next((name for name in names if inputs.get(name) is not None), None)
+    return rest, None if column is None else read_labels(inputs[column], config, "the batch", column=column)
+
+
+def no_labels(inputs: Mapping[str, Any], label_names: Sequence[str]) -> DataError:
+    """The error for a batch that has none."""
+    return DataError(
+        f"The batch has no labels among {', '.join(inputs)}; expected {' or '.join(label_names)}. Name the column of labels "
+        "with label_names, or let the data_collator make it.",
+        field="labels",
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..losses import ConsistentObjective, ObjectiveValue
 from ..losses.base import row_losses
 from ..losses.noise import row_noise
-from ..modeling.classifier import label_problem_type
+from .checks import no_labels, pop_labels
 from .gates import EpsilonSchedule
 from .trainer import EarlyExitTrainer
 
@@ -32,22 +32,28 @@ class ChosenExitTrainer(EarlyExitTrainer):
     def __init__(
         self, *, objective: ConsistentObjective, teaches_gates: bool, epsilon: EpsilonSchedule, seed: int, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
         self.reward, self.teaches_gates, self.epsilon, self.rollout_seed = objective, teaches_gates, epsilon, seed
-        self.model.exit_gates.requires_grad_(teaches_gates)
+        super().__init__(**kwargs)
+
+    def _choose_what_learns(self, model: nn.Module) -> None:
+        super()._choose_what_learns(model)
+        model.exit_gates.requires_grad_(self.teaches_gates)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss where rows leave, and with `teaches_gates` the gates' own; evaluations are those of all exits."""
+        inputs = dict(inputs)
         hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
         if hardness is None or keys is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.objective.freezes_backbone:
             self._rest_frozen_parts()
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, early_exit=False)
-        losses = row_losses(outputs.exit_logits, labels, label_problem_type(self.model.config, labels))
+        rest, labels = pop_labels(inputs, self._label_names, self.exit_model.config)
+        if labels is None:
+            raise no_labels(inputs, self.label_names)
+        outputs = model(**rest, early_exit=False)
+        losses = row_losses(outputs.exit_logits, *labels)
         self._require_finite(ObjectiveValue(losses.mean(), losses.mean(0)))
         value = self._objective()(
             outputs.exit_gates, losses, hardness, self._layers(losses), self._noise(keys, outputs.exit_gates)
@@ -59,7 +65,7 @@ class ChosenExitTrainer(EarlyExitTrainer):
         return replace(self.reward, epsilon=self.epsilon.at(self.state.global_step))
 
     def _layers(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.model.config.exit_layers, dtype=torch.float32, device=like.device)
+        return torch.tensor(self.exit_model.config.exit_layers, dtype=torch.float32, device=like.device)
 
     def _noise(self, keys: Tensor, gates: Tensor) -> Tensor | None:
         if not self.reward.draws:

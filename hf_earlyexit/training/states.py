@@ -60,7 +60,7 @@ def collect_states(
         model: a model with exits.
         rows, tokenizer, split, max_batch_tokens, max_length, progress: as in `collect_trace`.
     """
-    encoded, labels = labelled_rows(rows, tokenizer, None, max_length)
+    encoded, labels = labelled_rows(model, rows, tokenizer, None, max_length)
     states, logits, order = [], [], []
     with _pooled_states(model) as pooled:
         for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):

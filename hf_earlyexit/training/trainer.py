@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
+from transformers.utils import logging
 
 from ..errors import CheckpointError, TrainingError
+from ..labels import LABEL_COLUMNS, LEFT_OUT, label_problem_type
 from ..losses import ObjectiveValue
-from ..modeling.classifier import label_problem_type
+from ..losses.base import LabelLosses, label_losses
+from ..modeling.classifier import EarlyExitClassifier
+from ..modeling.wrapped import unwrapped
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..trace import ExitTrace
 from .arguments import EarlyExitTrainingArguments
 from .checkpoints import check_checkpoint, newest_complete_checkpoint
-from .checks import check_data_set
+from .checks import NamesToNumbers, check_data_set, label_column, no_labels, pop_labels, without_labels
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
 from .pushing import NoPickledSettings
+from .settings import check_adapters, check_loss_func, check_settings, given_losses, has_adapters, smoothing_error
+
+logger = logging.get_logger(__name__)
 
 # optimizers that hold every tensor that learns in one state of their own; others split or hide them
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -43,12 +51,17 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         TrainingError: if one exit's loss is not finite, naming the exit and the step.
     """
 
+    trains: ClassVar[type] = EarlyExitClassifier
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
     def __init__(self, model: Any = None, args: EarlyExitTrainingArguments | None = None, **kwargs: Any) -> None:
         if not isinstance(args, EarlyExitTrainingArguments):
             raise TrainingError(f"args is {type(args).__name__}; expected EarlyExitTrainingArguments.", field="args")
         self.objective = args.make_objective()
+        if kwargs.get("compute_loss_func") is not None:
+            check_loss_func(args)
+        if model is not None:
+            self._take(model, args)
         compute_metrics = kwargs.pop("compute_metrics", None)
         preprocess = kwargs.pop("preprocess_logits_for_metrics", None)
         super().__init__(
@@ -58,27 +71,62 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
+        self._makes_labels = kwargs.get("data_collator") is not None  # a collator of the user's own may
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 if part is not None:
-                    self._check_rows(part, name)
-        self._choose_what_learns()
+                    self._check_rows(part, name, needed=not self._makes_labels)
+        self._choose_what_learns(self.exit_model)
 
-    def _check_rows(self, rows: Any, name: str) -> None:
-        check_data_set(rows, name, self.model.config.num_labels, self.model.config.problem_type)
+    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
+        """See that a model has exits and the settings suit it."""
+        self.exit_model = unwrapped(model)
+        if not isinstance(self.exit_model, self.trains):
+            raise TrainingError(
+                f"{type(self).__name__} trains {self.trains.__name__} models; model is "
+                f"{type(self.exit_model).__name__}, which has a trainer of its own.",
+                field="model",
+            )
+        check_settings(args, self.objective, self.exit_model)
+        check_adapters(model, self.exit_model)
 
-    def _choose_what_learns(self) -> None:
-        for name, parameter in self.model.named_parameters():
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in `Trainer`; what the objective freezes is frozen in the new model, too."""
+        model = super().call_model_init(trial)
+        self._take(model, self.args)
+        if getattr(self, "is_in_train", False):  # the first model is made before the data sets are known
+            self._choose_what_learns(self.exit_model)
+        return model
+
+    def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
+        config = self.exit_model.config
+        kind = check_data_set(rows, name, config, self._label_names, needed)
+        if self.args.label_smoothing_factor and kind.problem_type not in (None, SINGLE_LABEL):
+            raise smoothing_error(kind.problem_type)
+        if kind.problem_type == MULTI_LABEL and config.problem_type is None:
+            config.problem_type = MULTI_LABEL  # as the stock model does at the first batch; who loads it must know
+            logger.warning(f"The labels of {name} are rows of values: problem_type is set to {MULTI_LABEL} in the config.")
+        if kind.may_be_names and not isinstance(self.data_collator, NamesToNumbers):
+            self.data_collator = NamesToNumbers(self.data_collator, config, (*self._label_names, *LABEL_COLUMNS))
+
+    @property
+    def _label_names(self) -> tuple[str, ...]:
+        return tuple(self.args.label_names or ())
+
+    def _choose_what_learns(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
             if name.startswith("exit_gates."):  # all exits run here, so nothing teaches when to leave
                 parameter.requires_grad_(False)
         if self.objective.freezes_backbone:
-            if len(self.model.config.exit_layers) == 1:
+            if len(model.config.exit_layers) == 1:
                 raise TrainingError(
                     f"The {self.args.objective} objective trains early exits only, and the model has none; set exit_layers.",
                     field="objective",
                 )
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_heads."))
+            adapted = has_adapters(model)  # then PEFT has chosen which of the exits' tensors are copies that do not learn
+            for name, parameter in model.named_parameters():
+                learns = name.startswith("exit_heads.") and (parameter.requires_grad or not adapted)
+                parameter.requires_grad_(learns)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; with `True`, the newest checkpoint that was written to its end is taken up.
@@ -121,27 +169,64 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         """The objective over all exits; see `Trainer.compute_loss`."""
         if self.objective.freezes_backbone:
             self._rest_frozen_parts()
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, early_exit=False)
-        problem_type = label_problem_type(self.model.config, labels)
-        value = self.objective(outputs.exit_logits, labels, problem_type, self.model.config.exit_layers)
+        config = self.exit_model.config
+        rest, labels = pop_labels(inputs, self._label_names, config)
+        if labels is None:
+            raise no_labels(inputs, self.label_names)
+        outputs = model(**rest, early_exit=False)
+        losses = self._label_losses(model, outputs, labels.values, num_items_in_batch)
+        value = self.objective(outputs.exit_logits, *labels, config.exit_layers, losses)
         self._require_finite(value)
         return (value.loss, outputs) if return_outputs else value.loss
+
+    def _label_losses(self, model: nn.Module, outputs: Any, labels: Tensor, num_items: Any) -> LabelLosses:
+        """What labels cost at every exit: `compute_loss_func`, if there is one, on the outputs with that exit's logits."""
+        if self.compute_loss_func is None:
+            return partial(label_losses, smoothing=self.args.label_smoothing_factor)
+        if not model.training:
+            num_items, scale = (labels != LEFT_OUT).sum(), 1
+        else:  # it is scaled for the accumulated batch already, and the Trainer is about to scale it again
+            scale = self.current_gradient_accumulation_steps
+            if num_items is not None and self.args.average_tokens_across_devices:
+                scale *= self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
+        return partial(given_losses, self.compute_loss_func, outputs, num_items, scale)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Tensor | None]:
         """Loss, `(logits, exit_logits)` and gates where there are some, labels: every exit runs on every row."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
+        rest, labels = self._split(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if labels is None:
-                loss, outputs = None, model(**inputs, early_exit=False)
+                loss, outputs = None, model(**rest, early_exit=False)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
         return loss, *self._kept(outputs, labels)
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        rest, labels = pop_labels(inputs, self._label_names, self.exit_model.config)
+        return rest, None if labels is None else labels.values
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `Trainer`; rows given here are checked as those given at set-up are."""
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
+            self._check_rows(eval_dataset, "eval_dataset", needed=not self._makes_labels)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As in `Trainer`; rows may lack labels, or all have the label -1 that stands for none in the GLUE tasks."""
+        return super().predict(self._test_rows(test_dataset), *args, **kwargs)
+
+    def _test_rows(self, rows: Any) -> Any:
+        """Rows to predict, without labels that are none."""
+        column = label_column(rows, "test_dataset", self._label_names)
+        if column is not None and column.is_unlabelled:
+            rows = without_labels(rows, (*self._label_names, *LABEL_COLUMNS))
+        self._check_rows(rows, "test_dataset", needed=False)
+        return rows
 
     def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
         """What an evaluation keeps of a batch in place of logits, and of labels."""
@@ -161,11 +246,11 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         output = super().evaluation_loop(dataloader, description, only_loss, ignore_keys, metric_key_prefix)
         if output.predictions is None:
             return output
-        logits, exit_logits, *gates = output.predictions
+        logits, exit_logits, *gates = _by_output(output.predictions)
         metrics = dict(output.metrics)
-        if output.label_ids is not None and isinstance(exit_logits, np.ndarray):
-            config = self.model.config
-            labels = np.asarray(output.label_ids)
+        if output.label_ids is not None:
+            config = self.exit_model.config
+            exit_logits, labels, *gates = map(_joined, (exit_logits, output.label_ids, *gates))
             metric = self.args.exit_metric or default_exit_metric(label_problem_type(config, torch.as_tensor(labels[:1])))
             values = exit_metrics(exit_logits, labels, config.exit_layers, metric)
             if gates:
@@ -184,7 +269,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         if bool(finite.all()):
             return
         index = int((~finite).nonzero()[0])
-        layer = self.model.config.exit_layers[index]
+        layer = self.exit_model.config.exit_layers[index]
         raise TrainingError(
             f"The loss of the exit after layer {layer} is {float(value.per_exit[index].detach())} at step "
             f"{self.state.global_step}; lower the learning rate or train in a wider dtype.",
@@ -194,7 +279,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
 
     def _rest_frozen_parts(self) -> None:
         """No dropout in what is not trained, so that the exits learn what serving will show them."""
-        for name, part in self.model.named_children():
+        for name, part in self.exit_model.named_children():
             if name != "exit_heads":
                 part.eval()
 
@@ -202,7 +287,9 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
 def _on_last_exit(compute: Any) -> Any:
     @wraps(compute)  # Trainer looks at the signature
     def wrapped(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
-        plain = EvalPrediction(prediction.predictions[0], prediction.label_ids, prediction.inputs, prediction.losses)
+        plain = EvalPrediction(
+            _by_output(prediction.predictions)[0], prediction.label_ids, prediction.inputs, prediction.losses
+        )
         return compute(plain, **kwargs)
 
     return wrapped
@@ -213,3 +300,12 @@ def _keeping_exits(preprocess: Any) -> Any:
         return preprocess(outputs[0], labels), *outputs[1:]
 
     return wrapped
+
+
+def _by_output(predictions: Any) -> Any:
+    """Predictions by kind of output, each a list of batches where the Trainer does not join them."""
+    return [list(part) for part in zip(*predictions, strict=True)] if isinstance(predictions, list) else predictions
+
+
+def _joined(part: Any) -> np.ndarray:
+    return np.concatenate(part) if isinstance(part, list) else np.asarray(part)

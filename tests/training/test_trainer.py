@@ -383,10 +383,9 @@ def test_whole_numbers_are_values_where_the_config_says_so(trainer, tiny_model, 
     assert "eval_exit_1_spearman" in run.evaluate()
 
 
-@pytest.mark.parametrize("fields", [{"problem_type": MULTI}, {}], ids=["declared", "undeclared"])
-def test_many_labels_as_whole_numbers_are_refused(trainer, tiny_model, rows, fields):
+def test_many_labels_as_whole_numbers_are_refused_where_the_config_does_not_say_so(trainer, rows):
     with pytest.raises(DataError, match=f"{MULTI}.*float"):
-        trainer(tiny_model(**fields), train_dataset=rows(8, labels=[[1, 0, 1]] * 8))
+        trainer(train_dataset=rows(8, labels=[[1, 0, 1]] * 8))
 
 
 def test_single_values_for_a_model_with_classes_are_refused(trainer, rows):

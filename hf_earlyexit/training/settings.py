@@ -1,0 +1,133 @@
+"""Settings of transformers' Trainer that models with exits cannot use, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..losses import Objective
+from ..problem_types import SINGLE_LABEL
+
+if TYPE_CHECKING:
+    from .arguments import EarlyExitTrainingArguments
+
+
+def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model: Any) -> None:
+    """Refuse training arguments that would do nothing, or harm, to this model.
+
+    Raises:
+        TrainingError: naming the argument.
+    """
+    if args.use_liger_kernel:
+        raise refused("use_liger_kernel", True, "Liger's kernels take the place of whole forward passes, exits included")
+    for size in ("cp_size", "sp_size"):
+        if (getattr(args.parallelism_config, size, None) or 1) > 1:
+            raise refused(
+                f"parallelism_config.{size}",
+                getattr(args.parallelism_config, size),
+                "exits pool over whole sequences, which it cuts into parts",
+            )
+    if args.neftune_noise_alpha is not None and objective.freezes_backbone:
+        raise refused(
+            "neftune_noise_alpha",
+            args.neftune_noise_alpha,
+            f"the {args.objective} objective freezes the embeddings that the noise would go to",
+        )
+    if len(args.label_names or ()) > 1:
+        raise refused("label_names", args.label_names, "one column holds the labels; name that one")
+    problem_type = getattr(model.config, "problem_type", None)
+    if args.label_smoothing_factor and problem_type not in (None, SINGLE_LABEL):
+        raise smoothing_error(problem_type)
+
+
+def check_loss_func(args: EarlyExitTrainingArguments) -> None:
+    """Refuse `compute_loss_func` beside what it would overrule.
+
+    Raises:
+        TrainingError: naming both.
+    """
+    if args.label_smoothing_factor:
+        raise refused(
+            "label_smoothing_factor", args.label_smoothing_factor, "compute_loss_func takes the place of the loss it smooths"
+        )
+
+
+def smoothing_error(problem_type: str) -> TrainingError:
+    """The error for smoothed labels that are no classes."""
+    return refused("label_smoothing_factor", None, f"it smooths class labels, and problem_type is {problem_type}")
+
+
+def refused(field: str, value: Any, why: str) -> TrainingError:
+    """The error for a setting that cannot be used."""
+    shown = field if value is None else f"{field}={value!r}"
+    return TrainingError(f"{shown} cannot be used here: {why}. Leave it out.", field=field, value=value)
+
+
+def given_losses(
+    compute: Callable[..., Tensor],
+    outputs: Any,
+    num_items: Any,
+    scale: float,
+    exit_logits: Tensor,
+    labels: Tensor,
+    problem_type: str,
+) -> Tensor:
+    """The user's loss of every exit, `[E]`.
+
+    Args:
+        compute: `compute_loss_func`.
+        outputs: of the model; given to it with one exit's logits in place of the last's.
+        num_items: labels in the whole accumulated batch, or `None`.
+        scale: factor of what it gives.
+        exit_logits: `[B, E, C]`, float32.
+        labels, problem_type: as in `Objective.exit_losses`.
+
+    Raises:
+        TrainingError: for what is not one number.
+    """
+    losses = []
+    for logits in exit_logits.unbind(1):
+        loss = compute(type(outputs)(**{**outputs, "logits": logits}), labels, num_items_in_batch=num_items)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise TrainingError(
+                f"compute_loss_func gave {found}; expected a tensor of one number, the loss of the batch.",
+                field="compute_loss_func",
+            )
+        losses.append(loss.reshape(()) * scale)
+    return torch.stack(losses)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters or trained copies into a model."""
+    return hasattr(model, "peft_config") or any(hasattr(module, "modules_to_save") for module in model.modules())
+
+
+def check_adapters(model: Any, exit_model: nn.Module) -> None:
+    """Refuse a PEFT model in which parts of the exits are frozen: they would stay as they were drawn.
+
+    Args:
+        model: as it was given.
+        exit_model: what is inside.
+
+    Raises:
+        TrainingError: naming the parts.
+    """
+    if model is exit_model or not has_adapters(exit_model):
+        return
+    frozen = [
+        f"exit_heads.{layer}.{name}"
+        for layer, head in exit_model.exit_heads.items()
+        for name, part in head.named_children()
+        if any(True for _ in part.parameters()) and not any(p.requires_grad for p in part.parameters())
+    ]
+    if frozen:
+        raise TrainingError(
+            f"PEFT has frozen {', '.join(frozen)}: the exits would not learn. Pass "
+            f"modules_to_save={['classifier', *frozen]!r} to the PEFT config.",
+            field="exit_heads",
+        )
