@@ -52,6 +52,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         if type(config) is VisionEncoderDecoderConfig:  # as `from_encoder_decoder_pretrained` makes it
             values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
             config = EarlyExitVisionEncoderDecoderConfig(**values)
+        config = self.config_class.from_stock(config)
         config.check_exits()  # values given to from_pretrained were set after the config checked itself
         super().__init__(config, encoder, decoder)
         words = config.decoder

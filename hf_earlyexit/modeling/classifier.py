@@ -35,6 +35,7 @@ class EarlyExitClassifier(ModelWithExits):
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
     def __init__(self, config: Any) -> None:
+        config = self.config_class.from_stock(config)
         config.check_exits()  # values given to from_pretrained were set after the config checked itself
         super().__init__(config)
         dropout = self.family.dropout_of(config)

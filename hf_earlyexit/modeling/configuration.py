@@ -108,11 +108,40 @@ class EarlyExitConfig(LoadedByShim):
             return made
 
     @classmethod
+    def from_stock(cls, config: Any) -> Any:
+        """This config, made from one of the stock family, as the Auto classes give it; one of this class stays as it is.
+
+        Raises:
+            EarlyExitConfigError: for a config of another family.
+        """
+        if isinstance(config, cls):
+            return config
+        kind = getattr(config, "model_type", None)
+        if kind != cls.stock_model_type:
+            raise wrong(
+                "config", type(config).__name__, f"a {cls.__name__}, or a config of the model type {cls.stock_model_type}"
+            )
+        values = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+        return cls(**values)
+
+    @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As in transformers; a plain checkpoint of the same family is a legitimate place to start from."""
         values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        if values.get("model_type") == cls.stock_model_type:
+        kind = values.get("model_type", cls.model_type)
+        if kind not in (cls.model_type, cls.stock_model_type):
+            raise wrong(
+                "model_type",
+                kind,
+                f"{cls.stock_model_type!r} or {cls.model_type!r}: the layers of another family do not fit",
+            )
+        if kind == cls.stock_model_type:
             values = {key: value for key, value in values.items() if key not in ("model_type", "architectures")}
+            for depth in {
+                "num_hidden_layers",
+                cls.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
+            } & rest.keys():
+                values[depth] = rest[depth]  # before the exits take their places
         return values, rest
 
     @classmethod
@@ -168,6 +197,8 @@ class EarlyExitConfig(LoadedByShim):
 
     def check_labels(self) -> None:
         """Refuse labels that do not fit each other."""
+        if not self.label2id or set(self.label2id) == {f"LABEL_{number}" for number in range(len(self.label2id))}:
+            self.label2id = {name: number for number, name in self.id2label.items()}  # the names given are of one side alone
         if len(self.label2id or {}) != self.num_labels:
             raise wrong("label2id", self.label2id, f"{self.num_labels} labels, as many as id2label has")
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from ..errors import UsageError
 from ..files import replaced_folder
@@ -88,6 +89,8 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
         ignore_certificate = kwargs.pop("ignore_certificate", False)
         any_size = kwargs.pop("ignore_mismatched_sizes", False)
         path = pretrained_model_name_or_path
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = cls.config_class.from_stock(kwargs["config"])
         try:
             model, info = super().from_pretrained(
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -104,6 +104,14 @@ def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size
         )
     stray = [name for name in unexpected if name.startswith(NEW_PARTS) and not init_missing]
     lost = [name for name in missing if not (init_missing and name.startswith(NEW_PARTS))]
+    backbone = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+    if model.config.early_exit_version is None and backbone:
+        raise CheckpointError(
+            f"{path} lacks {len(backbone)} tensors of the backbone, first {backbone[0]}: they would be random. It is of "
+            "another family, cut, or has fewer layers than the config says; load a checkpoint that fits.",
+            field=backbone[0],
+            path=path,
+        )
     if model.config.early_exit_version is not None and (lost or stray):
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in (("missing", lost), ("surplus", stray)) if names)
         raise CheckpointError(
