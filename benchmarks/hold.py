@@ -21,8 +21,9 @@ from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving.batching import pad_batch, sorted_batches
 from hf_earlyexit.serving.cuda_graphs import SegmentGraphs
 from hf_earlyexit.serving.graph_walker import GraphWalker
-from hf_earlyexit.serving.rows import encode_rows, text_columns
+from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.tables import text_columns
 
 NEAR = 1e-5
 

@@ -23,7 +23,7 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer, set_seed
 
 import hf_earlyexit as ee
-from hf_earlyexit.serving.rows import text_columns
+from hf_earlyexit.serving.tables import text_columns
 
 LOGGED = ("phase", "gate_quality", "gate_layers", "gate_reward", "exit_12_quality")
 LOGGED_ROWS = 1000  # held-back rows for the log, which decides nothing

@@ -22,7 +22,7 @@ from tasks import BACKBONE, DATA, TASKS, Task, load_rows
 from transformers import AutoTokenizer, set_seed
 
 import hf_earlyexit as ee
-from hf_earlyexit.serving.rows import text_columns
+from hf_earlyexit.serving.tables import text_columns
 
 CROSS_HARDNESS = "cross-hardness.safetensors"
 

@@ -21,7 +21,8 @@ from .modeling.loading import check_config_file, check_input_parts
 from .modeling.operating import OperatingPoints
 from .registry import unknown_name
 from .serving.predict import WINDOW, stream
-from .serving.rows import MODEL_COLUMNS, TokenIds
+from .serving.rows import TokenIds
+from .serving.tables import MODEL_COLUMNS
 
 ENGINE = 0  # in place of a batch size where none is given
 

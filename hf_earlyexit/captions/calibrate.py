@@ -19,7 +19,7 @@ from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_t
 from ..errors import CalibrationError, UsageError
 from ..modeling.fingerprint import model_fingerprint
 from ..policies.base import POLICIES, ExitPolicy
-from ..serving.batching import evaluation_mode
+from ..serving.batching import evaluating
 from .checks import check_generation, generation_settings
 from .judge import CaptionMetric, Judge, listed_references
 from .result import FULL, CaptionCalibrationResult, curve_of
@@ -84,7 +84,8 @@ def calibrate_captions(
     """
     target = parse_target(target) if isinstance(target, str) else target
     _check(model, policy, options, target, split, proposals, generation)
-    with evaluation_mode(model), tqdm(unit="batch", disable=not progress) as bar:
+    model = evaluating(model)
+    with tqdm(unit="batch", disable=not progress) as bar:
         writer = _Writer(model, batch_size, generation, bar)
         states = torch.cat(encoded_images(model, rows, image_processor, batch_size))
         known = listed_references(references, len(states), tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.forms import STDIN, open_text, unreadable
 from ..errors import DataError
-from ..serving.rows import text_columns
+from ..serving.tables import text_columns
 from .arguments import FileArguments
 from .rows import reading
 

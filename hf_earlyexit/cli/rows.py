@@ -12,7 +12,7 @@ from ..data.forms import Reading
 from ..data.labels import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError
-from ..serving.rows import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
+from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
 from .arguments import FileArguments, RowArguments
 
 LABEL, LABEL_TEXT = "label", "label_text"

@@ -12,11 +12,11 @@ from ..errors import UsageError
 from ..measuring.timing import compare_speed
 from ..metrics import uneven_classes
 from ..modeling.configuration import EXACT
-from ..serving.batching import evaluation_mode
 from ..serving.collect import collect_trace
 from ..serving.graph_walker import walker_for
 from ..serving.rows import encode_rows
 from ..serving.scheduler import Scheduler
+from ..serving.served import served_classifier
 from .save import Calibrations, by_name
 
 
@@ -65,11 +65,11 @@ def card_figures(
         judged["f1s"] = {name: early_and_full_f1(result.policy, trace) for name, result in results.items()}
     if repeats == 0:
         return judged
-    with evaluation_mode(model):
-        walker, encoded = walker_for(model), encode_rows(rows, tokenizer)
-        runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
-        runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
-        timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
+    model = served_classifier(model)
+    walker, encoded = walker_for(model), encode_rows(rows, tokenizer)
+    runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
+    runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
+    timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
     del timings[EXACT]
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return judged | {

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..serving.batching import evaluation_mode, pad_batch
+from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
+from ..serving.served import served_classifier
 from ..serving.transfer import finished
 
 STOCK, FULL, EARLY = "full, arrival order", "full", "early exit"
@@ -91,20 +92,20 @@ def bench(
     """
     if not rows:
         raise UsageError("There are no rows; expected at least one.", field="rows")
+    models = {name: served_classifier(model) for name, model in models.items()}
     ways: dict[tuple[str, str], Run] = {}
     singles: dict[tuple[str, str], Run] = {}
     exits: dict[str, dict[str, float]] = {}
     for name, model in models.items():
-        with evaluation_mode(model):
-            if model.exit_policy is None:
-                raise UsageError(
-                    f"{name} has no exit policy; calibrate it first and call set_exit_policy.", field="models", value=name
-                )
-            exits[name] = exits_of(model, rows, predict(model, rows))
-            stop = static_layer or _nearest_exit(model, exits[name]["mean_layer"])
-            ways |= {(name, way): run for way, run in ways_to_run(model, batch_size, stop).items()}
-            one = ways_to_run(model, 1, stop)
-            singles |= {(name, way): one[way] for way in (STOCK, FORWARD, STATIC.format(stop))}
+        if model.exit_policy is None:
+            raise UsageError(
+                f"{name} has no exit policy; calibrate it first and call set_exit_policy.", field="models", value=name
+            )
+        exits[name] = exits_of(model, rows, predict(model, rows))
+        stop = static_layer or _nearest_exit(model, exits[name]["mean_layer"])
+        ways |= {(name, way): run for way, run in ways_to_run(model, batch_size, stop).items()}
+        one = ways_to_run(model, 1, stop)
+        singles |= {(name, way): one[way] for way in (STOCK, FORWARD, STATIC.format(stop))}
     warm_up = 1 if all(model.device.type == "cpu" for model in models.values()) else 2  # graphs are made the second time
     throughput = _in_turns({key: [partial(run, rows)] for key, run in ways.items()}, repeats, clock, seed, warm_up)
     few = rows[:latency_rows]

@@ -51,7 +51,8 @@ class OnnxWalker(BatchWalker):
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
-        ids = check_ids(row, number, self.config.vocab_size, self.config.max_position_embeddings)
+        config = self.config
+        ids = check_ids(row, number, config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
         return ids or check_any_token(row, number)  # runtimes differ in what attention to nothing gives
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, EarlyExitError
 
 POLICY, LAST_LAYER, LAYER_BUDGET, DEADLINE, ERROR = "policy", "last layer", "layer budget", "deadline", "error"
 
@@ -32,7 +32,7 @@ class Answers:
     exit_index: Tensor
     score: Tensor
     reason: list[str]
-    errors: dict[int, DataError] = field(default_factory=dict)
+    errors: dict[int, EarlyExitError] = field(default_factory=dict)
 
     @classmethod
     def blank(cls, rows: int, num_classes: int) -> Answers:
@@ -51,3 +51,39 @@ class Answers:
         for group in groups:
             for place, reason in zip(group.places, group.reasons, strict=True):
                 self.reason[place] = reason
+
+    def refuse_what_is_not_finite(self, first: int) -> None:
+        """Put an error in the place of every answer that is not finite.
+
+        Args:
+            first: the number of the first row, for the errors.
+        """
+        answered = self.exit_index >= 0
+        for place in (answered & ~self.logits.isfinite().all(1)).nonzero().flatten().tolist():
+            self.errors[place] = not_finite(first + place)
+            self.logits[place], self.score[place] = torch.nan, torch.nan
+            self.exit_index[place], self.reason[place] = -1, ERROR
+
+
+def check_finite(logits: Tensor, numbers: Sequence[int]) -> None:
+    """Refuse answers that are not finite.
+
+    Args:
+        logits: `[B, ...]`.
+        numbers: of the rows, for the error.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    finite = logits.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise not_finite(numbers[finite.tolist().index(False)])
+
+
+def not_finite(number: int) -> DataError:
+    """The error of a row whose answer is no number."""
+    return DataError(
+        f"Row {number} has an answer that is not finite: the model's weights hold such values, or its dtype is too narrow "
+        "for this row. Check the weights, or load the model in float32.",
+        field="logits",
+    )

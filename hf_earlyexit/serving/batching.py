@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BatchEncoding
+
+from ..errors import UsageError
 
 
 def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
@@ -40,28 +42,54 @@ def sorted_batches(
 
 
 def pad_batch(rows: Sequence[dict[str, list[int]]], pad_token_id: int = 0) -> BatchEncoding:
-    """One batch of tensors `[B, T]`, padded on the right, with an attention mask."""
+    """One batch of tensors `[B, T]`, padded on the right, with an attention mask.
+
+    A row without `attention_mask` has real tokens only, one without `token_type_ids` has zeros, whatever others have.
+    """
     width = max(len(row["input_ids"]) for row in rows)
-    filled: dict[str, list[list[int]]] = {"attention_mask": []}
+    columns = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}  # what a token of padding has
+    if not any("token_type_ids" in row for row in rows):
+        del columns["token_type_ids"]
+    filled: dict[str, list[list[int]]] = {name: [] for name in columns}
     for row in rows:
         length = len(row["input_ids"])
-        filled["attention_mask"].append(row.get("attention_mask", [1] * length) + [0] * (width - length))
-        for name in ("input_ids", "token_type_ids"):
-            if name in row:
-                padding = pad_token_id if name == "input_ids" else 0
-                filled.setdefault(name, []).append(list(row[name]) + [padding] * (width - length))
+        missing = {"attention_mask": [1] * length, "token_type_ids": [0] * length}
+        for name, padding in columns.items():
+            values = row.get(name) or missing.get(name, [])
+            filled[name].append([*values, *[padding] * (width - length)])
     return BatchEncoding({name: torch.tensor(values) for name, values in filled.items()})
 
 
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """`model.eval()` for a while, then back; a model that evaluates already is not touched, so threads may share it."""
+def evaluating(model: Any) -> Any:
+    """The model itself where it evaluates already; else a view of it that does: the same weights, nothing written.
+
+    The view sees what becomes of the weights and has the hooks of the model, but its modules are others, so threads may
+    share a model in training mode. Ask for it after hooks have been put on the model.
+
+    Args:
+        model: a torch model, or anything else with `modules()`.
+
+    Raises:
+        UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
+            of the model itself.
+    """
     if not any(module.training for module in model.modules()):
-        yield
-        return
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+        return model
+    return _view(model, {})
+
+
+def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    if (view := known.get(id(module))) is not None:
+        return view
+    if "forward" in vars(module):
+        raise UsageError(
+            f"The model is in training mode, and its {type(module).__name__} has been given another forward, which would "
+            "run with dropout: call model.eval() first.",
+            field="model",
+        )
+    view = known[id(module)] = object.__new__(type(module))
+    hooks = {name: value.copy() for name, value in vars(module).items() if "_hooks" in name and isinstance(value, dict)}
+    compiled = {"_compiled_call_impl": None}  # it would run the module itself
+    children = {name: child if child is None else _view(child, known) for name, child in module._modules.items()}
+    vars(view).update({**vars(module), **hooks, **compiled, "_modules": children, "training": False})
+    return view

@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from ..errors import DataError, UsageError
 from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.wrapped import unwrapped
 from ..trace import ExitTrace
-from .batching import evaluation_mode, sorted_batches
+from .answers import check_finite
+from .batching import sorted_batches
 from .rows import encode_rows
+from .served import served_classifier
+from .walker import ModelWalker
 
 
 def collect_trace(
@@ -48,7 +50,7 @@ def collect_trace(
     Raises:
         DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
-    model = unwrapped(model)
+    model = served_classifier(model)
     encoded, truth = labelled_rows(model, rows, tokenizer, labels, max_length)
     chunks, gate_chunks, order = [], [], []
     for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
@@ -99,11 +101,22 @@ def make_trace(model: Any, logits: Tensor, labels: Labels, split: str, gates: Te
 def full_pass(
     model: Any, encoded: Sequence[dict[str, list[int]]], tokenizer: Any, max_batch_tokens: int, progress: bool
 ) -> Iterator[tuple[list[int], Any]]:
-    """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output."""
+    """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output.
+
+    Raises:
+        DataError: for a row the model cannot read, or one whose logits are not finite.
+    """
+    model = served_classifier(model)
+    walker = getattr(model, "walker", None) or ModelWalker(model)
+    for number, row in enumerate(encoded):
+        if (error := walker.check(row, number)) is not None:
+            raise error
     batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
-    with torch.inference_mode(), evaluation_mode(model), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
+    with torch.inference_mode(), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
         for indices, batch in batches:
-            yield indices, model(**batch.to(model.device), early_exit=False)
+            output = model(**batch.to(model.device), early_exit=False)
+            check_finite(output.exit_logits, indices)
+            yield indices, output
             bar.update(len(indices))
 
 

@@ -10,9 +10,11 @@ import torch
 from ..errors import UsageError
 from ..problem_types import REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
-from .batching import evaluation_mode, pad_batch
+from .answers import check_finite
+from .batching import pad_batch
 from .exit_reasons import ExitView, in_words
 from .rows import encode_rows
+from .served import served_classifier
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,16 @@ def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operatin
         UsageError: if there is no policy: none is set, or "exact" is asked for.
         UnknownNameError: for an unknown operating point.
     """
+    model = served_classifier(model)
     policy = model.policy_at(operating_point)
     if operating_point is not None and policy is None:
         raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
     if policy is None:
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
     batch = pad_batch(encode_rows([text], tokenizer), tokenizer.pad_token_id or 0)
-    with torch.inference_mode(), evaluation_mode(model):
+    with torch.inference_mode():
         output = model(**batch.to(model.device), early_exit=False)
+    check_finite(output.exit_logits, [0])
     trace = ExitTrace(
         logits=output.exit_logits.float().cpu(),
         labels=torch.zeros(1, dtype=torch.long),

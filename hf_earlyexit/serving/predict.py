@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import DataError, UsageError
+from ..errors import EarlyExitError, UsageError
 from .answers import Answers
-from .batching import evaluation_mode
 from .graph_walker import walker_for
-from .rows import encode_window, windows
+from .rows import encode_window
 from .scheduler import Scheduler
+from .served import served_classifier
+from .tables import windows
 from .walker import BatchWalker
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
@@ -36,7 +37,7 @@ class Predictions(NamedTuple):
     exit_layer: Tensor
     exit_score: Tensor
     reason: list[str]
-    errors: dict[int, DataError]
+    errors: dict[int, EarlyExitError]
 
 
 class Answer(NamedTuple):
@@ -46,7 +47,7 @@ class Answer(NamedTuple):
     exit_layer: int
     exit_score: float
     reason: str
-    error: DataError | None
+    error: EarlyExitError | None
 
 
 def predict(
@@ -67,8 +68,10 @@ def predict(
     """Classify many rows; batches hold rows of similar length and are filled up again as rows leave them.
 
     Args:
-        model: a model with exits. Nothing is written on it, so threads may share it.
-        rows: texts, text pairs, or a data set with texts or token ids; or any iterator of these.
+        model: a model with exits; also within torch.compile, DataParallel or PEFT. Nothing is written on it, so threads may
+            share it; in training mode it answers as `model.eval()` would.
+        rows: texts, text pairs, or a data set with texts or token ids; or any iterator of these. A DataFrame, columns by
+            name and what a tokenizer returned for several texts are rows, too.
         tokenizer: needed for texts.
         max_batch_tokens: padded tokens in a batch; by default what suits the device (512 on a CPU, 16,384 elsewhere).
         max_length: cut longer texts; the tokenizer's own limit by default.
@@ -84,9 +87,10 @@ def predict(
         Answers in the order of the rows; of length 0 for no rows.
 
     Raises:
-        DataError: for a row that cannot be read, with `errors="raise"`.
-        UsageError: for arguments out of range.
+        DataError: for a row that cannot be read, or whose answer is not finite, with `errors="raise"`.
+        UsageError: for arguments out of range, and for what is no model with exits or holds no rows.
     """
+    model = served_classifier(model)
     if deadline is not None and not deadline >= 0:
         raise UsageError(f"deadline is {deadline!r}; expected seconds, at least 0.", field="deadline", value=deadline)
     ends_at = None if deadline is None else time.monotonic() + deadline
@@ -147,6 +151,7 @@ def stream(
     Yields:
         An answer for each row.
     """
+    model = served_classifier(model)
     if window < 1:
         raise UsageError(f"window is {window}; expected at least 1 row.", field="window", value=window)
     return _one_by_one(
@@ -198,20 +203,21 @@ def _answered(
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
         else:
-            with evaluation_mode(model):
-                policy = model.choose_policy(*choice, {})
-                scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
-                encoded = encode_window(window, tokenizer, max_length, first)
-                if errors == "raise":
-                    _raise_first(walker, encoded, first)
-                answers = scheduler.run(encoded, first)
+            policy = model.choose_policy(*choice, {})
+            scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
+            encoded = encode_window(window, tokenizer, max_length, first)
+            if errors == "raise":
+                _raise_first(walker, encoded, first)
+            answers = scheduler.run(encoded, first)
+            if errors == "raise" and answers.errors:
+                raise answers.errors[min(answers.errors)]
         yield answers
         first += len(window)
 
 
 def _raise_first(walker: BatchWalker, encoded: list[Any], first: int) -> None:
     for place, row in enumerate(encoded):
-        error = row if isinstance(row, DataError) else walker.check(row, first + place)
+        error = row if isinstance(row, EarlyExitError) else walker.check(row, first + place)
         if error is not None:
             raise error
 

@@ -1,90 +1,42 @@
-"""From rows of any kind and number to windows of token ids, with an error in the place of a row that has none."""
+"""From rows of any kind to token ids, with an error in the place of a row that has none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DataError, UsageError
-
-MODEL_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
-TEXT_COLUMNS = (
-    ("text",),
-    ("sentence",),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("text", "text_pair"),
-)
+from ..errors import DataError, EarlyExitError, UsageError
+from .tables import MODEL_COLUMNS, UNREAD_COLUMNS, windows
 
 TokenIds = dict[str, list[int]]
 
-
-def text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The column or pair of columns that holds the texts.
-
-    Raises:
-        DataError: if none of the usual names is there.
-    """
-    found = [names for names in TEXT_COLUMNS if set(names) <= set(columns)]
-    if not found:
-        usual = ", ".join("+".join(names) for names in TEXT_COLUMNS)
-        raise DataError(f"No text column among {', '.join(columns)}; expected one of {usual}.", field="rows")
-    return max(found, key=len)
-
-
-def windows(rows: Any, size: int) -> Iterator[list[Any]]:
-    """Up to `size` rows at a time: texts, pairs of texts, or token ids by column name.
-
-    Args:
-        rows: a data set (also a streamed one) with token ids or texts, or any iterable of texts, pairs or token ids.
-        size: rows of a window, at least 1.
-
-    Raises:
-        UsageError: for one bare text.
-    """
-    if isinstance(rows, str):
-        raise UsageError("rows is one text; expected a list of texts: pass [text].", field="rows", value=rows)
-    columns = getattr(rows, "column_names", None)
-    if not columns:
-        source = iter(rows)
-        while window := list(islice(source, size)):
-            yield window
-        return
-    known = "input_ids" in columns
-    names = [name for name in MODEL_COLUMNS if name in columns] if known else list(text_columns(columns))
-    for batch in rows.select_columns(names).iter(size):
-        values = zip(*(batch[name] for name in names), strict=True)
-        if known:
-            yield [dict(zip(names, row, strict=True)) for row in values]
-        else:
-            yield [row[0] if len(row) == 1 else row for row in values]
+IDS, TEXT, PAIR = range(3)
 
 
 def encode_window(
     window: Sequence[Any], tokenizer: Any, max_length: int | None = None, first: int = 0
-) -> list[TokenIds | DataError]:
+) -> list[TokenIds | EarlyExitError]:
     """Token ids of every row, without padding at the end; for a row that cannot be read, the error.
 
     Args:
         window: texts, pairs of texts, or token ids by column name.
-        tokenizer: needed for texts.
+        tokenizer: needed for texts; without one each text is an error.
         max_length: cut longer texts; the tokenizer's own limit by default.
         first: the number of the first row, for the errors.
     """
-    encoded: list[Any] = [_kind(row, first + place) for place, row in enumerate(window)]
-    for kind in (1, 2):
-        places = [place for place, found in enumerate(encoded) if found == kind]
-        if not places:
-            continue
-        if tokenizer is None:
-            raise UsageError("Texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).", field="tokenizer")
-        found = _tokenize([window[place] for place in places], kind, tokenizer, max_length, [first + p for p in places])
-        for place, ids in zip(places, found, strict=True):
-            encoded[place] = ids
-    return [_unpadded(window[place]) if found == 0 else found for place, found in enumerate(encoded)]
+    kinds = [_kind(row, first + place) for place, row in enumerate(window)]
+    encoded: list[Any] = list(kinds)
+    for kind in (TEXT, PAIR):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        numbers = [first + place for place in places]
+        texts = [window[place] for place in places]
+        rows = (
+            _tokenize(texts, kind, tokenizer, max_length, numbers) if tokenizer is not None else map(_no_tokenizer, numbers)
+        )
+        for place, row in zip(places, rows, strict=True):
+            encoded[place] = row
+    return [_read_ids(window[place], first + place) if row == IDS else row for place, row in enumerate(encoded)]
 
 
 def encode_rows(rows: Any, tokenizer: Any, max_length: int | None = None) -> list[TokenIds]:
@@ -97,17 +49,18 @@ def encode_rows(rows: Any, tokenizer: Any, max_length: int | None = None) -> lis
 
     Raises:
         DataError: for the first row that cannot be read.
+        UsageError: for texts without a tokenizer, and for what holds no rows.
     """
     encoded: list[TokenIds] = []
     for window in windows(rows, 4096):
         for row in encode_window(window, tokenizer, max_length, len(encoded)):
-            if isinstance(row, DataError):
+            if isinstance(row, EarlyExitError):
                 raise row
             encoded.append(row)
     return encoded
 
 
-def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int) -> DataError | None:
+def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int, segments: int | None = None) -> DataError | None:
     """What keeps a model from reading these ids, if anything.
 
     Args:
@@ -115,6 +68,7 @@ def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int) -> Data
         number: of the row, for the error.
         vocabulary: ids the model knows, 0 to `vocabulary - 1`.
         longest: most tokens the model takes.
+        segments: token types the model knows, 0 to `segments - 1`; `None` where it reads none.
     """
     ids = row["input_ids"]
     if not 1 <= len(ids) <= longest:
@@ -125,6 +79,10 @@ def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int) -> Data
     if not all(isinstance(number, int) for number in ids) or not 0 <= min(ids) <= max(ids) < vocabulary:
         return _bad(number, f"has token ids this model does not know; expected whole numbers from 0 to {vocabulary - 1}, "
                     "as the model's own tokenizer makes them.", row)  # fmt: skip
+    types = row.get("token_type_ids", (0,))
+    if segments is not None and not 0 <= min(types) <= max(types) < segments:
+        return _bad(number, f"has token_type_ids from {min(types)} to {max(types)}; this model knows 0 to {segments - 1}. "
+                    "Leave the column out, or take the model's own tokenizer.", row)  # fmt: skip
     return None
 
 
@@ -136,14 +94,13 @@ def check_any_token(row: TokenIds, number: int) -> DataError | None:
 
 
 def _kind(row: Any, number: int) -> int | DataError:
-    """0 for token ids, 1 for a text, 2 for a pair."""
     if isinstance(row, str):
-        return 1
+        return TEXT
     if isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(part, str) for part in row):
-        return 2
-    if isinstance(row, dict) and isinstance(row.get("input_ids"), Iterable):
-        return 0
-    return _bad(number, f"is {row!r}; expected a text, a pair of texts, or token ids under 'input_ids'.", row)
+        return PAIR
+    if isinstance(row, Mapping) and "input_ids" in row:
+        return IDS
+    return _bad(number, f"is {_shown(row)}; expected a text, a pair of texts, or token ids under 'input_ids'.", row)
 
 
 def _bad(number: int, why: str, value: Any) -> DataError:
@@ -164,9 +121,63 @@ def _tokenize(rows: list[Any], kind: int, tokenizer: Any, max_length: int | None
     return [{name: encoded[name][row] for name in encoded if name in MODEL_COLUMNS} for row in range(len(rows))]
 
 
-def _unpadded(row: dict[str, Any]) -> TokenIds:
-    """Without the masked tokens at the end; a row without any real token stays as it is."""
-    ids = {name: list(row[name]) for name in MODEL_COLUMNS if name in row}
+def _no_tokenizer(number: int) -> UsageError:
+    return UsageError(
+        f"Row {number} is a text. Texts need a tokenizer: pass tokenizer=AutoTokenizer.from_pretrained(...).",
+        field="tokenizer",
+    )
+
+
+def _read_ids(row: Mapping[str, Any], number: int) -> TokenIds | DataError:
+    """One row's columns as whole numbers, without the masked tokens at the end; a row without any real token stays whole."""
+    for name in UNREAD_COLUMNS:
+        if row.get(name) is not None:
+            why = f"has {name}, which rows are served without: leave it out, or call the model itself."
+            return _bad(number, why, row)
+    ids: TokenIds = {}
+    for name in MODEL_COLUMNS:
+        values = row.get(name)
+        if values is None and name != "input_ids":
+            continue
+        try:
+            ids[name] = _whole_numbers(values, is_mask=name == "attention_mask")
+        except (TypeError, ValueError, OverflowError) as error:
+            expected = "0 and 1" if name == "attention_mask" else "whole numbers"
+            return _bad(number, f"has {name} that cannot be read: {error}. Expected {expected}, one a token.", row)
     mask = ids.get("attention_mask", [1])
     padding = next((place for place, real in enumerate(reversed(mask)) if real), 0)
     return {name: values[: len(values) - padding] for name, values in ids.items()} if padding else ids
+
+
+def _whole_numbers(values: Any, is_mask: bool) -> list[int]:
+    """A list, tuple, array or tensor of whole numbers as a list.
+
+    Raises:
+        TypeError, ValueError, OverflowError: telling the value at fault.
+    """
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"it has the shape {list(values.shape)}, which is not that of one row")
+    if not isinstance(values, (list, tuple, range)):
+        if not hasattr(values, "tolist"):
+            raise TypeError(f"it is {_shown(values)}")
+        values = values.tolist()
+    numbers = list(values)
+    if not set(map(type, numbers)) <= {int}:
+        numbers = [_whole_number(value, is_mask) for value in numbers]
+    if is_mask and numbers and not 0 <= min(numbers) <= max(numbers) <= 1:
+        raise ValueError(f"it holds {_shown(min(numbers) if min(numbers) < 0 else max(numbers))}")
+    return numbers
+
+
+def _whole_number(value: Any, is_mask: bool) -> int:
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if is_mask and isinstance(plain, (bool, float)) and plain in (0, 1):
+        return int(plain)
+    if isinstance(plain, bool) or not hasattr(type(plain), "__index__"):
+        raise TypeError(f"it holds {_shown(plain)}")
+    return operator.index(plain)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError, UsageError
+from ..errors import EarlyExitError, UsageError
 from ..families.context import Context
 from ..policies.base import ExitPolicy
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
@@ -119,7 +119,7 @@ class Scheduler:
         return index == self.last or self.ends_at is not None or (self.policy is not None and self.policy.wants(index))
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[TokenIds | DataError], first: int = 0) -> Answers:
+    def run(self, rows: Sequence[TokenIds | EarlyExitError], first: int = 0) -> Answers:
         """Answers in the order of the rows.
 
         Args:
@@ -143,6 +143,7 @@ class Scheduler:
             if going is not None:
                 ready.append(going)
         answers.write(gone)
+        answers.refuse_what_is_not_finite(first)
         return answers
 
     def _next(
@@ -161,10 +162,10 @@ class Scheduler:
                 return self._join(pile)
         return None
 
-    def _let_in(self, rows: Sequence[TokenIds | DataError], first: int, answers: Answers) -> Iterator[Chunk]:
+    def _let_in(self, rows: Sequence[TokenIds | EarlyExitError], first: int, answers: Answers) -> Iterator[Chunk]:
         good: list[tuple[int, TokenIds]] = []
         for place, row in enumerate(rows):
-            error = row if isinstance(row, DataError) else self.walker.check(row, first + place)
+            error = row if isinstance(row, EarlyExitError) else self.walker.check(row, first + place)
             if error is None:
                 good.append((place, row))  # type: ignore[arg-type]
             else:

@@ -14,7 +14,7 @@ from ..data.forms import Reading
 from ..data.labels import as_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError
-from ..serving.rows import text_columns
+from ..serving.tables import text_columns
 
 
 def load_splits(source: str, reading: Reading | None = None) -> datasets.DatasetDict:

@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.serving.batching import evaluation_mode, pad_batch, sorted_batches
-from hf_earlyexit.serving.rows import encode_rows, text_columns
+from hf_earlyexit.serving.batching import evaluating, pad_batch, sorted_batches
+from hf_earlyexit.serving.rows import encode_rows
+from hf_earlyexit.serving.tables import text_columns
 
 
 def ids(*lengths):
@@ -98,19 +99,49 @@ def test_a_batch_is_padded_on_the_right_in_every_column():
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_evaluation_mode_ends_as_it_began(tiny_model):
+def test_a_view_evaluates_and_nothing_is_written_on_the_model(tiny_model, random_batch):
+    model, batch = tiny_model(), random_batch(8)
+    assert evaluating(model) is model
+    expected = model(**batch, early_exit=False).exit_logits
+    modes = {name: name != "classifier" for name, _ in model.named_modules()}  # one of them frozen by hand
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    view = evaluating(model)
+    assert torch.equal(view(**batch, early_exit=False).exit_logits, expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not any(module.training for module in view.modules())
+    assert all(one is other for one, other in zip(view.parameters(), model.parameters(), strict=True))
+
+
+def test_a_view_runs_the_hooks_of_the_model_and_keeps_its_own(tiny_model, random_batch):
+    model, seen = tiny_model().train(), []
+    model.bert.encoder.layer[1].register_forward_hook(lambda *call: seen.append("model"))
+    view = evaluating(model)
+    view.bert.encoder.layer[1].register_forward_hook(lambda *call: seen.append("view"))
+    view(**random_batch(2), early_exit=False)
+    assert seen == ["model", "view"]
+    model(**random_batch(2))
+    assert seen == ["model", "view", "model"]
+
+
+def test_a_module_that_came_twice_comes_twice_in_the_view(tiny_model):
     model = tiny_model().train()
-    with evaluation_mode(model):
-        assert not model.bert.training
-    assert model.bert.training
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    layers = evaluating(model).bert.encoder.layer
+    assert layers[1] is layers[0]
+    assert layers[0] is not model.bert.encoder.layer[0]
 
-    def fail():
-        with evaluation_mode(model):
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        fail()
-    assert model.training
-    with evaluation_mode(model.eval()):
-        pass
-    assert not model.training
+def test_a_forward_that_knows_the_models_own_mode_is_refused(tiny_model):
+    model = tiny_model().train()
+    model.bert.forward = model.bert.forward
+    with pytest.raises(UsageError, match=r"BertModel has been given another forward.*call model.eval\(\) first"):
+        evaluating(model)
+    assert evaluating(model.eval()) is model
+
+
+def test_code_compiled_in_place_is_passed_by_in_training_mode(tiny_model, random_batch):
+    model, batch = tiny_model(), random_batch(4)
+    expected = model(**batch, early_exit=False).exit_logits
+    model.train().compile(backend="eager")
+    assert torch.equal(evaluating(model)(**batch, early_exit=False).exit_logits, expected)

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.serving.rows import check_ids, encode_window, windows
+from hf_earlyexit.serving.rows import check_ids, encode_window
+from hf_earlyexit.serving.tables import windows
 
 
 def test_windows_hold_every_row_in_order_and_read_no_further():

@@ -1,0 +1,28 @@
+"""The classifier that answers, taken out of whatever was given as a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UsageError
+from ..modeling.classifier import EarlyExitClassifier
+from ..modeling.wrapped import unwrapped
+from .batching import evaluating
+
+
+def served_classifier(model: Any) -> Any:
+    """A classifier with exits in evaluation mode; nothing is written on what was given.
+
+    Args:
+        model: a classifier with exits, an exported one, or what `unwrapped` takes around one.
+
+    Raises:
+        UsageError: for another model.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, EarlyExitClassifier) and not hasattr(inner, "walker"):
+        raise UsageError(
+            f"{type(inner).__name__} is no classifier; its answers come from generate(...) or its own pipeline.",
+            field="model",
+        )
+    return evaluating(inner)
