@@ -80,7 +80,7 @@ class Promise:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "groups": [dataclasses.asdict(group) for group in self.groups]}
 
     @classmethod
     def from_dict(cls, values: Any) -> Promise:

@@ -71,8 +71,8 @@ class CalibrationResult:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["exits"] = [dataclasses.asdict(report) for report in self.exits]
         fields["curve"] = [[cost, quality, list(thresholds)] for cost, quality, thresholds in self.curve]
-        for name in ("expected", "promise"):
-            fields[name] = None if fields[name] is None else dataclasses.asdict(fields[name])
+        fields["expected"] = None if self.expected is None else dataclasses.asdict(self.expected)
+        fields["promise"] = None if self.promise is None else self.promise.to_dict()
         return {"format": self.FORMAT, **fields, "policy": self.policy.to_dict(), "notes": list(self.notes)}
 
     @classmethod

@@ -79,8 +79,15 @@ def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) 
         "split": result.split,
         "num_rows": result.num_rows,
         "target": result.target,
+        "exit_shares": [report.share for report in result.exits],
+        "promise": None if result.promise is None else result.promise.to_dict(),
     }
-    return {**certificate, "sum": short_sum(certificate)}
+    return _summed(certificate)
+
+
+def _summed(certificate: dict[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in certificate.items() if name != "sum"}
+    return {**values, "sum": short_sum(values)}
 
 
 def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -98,7 +105,7 @@ def is_certificate(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and all(isinstance(value.get(name), kind) for name, kind in NEEDED.items())
-        and value.get("sum") == short_sum({name: one for name, one in value.items() if name != "sum"})
+        and value.get("sum") == _summed(value)["sum"]
     )
 
 
@@ -160,6 +167,9 @@ def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
                 f"near a threshold may leave at another layer. Calibrate in {dtype}, or load with "
                 f"dtype={certificate['dtype']!r}."
             )
+            if certificate.get("promise") is not None:
+                logger.warning(f"What was promised of the {named} held in {certificate['dtype']} only, and is left out.")
+                certificate.update(_summed({**certificate, "promise": None}))
 
 
 def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:

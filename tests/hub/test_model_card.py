@@ -373,3 +373,20 @@ def test_the_standard_error_of_rows_that_chose_nothing_is_told(model, calibratio
     promise = text[text.index("What the thresholds do not promise") :]
     for name, done in evaluations.items():
         assert f"{done.standard_error:.4f} for {name}" in promise
+
+
+def test_the_card_words_what_is_expected_and_what_is_promised(model):
+    trace = learned_trace(rows=3000, split="validation")
+    certified = ee.calibrate(trace, "confidence", ee.Certified(0.05, 0.9, risk="harm"))
+    chosen = ee.calibrate(trace, "confidence", ee.MaxDrop(0.01))
+    model.set_exit_policy(certified.policy)
+    text = card_of(model_card_files(model, {"sure": certified, "quick": chosen})).text
+    words = " ".join(text.split())
+    assert (
+        "sure is certified. With 90 % confidence over the draw of the 2400 certifying rows, the early answer is wrong"
+        in words
+    )
+    assert "600 other rows made the" in words
+    assert f"{certified.promise.mean_loss:.4f} (p = {certified.promise.p_value:.2g}" in words
+    assert f"quick, expected on rows not seen: {chosen.expected.difference:+.4f}" in words
+    assert "quick is certified" not in words

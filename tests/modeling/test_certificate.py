@@ -1,6 +1,7 @@
 """Thresholds are tied to the heads and the dtype they were chosen on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from transformers import AutoModel, BertTokenizer
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, EarlyExitConfigError
+from hf_earlyexit.modeling.certificate import is_certificate
+from hf_earlyexit.modeling.fingerprint import model_fingerprint
 from tests.hub.toy import calibrate, make_model
 from tests.modeling.test_loading import HEAD_TENSOR, Door, edit_config, edit_weights
+from tests.samples import learned_trace
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +168,24 @@ def test_another_vocabulary_is_warned_of_and_the_models_own_is_not(tmp_path, mod
     swapped = BertTokenizer(vocab={word: number for number, word in enumerate([*words[:5], *reversed(words[5:])])})
     ee.pipeline(model=str(tmp_path), tokenizer=swapped)
     assert len(heard(caplog, "the model was saved with")) == 1
+
+
+def test_a_promise_stands_in_the_certificate_and_holds_in_its_dtype_only(model, tmp_path, caplog):
+    trace = replace(
+        learned_trace(2000, classes=model.num_labels),
+        gates=None,
+        fingerprint=model_fingerprint(model),
+        meta={"dtype": "float32"},
+    )
+    result = ee.calibrate(trace, "confidence", ee.Certified(0.05, risk="harm"))
+    model.set_exit_policy(result)
+    assert model.config.exit_certificate["promise"] == json.loads(json.dumps(result.promise.to_dict()))
+    assert model.config.exit_certificate["exit_shares"] == [report.share for report in result.exits]
+    model.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).config.exit_certificate["promise"]["limit"] == 0.05
+    assert not heard(caplog, "promised")
+    narrow = AutoModel.from_pretrained(tmp_path, dtype="bfloat16")
+    assert len(heard(caplog, "held in float32 only")) == 1
+    assert narrow.config.exit_certificate["promise"] is None
+    assert narrow.exit_policy == result.policy
+    assert is_certificate(narrow.config.exit_certificate)
