@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..modeling.exits import require_float32_on_cpu
@@ -113,9 +114,20 @@ def quantize_int8(model: Any) -> Any:
             part.joint = Int8Linear(*(getattr(part, name) for name in names))
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, Int8Linear(child))
+                if (linear := _as_linear(child)) is not None:
+                    setattr(parent, name, Int8Linear(linear))
     return small
+
+
+def _as_linear(module: nn.Module) -> nn.Linear | None:
+    """A linear map as torch writes it, whoever wrote it; `None` for other modules."""
+    if isinstance(module, nn.Linear):
+        return module
+    if not isinstance(module, Conv1D):
+        return None
+    linear = nn.Linear(*module.weight.shape)
+    linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous(), False), module.bias
+    return linear
 
 
 def _cannot_save(*args: Any, **kwargs: Any) -> None:
