@@ -77,6 +77,7 @@ class Family:
         packed: a class whose objects run one layer on rows without padding; `None` for padded rows only.
         same_input: path of a layer's part, and names of its linear maps that read the same input: `packed` takes one map in
             their place, with their outputs side by side, where the part has one named `joint`.
+        is_watched: whether transformers collects hidden states and attentions by itself where they are asked for.
         untraced: why the family cannot become a graph; empty where it can.
         task: what the stock classifier does.
     """
@@ -99,6 +100,7 @@ class Family:
     inputs: tuple[str, ...] = TEXT_INPUTS
     packed: Any = None
     same_input: tuple[str, tuple[str, ...]] | None = None
+    is_watched: bool = True
     untraced: str = ""
     task: str = TEXT
 
@@ -122,6 +124,10 @@ class Family:
         values = (getattr(config, name, None) for name in self.dropout)
         return next((float(value) for value in values if value is not None), 0.0)
 
+    def segments_of(self, config: Any) -> int | None:
+        """Token types a model knows, 0 to this number - 1; `None` where it reads none."""
+        return (getattr(config, "type_vocab_size", None) or None) if "token_type_ids" in self.inputs else None
+
     def begin(self, model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> tuple[Tensor, Context]:
         """Hidden states before the first layer `[B, T, H]`, and the context of all layers.
 
@@ -134,9 +140,13 @@ class Family:
             UsageError, DataError: for inputs the model cannot read.
         """
         self.check(self, model, inputs)
-        given = {name: inputs.get(name) for name in self.inputs}
-        hidden = self.embed(model, given)
-        return hidden, self.context(model, hidden, given.get("attention_mask"), self._kept(model, given, hidden), options)
+        hidden = self.embedded(model, inputs)
+        kept = self._kept(model, inputs, hidden)
+        return hidden, self.context(model, hidden, inputs.get("attention_mask"), kept, options)
+
+    def embedded(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Hidden states before the first layer `[B, T, H]`; inputs of other families are passed over."""
+        return self.embed(model, {name: inputs.get(name) for name in self.inputs})
 
     def context(
         self,

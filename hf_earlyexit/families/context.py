@@ -55,6 +55,7 @@ class Context:
         kept: what belongs to the rows wherever they go, `[B]` or `[B, T]`: `position_ids` that were given, and the place of
             the token that answers, `answering`.
         options: keyword arguments for every layer.
+        attentions: gets the attention of every layer, of families that transformers does not watch; `None` if nobody asks.
     """
 
     per_row: dict[str, Any] = field(default_factory=dict)
@@ -64,10 +65,18 @@ class Context:
     lengths: tuple[int, ...] | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    attentions: list[Tensor] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """An entry, whether it belongs to rows or to all."""
         return self.per_row[name] if name in self.per_row else self.shared[name]
+
+    def noted(self, after: tuple[Any, ...]) -> Tensor:
+        """The hidden states of a layer that returns its attention beside them, which is noted where somebody asks."""
+        if self.attentions is not None:
+            self.attentions.append(after[1])
+        hidden: Tensor = after[0]
+        return hidden
 
     def count(self, hidden: Tensor) -> int:
         """Rows."""

@@ -175,7 +175,8 @@ def _frame_mpnet(frame: Frame) -> Framed:
 
 
 def _call_mpnet(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
-    return layer(hidden, context.per_row[MASK], context.per_row["position_bias"], **context.options)[0]
+    asks = context.attentions is not None
+    return context.noted(layer(hidden, context.per_row[MASK], context.per_row["position_bias"], output_attentions=asks))
 
 
 def _embed_deberta(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -209,13 +210,16 @@ def _frame_deberta(frame: Frame) -> Framed:
 
 def _call_deberta(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:
     places, embeddings = context["relative_pos"], context["rel_embeddings"]
-    after = layer(hidden, context.per_row[MASK], relative_pos=places, rel_embeddings=embeddings)[0]
+    asks = context.attentions is not None
+    given = {"relative_pos": places, "rel_embeddings": embeddings, "output_attentions": asks}
+    after = context.noted(layer(hidden, context.per_row[MASK], **given))
     return context["conv"](hidden, after, context.per_row["tokens"]) if layer is context["first"] else after
 
 
 MPNET = replace(
     ROBERTA,
     name="MPNet",
+    is_watched=False,
     frame=_frame_mpnet,
     call=_call_mpnet,
     longest=lambda config: config.max_position_embeddings - 2,  # the padding token's id is 1 whatever the config says
@@ -226,6 +230,7 @@ MPNET = replace(
 DEBERTA = replace(
     BERT,
     name="DebertaV2",
+    is_watched=False,
     embed=_embed_deberta,
     frame=_frame_deberta,
     call=_call_deberta,

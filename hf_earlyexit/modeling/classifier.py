@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..families.base import Family
+from ..families.base import IMAGE, Family
 from ..families.context import Context, Part
 from ..families.packed import Packed
 from ..labels import read_labels
@@ -85,6 +86,21 @@ class EarlyExitClassifier(ModelWithExits):
             return False
         return mask is None or (mask.ndim == 2 and len(mask) > 0)
 
+    def _wanted(self, options: dict[str, Any]) -> set[str]:
+        """What is asked for beside the answers, of "hidden_states" and "attentions"."""
+        names = ("hidden_states", "attentions")
+        return {name for name in names if options.get(f"output_{name}", getattr(self.config, f"output_{name}", False))}
+
+    def _show(self, output: Any, wanted: set[str], states: list[Tensor], context: Context) -> None:
+        """Add what transformers does not collect by itself."""
+        norm = self.family.norm_of(self.base_model)
+        if "hidden_states" in wanted and norm is not None and self.family.task != IMAGE:
+            output.last_hidden_state = norm(states[-1])  # no key: transformers puts it at the end of the hidden states
+        if not self.family.is_watched:
+            shown = {"hidden_states": states, "attentions": context.attentions or []}
+            for name in wanted:
+                output[name] = tuple(shown[name])
+
     def _classify(
         self,
         inputs: dict[str, Any],
@@ -101,6 +117,7 @@ class EarlyExitClassifier(ModelWithExits):
             hidden, context = self.family.begin_packed(self.base_model, inputs)
         else:
             hidden, context = self.family.begin(self.base_model, inputs, options)
+        states, wanted = [hidden], self._wanted(options)
         if policy is not None:
             early = run_early(self, hidden, context, policy, self.num_labels)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)
@@ -108,7 +125,9 @@ class EarlyExitClassifier(ModelWithExits):
                 logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
             )
         else:
-            exit_logits, gates = run_all(self, hidden, context, self.num_labels)
+            if not self.family.is_watched and "attentions" in wanted:
+                context = replace(context, attentions=[])
+            exit_logits, gates = run_all(self, hidden, context, self.num_labels, states if wanted else None)
             depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
@@ -119,6 +138,7 @@ class EarlyExitClassifier(ModelWithExits):
             else:
                 loss = task_loss(output.logits, labels, problem_type)
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
+        self._show(output, wanted, states, context)
         return output
 
 

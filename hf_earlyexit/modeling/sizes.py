@@ -29,6 +29,7 @@ SIZES = {
     "hidden_sizes": 1 << 20,
     "depths": MOST_LAYERS,
 }
+MAY_BE_NONE = ("type_vocab_size",)  # DeBERTa has no segments
 CHANCES = ("dropout", "dropout_prob", "pdrop")
 EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 ACTIVATIONS = ("hidden_act", "activation_function", "activation", "hidden_activation")
@@ -78,8 +79,9 @@ def check_sizes(config: Any, place: str = "") -> None:
     for name, most in SIZES.items():
         value = getattr(config, name, None)
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            if number is not None and not is_whole(number, 1, most):
-                raise wrong(place + name, value, f"a whole number from 1 to {most:,}")
+            least = 0 if name in MAY_BE_NONE else 1
+            if number is not None and not is_whole(number, least, most):
+                raise wrong(place + name, value, f"a whole number from {least} to {most:,}")
     for name, value in vars(config).items():
         if name.endswith(CHANCES) and value is not None and not is_real(value, 0, 1):
             raise wrong(place + name, value, "a chance from 0 to 1")

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from ..errors import CheckpointError, DataError, UsageError
+from ..families import FAMILIES
 from ..families.context import Context, row_lengths
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
 from ..modeling.operating import OperatingPoints
@@ -45,14 +46,15 @@ class OnnxWalker(BatchWalker):
         self.config = config
         self.exit_layers = tuple(config.exit_layers)
         self.num_classes = config.num_labels
+        family = FAMILIES[config.stock_model_type]
+        self.longest, self.segments = family.longest(config), family.segments_of(config)
         self._begin = _session(read, BEGIN, threads)
         self._layers = [_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
-        config = self.config
-        ids = check_ids(row, number, config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
+        ids = check_ids(row, number, self.config.vocab_size, self.longest, self.segments)
         return ids or check_any_token(row, number)  # runtimes differ in what attention to nothing gives
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
@@ -63,7 +65,8 @@ class OnnxWalker(BatchWalker):
     def begin_batch(self, ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Context]:
         """As `begin`, from `[B, T]` tensors."""
         segments = torch.zeros_like(ids) if segments is None else segments
-        (hidden,) = self._begin.run(None, {"input_ids": ids.numpy(), "token_type_ids": segments.numpy()})
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+        (hidden,) = self._begin.run(None, {name: values.long().numpy() for name, values in given.items()})
         return torch.from_numpy(hidden), _context(mask.bool())
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
@@ -157,7 +160,7 @@ class OnnxClassifier(OperatingPoints):
             DataError: for inputs longer than the model takes.
         """
         policy = self.choose_policy(early_exit, operating_point, {})
-        limit = self.config.max_position_embeddings
+        limit = self.walker.longest
         if not 1 <= input_ids.shape[1] <= limit:
             raise DataError(
                 f"The input is {input_ids.shape[1]} tokens long; this model takes 1 to {limit}. "

@@ -7,7 +7,7 @@ from typing import Any
 from onnx import ModelProto, TensorProto
 
 from .graphs import cut
-from .walk import EMBEDDED, TOKENS, gate_of, hidden_after, logits_of
+from .walk import EMBEDDED, INPUTS, TOKENS, gate_of, hidden_after, logits_of
 
 BEGIN = "begin.onnx"
 
@@ -30,7 +30,7 @@ def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
     def hidden(name: str) -> dict[str, Any]:
         return {name: (TensorProto.FLOAT, states)}
 
-    ids = dict.fromkeys(("input_ids", "token_type_ids"), (TensorProto.INT64, ("batch", "length")))
+    ids = dict.fromkeys(INPUTS, (TensorProto.INT64, ("batch", "length")))
     pieces = {BEGIN: cut(whole, ids, hidden(EMBEDDED))}
     for layer in range(1, config.num_hidden_layers + 1):
         given = {**hidden(hidden_after(layer - 1)), **tokens}

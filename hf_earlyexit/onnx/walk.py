@@ -45,8 +45,8 @@ class _Walk(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         model, tokens = self.model, attention_mask.bool()
-        inputs = {"input_ids": input_ids, "token_type_ids": token_type_ids}
-        hidden = model.family.embed(model.base_model, {**dict.fromkeys(model.family.inputs), **inputs})
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        hidden = model.family.embedded(model.base_model, inputs)
         context = model.family.context(model.base_model, hidden, tokens, {}, {}, traced=True)
         named = {TOKENS: tokens, EMBEDDED: hidden}
         exit_at = {layer: index for index, layer in enumerate(model.exit_layers)}

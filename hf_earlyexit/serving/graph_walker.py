@@ -69,7 +69,7 @@ class GraphWalker(ModelWalker):
         given = {name: placed(values, self.device) for name, values in batch.items()}
         tokens = given["attention_mask"].bool()
         self.family.check(self.family, self.base, given)
-        hidden = self.family.embed(self.base, {**dict.fromkeys(self.family.inputs), **given})
+        hidden = self.family.embedded(self.base, given)
         return hidden, Context(tokens=tokens, lengths=tuple(len(row["input_ids"]) for row in rows))
 
     def run(

@@ -87,7 +87,7 @@ class ModelWalker(BatchWalker):
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
         config = self.base.config
-        segments = getattr(config, "type_vocab_size", None) if "token_type_ids" in self.family.inputs else None
+        segments = self.family.segments_of(config)
         return check_ids(row, number, config.vocab_size, self.family.longest(config), segments)
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:

@@ -81,8 +81,16 @@ def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Te
     result.score[leaving] = score[leave]
 
 
-def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) -> tuple[Tensor, Tensor | None]:
+def run_all(
+    walker: Walker, hidden: Tensor, context: Context, num_classes: int, states: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Run every layer, every exit and every gate.
+
+    Args:
+        walker: the model.
+        hidden, context: before the first layer.
+        num_classes: C.
+        states: gets the hidden states after every layer.
 
     Returns:
         Logits of all exits `[B, E, C]`, and leave logits `[B, E - 1]` where the model has gates.
@@ -93,6 +101,8 @@ def run_all(walker: Walker, hidden: Tensor, context: Context, num_classes: int) 
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     for layer in range(1, walker.exit_layers[-1] + 1):
         hidden = walker.run_layer(layer, hidden, context)
+        if states is not None:
+            states.append(hidden)
         if layer in exit_at:
             signal = walker.exit_signal(exit_at[layer], hidden, context, True)
             logits.append(signal.logits)

@@ -93,5 +93,5 @@ def batch_of(name, rows=6, seed=0, padding="right", **more):
 
 def rows_of(batch):
     """The rows of a batch padded on the right, as token ids."""
-    return [{"input_ids": ids[: int(mask.sum())].tolist()}
+    return [{"input_ids": (kept := ids[: int(mask.sum())].tolist()), "token_type_ids": [0] * len(kept)}
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip

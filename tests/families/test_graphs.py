@@ -1,0 +1,58 @@
+"""Families as ONNX files, and with states and attentions asked for."""
+
+import pytest
+import torch
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.families import FAMILIES
+
+from .tiny import TEXTS, batch_of, new_model, rows_of, stock_of, tiny
+
+ort = pytest.importorskip("onnxruntime")
+TRACED = [name for name in TEXTS if not FAMILIES[name].untraced]
+SHALLOW = {"distilbert": {"n_layers": 2}}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_exported_files_let_rows_go_where_the_model_does(name, tmp_path):
+    model = new_model(name, **SHALLOW.get(name, {"num_hidden_layers": 2}))
+    batch = batch_of(name, rows=10, seed=1)
+    with torch.inference_mode():
+        first = model(**batch, early_exit=False).exit_logits[:, 0].softmax(-1).amax(-1).sort().values
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[float((first[4] + first[5]) / 2)]))
+    ee.export_onnx(model, tmp_path)
+    rows = rows_of(batch)
+    expected = ee.predict(model, rows)
+    layers = expected.exit_layer.tolist()
+    assert set(layers) == {1, 2}
+    found = ee.predict(ee.OnnxClassifier.from_pretrained(tmp_path, threads=1), rows)
+    assert found.exit_layer.tolist() == layers
+    assert (found.logits - expected.logits).abs().max() <= 1e-4
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    for row, layer in zip(rows, layers, strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        told = session.run(["exit_layer"], {part.name: given[part.name].numpy() for part in session.get_inputs()})
+        assert told[0].tolist() == [layer]
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].untraced])
+def test_families_that_make_no_graph_are_refused_with_the_reason(name, tmp_path):
+    with pytest.raises(UsageError, match=f"{FAMILIES[name].name} models cannot be exported: "):
+        ee.export_onnx(tiny(name), tmp_path / "out", forms=["layers"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hidden_states_and_attentions_are_those_of_the_stock_model(name):
+    model, batch = new_model(name, attn_implementation="eager"), batch_of(name)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.inference_mode():
+        found, expected = model(**batch, **asked, labels=torch.zeros(6).long()), stock_of(model, name)(**batch, **asked)
+        plain = model(**batch)
+    for part in ("hidden_states", "attentions"):
+        assert len(found[part]) == len(expected[part]) > 0
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[part], expected[part], strict=True))
+    assert plain.hidden_states is None
+    assert not hasattr(plain, "last_hidden_state")
+    assert "last_hidden_state" not in found
