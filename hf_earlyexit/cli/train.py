@@ -116,12 +116,11 @@ def prepare(
     train = read_rows(args, args.dataset, args.train_split)
     if id_column is not None:
         train = with_ids(train, id_column)
+    train, labelling = labelled_rows(args, train, problem_type=args.problem_type)
     if args.held_back.replace(".", "", 1).isdigit():
         train, held = hold_back(train, float(args.held_back), seed)
     else:
-        held = read_rows(args, args.dataset, args.held_back)
-    train, labelling = labelled_rows(args, train, problem_type=args.problem_type)
-    held, _ = labelled_rows(args, held, labelling)
+        held, _ = labelled_rows(args, read_rows(args, args.dataset, args.held_back), labelling)
     for note in labelling.notes:
         warn(note)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
