@@ -15,7 +15,7 @@ import yaml
 
 import hf_earlyexit as ee
 from hf_earlyexit.calibration import TARGETS
-from hf_earlyexit.cli.main import COMMANDS
+from hf_earlyexit.cli.main import COMMANDS, flags_of
 from hf_earlyexit.cli.parsing import parse_arguments
 from hf_earlyexit.losses import OBJECTIVES
 from hf_earlyexit.modeling.heads import HEADS
@@ -91,7 +91,7 @@ def test_commands_use_flags_that_exist(page, command, monkeypatch, tmp_path):
     words = shlex.split(command[command.index("hf-earlyexit ") :], comments=True)
     assert words[1] in COMMANDS.names()
     module = import_module(f"hf_earlyexit.cli.{words[1]}")
-    assert parse_arguments(module.ARGUMENTS, words[2:], words[1], None, getattr(module, "REST", None))[0]
+    assert parse_arguments(flags_of(module), words[2:], words[1], None, getattr(module, "REST", None))[0]
 
 
 def test_commands_are_shown():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 
 from ..registry import Registry
 from .failures import end_of
@@ -67,10 +68,7 @@ def _run(name: str, words: list[str]) -> None:
     from .parsing import parse_arguments  # brings transformers' parser with it, which the overview does not need
 
     command = import_module(f".{name}", __package__)
-    # what a command takes beside its own flags costs seconds to import, and pages to list
-    more = getattr(command, "more_arguments", None)
-    short = more is not None and bool(set(HELP) & set(words))
-    classes = command.ARGUMENTS if more is None or short else (*command.ARGUMENTS, *more())
+    classes = flags_of(command, all_of_them=not set(HELP) & set(words))
     words = [HELP[1] if word == HELP_ALL else word for word in words]
     objects, as_json = parse_arguments(
         classes, words, name, command.__doc__, getattr(command, "REST", None), getattr(command, "MORE", None)
@@ -82,6 +80,17 @@ def _run(name: str, words: list[str]) -> None:
         answer.print_lines()
     elif text:
         print(text, flush=True)
+
+
+def flags_of(command: ModuleType, all_of_them: bool = True) -> tuple[type, ...]:
+    """The dataclasses whose fields are a command's flags.
+
+    Args:
+        command: its module.
+        all_of_them: with what it takes beside its own, which costs seconds to import, and pages to list.
+    """
+    more = getattr(command, "more_arguments", None)
+    return (*command.ARGUMENTS, *more()) if more is not None and all_of_them else tuple(command.ARGUMENTS)
 
 
 def _overview() -> str:
