@@ -61,7 +61,13 @@ def test_a_bug_is_raised_and_says_that_it_is_one(error, monkeypatch):
 
 def test_every_extra_that_is_named_holds_what_was_missing():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    packages = {"sklearn": "scikit-learn", "PIL": "pillow", "pandas": "datasets", "pyarrow": "datasets"}
+    packages = {
+        "sklearn": "scikit-learn",
+        "PIL": "pillow",
+        "scipy": "scikit-learn",
+        "pandas": "datasets",
+        "pyarrow": "datasets",
+    }
     for module, extra in EXTRAS.items():
         assert any(line.startswith(packages.get(module, module)) for line in extras[extra]), f"{module} is not in [{extra}]"
 
