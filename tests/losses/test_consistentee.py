@@ -196,3 +196,20 @@ def test_the_loss_of_the_exits_says_nothing_to_the_gates_and_the_gates_loss_noth
     assert float(of_exits[1].abs().max()) > 0
     assert of_gates[1] is None
     assert float(of_gates[0].abs().max()) > 0
+
+
+@pytest.mark.parametrize(("chance", "taken"), [(0.45, 1), (0.499, 1), (0.501, 0), (0.55, 0)])
+def test_argmax_leaves_above_one_half_and_not_before(chance, taken):
+    objective = ConsistentObjective(action="argmax", rollouts=4)
+    drawn = objective.draw_exits(torch.tensor([[chance]]).logit(), row_noise(torch.arange(1), 0, 0, (4, 1)))
+    assert drawn.tolist() == [[taken] * 4]
+
+
+def test_the_exits_loss_is_that_of_the_exits_the_rollouts_took():
+    # three of four rollouts leave at the first exit
+    noise = torch.tensor([[[0.1], [0.1], [0.1], [0.9]]])
+    objective, losses = ConsistentObjective(rollouts=4), torch.tensor([[0.4, 0.8]], requires_grad=True)
+    value = objective(torch.zeros(1, 1), losses, torch.zeros(1), torch.tensor([1.0, 2.0]), noise)
+    assert value.exit_loss.item() == pytest.approx(0.75 * 0.4 + 0.25 * 0.8)
+    value.exit_loss.backward()
+    assert losses.grad.tolist() == [[0.75, 0.25]]

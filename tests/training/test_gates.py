@@ -12,7 +12,7 @@ from hf_earlyexit.losses.base import row_losses
 from hf_earlyexit.losses.noise import row_keys, row_noise
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.training.gates import EpsilonSchedule, GateRecipe, train_gates
-from hf_earlyexit.training.states import GateStates
+from hf_earlyexit.training.states import GateStates, collect_states
 from tests.samples import learned_trace
 
 RECIPE = GateRecipe(epochs=3, batch_size=8, learning_rate=3e-3, seed=5)
@@ -116,3 +116,15 @@ def test_the_chance_of_a_coin_falls_from_start_to_end():
     assert schedule.at(0) == 0.9
     assert schedule.at(10) == pytest.approx(0.1 + 0.8 / math.e)
     assert schedule.at(10_000) == pytest.approx(0.1)
+
+
+def test_cached_states_are_each_rows_own_whatever_its_length_and_batch(tiny_model, rows):
+    model, data = tiny_model(exit_gate="mlp+logits"), rows(25, seed=3)
+    cached = collect_states(model, data, max_batch_tokens=24, progress=False)
+    with torch.inference_mode():
+        alone = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False) for row in data]
+    assert cached.states.shape == (25, 3, 32)
+    assert torch.allclose(cached.trace.logits, torch.cat([output.exit_logits for output in alone]), atol=1e-5)
+    assert torch.allclose(cached.gate_logits(model.exit_gates), torch.cat([o.exit_gates for o in alone]), atol=1e-4)
+    assert cached.trace.labels.tolist() == data["labels"][:]
+    assert len({len(row["input_ids"]) for row in data}) > 5
