@@ -57,6 +57,7 @@ _HOMES = {
     "card_figures": "hub.figures",
     "predict": "serving.predict",
     "stream": "serving.predict",
+    "Monitor": "serving.monitor",
     "quantize_int8": "serving.int8",
     "export_onnx": "onnx.export",
     "OnnxClassifier": "onnx.classifier",

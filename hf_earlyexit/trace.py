@@ -34,6 +34,7 @@ class ExitTrace:
         gates: leave logits `[N, E - 1]` or `None`.
         similarities: cosine of the states before and after each exit's layer `[N, E]`, or `None`.
         cost: cost of leaving at each exit, in layers; `None` for the layers' numbers.
+        labelled: False where nobody gave labels, and those of the full model stand in for them: quality is then agreement.
         fingerprint: of the model that made the logits; empty if unknown.
         meta: anything else worth keeping, JSON values (dtype, model name, library versions).
 
@@ -49,6 +50,7 @@ class ExitTrace:
     gates: Tensor | None = None
     similarities: Tensor | None = None
     cost: tuple[float, ...] | None = None
+    labelled: bool = True
     fingerprint: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 

@@ -27,6 +27,8 @@ def on_rows(trace: ExitTrace, named: Any, metric: Metric, certified: bool) -> li
         certified: whether a promise is asked for.
     """
     notes = []
+    if not trace.labelled:
+        notes.append("the rows have no labels: quality is agreement with the full model, which may itself be wrong")
     if named is None and not metric.is_mean:
         most = float(torch.bincount(trace.labels).max()) / trace.num_rows
         head = f"classes are uneven (the largest is {most:.0%} of the rows)"

@@ -144,6 +144,8 @@ def default_metric(trace: ExitTrace) -> str:
     """Accuracy; macro F1 where one label's classes are uneven; minus the squared error for values."""
     if trace.problem_type == REGRESSION:
         return "mse"
+    if not trace.labelled:
+        return "accuracy"
     uneven = trace.problem_type == SINGLE_LABEL and uneven_classes(trace.labels, SINGLE_LABEL, trace.logits.shape[-1])
     return "f1-macro" if uneven else "accuracy"
 

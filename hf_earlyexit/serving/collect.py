@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..errors import DataError, UsageError
 from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
 from ..modeling.fingerprint import model_fingerprint
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .answers import check_finite
 from .batching import sorted_batches
@@ -27,6 +28,7 @@ def collect_trace(
     *,
     tokenizer: Any = None,
     labels: Sequence[Any] | None = None,
+    labelled: bool = True,
     split: str = "held-back",
     max_batch_tokens: int = 4096,
     max_length: int | None = None,
@@ -39,6 +41,8 @@ def collect_trace(
         rows: a data set with texts or token ids and a label column, or a sequence of texts or text pairs.
         tokenizer: needed for texts.
         labels: one a row, where `rows` has no label column; in any form that `labels.read_labels` takes.
+        labelled: False for rows without labels, such as traffic: the full model's answers stand in for them, and thresholds
+            are then chosen for agreement with it. Labels that the rows have are not read.
         split: where the rows come from; "train" for rows the exits were trained on, which `calibrate` refuses.
         max_batch_tokens: padded tokens in a batch.
         max_length: cut longer texts; the tokenizer's own limit by default.
@@ -51,7 +55,10 @@ def collect_trace(
         DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
     model = served_classifier(model)
-    encoded, truth = labelled_rows(model, rows, tokenizer, labels, max_length)
+    if labelled:
+        encoded, truth = labelled_rows(model, rows, tokenizer, labels, max_length)
+    else:
+        encoded, truth = _unlabelled_rows(rows, tokenizer, labels, max_length), None
     chunks, gate_chunks, order = [], [], []
     for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
         chunks.append(output.exit_logits.float().cpu())
@@ -60,6 +67,15 @@ def collect_trace(
     back = torch.tensor(order).argsort()
     gates = torch.cat(gate_chunks)[back] if gate_chunks else None
     return make_trace(model, torch.cat(chunks)[back], truth, split, gates)
+
+
+def _unlabelled_rows(rows: Any, tokenizer: Any, labels: Any, max_length: int | None) -> list[dict[str, list[int]]]:
+    if labels is not None:
+        raise UsageError("labels=... contradicts labelled=False; leave one of them out.", field="labelled", value=False)
+    encoded = encode_rows(rows, tokenizer, max_length)
+    if not encoded:
+        raise DataError("There are no rows; expected at least one.", field="rows")
+    return encoded
 
 
 def labelled_rows(
@@ -80,13 +96,16 @@ def labelled_rows(
     return encoded, read_labels(labels, model.config, column=column, may_leave_out=False)
 
 
-def make_trace(model: Any, logits: Tensor, labels: Labels, split: str, gates: Tensor | None = None) -> ExitTrace:
-    """The trace of what a model said of labelled rows."""
+def make_trace(model: Any, logits: Tensor, labels: Labels | None, split: str, gates: Tensor | None = None) -> ExitTrace:
+    """The trace of what a model said of rows; without labels the full model's answers stand in for them."""
+    problem_type = _problem_type_of(model) if labels is None else labels.problem_type
+    full = predictions(logits[:, -1], problem_type)
     return ExitTrace(
         logits=logits,
-        labels=labels.values.cpu(),
+        labels=(full.float() if problem_type == MULTI_LABEL else full) if labels is None else labels.values.cpu(),
+        labelled=labels is not None,
         exit_layers=model.exit_layers,
-        problem_type=labels.problem_type,
+        problem_type=problem_type,
         split=split,
         gates=gates,
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
@@ -96,6 +115,13 @@ def make_trace(model: Any, logits: Tensor, labels: Labels, split: str, gates: Te
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         },
     )
+
+
+def _problem_type_of(model: Any) -> str:
+    """What a model's outputs mean where no labels tell."""
+    if model.config.problem_type is not None:
+        return str(model.config.problem_type)
+    return REGRESSION if model.config.num_labels == 1 else SINGLE_LABEL
 
 
 def full_pass(

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import InitVar, asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 FORMAT = "hf_earlyexit.monitor/1"
+LIMIT = 0.02
 MOST_SHIFT = 0.2  # population stability index from which a shift counts as large, by custom
 DISAGREEMENT, SHIFT = "disagreement", "shift"
 OPTIONS = ("limit", "shadow", "confidence", "window", "fall_back", "seed")
@@ -83,15 +84,18 @@ class Monitor:
     window of rows leaves at differ much from the reference; it is logged, told to `on_alarm`, and kept in the state.
 
     Args:
-        exit_layers: layers (1-based) of the model's exits.
-        limit: the largest share of differing answers that is fine, in (0, 1).
+        exit_layers: a model with exits, whose certificate tells limit and reference where it has one; or the layers
+            (1-based) of its exits.
+        limit: the largest share of differing answers that is fine, in (0, 1); by default what was promised, or 0.02.
         shadow: share of rows that the full model answers as well, in (0, 1].
         confidence: that no alarm for disagreement is ever false, in [0.5, 1).
-        reference: share of rows that left at each exit when thresholds were chosen `[E]`; by default the first window's.
+        reference: share of rows that left at each exit when thresholds were chosen `[E]`; by default the certificate's, or
+            the first window's.
         window: rows between two comparisons of exits, at least 100.
         fall_back: after an alarm, `predict` and `stream` run every layer.
         on_alarm: called with each `Alarm`.
         seed: of the draw of shadowed rows.
+        operating_point: of the model, whose certificate is read; `exit_policy` by default.
 
     Raises:
         UsageError: for numbers out of range.
@@ -100,8 +104,8 @@ class Monitor:
         logarithm, 1970), with a uniform prior.
     """
 
-    exit_layers: tuple[int, ...]
-    limit: float = 0.02
+    exit_layers: Any
+    limit: float | None = None
     shadow: float = 0.01
     confidence: float = 0.99
     reference: tuple[float, ...] | None = None
@@ -110,8 +114,13 @@ class Monitor:
     on_alarm: Callable[[Alarm], Any] | None = None
     seed: int = 0
     state: MonitorState = field(default_factory=MonitorState)
+    operating_point: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, operating_point: str | None) -> None:
+        if hasattr(self.exit_layers, "config"):
+            self._read_certificate(self.exit_layers, operating_point)
+        self.exit_layers = tuple(self.exit_layers)
+        self.limit = LIMIT if self.limit is None else self.limit
         for name, value, low, high in (
             ("limit", self.limit, 0.0, 1.0),
             ("shadow", self.shadow, 0.0, 1.0),
@@ -129,22 +138,15 @@ class Monitor:
         self._draws = np.random.default_rng(self.seed)
         self._lock = threading.Lock()
 
-    @classmethod
-    def of(cls, model: Any, operating_point: str | None = None, **options: Any) -> Monitor:
-        """The monitor of a calibrated model: exits, their shares, and the promised limit, where there are any.
-
-        Args:
-            model: a model with exits.
-            operating_point: name of the policy that is watched; `exit_policy` by default.
-            options: fields of `Monitor`.
-        """
+    def _read_certificate(self, model: Any, operating_point: str | None) -> None:
+        """Take exits from a model, and from its certificate, if it has one, what was not given."""
         points = model.config.exit_point_certificates or {}
         certificate = model.config.exit_certificate if operating_point is None else points.get(operating_point)
-        if certificate is not None:
-            promise = certificate.get("promise") or {}
-            found = {"reference": tuple(certificate.get("exit_shares") or ()) or None, "limit": promise.get("limit")}
-            options = {**{name: value for name, value in found.items() if value is not None}, **options}
-        return cls(tuple(model.exit_layers), **options)
+        self.exit_layers = model.exit_layers
+        if certificate is not None and self.reference is None:
+            self.reference = tuple(certificate.get("exit_shares") or ()) or None
+        if certificate is not None and self.limit is None:
+            self.limit = (certificate.get("promise") or {}).get("limit")
 
     def __repr__(self) -> str:
         return f"Monitor({self.state.num_rows} rows, {self.state.num_shadowed} shadowed, {len(self.state.alarms)} alarms)"

@@ -11,8 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import EarlyExitError, UsageError
+from ..policies.base import ExitPolicy
+from ..problem_types import REGRESSION, same_prediction
 from .answers import Answers
 from .graph_walker import walker_for
+from .monitor import Monitor
 from .rows import encode_window
 from .scheduler import Scheduler
 from .served import served_classifier
@@ -63,6 +66,7 @@ def predict(
     deadline: float | None = None,
     errors: str = "raise",
     cuda_graphs: bool = True,
+    monitor: Monitor | None = None,
     progress: bool = False,
 ) -> Predictions:
     """Classify many rows; batches hold rows of similar length and are filled up again as rows leave them.
@@ -81,6 +85,7 @@ def predict(
             leave at the last exit they passed; those that passed none have no answer.
         errors: "raise", or "slot" to go on with the other rows and keep the error in the row's place.
         cuda_graphs: on a CUDA device, run what comes again as CUDA graphs; without effect elsewhere.
+        monitor: sees every answer, and a share of the rows answered by the full model as well.
         progress: show a bar.
 
     Returns:
@@ -111,6 +116,7 @@ def predict(
                 ends_at,
                 errors,
                 cuda_graphs,
+                monitor,
                 bar.update,
             )
         )
@@ -140,12 +146,13 @@ def stream(
     layer_budget: int | None = None,
     errors: str = "raise",
     cuda_graphs: bool = True,
+    monitor: Monitor | None = None,
 ) -> Iterator[Answer]:
     """Classify an endless supply of rows in constant memory; answers come in the order of the rows.
 
     Args:
-        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors, cuda_graphs:
-            as in `predict`.
+        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors, cuda_graphs,
+            monitor: as in `predict`.
         window: rows that are read before the first of them is answered, at least 1. Few answer soon, many run faster.
 
     Yields:
@@ -168,6 +175,7 @@ def stream(
             None,
             errors,
             cuda_graphs,
+            monitor,
         ),
     )
 
@@ -191,6 +199,7 @@ def _answered(
     ends_at: float | None,
     errors: str,
     cuda_graphs: bool,
+    monitor: Monitor | None,
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
     """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
@@ -203,7 +212,8 @@ def _answered(
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
         else:
-            policy = model.choose_policy(*choice, {})
+            falls_back = monitor is not None and monitor.falls_back
+            policy = None if falls_back else model.choose_policy(*choice, {})
             scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
             encoded = encode_window(window, tokenizer, max_length, first)
             if errors == "raise":
@@ -211,8 +221,31 @@ def _answered(
             answers = scheduler.run(encoded, first)
             if errors == "raise" and answers.errors:
                 raise answers.errors[min(answers.errors)]
+            if monitor is not None and policy is not None:
+                _watch(monitor, model, policy, walker, budget, encoded, answers)
         yield answers
         first += len(window)
+
+
+def _watch(
+    monitor: Monitor,
+    model: Any,
+    policy: ExitPolicy,
+    walker: BatchWalker,
+    budget: int,
+    encoded: list[Any],
+    answers: Answers,
+) -> None:
+    """Show a monitor what rows left with, and a share of them again with the full model's answers."""
+    if policy.problem_type == REGRESSION:
+        raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
+    answered = (answers.exit_index >= 0).nonzero().flatten().tolist()
+    shadowed = [answered[place] for place in monitor.draw(len(answered))]
+    same: list[bool] = []
+    if shadowed:
+        full = Scheduler(walker, None, budget).run([encoded[place] for place in shadowed])
+        same = same_prediction(answers.logits[shadowed], full.logits, policy.problem_type).tolist()
+    monitor.record(_layers(model, answers.exit_index[answered]).tolist(), same)
 
 
 def _raise_first(walker: BatchWalker, encoded: list[Any], first: int) -> None:

@@ -151,7 +151,9 @@ def test_calibrated_layers_are_the_served_layers(tiny_model, tokenizer, random_t
     model, texts = tiny_model(), random_texts(300)
     full = ee.collect_trace(model, texts, tokenizer=tokenizer, labels=[0] * 300, progress=False)
     trace = ee.ExitTrace(**{**vars(full), "labels": full.logits[:, -1].argmax(-1)})
-    result = ee.calibrate(trace, policy="confidence", target=ee.LayerBudget(4 - 3 * share), keep_weak_exits=True)
+    result = ee.calibrate(
+        trace, policy="confidence", target=ee.LayerBudget(4 - 3 * share), metric="accuracy", keep_weak_exits=True
+    )
     model.set_exit_policy(result)
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
@@ -159,3 +161,35 @@ def test_calibrated_layers_are_the_served_layers(tiny_model, tokenizer, random_t
     assert served.exit_layer.float().mean().item() == pytest.approx(result.mean_layers, abs=0.02)
     accuracy = (served.logits.argmax(-1) == trace.labels).float().mean().item()
     assert accuracy == pytest.approx(result.quality, abs=0.01)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_rows_without_labels_are_judged_by_the_full_model(tiny_model, tmp_path, problem_type):
+    options = {"num_labels": 1} if problem_type == "regression" else {}
+    model = tiny_model(problem_type=problem_type, **options).eval()
+    ids = [{"input_ids": [2, 5 + place % 15, 6 + place % 7, 3]} for place in range(60)]
+    trace = ee.collect_trace(model, ids, labelled=False, progress=False)
+    full = ee.predict(model, ids, early_exit=False).logits
+    expected = {
+        "single_label_classification": full.argmax(-1),
+        "multi_label_classification": (full > 0).float(),
+        "regression": full,
+    }[problem_type]
+    assert torch.allclose(trace.labels.float(), expected.float(), atol=1e-5)
+    assert not trace.labelled
+    assert trace.problem_type == problem_type
+    trace.save(tmp_path / "trace.safetensors")
+    assert not ee.ExitTrace.load(tmp_path / "trace.safetensors").labelled
+    assert float(trace.quality[:, -1].mean()) == (0.0 if problem_type == "regression" else 1.0)
+    result = ee.calibrate(trace, "patience", options={"tolerance": 0.1} if problem_type == "regression" else None)
+    assert any("no labels" in note for note in result.notes)
+
+
+def test_labels_that_are_there_are_not_read(tiny_model):
+    model = tiny_model().eval()
+    rows = Dataset.from_dict({"input_ids": [[2, 5 + n % 9, 3] for n in range(20)], "label": ["?"] * 20})
+    assert not ee.collect_trace(model, rows, labelled=False, progress=False).labelled
+    with pytest.raises(UsageError, match="contradicts"):
+        ee.collect_trace(model, rows, labels=[0] * 20, labelled=False)
+    with pytest.raises(DataError, match="no rows"):
+        ee.collect_trace(model, [], labelled=False)

@@ -5,8 +5,10 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 
+import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, UsageError
 from hf_earlyexit.serving import monitor as module
 from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor, disagreement_bounds
@@ -188,3 +190,62 @@ def test_impossible_options_are_refused(options):
 def test_a_layer_without_an_exit_is_refused():
     with pytest.raises(UsageError, match="after layer 3"):
         Monitor(LAYERS).record([2, 3])
+
+
+# --- beside predict -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tiny_model):
+    """A model whose rows leave after several layers, and token ids for it."""
+    model = tiny_model().eval()
+    ids = [{"input_ids": [2, *(5 + (place * step) % 20 for step in range(1, 3 + place % 9)), 3]} for place in range(300)]
+    scores = ee.collect_trace(model, ids, labelled=False, progress=False)
+    model.set_exit_policy(ee.calibrate(scores, "confidence", ee.LayerBudget(2.5), keep_weak_exits=True))
+    return model, ids
+
+
+def test_predict_and_stream_show_the_monitor_what_they_answer(served):
+    model, ids = served
+    for serve in (ee.predict, lambda *given, **options: list(ee.stream(*given, window=64, **options))):
+        monitor = Monitor(model, shadow=0.5)
+        answers, bare = serve(model, ids, monitor=monitor), ee.predict(model, ids)
+        layers = answers.exit_layer if serve is ee.predict else torch.tensor([answer.exit_layer for answer in answers])
+        assert torch.equal(layers, bare.exit_layer)
+        assert monitor.state.num_rows == 300
+        assert monitor.state.layers == int(bare.exit_layer.sum())
+        assert 100 < monitor.state.num_shadowed < 200
+    full = ee.predict(model, ids, early_exit=False).logits.argmax(-1)
+    whole = Monitor(model, shadow=1.0)
+    ee.predict(model, ids, monitor=whole)
+    assert whole.state.num_shadowed == 300
+    assert whole.state.num_different == int((full != bare.logits.argmax(-1)).sum())
+    assert whole.state.num_different > 0
+
+
+def test_the_reference_is_that_of_the_calibration(served):
+    model, ids = served
+    shares = model.config.exit_certificate["exit_shares"]
+    monitor = Monitor(model)
+    assert monitor.reference == tuple(shares)
+    ee.predict(model, ids, monitor=monitor)
+    assert monitor.shift(monitor.state.exits) < 1e-3  # the very rows
+
+
+def test_it_falls_back_to_the_full_model_and_only_then(served):
+    model, ids = served
+    monitor = Monitor(model, limit=1e-4, shadow=1.0, confidence=0.6, fall_back=True)
+    before = ee.predict(model, ids, monitor=monitor)
+    assert (before.exit_layer < model.exit_layers[-1]).any()
+    assert monitor.falls_back
+    after = ee.predict(model, ids, monitor=monitor)
+    assert (after.exit_layer == model.exit_layers[-1]).all()
+    assert monitor.state.num_rows == 300  # the full model's own answers are not early ones
+
+
+def test_rows_without_an_answer_are_not_counted(served):
+    model, ids = served
+    monitor = Monitor(model, shadow=1.0)
+    broken = [*ids[:10], {"input_ids": [10**6]}, *ids[10:20]]
+    ee.predict(model, broken, errors="slot", monitor=monitor)
+    assert monitor.state.num_rows == monitor.state.num_shadowed == 20
