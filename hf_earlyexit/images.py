@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .errors import DataError
 
@@ -15,38 +19,46 @@ if TYPE_CHECKING:
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def open_picture(picture: str | PathLike[str] | Image) -> Image:
-    """A picture in RGB, turned upright.
+def open_image(image: Any, field: str = "images") -> Image:
+    """An image in RGB, turned upright: the one way by which pictures come in, for training, calibration and answers alike.
 
     Args:
-        picture: a file, or a PIL image.
+        image: a file, a PIL image, an array `[height, width]` or `[height, width, channels]` of bytes, or what an undecoded
+            `datasets` column holds: a mapping with `bytes` or `path`.
+        field: the argument or column it came by, for errors.
 
     Raises:
         DataError: for anything else, and for a file that is missing, cut short or no picture.
     """
     from PIL import Image, ImageOps
 
-    is_name = isinstance(picture, (str, PathLike))
-    if not is_name and not isinstance(picture, Image.Image):
+    if isinstance(image, Mapping):
+        inside = image.get("bytes")
+        image = io.BytesIO(inside) if isinstance(inside, bytes) else image.get("path")
+    is_name = isinstance(image, (str, PathLike))
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        raise DataError(f"{image[:80]!r} is an address; download the picture and name the file.", field=field)
+    if not is_name and not isinstance(image, (Image.Image, np.ndarray, io.BytesIO)):
         raise DataError(
-            f"A picture is given as {type(picture).__name__}; expected the name of a file, or a PIL image.",
-            field="images",
-            value=type(picture).__name__,
+            f"A picture is given as {type(image).__name__}; expected the name of a file, a PIL image, an array, or a "
+            "mapping with bytes or path.",
+            field=field,
+            value=type(image).__name__,
         )
-    if isinstance(picture, str) and picture.startswith(("http://", "https://", "data:")):
-        raise DataError(f"{picture[:80]!r} is an address; download the picture and name the file.", field="images")
     try:
-        source: Any = Image.open(picture) if isinstance(picture, (str, PathLike)) else nullcontext(picture)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        source: Any = nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
         with source as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")  # this reads all of the file
     except FileNotFoundError as error:
-        raise DataError(f"There is no picture {picture}; check the name.", field="images", path=picture) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        place = picture if is_name else "A PIL image"
+        raise DataError(f"There is no picture {image}; check the name.", field=field, path=image) from error
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        place = image if is_name else "The picture"
         raise DataError(
             f"{place} is no picture that Pillow can read ({error}); expected a whole JPEG, PNG or the like.",
-            field="images",
-            path=picture if is_name else None,
+            field=field,
+            path=image if is_name else None,
         ) from error
 
 

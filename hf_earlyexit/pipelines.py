@@ -15,7 +15,7 @@ from .captions.answers import told_caption
 from .captions.model import EarlyExitVisionEncoderDecoder
 from .doors import CAPTIONING
 from .errors import DataError, UsageError
-from .images import open_picture
+from .images import open_image
 from .modeling.certificate import warn_of_other_tokenizer
 from .modeling.loading import check_config_file, check_input_parts
 from .modeling.operating import OperatingPoints
@@ -161,7 +161,7 @@ class EarlyExitCaptioningPipeline(Pipeline):
         return {}, {**named, **(generate_kwargs or {})}, {}
 
     def preprocess(self, image: Any) -> Any:
-        pixels = self.image_processor(images=open_picture(image), return_tensors="pt")["pixel_values"]
+        pixels = self.image_processor(images=open_image(image), return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels.to(self.dtype)}
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,23 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, UsageError
+from ..images import open_image
 
 FEATURES, PIXELS, IMAGE = "encoder_hidden_states", "pixel_values", "image"
-
-
-def open_image(value: Any) -> Any:
-    """An RGB picture from one, from an array, from a path, or from what an undecoded `datasets` image column holds."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        if isinstance(value, Mapping):
-            value = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-        if isinstance(value, np.ndarray):
-            value = Image.fromarray(value)
-        picture = value if isinstance(value, Image.Image) else Image.open(value)
-        return picture.convert("RGB")
-    except (UnidentifiedImageError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"This is not an image: {type(value).__name__} ({error}).", field=IMAGE) from error
 
 
 def image_inputs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,5 +64,5 @@ def image_batches(rows: Any, image_processor: Any, batch_size: int) -> Iterator[
             continue
         if image_processor is None:
             raise UsageError("The rows hold pictures; pass the model's image_processor.", field="image_processor")
-        pictures = [open_image(row[IMAGE] if isinstance(row, Mapping) and IMAGE in row else row) for row in own]
+        pictures = [open_image(row[IMAGE] if isinstance(row, Mapping) and IMAGE in row else row, IMAGE) for row in own]
         yield {PIXELS: image_processor(pictures, return_tensors="pt")[PIXELS]}

@@ -12,7 +12,7 @@ from ..modeling.configuration import EarlyExitConfig
 from ..modeling.sizes import wrong
 from ..problem_types import SINGLE_LABEL
 from ..registry import Registry
-from ..values import is_real, is_whole
+from ..values import MOST_LAYERS, is_real, is_whole
 
 SIGNALS = ("vocabulary", "shortlist")
 
@@ -72,6 +72,15 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitConfig, VisionEncoderDecoderC
         """Captioners have none; refuses what decoding cannot use instead."""
         decoder = self.decoder
         decoder_backbone(decoder.model_type)
+        layers = getattr(self.encoder, "num_hidden_layers", None)
+        if layers is not None and not is_whole(layers, 1, MOST_LAYERS):
+            raise wrong("encoder.num_hidden_layers", layers, f"a whole number from 1 to {MOST_LAYERS}")
+        if getattr(self.encoder, "hidden_size", None) is None:  # such as ConvNeXt and ResNet
+            raise wrong(
+                "encoder.model_type",
+                self.encoder.model_type,
+                "an encoder with a hidden_size, whose states are a sequence [B, T, H], such as vit, deit, dinov2 or swin",
+            )
         if not decoder.add_cross_attention:
             raise wrong("decoder.add_cross_attention", False, "true: the decoder looks at the image")
         if not is_whole(self.exit_rank, 1, 1 << 20):

@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import DataError
-from .batches import FEATURES, IMAGE, PIXELS, image_inputs, open_image
+from ..images import open_image
+from .batches import FEATURES, IMAGE, PIXELS, image_inputs
 
 
 class CaptionRows(torch.utils.data.Dataset):
@@ -69,7 +70,7 @@ class CaptionRows(torch.utils.data.Dataset):
         place, labels = self.places[index], self.labels[index]
         if self.features is not None:
             return {FEATURES: np.asarray(self.features[place]), "labels": labels}
-        picture = open_image(self.rows[place][self.image_column])
+        picture = open_image(self.rows[place][self.image_column], self.image_column)
         return {PIXELS: self.image_processor(picture, return_tensors="pt")[PIXELS][0], "labels": labels}
 
 

@@ -107,8 +107,40 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         return self._head(exit_index).matrix(self._stock_head)
 
     def _head(self, exit_index: int) -> WordHead:
-        early = exit_index < len(self.exit_layers) - 1
-        return self.exit_heads[str(self.exit_layers[exit_index])] if early else LAST
+        if exit_index == len(self.exit_layers) - 1:
+            return LAST
+        head, words = self.exit_heads[str(self.exit_layers[exit_index])], self.config.decoder.vocab_size
+        if not head.borrows and head.vocabulary.out_features != words:
+            raise UsageError(
+                f"The exits know {head.vocabulary.out_features} words, the decoder {words}: it was resized without them. "
+                "Call resize_token_embeddings of the captioner, not of its decoder.",
+                field="vocab_size",
+                value=words,
+            )
+        return head
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, for the decoder and the vocabulary layers of its exits alike.
+
+        Thresholds that were calibrated before are no longer vouched for. A shortlist stays, but for words that are gone.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: as in transformers.
+
+        Returns:
+            The decoder's embeddings.
+        """
+        embeddings = self.decoder.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        words = self.config.decoder.vocab_size
+        for head in self.exit_heads.values():
+            if not head.borrows and head.vocabulary.out_features != words:
+                head.vocabulary = self._get_resized_lm_head(head.vocabulary, words, mean_resizing=mean_resizing)
+        if self.config.exit_shortlist is not None:
+            self.exit_shortlist = self.exit_shortlist[self.exit_shortlist < words]
+            self.config.exit_shortlist = len(self.exit_shortlist)
+        return embeddings
 
     @property
     def _stock_head(self) -> StockHead:

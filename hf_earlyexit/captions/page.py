@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from ..images import open_picture, picture_name
+from ..images import open_image, picture_name
 from ..reports.page import write_page
 
 LONGEST_SIDE = 560  # of a picture on the page, in pixels
@@ -113,7 +113,7 @@ def _shade(layer: int, num_layers: int) -> Shade:
 
 
 def _embedded(image: Any) -> str:
-    small = open_picture(image)
+    small = open_image(image)
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=82)

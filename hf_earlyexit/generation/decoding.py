@@ -267,5 +267,5 @@ def exit_layers_of(output: Any, run: ExitRun) -> Tensor:
         steps, layers = len(passes), passes.T
     else:
         steps = path.shape[1]
-        layers = passes[:steps].T.gather(0, path.clamp_min(0)).masked_fill(path < 0, 0)
+        layers = passes[:steps].T.gather(0, path.clamp_min(0).long()).masked_fill(path < 0, 0)
     return torch.nn.functional.pad(layers, (sequences.shape[1] - steps, 0))

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, OPTConfig, ViTConfig
+from transformers import (
+    AutoConfig,
+    ConvNextConfig,
+    Dinov2Config,
+    GPT2Config,
+    OPTConfig,
+    ResNetConfig,
+    SwinConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, DataError, EarlyExitConfigError, UsageError
@@ -76,6 +86,10 @@ def test_early_exit_without_policy_in_training_or_without_cache(captioner, image
         ({"exit_gate": "mlp+logits"}, "no logits are needed"),
         ({"exit_decay": -1.0}, "exit_decay is -1"),
         ({"decoder": GPT2Config(vocab_size=50, n_layer=4)}, "add_cross_attention is False"),
+        ({"encoder": ViTConfig(**{**ENCODER, "num_hidden_layers": 0})}, "encoder.num_hidden_layers is 0"),
+        ({"encoder": ViTConfig(**{**ENCODER, "num_hidden_layers": 10**9})}, "encoder.num_hidden_layers is 1000000000"),
+        ({"encoder": ConvNextConfig()}, "encoder.model_type is 'convnext'.*with a hidden_size"),
+        ({"encoder": ResNetConfig()}, "encoder.model_type is 'resnet'.*with a hidden_size"),
         ({"decoder": OPTConfig(num_hidden_layers=2)}, "'opt'; decoders that can exit early are gpt2, bert"),
         ({"exit_policy": {"name": "gate", "thresholds": [0.5] * 3}}, "the gate policy reads them"),
         ({"exit_policy": {"name": "confidence", "thresholds": [0.5] * 2}}, "3 thresholds"),
@@ -97,3 +111,56 @@ def test_exits_that_are_missing_or_cut_are_refused(captioner, tmp_path):
         ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path, exit_head="tied")
     with pytest.raises(CheckpointError, match="missing"):
         ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path, exit_gate="linear")
+
+
+ANY_SIZE = {
+    "dinov2": Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8),
+    "swin": SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=32, patch_size=4),
+}
+
+
+@pytest.mark.parametrize("kind", ANY_SIZE)
+def test_encoders_that_take_any_size_get_any_size(kind):
+    torch.manual_seed(0)
+    fields = config(encoder=ANY_SIZE[kind])
+    model = ee.EarlyExitVisionEncoderDecoder(fields).eval()
+    model.generation_config.update(decoder_start_token_id=1, eos_token_id=2, pad_token_id=0)
+    assert model.generate(torch.randn(2, 3, 16, 16), max_new_tokens=3).shape == (2, 4)
+    assert model(torch.randn(2, 3, 24, 16), decoder_input_ids=torch.ones(2, 3, dtype=torch.long)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["tied", "tuned", "linear", "low-rank"])
+@pytest.mark.parametrize("words", [57, 40])
+def test_word_heads_are_resized_with_the_decoder(captioner, images, mixed, head, words):
+    model = captioner(exit_head=head, exit_rank=8, exit_shortlist=45)
+    ids = torch.randint(3, 40, (2, 5), generator=torch.Generator().manual_seed(0))
+    before = model(images(2), labels=ids, early_exit=False).exit_logits
+    model.resize_token_embeddings(words, mean_resizing=False)
+    after = model(images(2), labels=ids, early_exit=False).exit_logits
+    assert after.shape[-1] == words
+    assert torch.allclose(after[..., :40], before[..., :40], atol=1e-5)
+    assert model.config.exit_shortlist == len(model.exit_shortlist) == min(45, words)
+    model.set_exit_policy(ee.SaturationPolicy(thresholds=[0.0] * 3))
+    output = model.generate(images(2), max_new_tokens=4, output_logits=True, return_exit_layers=True)
+    assert [part.shape[-1] for part in output.logits] == [words] * len(output.logits)
+    assert (output.exit_layers[:, 2] <= 1).all()
+
+
+@pytest.mark.parametrize("head", ["linear", "low-rank"])
+def test_a_decoder_resized_without_its_exits_is_refused(captioner, images, head):
+    model = captioner(exit_head=head, exit_rank=8)
+    model.decoder.resize_token_embeddings(57, mean_resizing=False)
+    model.set_exit_policy(ee.SaturationPolicy(thresholds=[0.0] * 3))
+    with pytest.raises(UsageError, match="know 50 words, the decoder 57"):
+        model.generate(images(2), max_new_tokens=4)
+    with pytest.raises(UsageError, match="know 50 words, the decoder 57"):
+        model(images(2), labels=torch.ones(2, 3, dtype=torch.long), early_exit=False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_plain_config_may_be_handed_over(stock_folder, images, kind):
+    folder = stock_folder(kind)
+    model = ee.EarlyExitVisionEncoderDecoder.from_pretrained(folder, config=AutoConfig.from_pretrained(folder)).eval()
+    stock = VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    assert model.exit_layers == (1, 2, 3, 4)
+    assert torch.equal(model.generate(images(2), max_new_tokens=4), stock.generate(images(2), max_new_tokens=4))

@@ -360,7 +360,7 @@ def test_rows_that_cannot_be_made(photos):
         ee.CaptionRows(photos, object(), Words(), captions_column="text")
     with pytest.raises(DataError, match="hold no captions"):
         ee.CaptionRows([{"image": 1, "captions": []}], object(), Words())
-    with pytest.raises(DataError, match="not an image: str"):
+    with pytest.raises(DataError, match=r"There is no picture nowhere\.jpg"):
         ee.CaptionRows([{"image": "nowhere.jpg", "captions": "5"}], object(), Words())[0]
 
 
