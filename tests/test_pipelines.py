@@ -1,5 +1,8 @@
 """The stock pipeline exits early; ours also tells where."""
 
+import shutil
+
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -7,6 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_earlyexit as ee
+from hf_earlyexit.errors import CheckpointError
 from tests.conftest import SHAPE
 
 
@@ -130,3 +134,84 @@ def test_pairs_and_an_operating_point_reach_the_engine(saved, random_texts):
     assert {one["exit_layer"] for one in pipe(pairs, operating_point="exact")} == {4}
     together = [one["exit_layer"] for one in pipe(pairs)]
     assert together == [pipe(pair)["exit_layer"] for pair in pairs]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_the_full_model_can_be_asked_for(saved, random_texts, batch_size):
+    texts = random_texts(6)
+    pipe = ee.pipeline(model=str(saved))
+    assert min(one["exit_layer"] for one in pipe(texts, batch_size=batch_size)) < 4
+    assert {one["exit_layer"] for one in pipe(texts, batch_size=batch_size, early_exit=False)} == {4}
+    full = ee.pipeline(model=str(saved), early_exit=False, batch_size=batch_size)
+    assert {one["exit_layer"] for one in full(texts)} == {4}
+    assert full(texts[0])[0]["exit_layer"] == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"operatingpoint": "exact"}, "takes no 'operatingpoint'. Did you mean 'operating_point'"),
+        ({"layer_budgett": 4}, "takes no 'layer_budgett'. It takes"),
+        ({"return_overflowing_tokens": True}, "takes no 'return_overflowing_tokens'"),
+        ({"return_tensors": "np"}, "takes no 'return_tensors'"),
+        ({"num_workers": 2}, "num_workers is for batches"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(saved, option, words):
+    with pytest.raises(ee.EarlyExitError, match=words):
+        ee.pipeline(model=str(saved))(["w5"], **option)
+    with pytest.raises(ee.EarlyExitError, match=words):
+        ee.pipeline(model=str(saved), **option)(["w5"])
+
+
+def test_what_the_tokenizer_takes_reaches_it(saved):
+    pipe = ee.pipeline(model=str(saved))
+    cut = pipe(["w5 w6 w7 w8"], truncation=True, max_length=4)
+    assert cut[0]["score"] == pytest.approx(pipe(["w5 w6"])[0]["score"], abs=1e-6)
+
+
+def test_tables_of_texts_are_rows_and_ids_are_refused(saved, random_texts, tokenizer):
+    texts, pipe = random_texts(4), ee.pipeline(model=str(saved))
+    expected = pipe(texts)
+    for rows in ({"text": texts}, pd.DataFrame({"text": texts, "label": 0}), Dataset.from_dict({"text": texts})):
+        assert pipe(rows) == expected
+    pairs = [{"text": text, "text_pair": "w5"} for text in texts]
+    assert pipe([(text, "w5") for text in texts]) == pipe(pairs) != expected
+    with pytest.raises(ee.EarlyExitError, match="takes texts, not token ids"):
+        pipe(tokenizer(texts))
+    for row in (None, 5, {"text": "w5", "label": 1}, {"text": ["w5", "w6"], "text_pair": "w7"}, ["w5", "w6", "w7"]):
+        with pytest.raises(ee.EarlyExitError, match=r"A row is|column"):
+            pipe([row])
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_an_answer_that_is_no_number_is_an_error(tiny_model, tokenizer, batch_size):
+    model = tiny_model()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[6] = float("nan")
+    with pytest.raises(ee.EarlyExitError, match="not finite"):
+        list(ee.pipeline(model=model, tokenizer=tokenizer)(["w6"], batch_size=batch_size))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_folder_is_a_short_error_that_names_it(saved, tmp_path, file):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(ee.EarlyExitError, match=str(folder)) as caught:
+        ee.pipeline(model=str(folder))
+    assert type(caught.value) is CheckpointError
+    assert len(str(caught.value)) < 700
+
+
+def test_wrapped_models_serve_and_exported_ones_are_not_called_unsupported(tiny_model, tokenizer, tmp_path, capfd):
+    model = tiny_model()
+    expected = ee.pipeline(model=model, tokenizer=tokenizer)(["w5 w6"])
+    compiled = torch.compile(model, backend="eager")
+    assert ee.pipeline(model=compiled, tokenizer=tokenizer)(["w5 w6"]) == expected
+    ee.export_onnx(compiled, tmp_path / "onnx", forms=["layers"])
+    exported = ee.OnnxClassifier.from_pretrained(tmp_path / "onnx")
+    capfd.readouterr()
+    answer = ee.pipeline(model=exported, tokenizer=tokenizer)(["w5 w6"])
+    assert answer[0]["label"] == expected[0]["label"]
+    assert "not supported" not in "".join(capfd.readouterr())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..errors import DataError
 from ..families.base import IMAGE, Family
 from ..families.context import Context, Part
 from ..families.packed import Packed
@@ -177,6 +178,8 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             UnknownNameError: for an unknown operating point.
             DataError: for inputs longer than the model takes, or labels that cannot be, by row.
         """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            self._require_first_token_heads(attention_mask)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -185,6 +188,15 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             "inputs_embeds": inputs_embeds,
         }
         return self._classify(inputs, labels, early_exit, operating_point, kwargs)
+
+    def _require_first_token_heads(self, mask: Tensor) -> None:
+        """Refuse masks that do not tell real tokens `[B, T]` where exits average these."""
+        if averaging := [layer for layer, head in self.exit_heads.items() if not head.one_token]:
+            raise DataError(
+                f"attention_mask has shape {list(mask.shape)}, which does not tell the exits after the layers "
+                f"{', '.join(averaging)} which tokens they average; expected [rows, tokens], 0 at padding.",
+                field="attention_mask",
+            )
 
 
 class EarlyExitImageClassifier(EarlyExitClassifier):

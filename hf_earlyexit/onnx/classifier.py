@@ -21,6 +21,7 @@ from ..modeling.configuration import UNREADABLE, EarlyExitConfig
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies.base import ExitSignal
+from ..serving.answers import check_finite
 from ..serving.batching import pad_batch
 from ..serving.rows import TokenIds, check_any_token, check_ids
 from ..serving.walker import BatchWalker
@@ -143,23 +144,29 @@ class OnnxClassifier(OperatingPoints):
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
+        input_ids: Tensor | np.ndarray,
+        attention_mask: Tensor | np.ndarray | None = None,
+        token_type_ids: Tensor | np.ndarray | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch.
 
         Args:
-            input_ids, attention_mask, token_type_ids: `[B, T]`.
+            input_ids, attention_mask, token_type_ids: `[B, T]`, of torch or NumPy.
             early_exit, operating_point: as in the torch model's `forward`.
 
         Raises:
             UsageError: for early exit without a policy.
-            DataError: for inputs longer than the model takes.
+            DataError: for inputs longer than the model takes, of another shape or with numbers that the model does not know,
+                and for answers that are not finite.
         """
         policy = self.choose_policy(early_exit, operating_point, {})
+        input_ids = _ids("input_ids", input_ids, self.config.vocab_size, None)
+        mask = None if attention_mask is None else _ids("attention_mask", attention_mask, 2, input_ids.shape)
+        known, token_types = self.walker.segments, None
+        if token_type_ids is not None and known is not None:  # models without token types pass them over
+            token_types = _ids("token_type_ids", token_type_ids, known, input_ids.shape)
         limit = self.walker.longest
         if not 1 <= input_ids.shape[1] <= limit:
             raise DataError(
@@ -168,16 +175,18 @@ class OnnxClassifier(OperatingPoints):
                 field="input_ids",
                 value=input_ids.shape[1],
             )
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.ones_like(input_ids) if mask is None else mask
         if len(input_ids):
-            hidden, context = self.walker.begin_batch(input_ids, mask, token_type_ids)
+            hidden, context = self.walker.begin_batch(input_ids, mask, token_types)
         else:
             hidden, context = torch.zeros(*input_ids.shape, self.config.hidden_size), _context(mask.bool())
         if policy is not None:
             early = run_early(self.walker, hidden, context, policy, self.num_labels)
+            check_finite(early.logits, range(len(input_ids)))
             layers = torch.tensor(self.exit_layers)[early.exit_index]
             return EarlyExitClassifierOutput(logits=early.logits, exit_layer=layers, exit_score=early.score)
         exit_logits, gates = run_all(self.walker, hidden, context, self.num_labels)
+        check_finite(exit_logits, range(len(input_ids)))
         depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
         return EarlyExitClassifierOutput(
             logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
@@ -206,6 +215,22 @@ def _config(values: dict[str, Any], path: Path) -> Any:
             field=getattr(error, "field", None),
             path=path,
         ) from error
+
+
+def _ids(name: str, values: Any, count: int, shape: Any) -> Tensor:
+    """Whole numbers `[B, T]` from 0 to `count - 1`, as int64.
+
+    Raises:
+        DataError: telling what came.
+    """
+    ids = torch.as_tensor(values)
+    if ids.ndim != 2 or (shape is not None and ids.shape != shape):
+        expected = "[rows, tokens]" if shape is None else str(list(shape))
+        raise DataError(f"{name} has shape {list(ids.shape)}; expected {expected}.", field=name)
+    whole = not (ids.is_complex() or (ids.is_floating_point() and bool((ids != ids.round()).any())))
+    if not whole or bool(((ids < 0) | (ids >= count)).any()):
+        raise DataError(f"{name} holds other numbers than the model knows; expected 0 to {count - 1}.", field=name)
+    return ids.long()
 
 
 def _session(read: Callable[[str], bytes], name: str, threads: int) -> ort.InferenceSession:

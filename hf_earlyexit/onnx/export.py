@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import replaced_folder
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
@@ -69,6 +70,7 @@ def export_onnx(
         PolicyError: for a policy that cannot be traced.
         CheckpointError: if the folder cannot be written.
     """
+    model = unwrapped_without_adapters(model, "ONNX")
     _check(model, forms, int8, rows)
     warn_of_other_tokenizer(model, tokenizer)
     whole = walk_graph(model)

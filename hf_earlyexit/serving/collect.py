@@ -19,6 +19,7 @@ from .answers import check_finite
 from .batching import sorted_batches
 from .rows import encode_rows
 from .served import served_classifier
+from .tables import plain_rows
 from .walker import ModelWalker
 
 
@@ -150,7 +151,8 @@ def _labels_of(rows: Any, labels: Any) -> tuple[Any, str]:
     """The labels, one a row, and the column they stand in."""
     if labels is not None:
         return (labels if hasattr(labels, "__len__") else list(labels)), "labels"
-    column = find_label_column(getattr(rows, "column_names", None) or ())
+    rows = plain_rows(rows)
+    column = find_label_column(rows if isinstance(rows, dict) else getattr(rows, "column_names", None) or ())
     if column is None:
         raise UsageError(
             f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_COLUMNS)}.", field="labels"

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..modeling.exits import require_float32_on_cpu
+from ..modeling.wrapped import unwrapped_without_adapters
 
 SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
 # Of a weight. Instructions before VNNI add two products up in 16 bits, where 2 * 255 * 63 just fits.
@@ -102,6 +103,7 @@ def quantize_int8(model: Any) -> Any:
         >>> small.exit_policy is None
         True
     """
+    model = unwrapped_without_adapters(model, "int8")
     require_float32_on_cpu(model, "int8")
     small = copy.deepcopy(model).eval().requires_grad_(False)
     small.set_exit_policy(None)

@@ -455,3 +455,19 @@ def test_patience_serves_every_problem_type(tiny_model, open_policy, random_batc
 def test_confidence_on_regression_is_refused_with_what_fits(tiny_model):
     with pytest.raises(ee.EarlyExitError, match="cannot serve regression; these can: gate, patience"):
         tiny_model(num_labels=1).set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression"))
+
+
+@pytest.mark.parametrize("early", [None, False])
+def test_masks_that_do_not_tell_what_to_average_are_refused(tiny_model, open_policy, random_batch, early):
+    batch = random_batch(4)
+    four = {**batch, "attention_mask": batch["attention_mask"].bool()[:, None, None].expand(4, 1, 16, 16)}
+    for head, refused in (("linear-mean", True), ("linear-cls", False)):
+        model = tiny_model(exit_head=head)
+        model.set_exit_policy(open_policy(model, "confidence"))
+        if refused:
+            with pytest.raises(DataError, match=r"attention_mask has shape \[4, 1, 16, 16\].*layers 1, 2, 3 which tokens"):
+                run(model, four, early_exit=early)
+        else:
+            assert (
+                run(model, four, early_exit=early).logits - run(model, batch, early_exit=early).logits
+            ).abs().max() <= 1e-5
