@@ -77,7 +77,7 @@ class Certified(Target):
 
     @property
     def promised_drop(self) -> float | None:
-        return self.drop
+        return self.drop if self.risk == "drop" else None
 
     def pick(self, curve: Curve) -> int:
         raise CalibrationError("Certified settings are picked by other rows than those of the curve.", field="target")

@@ -12,11 +12,13 @@ class Answer(NamedTuple):
     """What a command found: plain values for `--json`, and the same in words.
 
     Where answers come one by one, `lines` gives them, words are not needed, and `values` are complete once all have come.
+    `status` is that of the program where all went well.
     """
 
     values: dict[str, Any]
     text: str = ""
     lines: Iterator[dict[str, Any]] | None = None
+    status: int = 0
 
     def printed(self, as_json: bool) -> str:
         """One line of JSON, in which a number that is not finite is null; or the words."""

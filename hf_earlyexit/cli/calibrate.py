@@ -18,7 +18,14 @@ from .answer import Answer
 from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments
 
 POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
-TARGETS = "final-layer-error, layer-budget:LAYERS, max-drop:DROP or speed-up:RATIO; with more fields, max-drop:0.01:sigmas=1"
+TARGETS = (
+    "certified:DROP@CONFIDENCE, final-layer-error, layer-budget:LAYERS, max-drop:DROP or speed-up:RATIO; with more fields, "
+    "max-drop:0.01:sigmas=1"
+)
+METRICS = (
+    "unit of quality: accuracy, balanced-accuracy, f1:LABEL, f1-macro, matthews, recall-at-precision:PRECISION, mae, mse or "
+    "spearman; by default accuracy, f1-macro where classes are uneven, mse for values"
+)
 
 
 @dataclass
@@ -28,6 +35,8 @@ class CalibrateArguments(RowArguments, DeviceArguments):
     model: str = field(metadata={"help": "folder of a trained model with exits"})
     policy: str = field(default="confidence", metadata={"help": POLICIES})
     target: str = field(default="max-drop:0", metadata={"help": TARGETS})
+    metric: str | None = field(default=None, metadata={"help": METRICS})
+    unlabelled: bool = field(default=False, metadata={"help": "choose for agreement with the full model; read no labels"})
     per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
     options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})
     dataset: str | None = field(
@@ -50,7 +59,6 @@ def run(args: CalibrateArguments) -> Answer:
 
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
-    from ..serving.collect import collect_trace
     from ..trace import ExitTrace
     from .loading import load_model
 
@@ -63,21 +71,20 @@ def run(args: CalibrateArguments) -> Answer:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
     model = load_model(folder, args.device)
     if args.dataset is not None:
-        from ..data.labels import Labelling
-        from .rows import labelled_rows, read_rows
+        from .rows import collected
 
-        rows = read_rows(args, args.dataset, args.split, "validation")
-        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
-        split = args.split or "validation"
-        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(folder), split=split)
+        trace = collected(args, model, AutoTokenizer.from_pretrained(folder), labelled=not args.unlabelled)
     elif (folder / TRACE_FILE).is_file():
         trace = ExitTrace.load(folder / TRACE_FILE)
     else:
         raise UsageError(f"{folder} has no {TRACE_FILE}; name rows with --dataset and --split.", field="dataset")
+    if args.unlabelled and trace.labelled:
+        raise UsageError(f"--unlabelled is for rows of --dataset; those of {TRACE_FILE} have labels.", field="unlabelled")
     result = calibrate(
         trace,
         args.policy,
         args.target,
+        metric=args.metric,
         per_exit=args.per_exit,
         options=options,
         keep_weak_exits=args.keep_weak_exits,

@@ -9,7 +9,7 @@ machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -18,6 +18,10 @@ from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..calibration.quality import Comparison, Metric
+    from ..calibration.result import CalibrationResult
+    from ..trace import ExitTrace
 
 
 @dataclass
@@ -31,6 +35,7 @@ class EvaluateArguments(RowArguments, DeviceArguments):
         metadata={"help": f"split of the data set, {SLICES}; neither trained nor calibrated on; test by default"},
     )
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use"})
+    metric: str | None = field(default=None, metadata={"help": "unit of quality; by default the calibration's, or accuracy"})
     time: bool = field(default=False, metadata={"help": "measure the time of both, in turns"})
     repeats: int = field(default=5, metadata={"help": "rounds of measuring"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
@@ -70,9 +75,9 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     """What early exit does to the rows, as plain numbers."""
     import torch
 
+    from ..calibration.quality import find_metric
     from ..measuring.timing import compare_speed
     from ..modeling.configuration import EXACT
-    from ..problem_types import quality_name, row_quality
     from ..serving.collect import collect_trace
     from ..serving.predict import predict
 
@@ -83,23 +88,23 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     problem, depth = model.config.resolved_problem_type, model.exit_layers[-1]
     early = answer(True)
     truth = torch.tensor(labels)
-    quality = row_quality(early.logits, truth, problem)
-    full = row_quality(answer(False).logits, truth, problem)
+    chosen = _chosen(args)
+    metric = find_metric(args.metric or (None if chosen is None else chosen.metric), problem)
+    compared = metric.compare(early.logits, answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
     trace = collect_trace(model, rows, labels=labels, tokenizer=tokenizer, split="evaluated", progress=False)
     found = {
         "policy": model.policy_at(args.operating_point).name,
-        "measure": quality_name(problem),
+        "measure": metric.title(problem),
         "rows": len(truth),
-        "quality": float(quality.mean()),
-        "full_quality": float(full.mean()),
-        "standard_error": float((quality - full).std(correction=0) / len(truth) ** 0.5),
+        **compared._asdict(),
+        "expected": None if chosen is None or chosen.expected is None else asdict(chosen.expected),
         "mean_layers": float(layers.mean()),
         "num_layers": depth,
         "layer_speed_up": float(depth / layers.mean()),
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
-        "static": _static(trace.quality, model.exit_layers, quality, float(layers.mean())),
-        "target": _verdict(args, quality, full, layers, depth),
+        "static": _static(trace, metric, early.logits, float(layers.mean())),
+        "target": _verdict(chosen, compared, layers, depth),
     }
     if args.time:
         runs = {"full": lambda: answer(False), "early": lambda: answer(True)}
@@ -115,50 +120,54 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     return found
 
 
-def _static(by_exit: Tensor, exit_layers: tuple[int, ...], early: Tensor, mean_layers: float) -> dict[str, Any]:
+def _static(trace: ExitTrace, metric: Metric, early: Tensor, mean_layers: float) -> dict[str, Any]:
     """The model simply cut off at the first exit that costs at least as much as early exit does.
 
     Args:
-        by_exit: quality of each exit on each row `[N, E]`.
-        exit_layers: layer of each exit.
-        early: quality of the early answers `[N]`.
+        trace: of the rows.
+        metric: the unit of quality.
+        early: the early answers `[N, C]`.
         mean_layers: their cost.
     """
-    index = next(place for place, layer in enumerate(exit_layers) if layer >= mean_layers - 1e-9)
-    gain = early - by_exit[:, index]
+    index = next(place for place, layer in enumerate(trace.exit_layers) if layer >= mean_layers - 1e-9)
+    compared = metric.compare(early, trace.logits[:, index], trace.labels, trace.problem_type)
     return {
-        "layer": exit_layers[index],
-        "quality": float(by_exit[:, index].mean()),
-        "gain": float(gain.mean()),
-        "standard_error": float(gain.std(correction=0) / len(gain) ** 0.5),
+        "layer": trace.exit_layers[index],
+        "quality": compared.full_quality,
+        "gain": compared.quality - compared.full_quality,
+        "standard_error": compared.standard_error,
     }
 
 
-def _verdict(args: EvaluateArguments, early: Tensor, full: Tensor, layers: Tensor, depth: int) -> dict[str, Any] | None:
-    """Whether the target that thresholds were chosen for was kept on these rows, and by how much.
-
-    `margin` is in the unit of the target, at least 0 where it was kept; `None` where the model does not say its target.
-    """
-    from ..calibration.targets import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, parse_target
+def _chosen(args: EvaluateArguments) -> CalibrationResult | None:
+    """How the thresholds were chosen, where the model's folder says it."""
     from ..hub.save import by_name, load_calibrations
     from ..modeling.configuration import DEFAULT
 
     calibration = load_calibrations(args.model)
-    result = {} if calibration is None else by_name(calibration)
-    chosen = result.get(args.operating_point or DEFAULT)
+    return None if calibration is None else by_name(calibration).get(args.operating_point or DEFAULT)
+
+
+def _verdict(chosen: CalibrationResult | None, compared: Comparison, layers: Tensor, depth: int) -> dict[str, Any] | None:
+    """Whether the target that thresholds were chosen for was kept on these rows, and by how much.
+
+    `margin` is in the unit of the target, at least 0 where it was kept; `None` where the model does not say its target, or
+    it is about another risk than lost quality.
+    """
+    from ..calibration.targets import LayerBudget, SpeedUp, parse_target
+
     if chosen is None:
         return None
     target = parse_target(chosen.target)
-    drop, error = full - early, 0.0
-    if isinstance(target, (MaxDrop, FinalLayerError)):
-        allowed = target.drop if isinstance(target, MaxDrop) else 0.0
-        margin, error = allowed - float(drop.mean()), float(drop.std(correction=0) / len(drop) ** 0.5)
+    allowed = target.promised_drop
+    if allowed is not None:
+        margin, error = allowed - (compared.full_quality - compared.quality), compared.standard_error
     elif isinstance(target, (SpeedUp, LayerBudget)):
         most = depth / target.ratio if isinstance(target, SpeedUp) else target.layers
         margin, error = most - float(layers.mean()), float(layers.std(correction=0) / len(layers) ** 0.5)
     else:
         return None
-    unit = "quality" if isinstance(target, (MaxDrop, FinalLayerError)) else "layers"
+    unit = "quality" if allowed is not None else "layers"
     return {"target": chosen.target, "kept": margin >= -1e-12, "margin": margin, "standard_error": error, "unit": unit}
 
 
@@ -169,6 +178,7 @@ def _sentences(found: dict[str, Any]) -> str:
         f"{found['measure']} {found['quality']:.4f} against {found['full_quality']:.4f} of the full model "
         f"({found['quality'] - found['full_quality']:+.4f}, standard error {found['standard_error']:.4f})",
         f"mean layers {found['mean_layers']:.2f} of {found['num_layers']}: layer speed-up {found['layer_speed_up']:.2f}x",
+        *_expectation(found["expected"]),
         _judgement(found["target"]),
         f"a model cut off after layer {static['layer']} reaches {static['quality']:.4f}: early exit is "
         f"{abs(static['gain']):.4f} {'above' if static['gain'] >= 0 else 'below'} it (standard error "
@@ -183,6 +193,15 @@ def _sentences(found: dict[str, Any]) -> str:
             f"against {time['full_seconds']:.3f} s, {time['device']}, {time['threads']} threads"
         )
     return "\n".join(lines)
+
+
+def _expectation(expected: dict[str, Any] | None) -> list[str]:
+    if expected is None:
+        return []
+    return [
+        f"the calibration expected {expected['difference']:+.4f} (standard error {expected['standard_error']:.4f}) at "
+        f"{expected['mean_layers']:.2f} mean layers on rows that did not choose"
+    ]
 
 
 def _judgement(verdict: dict[str, Any] | None) -> str:

@@ -17,11 +17,13 @@ for _name, _help in (
     ("train", "fine-tune a model with exits and keep a trace of held-back rows"),
     ("consistentee", "train exits and gates by reward, in phases, and keep a trace of held-back rows"),
     ("calibrate", "choose thresholds on the held-back rows and put them into the model"),
+    ("recalibrate", "choose thresholds anew on rows of today and keep them beside the old ones"),
     ("evaluate", "quality, layers and measured time on a labelled data set"),
     ("explain", "tell why a text leaves where it does"),
     ("report", "compare all policies on held-back rows in one HTML file"),
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("monitor", "tell what a monitor saw; ends with status 1 after an alarm"),
     ("caption", "caption pictures, each word with the layer it was decided at"),
     ("push", "push a model with all that belongs to it and a card to the Hub"),
     ("export", "write a model as ONNX files that skip layers, also in 8 bits"),
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; `sys.argv` by default.
 
     Returns:
-        0 if it worked; 2 for a mistake in what was given, which is told in one message; 130 if it was interrupted; 141 if
-        whoever read its output has gone. Any other error is a bug, and is raised.
+        0 if it worked, 1 if `monitor` found an alarm; 2 for a mistake in what was given, which is told in one message; 130
+        if it was interrupted; 141 if whoever read its output has gone. Any other error is a bug, and is raised.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in HELP:
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0]
     try:
         COMMANDS.get(name)
-        _run(name, words[1:])
+        return _run(name, words[1:])
     except BaseException as error:
         if "--traceback" in words:
             raise
@@ -61,10 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(*end.messages, sep="\n", end="\n" if end.messages else "", file=sys.stderr)
         return end.status
-    return 0
 
 
-def _run(name: str, words: list[str]) -> None:
+def _run(name: str, words: list[str]) -> int:
     from .parsing import parse_arguments  # brings transformers' parser with it, which the overview does not need
 
     command = import_module(f".{name}", __package__)
@@ -80,6 +81,7 @@ def _run(name: str, words: list[str]) -> None:
         answer.print_lines()
     elif text:
         print(text, flush=True)
+    return int(answer.status)
 
 
 def flags_of(command: ModuleType, all_of_them: bool = True) -> tuple[type, ...]:

@@ -12,7 +12,9 @@ from ..data.forms import Reading
 from ..data.labels import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError
+from ..serving.collect import collect_trace
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
+from ..trace import ExitTrace
 from .arguments import FileArguments, RowArguments
 
 LABEL, LABEL_TEXT = "label", "label_text"
@@ -129,6 +131,21 @@ def _with_texts(rows: Dataset, chosen: Sequence[str] | None, place: str) -> Data
                 field=name,
             )
     return rows
+
+
+def collected(args: Any, model: Any, tokenizer: Any, labelled: bool = True) -> ExitTrace:
+    """The trace of the rows that `dataset` and `split` name, validation rows by default.
+
+    Args:
+        args: flags of a command that reads labelled rows.
+        model: a model with exits.
+        tokenizer: the model's.
+        labelled: False leaves labels out, whether they are there or not.
+    """
+    rows = read_rows(args, args.dataset, args.split, "validation")
+    if labelled:
+        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+    return collect_trace(model, rows, tokenizer=tokenizer, labelled=labelled, split=args.split or "validation")
 
 
 def texts_of(rows: Dataset) -> list[Any]:

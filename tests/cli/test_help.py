@@ -42,6 +42,6 @@ def test_names_are_listed_in_words():
 
 
 def test_targets_are_shown_as_they_are_written():
-    assert target_forms() == "final-layer-error, layer-budget:LAYERS, max-drop:DROP, speed-up:RATIO"
+    assert target_forms() == ("certified:DROP, final-layer-error, layer-budget:LAYERS, max-drop:DROP, speed-up:RATIO")
     for form in target_forms().split(", "):
-        assert parse_target(form.split(":")[0] + ":2" * (":" in form))
+        assert parse_target(form.split(":")[0] + ":0.5" * ("DROP" in form) + ":2" * ("LAYERS" in form or "RATIO" in form))

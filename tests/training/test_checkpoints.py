@@ -157,7 +157,9 @@ def test_the_state_of_frozen_parts_is_not_expected(tmp_path, tiny_model, tokeniz
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [case for case in DAMAGES if case[1] is not deleted], ids=lambda value: str(value)
+    ("name", "damage"),
+    [case for case in DAMAGES if case[1] is not deleted],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_damaged_checkpoint_asked_for_by_name_is_refused_by_file(broken, tiny_model, tokenizer, name, damage):
     damage(broken / "checkpoint-4" / name)

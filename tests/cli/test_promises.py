@@ -1,0 +1,86 @@
+"""The commands that recalibrate and that read a monitor."""
+
+import json
+
+import pytest
+
+import hf_earlyexit as ee
+from hf_earlyexit.calibration import replay
+from hf_earlyexit.cli.main import main
+from hf_earlyexit.serving.monitor import Monitor
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, tokenizer, random_texts):
+    """A calibrated model, and rows of today with the full model's answers as labels."""
+    model = tiny_model().eval()
+    texts = random_texts(120)
+    trace = ee.collect_trace(model, texts, tokenizer=tokenizer, labelled=False, progress=False)
+    model.set_exit_policy(ee.calibrate(trace, "confidence", ee.MaxDrop(0.2), keep_weak_exits=True))
+    ee.save(model, tmp_path / "model", tokenizer=tokenizer)
+    fresh = random_texts(200)[120:]
+    labels = ee.predict(model, fresh, tokenizer=tokenizer, early_exit=False).logits.argmax(-1).tolist()
+    lines = [json.dumps({"text": text, "label": label}) for text, label in zip(fresh, labels, strict=True)]
+    (tmp_path / "fresh.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(capsys, *words):
+    status = main([*map(str, words), "--json", "true"])
+    return status, json.loads(capsys.readouterr().out or "null")
+
+
+@pytest.mark.parametrize("unlabelled", ["false", "true"])
+def test_new_thresholds_stand_beside_the_old_ones(folder, capsys, tokenizer, unlabelled):
+    before = ee.from_pretrained(folder / "model")
+    words = ["recalibrate", folder / "model", "--dataset", folder / "fresh.jsonl", "--operating_point", "june"]
+    status, found = run(capsys, *words, "--split", "train", "--unlabelled", unlabelled)
+    assert status == 0
+    after = ee.from_pretrained(folder / "model")
+    assert after.exit_policy == before.exit_policy
+    assert after.operating_points == ("exact", "june")
+    rows = [json.loads(line) for line in (folder / "fresh.jsonl").read_text().splitlines()]
+    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
+    trace = ee.collect_trace(after, texts, tokenizer=tokenizer, labels=labels, progress=False)
+    for name, policy in (("old", before.exit_policy), ("new", after.policy_at("june"))):
+        expected = replay(policy, trace, found["result"]["metric"])
+        assert found[name]["quality"] == pytest.approx(expected.quality)
+        assert found[name]["mean_layers"] == pytest.approx(expected.mean_layers)
+        assert found[name]["thresholds"] == list(policy.thresholds)
+    assert found["result"]["target"] == before.config.exit_certificate["target"]
+    assert found["new"]["full_quality"] - found["new"]["quality"] <= 0.2 + 1e-9
+
+    status, _ = run(capsys, *words, "--split", "train")
+    assert status == 2  # nothing is overwritten
+    assert ee.from_pretrained(folder / "model").policy_at("june") == after.policy_at("june")
+
+
+def test_a_monitor_is_told_with_a_status(tmp_path, capsys):
+    quiet, loud = (Monitor((1, 2), shadow=1.0, reference=(0.5, 0.5)) for _ in range(2))
+    quiet.record([1, 2] * 200, [True] * 400)
+    loud.record([1, 2] * 200, [False] * 400)
+    for name, monitor, expected in (("quiet", quiet, 0), ("loud", loud, 1)):
+        monitor.save(tmp_path / f"{name}.json")
+        status, found = run(capsys, "monitor", tmp_path / f"{name}.json")
+        assert status == expected
+        assert found["state"]["num_rows"] == 400
+        assert found["disagreement"] == list(monitor.bounds())
+        assert main(["monitor", str(tmp_path / f"{name}.json")]) == expected
+        assert ("ALARM" in capsys.readouterr().out) is (name == "loud")
+    assert main(["monitor", str(tmp_path / "none.json")]) == 2
+    assert "no saved monitor" in capsys.readouterr().err
+
+
+def test_calibrate_takes_a_metric_and_rows_without_labels(folder, capsys):
+    words = ["calibrate", folder / "model", "--dataset", folder / "fresh.jsonl", "--split", "train"]
+    _, found = run(capsys, *words, "--metric", "balanced-accuracy", "--target", "max-drop:0.3")
+    assert found["metric"] == "balanced-accuracy"
+    _, found = run(capsys, *words, "--unlabelled", "true", "--target", "max-drop:0.3")
+    assert any("no labels" in note for note in found["notes"])
+    _, judged = run(capsys, "evaluate", folder / "model", "--dataset", folder / "fresh.jsonl", "--split", "train")
+    assert judged["quality"] == pytest.approx(found["quality"])
+    assert judged["expected"]["num_folds"] == found["expected"]["num_folds"]
+    _, judged = run(
+        capsys, "evaluate", folder / "model", "--dataset", folder / "fresh.jsonl", "--split", "train", "--metric", "f1-macro"
+    )
+    assert judged["measure"] == "macro F1"
