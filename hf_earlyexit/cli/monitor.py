@@ -9,6 +9,7 @@ The file is what `Monitor.save` writes. The status is 1 after an alarm, so that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .answer import Answer
 
@@ -17,11 +18,12 @@ from .answer import Answer
 class MonitorArguments:
     """Which monitor."""
 
+    WORDS: ClassVar[tuple[str, ...]] = ("log",)
+
     log: str = field(metadata={"help": "file of a saved monitor"})
 
 
 ARGUMENTS = (MonitorArguments,)
-WORDS = ("log",)
 
 
 def run(args: MonitorArguments) -> Answer:
