@@ -22,7 +22,7 @@ def test_exported_files_let_rows_go_where_the_model_does(name, tmp_path):
         first = model(**batch, early_exit=False).exit_logits[:, 0].softmax(-1).amax(-1).sort().values
     model.set_exit_policy(ee.ConfidencePolicy(thresholds=[float((first[4] + first[5]) / 2)]))
     ee.export_onnx(model, tmp_path)
-    rows = rows_of(batch)
+    rows = rows_of(batch, segments=True)
     expected = ee.predict(model, rows)
     layers = expected.exit_layer.tolist()
     assert set(layers) == {1, 2}

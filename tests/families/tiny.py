@@ -91,7 +91,8 @@ def batch_of(name, rows=6, seed=0, padding="right", **more):
     return {"input_ids": torch.where(real, ids, PAD), "attention_mask": real.long()}
 
 
-def rows_of(batch):
-    """The rows of a batch padded on the right, as token ids."""
-    return [{"input_ids": (kept := ids[: int(mask.sum())].tolist()), "token_type_ids": [0] * len(kept)}
-            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]  # fmt: skip
+def rows_of(batch, segments=False):
+    """The rows of a batch padded on the right, as token ids; with segments, as most tokenizers give them."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = [{"input_ids": ids[:length].tolist()} for ids, length in zip(batch["input_ids"], lengths, strict=True)]
+    return [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows] if segments else rows
