@@ -86,7 +86,7 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         UsageError: for a model type or task without exits; with the list of those that have them.
         CheckpointError: as for the class's own `from_pretrained`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import hf_earlyexit as ee
         >>> from transformers import RobertaConfig, RobertaForSequenceClassification

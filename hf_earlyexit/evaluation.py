@@ -29,7 +29,7 @@ class EarlyExitMetric(evaluate.Metric):
     Raises:
         DataError: for no rows, `exit_layers` without `num_layers`, or layers out of range.
 
-    Example:
+    Examples:
         >>> from hf_earlyexit.evaluation import EarlyExitMetric
         >>> EarlyExitMetric().compute(predictions=[1, 0], references=[1, 1], exit_layers=[2, 4], num_layers=6)
         {'accuracy': 0.5, 'mean_layers': 3.0, 'layer_speed_up': 2.0}

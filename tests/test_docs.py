@@ -6,6 +6,7 @@ import doctest
 import re
 import shlex
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -165,3 +166,33 @@ def test_the_page_of_families_is_what_its_command_writes():
     assert page(text) == text, "run python -m benchmarks.families_page"
     listed = text + (DOCS / "api.md").read_text(encoding="utf-8")
     assert not [name for name in door_names() if name not in listed and not name.endswith("Config")]
+
+
+def test_the_measured_pages_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    choices = import_module("choices")
+    for path, text in choices.pages(*choices.committed()).items():
+        if path.suffix == ".md":  # what matplotlib draws differs in bytes from version to version
+            assert path.read_text(encoding="utf-8") == text, (
+                f"run `python benchmarks/choices.py --page`: {path.name} differs"
+            )
+        else:
+            assert path.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_table_of_extras_and_versions_is_that_of_the_project():
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|[^|]*\| ([^|]+) \|$", page, re.MULTILINE))
+    assert set(rows) == set(extras)
+    for name in ("train", "report", "caption", "onnx"):
+        assert rows[name].split(", ") == [re.split(r"[\[>=<]", package)[0] for package in extras[name]]
+    for package, locked, oldest in re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE):
+        for version, file in ((locked, "locked"), (oldest, "oldest")):
+            assert f"\n{package}=={version}" in (ROOT / "constraints" / f"{file}.txt").read_text(encoding="utf-8")
+
+
+def test_examples_of_docstrings_are_in_the_form_that_is_rendered():
+    files = (ROOT / "hf_earlyexit").rglob("*.py")
+    wrong = [path.name for path in files if re.search(r"^\s+Example:$", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert not wrong, f"write `Examples:` in {wrong}; mkdocstrings does not render `Example:`"

@@ -45,7 +45,7 @@ class Certified(Target):
         by: `None`, or "label" or "group": each label's rows, or each slice given in `calibrate(groups=...)`, keep it.
         bound: for regression, the largest difference in quality that counts.
 
-    Example:
+    Examples:
         >>> from hf_earlyexit.calibration import parse_target
         >>> parse_target("certified:0.01@0.95").confidence
         0.95

@@ -36,7 +36,7 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitConfig, VisionEncoderDecoderC
     Raises:
         EarlyExitConfigError: naming the field, its value and what is allowed.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> from transformers import GPT2Config, ViTConfig
         >>> decoder = GPT2Config(n_layer=6, add_cross_attention=True)

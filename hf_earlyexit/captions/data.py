@@ -94,7 +94,7 @@ class CaptionCollator:
     Raises:
         DataError: for rows without labels or images.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> rows = [{"labels": [5, 2], "encoder_hidden_states": [[0.1]]}, {"labels": [2], "encoder_hidden_states": [[0.2]]}]
         >>> ee.CaptionCollator()(rows)["labels"].tolist()

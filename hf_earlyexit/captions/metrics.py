@@ -29,7 +29,7 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     Raises:
         DataError: for another number of references, or none for an image.
 
-    Example:
+    Examples:
         >>> from hf_earlyexit.captions.metrics import rouge_l
         >>> rouge_l(["a dog runs"], [["a dog runs"]])
         [1.0]

@@ -32,7 +32,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
     needs: layers above get its keys and values from the state it left with. The prompt, and with it the first token, always
     runs in full.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> from transformers import GPT2Config, ViTConfig
         >>> decoder = GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=2, add_cross_attention=True)

@@ -58,7 +58,7 @@ def caption_page(
     Raises:
         DataError: for no pictures, captions that are not one for each, and what is no picture.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> pipe = ee.pipeline("early-exit-captioning", model="captioner")  # doctest: +SKIP
         >>> ee.caption_page(photos, pipe(photos), "captions.html", num_layers=12)  # doctest: +SKIP

@@ -22,7 +22,7 @@ class EarlyExitCaptionProcessor(ProcessorMixin):
         tokenizer: of the decoder.
         start_token_id: what captions begin with; the tokenizer's BOS or CLS by default.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> processor = ee.EarlyExitCaptionProcessor.from_pretrained("captioner")  # doctest: +SKIP
         >>> model.generate(**processor(images=picture, text="a photo of"))  # doctest: +SKIP

@@ -49,9 +49,10 @@ def card_figures(
         UsageError: without a calibration, or for a negative number of repeats.
         DataError: for rows without labels.
 
-    Example:
-        figures = ee.card_figures(model, results, rows, tokenizer=tokenizer)
-        ee.save(model, "folder", tokenizer=tokenizer, calibration=results, card={"license": "mit", **figures})
+    Examples:
+        >>> figures = ee.card_figures(model, results, rows, tokenizer=tokenizer)  # doctest: +SKIP
+        >>> card = {"license": "mit", **figures}  # doctest: +SKIP
+        >>> ee.save(model, "folder", tokenizer=tokenizer, calibration=results, card=card)  # doctest: +SKIP
     """
     results = {} if calibration is None else by_name(calibration)
     if not results:

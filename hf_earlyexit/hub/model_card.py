@@ -153,6 +153,7 @@ def model_card_files(
         timings=timings,
         f1s=f1s,
         f1_name=f1_name(problem),
+        plain_metrics=("accuracy", "mse"),  # named by the heading already
         timed_on=None if timed_on is None else without_private(timed_on),
         has_plots=bool(files),
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},

@@ -92,7 +92,7 @@ class OnnxClassifier(OperatingPoints):
 
     Layers run in ONNX Runtime, the policy is the very one that torch models use. Threads may share it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import hf_earlyexit as ee
         >>> shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

@@ -241,7 +241,7 @@ def check_exit_policy(policy: ExitPolicy) -> list[str]:
     Raises:
         PolicyError: naming the law that does not hold.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> len(ee.check_exit_policy(ee.ConfidencePolicy(thresholds=[0.9, 0.8]))) > 10
         True

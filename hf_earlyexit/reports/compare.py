@@ -110,7 +110,7 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
     contenders, left_out = {}, {}
     for name in POLICIES.names():
         try:
-            chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed)
+            chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed, metric="accuracy")
         except EarlyExitError as error:
             if trace.split == "train":
                 raise

@@ -63,7 +63,7 @@ def write_report(
         CalibrationError: for a trace of training rows.
         EarlyExitConfigError: for a policy of other exits.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> trace = ee.ExitTrace.load("held-back.safetensors")  # doctest: +SKIP
         >>> ee.write_report(trace, "report.html", title="My classifier")  # doctest: +SKIP

@@ -96,7 +96,7 @@ def quantize_int8(model: Any) -> Any:
     Raises:
         UsageError: for a model on another device or of another precision.
 
-    Example:
+    Examples:
         >>> import hf_earlyexit as ee
         >>> config = ee.EarlyExitBertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
         >>> small = ee.quantize_int8(ee.EarlyExitBertForSequenceClassification(config))
