@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError
-from hf_earlyexit.labels import read_labels
+from hf_earlyexit.labels import label_problem_type, read_labels
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, row_quality
 
 NAMES = {"neg": 0, "neutral": 1, "pos": 2}
@@ -240,3 +240,12 @@ def test_whole_numbers_of_many_labels_give_the_loss_of_floats(tiny_model, random
 def test_labels_between_yes_and_no_count_as_the_nearer():
     logits = torch.tensor([[2.0, -2.0, 2.0]])
     assert row_quality(logits, torch.tensor([[0.9, 0.1, 0.2]]), MULTI_LABEL).tolist() == pytest.approx([2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "problem"),
+    [([0, 2], 3, SINGLE_LABEL), ([[0.0, 1.0, 1.0]], 3, MULTI_LABEL), ([0.5], 1, REGRESSION), ([0, 1], 2, SINGLE_LABEL)],
+)
+def test_what_labels_mean_where_the_config_does_not_say(labels, classes, problem):
+    assert label_problem_type(config(classes), torch.tensor(labels)) == problem
+    assert label_problem_type(config(classes, REGRESSION), torch.tensor(labels)) == REGRESSION

@@ -71,3 +71,17 @@ def test_with_many_labels_the_least_sure_label_counts():
 @pytest.mark.parametrize("cls", [ConfidencePolicy, MarginPolicy, EntropyPolicy])
 def test_a_constant_added_to_all_logits_changes_nothing(cls):
     assert scores(cls, LOGITS + 500) == pytest.approx(scores(cls), abs=1e-4)
+
+
+def test_with_three_classes_the_margin_is_to_the_second_not_to_the_last():
+    logits = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.3, 0.6]]]).log().repeat(1, 2, 1)
+    assert scan(MarginPolicy(thresholds=(0.9,)), logits).scores[:, 0].tolist() == pytest.approx([0.2, 0.3], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("policy", [ConfidencePolicy, EntropyPolicy, MarginPolicy])
+def test_scores_of_half_precision_logits_are_computed_in_float32(policy, dtype):
+    logits = torch.randn(50, 2, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    half, full = (scan(policy(thresholds=(0.9,)), given).scores for given in (logits, logits.float()))
+    assert half.dtype == torch.float32
+    assert torch.equal(half, full)

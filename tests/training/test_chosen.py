@@ -146,6 +146,7 @@ def test_gates_learn_from_their_own_loss_alone_and_heads_from_the_exits_loss(cho
 def test_gates_held_still_get_no_gradient_and_the_loss_is_the_exits(chosen, estimator):
     objective = ConsistentObjective(alpha=0.3, estimator=estimator)
     trainer, batch = chosen(objective, teaches_gates=False)
+    assert not any(parameter.requires_grad for parameter in trainer.model.exit_gates.parameters())
     loss = trainer.compute_loss(trainer.model, dict(batch))
     assert float(loss.detach()) == pytest.approx(float(by_hand(trainer, batch, objective).exit_loss.detach()), abs=1e-6)
     assert not any(name.startswith("exit_gates.") for name in gradients(trainer, loss))

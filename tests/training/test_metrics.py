@@ -93,3 +93,10 @@ def test_problem_types_have_metrics_of_their_own():
 def test_an_unknown_metric_comes_with_a_suggestion():
     with pytest.raises(UnknownNameError, match=r"Unknown exit metric 'spearmann'. Did you mean 'spearman'"):
         exit_metrics(np.zeros((1, 1, 3)), np.array([0]), [1], "spearmann")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_a_label_is_said_from_a_logit_above_zero_which_is_one_half(metric):
+    logits = np.array([[[0.25, -0.25]], [[0.1, 3.0]]], dtype=np.float32)
+    labels = np.array([[1.0, 0.0], [1.0, 1.0]], dtype=np.float32)
+    assert exit_metrics(logits, labels, [1], metric) == {f"exit_1_{metric}": 1.0}
