@@ -1,0 +1,19 @@
+"""Conformal risk control along a path on which single rows get better again."""
+
+import numpy as np
+
+from hf_earlyexit.calibration.certify import Certified, _Walk
+from hf_earlyexit.calibration.risks import Losses
+
+
+def test_a_loss_once_seen_along_the_path_stays():
+    # thresholds fall from "closed" over .7 to .4. Rows 0-7 err at exit 2, where .7 lets them go, and are right at exit 1,
+    # where .4 does; rows 8-15 err at exit 1. At .4 eight rows err, but sixteen have erred on the way: (16 + 1) / 101 is above .1
+    scores, losses = np.full((100, 3), 0.1), np.zeros((100, 3))
+    scores[:16, 0] = 0.5
+    scores[:8, 1], losses[:8, 1], losses[8:16, 0] = 0.8, 1.0, 1.0
+    path = np.array([[np.nan, np.nan], [0.7, 0.7], [0.4, 0.4]])
+    target, everybody = Certified(0.1, procedure="crc"), {"all rows": np.ones(100, dtype=bool)}
+    walk = _Walk(target, Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
+    assert [walk.at(place).sum() for place in range(3)] == [0, 8, 8]
+    assert walk.last_certified() == 1
