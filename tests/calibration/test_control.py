@@ -7,8 +7,8 @@ from hf_earlyexit.calibration.risks import Losses
 
 
 def test_a_loss_once_seen_along_the_path_stays():
-    # thresholds fall from "closed" over .7 to .4. Rows 0-7 err at exit 2, where .7 lets them go, and are right at exit 1,
-    # where .4 does; rows 8-15 err at exit 1. At .4 eight rows err, but sixteen have erred on the way: (16 + 1) / 101 is above .1
+    # Thresholds fall from "closed" over .7 to .4. Rows 0-7 err at exit 2, where .7 lets them go, and are right at exit 1,
+    # where .4 does; rows 8-15 err at exit 1. At .4 eight rows err, but sixteen have on the way: (16 + 1) / 101 > .1.
     scores, losses = np.full((100, 3), 0.1), np.zeros((100, 3))
     scores[:16, 0] = 0.5
     scores[:8, 1], losses[:8, 1], losses[8:16, 0] = 0.8, 1.0, 1.0

@@ -8,7 +8,7 @@ from hf_earlyexit.calibration import MaxDrop, calibrate
 from hf_earlyexit.calibration.search import single_threshold_curve
 from hf_earlyexit.errors import PolicyError
 from hf_earlyexit.policies import POLICIES, RewardPolicy
-from hf_earlyexit.policies.reward import FEATURES, FLOOR, HALF_PRICE, NUM_WEIGHTS, WIDTH, History, _look
+from hf_earlyexit.policies.reward import FEATURES, FLOOR, HALF_PRICE, MOST_ROWS, NUM_WEIGHTS, WIDTH, History, _look, _part
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
 
@@ -169,3 +169,13 @@ def test_an_error_that_the_last_exit_makes_too_is_no_reason_to_go_on():
     other = ExitTrace(logits=knows, labels=labels, exit_layers=(1, 2, 3))
     policy = RewardPolicy.from_trace(other)
     assert 0 not in policy.with_thresholds(0.5).decide(policy.scan(other).scores).tolist()
+
+
+def test_each_member_learns_from_rows_of_its_own_and_a_single_one_from_all():
+    trace = learned_trace(200)
+    first, second = (_part(trace, member, 2).logits for member in (0, 1))
+    assert len(first) == len(second) == 200
+    assert not torch.equal(first, second)
+    assert len(first.flatten(1).unique(dim=0)) < 180  # drawn with replacement
+    assert torch.equal(_part(trace, 0, 1).logits, trace.logits)
+    assert _part(learned_trace(MOST_ROWS + 5), 0, 1).num_rows == MOST_ROWS
