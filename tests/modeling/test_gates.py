@@ -150,3 +150,19 @@ def test_gates_are_added_to_a_trained_model_with_exits(tiny_model, random_batch,
     output = gated(**batch, early_exit=False)
     assert torch.equal(output.exit_logits, model(**batch, early_exit=False).exit_logits)
     assert torch.isfinite(output.exit_gates).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_exit_asks_its_own_gate_of_its_own_state(tiny_model, random_batch, kind):
+    model, states = tiny_model(exit_gate=kind), []
+    hooks = [head.register_forward_pre_hook(lambda _, given: states.append(given[0])) for head in model.exit_heads.values()]
+    with torch.inference_mode():
+        output = model(**random_batch(6), early_exit=False)
+        for hook in hooks:
+            hook.remove()
+        alone = [
+            gate(state, logits)
+            for gate, state, logits in zip(model.exit_gates.values(), states, output.exit_logits.unbind(1), strict=False)
+        ]
+    assert torch.equal(output.exit_gates, torch.stack(alone, 1))
+    assert (output.exit_gates[:, 1:] - output.exit_gates[:, :1]).abs().min() > 1e-4
