@@ -1,0 +1,184 @@
+"""What must hold by theory, in draws from pools whose risk is known: certified settings, and the monitor's alarms; sizes.
+
+Called by benchmarks/promises.py; the pools are made up, with the shapes that are said beside each table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+from hf_earlyexit.calibration import Certified
+from hf_earlyexit.calibration.certify import _Walk
+from hf_earlyexit.calibration.risks import Losses
+from hf_earlyexit.serving.monitor import Monitor
+
+POOL, PLANNING, STEPS, MOST = 20_000, 1_000, 50, 0.12
+GAINS = 0.005  # share of rows on which the early answer is right and the full model wrong, in the pools for "drop"
+
+
+class Pool:
+    """Rows with one exit before the last, whose answer is likelier to do harm the lower its score."""
+
+    def __init__(self, risk: str, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        rows = POOL + PLANNING
+        score = draw.random(rows)
+        harmed = draw.random(rows) < 2 * MOST * (1 - score)
+        loss = harmed.astype(float)
+        if risk == "drop":
+            loss -= (draw.random(rows) < GAINS) & ~harmed
+        self.low = -1.0 if risk == "drop" else 0.0
+        self.scores, self.losses = (np.stack([column, np.zeros(rows)], 1) for column in (score, loss))
+        self.path = np.append(np.nan, np.linspace(1, 0, STEPS))[:, None]
+        self.planning = self.scores[POOL:], self.losses[POOL:]
+        leaves = score[:POOL, None] >= np.nan_to_num(self.path.T, nan=2.0)
+        self.risks = (leaves * loss[:POOL, None]).mean(0)
+
+    def certified(self, target: Certified, count: int, draws: int) -> np.ndarray:
+        """True risk of the setting that each draw of `count` rows certified, `[draws]`."""
+        draw, used = np.random.default_rng(1), np.empty(draws)
+        everyone = {"all rows": np.ones(count, dtype=bool)}
+        for place in range(draws):
+            rows = draw.integers(0, POOL, count)
+            losses = Losses(self.losses[rows], self.low, 1.0)
+            walk = _Walk(target, losses, self.scores[rows], self.path, everyone, self.planning)
+            used[place] = self.risks[walk.last_certified()]
+        return used
+
+
+def validity(draws: int) -> list[dict[str, Any]]:
+    """Broken promises and the risk used, for every size, limit, confidence and risk."""
+    rows = []
+    for risk in ("harm", "drop"):
+        pool = Pool(risk)
+        for limit in (0.01, 0.02, 0.05):
+            for delta in (0.05, 0.10):
+                for count in (100, 300, 1000, 3000):
+                    used = pool.certified(Certified(limit, 1 - delta, risk=risk), count, draws)
+                    broken = int((used > limit + 1e-12).sum())
+                    rows.append(
+                        {
+                            "risk": risk,
+                            "limit": limit,
+                            "delta": delta,
+                            "rows": count,
+                            "draws": draws,
+                            "broken": broken,
+                            "most": int(binom.ppf(0.999, draws, delta)),
+                            "used": float(used.mean()),
+                        }
+                    )
+    return rows
+
+
+EXITS = tuple(range(1, 13))
+SHARES = np.array([0, 0, 0.1, 0.2, 0.2, 0.15, 0.1, 0.1, 0.05, 0.04, 0.03, 0.03])
+
+
+def _first_alarms(monitor: Monitor, draw: np.random.Generator, rows: int, rate: float, shares: np.ndarray) -> dict[str, int]:
+    """Rows after which each kind of alarm came, in a stream by batches of 100 rows."""
+    start = monitor.state.num_rows
+    for _ in range(rows // 100):
+        layers = draw.choice(EXITS, 100, p=shares).tolist()
+        same = (draw.random(len(monitor.draw(100))) >= rate).tolist()
+        monitor.record(layers, same)
+    return {alarm.kind: alarm.num_rows - start for alarm in monitor.state.alarms}
+
+
+def false_alarms(streams: int, rows: int = 20_000) -> list[dict[str, Any]]:
+    """Streams in which nothing changes, with a rate of disagreement at the limit itself: the hardest that is fine."""
+    tables = []
+    for confidence, shadow in ((0.9, 0.01), (0.9, 0.1), (0.99, 0.01)):
+        counts = {"disagreement": 0, "shift": 0}
+        for seed in range(streams):
+            monitor = Monitor(EXITS, 0.02, shadow=shadow, confidence=confidence, reference=tuple(SHARES), seed=seed)
+            for kind in _first_alarms(monitor, np.random.default_rng([1, seed]), rows, 0.02, SHARES):
+                counts[kind] += 1
+        tables.append({"confidence": confidence, "shadow": shadow, "streams": streams, "rows": rows, **counts})
+    return tables
+
+
+def detection(streams: int, rows: int = 20_000) -> list[dict[str, Any]]:
+    """Rows until an alarm once the rate of disagreement has risen, or rows leave elsewhere; the limit is 0.02."""
+    tables = []
+    later = np.roll(SHARES, 2)
+    for rate, shares, what in (
+        (0.06, SHARES, "rate"),
+        (0.10, SHARES, "rate"),
+        (0.20, SHARES, "rate"),
+        (0.02, later, "exits"),
+    ):
+        for shadow in (0.01, 0.1) if what == "rate" else (0.01,):
+            kind = "disagreement" if what == "rate" else "shift"
+            found = []
+            for seed in range(streams):
+                monitor = Monitor(EXITS, 0.02, shadow=shadow, confidence=0.99, reference=tuple(SHARES), seed=seed)
+                found.append(_first_alarms(monitor, np.random.default_rng([2, seed]), rows, rate, shares).get(kind))
+            seen = sorted(rows + 1 if place is None else place for place in found)
+            tables.append(
+                {
+                    "what": what,
+                    "rate": rate,
+                    "shadow": shadow,
+                    "streams": streams,
+                    "noticed": sum(place is not None for place in found),
+                    "within_5000": sum(place is not None and place <= 5000 for place in found),
+                    "median": seen[len(seen) // 2] if seen[len(seen) // 2] <= rows else None,
+                }
+            )
+    return tables
+
+
+SIZES = """
+import json, resource, sys, time
+import numpy as np, torch
+import hf_earlyexit as ee
+from hf_earlyexit.calibration import Certified, calibrate
+kind, rows, exits, classes = sys.argv[1], *map(int, sys.argv[2:5])
+draw = torch.Generator().manual_seed(0)
+labels = torch.randint(classes, (rows,), generator=draw)
+logits = torch.randn(rows, exits, classes, generator=draw)
+logits[torch.arange(rows), :, labels] += torch.linspace(1, 6, exits)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+trace = ee.ExitTrace(logits=logits, labels=labels, exit_layers=tuple(range(1, exits + 1)))
+target = Certified(0.01, 0.9) if kind == "certify" else ee.MaxDrop(0.01)
+start = time.perf_counter()
+calibrate(trace, "confidence", target)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"kind": kind, "rows": rows, "exits": exits, "classes": classes, "before": before, "peak": peak,
+                  "seconds": time.perf_counter() - start}))
+"""
+
+
+def certify_seconds(settings: int = 400, rows: int = 100_000) -> dict[str, Any]:
+    """Time to walk along the whole of a path whose every setting is certified, so that none is spared."""
+    draw = np.random.default_rng(0)
+    scores = draw.random((rows, 12))
+    losses = (draw.random((rows, 12)) < 0.001).astype(float)
+    losses[:, -1] = 0
+    path = np.repeat(np.linspace(1, 0, settings)[:, None], 11, 1)
+    everyone = {"all rows": np.ones(rows, dtype=bool)}
+    found = {"settings": settings, "rows": rows, "exits": 12}
+    for risk, low in (("harm", 0.0), ("drop", -1.0)):
+        given = losses - (draw.random((rows, 12)) < 0.005) * (losses == 0) * (np.arange(12) < 11) if low else losses
+        walk = _Walk(Certified(0.01, 0.9, risk=risk), Losses(given, low, 1.0), scores, path, everyone, (scores, given))
+        start = time.process_time()
+        assert walk.last_certified() == settings - 1
+        found[risk] = time.process_time() - start
+    return found
+
+
+def sizes() -> dict[str, Any]:
+    """Seconds and peak memory, each in a process of its own."""
+    whole = []
+    for kind in ("calibrate", "certify"):
+        command = [sys.executable, "-c", SIZES, kind, "100000", "12", "150"]
+        whole.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return {"walk": certify_seconds(), "whole": whole}
