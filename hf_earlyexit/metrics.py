@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
+from .problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, given_labels, predictions
 from .trace import ExitTrace
 
 
@@ -80,7 +80,7 @@ def right_exits(trace: ExitTrace) -> Tensor:
             field="hardness",
         )
     if trace.problem_type == MULTI_LABEL:
-        return ((trace.logits > 0) == (trace.labels[:, None] > 0)).all(-1)
+        return (predictions(trace.logits, MULTI_LABEL) == given_labels(trace.labels[:, None])).all(-1)
     return trace.logits.argmax(-1) == trace.labels[:, None]
 
 
@@ -119,7 +119,7 @@ def f1(logits: Tensor, labels: Tensor, problem_type: str) -> float:
         raise DataError("Values are never right or wrong, so they have no F1.", field="problem_type", value=problem_type)
     answers = predictions(logits, problem_type)
     if problem_type == MULTI_LABEL:
-        truth = labels > 0
+        truth = given_labels(labels)
         both, either = (answers & truth).sum(), answers.sum() + truth.sum()
         return float(2 * both / either) if either else 0.0
     classes = logits.shape[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ def predictions(logits: Tensor, problem_type: str) -> Tensor:
     return logits
 
 
+def given_labels(labels: Any) -> Any:
+    """Which of many labels count as given: those from 0.5 on, as booleans.
+
+    Args:
+        labels: `[..., C]`, from 0 to 1; a tensor or an array.
+    """
+    return labels >= 0.5
+
+
 def same_prediction(first: Tensor, second: Tensor, problem_type: str, tolerance: float = 0.0) -> Tensor:
     """Whether two exits say the same of each row.
 
@@ -50,7 +61,7 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
 
     Args:
         logits: `[N, C]` or `[N, E, C]`.
-        labels: `[N]` class numbers, or `[N, C]` / `[N]` values; of many labels, those from 0.5 on count as given.
+        labels: `[N]` class numbers, or `[N, C]` / `[N]` values; of many labels, see `given_labels`.
         problem_type: one of `PROBLEM_TYPES`.
 
     Returns:
@@ -61,7 +72,7 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         return right.double()
     truth = labels.reshape(labels.shape[0], *([1] * (logits.ndim - 2)), logits.shape[-1])
     if problem_type == MULTI_LABEL:
-        return (predictions(logits, problem_type) == (truth >= 0.5)).double().mean(-1)
+        return (predictions(logits, problem_type) == given_labels(truth)).double().mean(-1)
     return -(logits.double() - truth.double()).square().mean(-1)
 
 
@@ -71,7 +82,7 @@ def majority_quality(labels: Tensor, problem_type: str) -> float:
         return float(torch.bincount(labels).max()) / labels.shape[0]
     values = labels.double().reshape(labels.shape[0], -1)
     if problem_type == MULTI_LABEL:
-        share = (values >= 0.5).double().mean(0)
+        share = given_labels(values).double().mean(0)
         return float(torch.maximum(share, 1 - share).mean())
     return -float(values.var(0, correction=0).mean())
 

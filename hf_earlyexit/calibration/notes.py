@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -44,9 +45,28 @@ def on_rows(trace: ExitTrace, named: Any, metric: Metric, certified: bool) -> li
     return notes
 
 
+def on_drop(target: Target, full: float) -> list[str]:
+    """A drop of all the full model's quality, which gives the model away; it is warned of as well.
+
+    Args:
+        target: what thresholds are chosen for.
+        full: quality of the full model. Where it cannot be lost, as minus squared errors, it is never above 0.
+    """
+    if not isinstance(target, MaxDrop) or not 0 < full <= target.drop:
+        return []
+    note = (
+        f"a drop of {target.drop:g} permits to lose all of the full model's quality, {full:.4f}, so any answer will do; "
+        f"quality runs from 0 to 1: one point is 0.01, {target.drop:g} points are {target.drop / 100:g}"
+    )
+    warnings.warn(f"{note[0].upper()}{note[1:]}.", stacklevel=5)
+    return [note]
+
+
 def on_target(target: Target, setting: Setting) -> list[str]:
     """A drop that permits answers that know nothing."""
     rows, full = setting.rows, float(setting.curve.quality[0])
+    if notes := on_drop(target, full):
+        return notes
     constant = majority_quality(rows.labels, rows.problem_type)
     if not isinstance(target, MaxDrop) or not full - target.drop <= constant < full:
         return []

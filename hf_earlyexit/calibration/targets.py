@@ -72,6 +72,8 @@ class MaxDrop(Target):
         sigmas: standard errors of the difference to keep in reserve. The cheapest point that just meets the target does
             so partly by luck; 1 takes most of that back.
 
+    A drop of all the full model's quality permits every answer; calibrating with it warns, and the result notes it.
+
     Note:
         This is what the calibration rows showed, not a promise about others: see the standard error in the result.
     """
@@ -90,14 +92,6 @@ class MaxDrop(Target):
         return self.drop
 
     def pick(self, curve: Curve) -> int:
-        full = float(curve.quality[0])
-        if 0 < full <= self.drop:  # quality that is a share; minus squared errors are never above 0
-            raise CalibrationError(
-                f"A drop of {self.drop:g} permits to lose all of the full model's quality, {full:.4f}. Quality runs from 0 "
-                f"to 1: one point is 0.01, so {self.drop:g} points are {self.drop / 100:g}.",
-                field="drop",
-                value=self.drop,
-            )
         spare = self.sigmas * curve.standard_error
         return _cheapest(curve, curve.quality - spare >= curve.quality[0] - self.drop - 1e-12)
 

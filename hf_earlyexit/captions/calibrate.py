@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..calibration.notes import on_drop
 from ..calibration.proposals import Proposal, propose
 from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
@@ -130,7 +131,7 @@ def calibrate_captions(
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=model_fingerprint(model),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
-        notes=tuple(_notes(rule, model.config.exit_decay)),
+        notes=(*_notes(rule, model.config.exit_decay), *on_drop(target, settings[0].score)),
         metric=f"{judge.metric_name} against {'the full model' if references is None else 'references'}",
         settings=settings,
         chosen=chosen,

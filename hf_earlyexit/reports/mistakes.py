@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..policies.base import ExitPolicy
-from ..problem_types import REGRESSION, SINGLE_LABEL, predictions, row_quality
+from ..problem_types import REGRESSION, SINGLE_LABEL, given_labels, predictions, row_quality
 from ..trace import ExitTrace
 
 
@@ -94,7 +94,7 @@ class _Namer:
             return ", ".join(f"{value:.3g}" for value in label.reshape(-1).tolist())
         if self.problem_type == SINGLE_LABEL:
             return self._class(int(label))
-        return ", ".join(self._class(index) for index, on in enumerate(label.tolist()) if on > 0) or "none"
+        return ", ".join(self._class(index) for index, on in enumerate(given_labels(label).tolist()) if on) or "none"
 
     def _class(self, index: int) -> str:
         return str(index) if self.names is None else self.names[index]

@@ -6,24 +6,31 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..errors import DataError, TrainingError
+from ..errors import DataError, TrainingError, UsageError
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
 from ..serving.collect import collect_trace
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments
+from .consistent_data import checked_rows, row_ids
 from .gate_report import gate_metrics, warn_of_trouble
 from .gates import train_gates
-from .hardness import ExampleId, HardnessTable
+from .hardness import HardnessTable
 from .run_folder import RunFolder
+from .settings import check_arguments, check_settings
 from .states import collect_states
 from .trainer import EarlyExitTrainer
 
 TABLE_FILE = "hardness.safetensors"
+WHY_NOT = {  # arguments of `Trainer` that a run of phases has no place for
+    "compute_loss_func": "phases weigh the loss of every row at every exit, and it gives one number a batch",
+    "model_init": "each phase goes on from the weights of the one before; pass the model",
+    "optimizers": "every phase begins with an optimizer of its own; choose its kind with optim and optim_args",
+    "optimizer_cls_and_kwargs": "phases have learning rates of their own; choose the kind with optim and optim_args",
+}
 
 logger = logging.get_logger(__name__)
 
@@ -55,9 +62,13 @@ class ConsistentTrainer:
             from them alone. Ids must differ from the train rows'. By default the train rows, as in the paper.
         hardness_table: a table that stands in for the measurement, such as one joined from models that never saw the rows.
         processing_class, data_collator, callbacks: as in `Trainer`.
+        compute_metrics, preprocess_logits_for_metrics: as in `Trainer`, for evaluations while exits are trained.
+        others: whatever else `Trainer` takes is refused, and why.
 
     Raises:
-        TrainingError, DataError: at set-up, for a model without gates or data without ids.
+        TrainingError, DataError: at set-up, for a model without gates, settings that cannot work, or data without ids or
+            with a row that has no label.
+        UnknownNameError: for an argument that there is not.
 
     Paper: ConsistentEE (https://arxiv.org/abs/2312.11882). Differences are told in the documentation.
     """
@@ -74,7 +85,11 @@ class ConsistentTrainer:
         processing_class: Any = None,
         data_collator: Any = None,
         callbacks: list[Any] | None = None,
+        compute_metrics: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        **others: Any,
     ) -> None:
+        check_arguments(others, ConsistentTrainer, WHY_NOT)
         if not isinstance(args, ConsistentTrainingArguments):
             raise TrainingError(f"args is {type(args).__name__}; expected ConsistentTrainingArguments.", field="args")
         if not len(model.exit_gates):
@@ -83,17 +98,33 @@ class ConsistentTrainer:
                 "init_missing_exits=True if its exits are trained already.",
                 field="exit_gate",
             )
-        self.model, self.args, self.train_dataset, self.eval_dataset = model, args, train_dataset, eval_dataset
-        self.gate_dataset = train_dataset if gate_dataset is None else gate_dataset
+        check_settings(args, args.make_objective(), model)
+        self.model, self.args = model, args
+        self.train_dataset, self.eval_dataset = self._rows(train_dataset, "train_dataset"), None
+        self.train_ids = self.gate_ids = row_ids(self.train_dataset, args.id_column)
+        self.gate_dataset = self.train_dataset
+        if eval_dataset is not None:
+            self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
+        if gate_dataset is not None:
+            self.gate_dataset = self._rows(gate_dataset, "gate_dataset")
+            self.gate_ids = row_ids(self.gate_dataset, args.id_column)
+            if set(self.train_ids) & set(self.gate_ids):
+                raise DataError("train_dataset and gate_dataset share ids; keep their rows apart.", field="gate_dataset")
         self.given_table, self.hardness_table = hardness_table, hardness_table
-        self._shared = {"processing_class": processing_class, "data_collator": data_collator, "callbacks": callbacks}
+        self._shared = {
+            "processing_class": processing_class,
+            "data_collator": data_collator,
+            "callbacks": callbacks,
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
         self.log_history: list[dict[str, Any]] = []
-        self.train_ids, self.gate_ids = self._ids(train_dataset), self._ids(self.gate_dataset)
-        if gate_dataset is not None and set(self.train_ids) & set(self.gate_ids):
-            raise DataError("train_dataset and gate_dataset share ids; keep their rows apart.", field="gate_dataset")
         if hardness_table is not None:
             hardness_table.of(self.train_ids)
             hardness_table.of(self.gate_ids)
+
+    def _rows(self, rows: Any, name: str) -> Any:
+        return checked_rows(rows, name, self.model.config, self.args.label_names or ())
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -112,9 +143,16 @@ class ConsistentTrainer:
             The log, one entry per report; also in `log_history`.
 
         Raises:
-            UsageError: if `output_dir` holds a run and it is not to be taken up.
+            UsageError: if `output_dir` holds a run and it is not to be taken up, or for a checkpoint by name.
             TrainingError: if it was made with other settings.
         """
+        if resume_from_checkpoint not in (None, True, False):
+            raise UsageError(
+                f"resume_from_checkpoint is {resume_from_checkpoint!r}; expected True: the phases of a run lie below "
+                "output_dir, and each is taken up where it stands.",
+                field="resume_from_checkpoint",
+                value=resume_from_checkpoint,
+            )
         run = RunFolder(self.args.output_dir, self.args.should_save)
         run.open(self.args.consistent_settings(), bool(resume_from_checkpoint))
         self.log_history = []
@@ -238,17 +276,3 @@ class ConsistentTrainer:
         each = zip(trace.exit_layers, trace.quality.mean(0).tolist(), strict=True)
         metrics = gate_metrics(trace, self._objective, self.args.hardness)
         return {f"exit_{layer}_quality": quality for layer, quality in each} | metrics
-
-    def _ids(self, rows: Any) -> tuple[ExampleId, ...]:
-        name = self.args.id_column
-        if name not in getattr(rows, "column_names", ()):
-            columns = ", ".join(getattr(rows, "column_names", ())) or type(rows).__name__
-            raise DataError(
-                f"No column {name!r} among {columns}: hardness is kept under each row's own id. Name the column with "
-                f"id_column, or add one before anything is shuffled: rows.add_column({name!r}, range(len(rows))).",
-                field="id_column",
-                value=name,
-            )
-        ids = tuple(rows[name][:])
-        HardnessTable(ids=ids, layers=torch.zeros(len(ids)), num_layers=1)  # each once
-        return ids

@@ -11,8 +11,13 @@ from ..losses.consistentee import ACTIONS
 from .arguments import EarlyExitTrainingArguments
 from .gates import EpsilonSchedule, GateRecipe
 from .hardness import HARDNESS
+from .settings import refused
 
 CHOSEN_PHASES = ("alternate", "joint")
+NO_PLACE = {  # arguments of `TrainingArguments` that a run of phases has no place for
+    "label_smoothing_factor": "the chosen exits and the gates learn from the loss of the true label",
+    "push_to_hub": "every phase would push its own folder; push the model when the run is over",
+}
 
 
 @dataclass
@@ -70,6 +75,9 @@ class ConsistentTrainingArguments(EarlyExitTrainingArguments):
                 field="chosen_phase",
                 value=self.chosen_phase,
             )
+        for name, why in NO_PLACE.items():
+            if getattr(self, name):
+                raise refused(name, getattr(self, name), why)
         for name, lowest in (("rounds", 1), ("max_gate_rows", 1), ("chosen_epochs", 0), ("chosen_learning_rate", 0)):
             value = getattr(self, name)
             if not lowest <= value < float("inf"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from ..problem_types import MULTI_LABEL, REGRESSION
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, given_labels, predictions
 from ..registry import Registry
 
 EXIT_METRICS: Registry[Callable[[np.ndarray, np.ndarray], float]] = Registry("exit metric")
@@ -34,14 +35,18 @@ def exit_metrics(exit_logits: np.ndarray, labels: np.ndarray, exit_layers: list[
     }
 
 
-def _classes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return logits > 0 if labels.ndim == 2 else logits.argmax(-1)
+def _classes(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Answers, and labels as these are: class numbers `[N]`, or which of many labels are given `[N, C]`."""
+    problem_type = MULTI_LABEL if labels.ndim == 2 else SINGLE_LABEL
+    answers = predictions(torch.from_numpy(logits), problem_type).numpy()
+    return answers, given_labels(labels) if labels.ndim == 2 else labels
 
 
 @EXIT_METRICS.register("accuracy")
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of right answers; with many labels, of right labels."""
-    return float((_classes(logits, labels) == labels).mean())
+    answers, truth = _classes(logits, labels)
+    return float((answers == truth).mean())
 
 
 @EXIT_METRICS.register("f1")
@@ -50,7 +55,8 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
     average = "micro" if labels.ndim == 2 else "binary" if logits.shape[-1] == 2 else "macro"
-    return float(f1_score(labels, _classes(logits, labels), average=average, zero_division=0))
+    answers, truth = _classes(logits, labels)
+    return float(f1_score(truth, answers, average=average, zero_division=0))
 
 
 @EXIT_METRICS.register("matthews")
@@ -58,7 +64,8 @@ def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of classes."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, _classes(logits, labels)))
+    answers, truth = _classes(logits, labels)
+    return float(matthews_corrcoef(truth, answers))
 
 
 @EXIT_METRICS.register("spearman")

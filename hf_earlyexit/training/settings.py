@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,30 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..losses import Objective
 from ..problem_types import SINGLE_LABEL
+from ..registry import unknown_name
 
 if TYPE_CHECKING:
     from .arguments import EarlyExitTrainingArguments
+
+
+def check_arguments(given: Mapping[str, Any], cls: type, why_not: Mapping[str, str]) -> None:
+    """Refuse arguments beyond those that a trainer names.
+
+    Args:
+        given: what else was passed; `None` stands for what was left out.
+        cls: the trainer, for the names that it takes.
+        why_not: arguments of transformers' `Trainer` that it cannot use, and why.
+
+    Raises:
+        TrainingError: for one of `why_not`.
+        UnknownNameError: for a name that means nothing, with the nearest that does.
+    """
+    for name, value in given.items():
+        if name not in why_not:
+            known = {name for name, part in signature(cls).parameters.items() if part.kind != part.VAR_KEYWORD}
+            raise unknown_name(f"argument of {cls.__name__}", name, known)
+        if value not in (None, (None, None)):
+            raise refused(name, None, why_not[name])
 
 
 def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model: Any) -> None:
@@ -24,6 +46,11 @@ def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model
     """
     if args.use_liger_kernel:
         raise refused("use_liger_kernel", True, "Liger's kernels take the place of whole forward passes, exits included")
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None):
+            raise refused(
+                name, getattr(args, name), "it splits the model over devices, which models with exits do not support"
+            )
     for size in ("cp_size", "sp_size"):
         if (getattr(args.parallelism_config, size, None) or 1) > 1:
             raise refused(

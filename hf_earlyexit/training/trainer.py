@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,12 +28,22 @@ from .checks import NamesToNumbers, check_data_set, label_column, no_labels, pop
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
 from .pushing import NoPickledSettings
-from .settings import check_adapters, check_loss_func, check_settings, given_losses, has_adapters, smoothing_error
+from .settings import (
+    check_adapters,
+    check_arguments,
+    check_loss_func,
+    check_settings,
+    given_losses,
+    has_adapters,
+    smoothing_error,
+)
 
 logger = logging.get_logger(__name__)
 
 # optimizers that hold every tensor that learns in one state of their own; others split or hide them
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+
+TRAINER_TAKES = frozenset(signature(Trainer).parameters)
 
 
 class EarlyExitTrainer(NoPickledSettings, Trainer):
@@ -48,6 +59,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
 
     Raises:
         DataError: before the first step, for data that cannot work.
+        UnknownNameError: for an argument that `Trainer` has not.
         TrainingError: if one exit's loss is not finite, naming the exit and the step.
     """
 
@@ -57,6 +69,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
     def __init__(self, model: Any = None, args: EarlyExitTrainingArguments | None = None, **kwargs: Any) -> None:
         if not isinstance(args, EarlyExitTrainingArguments):
             raise TrainingError(f"args is {type(args).__name__}; expected EarlyExitTrainingArguments.", field="args")
+        check_arguments({name: value for name, value in kwargs.items() if name not in TRAINER_TAKES}, Trainer, {})
         self.objective = args.make_objective()
         if kwargs.get("compute_loss_func") is not None:
             check_loss_func(args)

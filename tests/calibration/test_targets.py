@@ -260,14 +260,21 @@ def test_the_example_in_errors_is_a_target(name):
     assert isinstance(parse_target(f"{name}:{cls.example}"), cls)
 
 
-def test_a_drop_meant_in_points_is_refused_and_one_that_permits_ignorance_is_noted():
+def test_a_drop_meant_in_points_is_warned_of_and_one_that_permits_ignorance_is_noted():
     torch.manual_seed(0)
     labels = torch.randint(0, 2, (400,))
     sure = torch.tensor([0.5, 1.0, 6.0])
     logits = torch.eye(2)[labels][:, None] * sure[:, None] + torch.randn(400, 3, 2)
     trace = ExitTrace(logits=logits, labels=labels, exit_layers=(1, 2, 3))
-    with pytest.raises(CalibrationError, match=r"1 points are 0\.01"):
-        calibrate(trace, "confidence", "max-drop:1")
+    for drop in ("1", "0.999"):  # more than the full model has, if not all of it
+        with pytest.warns(UserWarning, match=rf"A drop of {drop} permits to lose all of .*{drop} points are 0\.0") as caught:
+            result = calibrate(trace, "confidence", f"max-drop:{drop}")
+        assert len(caught) == 1  # the folds of the expectation say nothing
+        assert caught[0].filename == __file__
+        assert [note for note in result.notes if f"a drop of {drop} permits to lose all of the full model's quality" in note]
+    ignorant = ExitTrace(logits=logits.flip(-1), labels=labels, exit_layers=(1, 2, 3))  # worse than a constant answer
+    with pytest.warns(UserWarning, match="A drop of 0.9 permits to lose all"):
+        calibrate(ignorant, "confidence", "max-drop:0.9", keep_weak_exits=True)
     assert not any("no better than" in note for note in calibrate(trace, "confidence", "max-drop:0.01").notes)
     assert any("no better than" in note for note in calibrate(trace, "confidence", "max-drop:0.6").notes)
     values = ExitTrace(logits=logits[..., :1], labels=logits[:, 2, 0], exit_layers=(1, 2, 3), problem_type="regression")

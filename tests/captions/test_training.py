@@ -369,3 +369,86 @@ def test_the_log_is_json(captioner, rows, arguments):
         captioner(exit_gate="linear"), arguments(eval_strategy="steps", eval_steps=1), rows(), eval_dataset=rows()
     )
     assert "eval_exit_4_token_accuracy" in json.dumps(trainer.state.log_history)
+
+
+# --- arguments of the Trainer ---------------------------------------------------------------------------------------------
+
+
+def heavy(outputs, labels, num_items_in_batch=None):
+    """A loss in which the end of a caption counts ten times, scaled as the documentation asks for."""
+    weight = torch.ones(len(WORDS))
+    weight[END] = 10.0
+    losses = functional.cross_entropy(outputs.logits, labels, weight, reduction="none")
+    return losses.sum() / num_items_in_batch if num_items_in_batch is not None else losses.mean()
+
+
+def evaluated(model, args, data, **fields):
+    return ee.EarlyExitCaptioningTrainer(model=model, args=args, eval_dataset=data, **fields).evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("exit_", range(LAYERS))
+def test_a_loss_of_ones_own_is_asked_at_every_exit_for_labelled_tokens(captioner, rows, arguments, exit_):
+    model, data = captioner(exit_head="linear").eval(), rows(5)
+    batch = ee.CaptionCollator()([data[row] for row in range(5)])
+    with torch.no_grad():
+        logits = model(**batch, early_exit=False).exit_logits[..., exit_, :]
+    learned = batch["labels"] != -100
+    expected = functional.cross_entropy(
+        logits[learned], batch["labels"][learned], torch.where(torch.arange(len(WORDS)) == END, 10.0, 1.0), reduction="none"
+    ).mean()
+    weights = [float(index == exit_) for index in range(LAYERS)]
+    args = arguments(objective_options={"weights": weights})
+    assert evaluated(model, args, data, compute_loss_func=heavy) == pytest.approx(float(expected), rel=1e-5)
+    assert evaluated(model, args, data) != pytest.approx(float(expected), rel=1e-2)
+
+
+@pytest.mark.parametrize("compute", [None, heavy])
+def test_captions_accumulate_as_one_batch(captioner, rows, arguments, compute):
+    data = rows(8, labels=[[3 + row % 5, 4, END] for row in range(8)])  # of one length: means of means are means
+
+    def step(batch, accumulate):
+        model = captioner(exit_head="linear")
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        args = arguments(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=1, optim="sgd",
+                         learning_rate=0.1, max_grad_norm=0.0)  # fmt: skip
+        before = weights(model)
+        trained(model, args, data, compute_loss_func=compute)
+        return {name: value - before[name] for name, value in weights(model).items()}
+
+    whole, parts = step(8, 1), step(2, 4)
+    largest = max(value.abs().max().item() for value in whole.values())
+    assert largest > 1e-3
+    assert all((whole[name] - parts[name]).abs().max() <= 1e-4 * largest for name in whole)
+
+
+@pytest.mark.parametrize("exit_", [0, LAYERS - 1])
+def test_label_smoothing_is_torchs_at_every_exit(captioner, rows, arguments, exit_):
+    model, data = captioner(exit_head="linear").eval(), rows(5)
+    batch = ee.CaptionCollator()([data[row] for row in range(5)])
+    with torch.no_grad():
+        logits = model(**batch, early_exit=False).exit_logits[..., exit_, :]
+    learned = batch["labels"] != -100
+    expected = functional.cross_entropy(logits[learned], batch["labels"][learned], label_smoothing=0.3)
+    options = {"weights": [float(index == exit_) for index in range(LAYERS)]}
+    args = arguments(objective_options=options, label_smoothing_factor=0.3)
+    assert evaluated(model, args, data) == pytest.approx(float(expected), rel=1e-5)
+    assert evaluated(model, arguments(objective_options=options), data) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_what_captions_cannot_use_is_refused_by_name(captioner, rows, arguments):
+    def make(args=None, **fields):
+        model = captioner(exit_head="linear", exit_gate="linear")
+        return ee.EarlyExitCaptioningTrainer(model=model, args=args or arguments(), train_dataset=rows(), **fields)
+
+    make(arguments(label_names=["labels"]))
+    for args, fields, name in (
+        (arguments(label_names=["words"]), {}, "label_names"),
+        (arguments(label_smoothing_factor=0.1), {"learn_gates": True}, "label_smoothing_factor"),
+        (arguments(label_smoothing_factor=0.1), {"compute_loss_func": heavy}, "label_smoothing_factor"),
+        (arguments(), {"learn_gates": True, "compute_loss_func": heavy}, "compute_loss_func"),
+    ):
+        with pytest.raises(TrainingError, match=f"{name}.* cannot be used here") as caught:
+            make(args, **fields)
+        assert caught.value.field == name
