@@ -47,7 +47,7 @@ def open_image(image: Any, field: str = "images") -> Image:
         )
     try:
         if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
+            image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         source: Any = nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
         with source as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")  # this reads all of the file

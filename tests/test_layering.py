@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"errors", "registry", "problem_types", "labels", "files", "citations", "values"}
 PURE = BASE | {"folder_swap", "policies", "trace", "losses", "metrics", "calibration"}
 WALK = PURE | {"families", "walking"}
-SERVE = WALK | {"modeling", "serving"}
+SERVE = WALK | {"images", "modeling", "serving"}
 ALLOWED = {
     "errors": set(),
     "tested": set(),
@@ -36,7 +36,7 @@ ALLOWED = {
     "families": BASE,
     "walking": BASE | {"policies", "families"},
     "modeling": WALK,
-    "serving": WALK | {"modeling"},
+    "serving": WALK | {"images", "modeling"},
     "measuring": SERVE,
     "generation": WALK | {"modeling"},
     "training": SERVE | {"data"},

@@ -14,7 +14,7 @@ from ..metrics import uneven_classes
 from ..modeling.configuration import EXACT
 from ..serving.collect import collect_trace
 from ..serving.graph_walker import walker_for
-from ..serving.rows import encode_rows
+from ..serving.reader import reader_for, reads_images
 from ..serving.scheduler import Scheduler
 from ..serving.served import served_classifier
 from .save import Calibrations, by_name
@@ -26,6 +26,7 @@ def card_figures(
     rows: Any,
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     labels: Any = None,
     repeats: int = 5,
     progress: bool = True,
@@ -37,6 +38,7 @@ def card_figures(
         calibration: as for `save`.
         rows: labelled rows that neither trained nor chose anything.
         tokenizer: needed for texts.
+        image_processor: needed for pictures.
         labels: one a row, where `rows` has no label column.
         repeats: rounds of timing after one to warm up; 0 for no timing.
         progress: show a bar.
@@ -59,7 +61,8 @@ def card_figures(
         raise UsageError("There is no calibration to judge; calibrate first.", field="calibration")
     if repeats < 0:
         raise UsageError(f"repeats is {repeats}; expected at least 0.", field="repeats", value=repeats)
-    trace = collect_trace(model, rows, tokenizer=tokenizer, labels=labels, split="card", progress=progress)
+    parts = {"tokenizer": tokenizer, "image_processor": image_processor}
+    trace = collect_trace(model, rows, **parts, labels=labels, split="card", progress=progress)
     evaluations = {name: replay(result.policy, trace) for name, result in results.items()}
     judged: dict[str, Any] = {"evaluations": evaluations}
     if uneven_classes(trace.labels, trace.problem_type, trace.logits.shape[-1]):
@@ -67,13 +70,14 @@ def card_figures(
     if repeats == 0:
         return judged
     model = served_classifier(model)
-    walker, encoded = walker_for(model), encode_rows(rows, tokenizer)
+    walker, encoded = walker_for(model), reader_for(model, tokenizer, None, image_processor).encode_all(rows)[:]
     runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
     runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
     timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
     del timings[EXACT]
+    kind = "images" if reads_images(model) else "texts"
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     return judged | {
         "timings": timings,
-        "timed_on": f"{len(encoded)} texts, {model.device.type}{threads}, {str(model.dtype).removeprefix('torch.')}",
+        "timed_on": f"{len(encoded)} {kind}, {model.device.type}{threads}, {str(model.dtype).removeprefix('torch.')}",
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from ..errors import UsageError
+from .tables import PIXELS
 
 
 def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
@@ -28,24 +29,30 @@ def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
 
 
 def sorted_batches(
-    encoded: Sequence[dict[str, list[int]]], max_batch_tokens: int, tokenizer: Any = None
+    encoded: Sequence[dict[str, Any]],
+    max_batch_tokens: int,
+    tokenizer: Any = None,
+    length: Callable[[Any], int] = lambda row: len(row["input_ids"]),
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
     """Padded batches of rows of similar length, the longest first, with the rows' places.
 
     Args:
-        encoded: token ids of every row.
+        encoded: token ids of every row; or pixel values, of one size.
         max_batch_tokens: most padded tokens in a batch; a longer row stands alone.
         tokenizer: gives the padding token; 0 without one.
+        length: of a row, in tokens.
     """
-    for places in cut([len(row["input_ids"]) for row in encoded], max_batch_tokens):
+    for places in cut([length(row) for row in encoded], max_batch_tokens):
         yield places, pad_batch([encoded[place] for place in places], getattr(tokenizer, "pad_token_id", None) or 0)
 
 
-def pad_batch(rows: Sequence[dict[str, list[int]]], pad_token_id: int = 0) -> BatchEncoding:
-    """One batch of tensors `[B, T]`, padded on the right, with an attention mask.
+def pad_batch(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> BatchEncoding:
+    """One batch of tensors `[B, T]`, padded on the right, with an attention mask; or of images of one size, stacked.
 
     A row without `attention_mask` has real tokens only, one without `token_type_ids` has zeros, whatever others have.
     """
+    if PIXELS in rows[0]:
+        return BatchEncoding({PIXELS: torch.stack([row[PIXELS] for row in rows])})
     width = max(len(row["input_ids"]) for row in rows)
     columns = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}  # what a token of padding has
     if not any("token_type_ids" in row for row in rows):

@@ -17,7 +17,7 @@ from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .answers import check_finite
 from .batching import sorted_batches
-from .rows import encode_rows
+from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
 from .tables import plain_rows
 from .walker import ModelWalker
@@ -28,6 +28,7 @@ def collect_trace(
     rows: Any,
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     labels: Sequence[Any] | None = None,
     labelled: bool = True,
     split: str = "held-back",
@@ -39,13 +40,15 @@ def collect_trace(
 
     Args:
         model: a model with exits; also within torch.compile, DataParallel or PEFT.
-        rows: a data set with texts or token ids and a label column, or a sequence of texts or text pairs.
+        rows: a data set with texts or token ids and a label column, or a sequence of texts or text pairs; for image
+            classifiers with pictures in any form that `predict` takes, opened a few at a time.
         tokenizer: needed for texts.
+        image_processor: needed for pictures.
         labels: one a row, where `rows` has no label column; in any form that `labels.read_labels` takes.
         labelled: False for rows without labels, such as traffic: the full model's answers stand in for them, and thresholds
             are then chosen for agreement with it. Labels that the rows have are not read.
         split: where the rows come from; "train" for rows the exits were trained on, which `calibrate` refuses.
-        max_batch_tokens: padded tokens in a batch.
+        max_batch_tokens: padded tokens, or patches, in a batch.
         max_length: cut longer texts; the tokenizer's own limit by default.
         progress: show a bar.
 
@@ -56,10 +59,11 @@ def collect_trace(
         DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
     model = served_classifier(model)
+    reader = reader_for(model, tokenizer, max_length, image_processor)
     if labelled:
-        encoded, truth = labelled_rows(model, rows, tokenizer, labels, max_length)
+        encoded, truth = labelled_rows(model, rows, reader, labels)
     else:
-        encoded, truth = _unlabelled_rows(rows, tokenizer, labels, max_length), None
+        encoded, truth = _unlabelled_rows(rows, reader, labels), None
     chunks, gate_chunks, order = [], [], []
     for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
         chunks.append(output.exit_logits.float().cpu())
@@ -70,26 +74,24 @@ def collect_trace(
     return make_trace(model, torch.cat(chunks)[back], truth, split, gates)
 
 
-def _unlabelled_rows(rows: Any, tokenizer: Any, labels: Any, max_length: int | None) -> list[dict[str, list[int]]]:
+def _unlabelled_rows(rows: Any, reader: RowReader, labels: Any) -> Sequence[Any]:
     if labels is not None:
         raise UsageError("labels=... contradicts labelled=False; leave one of them out.", field="labelled", value=False)
-    encoded = encode_rows(rows, tokenizer, max_length)
+    encoded = reader.encode_all(rows)
     if not encoded:
         raise DataError("There are no rows; expected at least one.", field="rows")
     return encoded
 
 
-def labelled_rows(
-    model: Any, rows: Any, tokenizer: Any, labels: Sequence[Any] | None, max_length: int | None
-) -> tuple[list[dict[str, list[int]]], Labels]:
-    """Token ids and labels of every row.
+def labelled_rows(model: Any, rows: Any, reader: RowReader, labels: Sequence[Any] | None) -> tuple[Sequence[Any], Labels]:
+    """What the model reads of every row, and its label.
 
     Raises:
         DataError: for no rows, another number of labels, or a label that cannot be.
         UsageError: for no labels at all.
     """
-    encoded = encode_rows(rows, tokenizer, max_length)
-    labels, column = _labels_of(rows, labels)
+    encoded = reader.encode_all(rows)
+    labels, column = _labels_of(rows, labels, reader)
     if not encoded or len(labels) != len(encoded):
         raise DataError(
             f"{len(encoded)} rows and {len(labels)} labels; expected at least one row, and a label each.", field="rows"
@@ -126,7 +128,7 @@ def _problem_type_of(model: Any) -> str:
 
 
 def full_pass(
-    model: Any, encoded: Sequence[dict[str, list[int]]], tokenizer: Any, max_batch_tokens: int, progress: bool
+    model: Any, encoded: Sequence[Any], tokenizer: Any, max_batch_tokens: int, progress: bool
 ) -> Iterator[tuple[list[int], Any]]:
     """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output.
 
@@ -135,24 +137,27 @@ def full_pass(
     """
     model = served_classifier(model)
     walker = getattr(model, "walker", None) or ModelWalker(model)
-    for number, row in enumerate(encoded):
-        if (error := walker.check(row, number)) is not None:
-            raise error
-    batches = sorted_batches(encoded, max_batch_tokens, tokenizer)
+    size = PICTURES if reads_images(model) else max(len(encoded), 1)
     with torch.inference_mode(), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
-        for indices, batch in batches:
-            output = model(**batch.to(model.device), early_exit=False)
-            check_finite(output.exit_logits, indices)
-            yield indices, output
-            bar.update(len(indices))
+        for first in range(0, len(encoded), size):
+            rows = encoded[first : first + size]
+            first_error(rows, walker.check, first)
+            for group in walker.apart(rows):
+                own = [rows[place] for place in group]
+                for places, batch in sorted_batches(own, max_batch_tokens, tokenizer, walker.length):
+                    output = model(**batch.to(model.device), early_exit=False)
+                    numbers = [first + group[place] for place in places]
+                    check_finite(output.exit_logits, numbers)
+                    yield numbers, output
+                    bar.update(len(numbers))
 
 
-def _labels_of(rows: Any, labels: Any) -> tuple[Any, str]:
+def _labels_of(rows: Any, labels: Any, reader: RowReader) -> tuple[Any, str]:
     """The labels, one a row, and the column they stand in."""
     if labels is not None:
         return (labels if hasattr(labels, "__len__") else list(labels)), "labels"
-    rows = plain_rows(rows)
-    column = find_label_column(rows if isinstance(rows, dict) else getattr(rows, "column_names", None) or ())
+    rows = plain_rows(rows, reader.columns)
+    column = find_label_column(list(rows) if isinstance(rows, dict) else getattr(rows, "column_names", None) or ())
     if column is None:
         raise UsageError(
             f"No labels: pass labels=[...], or rows with a column called {' or '.join(LABEL_COLUMNS)}.", field="labels"

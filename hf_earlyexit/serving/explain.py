@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import UsageError
+from ..images import picture_name
 from ..problem_types import REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .answers import check_finite
 from .batching import pad_batch
 from .exit_reasons import ExitView, in_words
-from .rows import encode_rows
+from .reader import first_error, reader_for
 from .served import served_classifier
+from .walker import ModelWalker
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,16 @@ class Explanation:
         return "\n".join(head + [_line(view) for view in self.exits])
 
 
-def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operating_point: str | None = None) -> Explanation:
-    """Show what every exit says of a text, and why it leaves where it does. All layers are run for it.
+def explain(
+    model: Any, row: Any, *, tokenizer: Any = None, image_processor: Any = None, operating_point: str | None = None
+) -> Explanation:
+    """Show what every exit says of a row, and why it leaves where it does. All layers are run for it.
 
     Args:
         model: a model with a policy.
-        text: a text, or a pair of texts.
-        tokenizer: the model's.
+        row: a text, or a pair of texts; for image classifiers a picture, in any form that `predict` takes.
+        tokenizer: the model's, for texts.
+        image_processor: the model's, for pictures.
         operating_point: name of the policy to explain; `exit_policy` by default.
 
     Raises:
@@ -50,7 +56,10 @@ def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operatin
         raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
     if policy is None:
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
-    batch = pad_batch(encode_rows([text], tokenizer), tokenizer.pad_token_id or 0)
+    reader = reader_for(model, tokenizer, None, image_processor)
+    encoded = reader.encode_all([row])[:]
+    first_error(encoded, ModelWalker(model).check, 0)
+    batch = pad_batch(encoded, getattr(tokenizer, "pad_token_id", None) or 0)
     with torch.inference_mode():
         output = model(**batch.to(model.device), early_exit=False)
     check_finite(output.exit_logits, [0])
@@ -63,9 +72,13 @@ def explain(model: Any, text: str | tuple[str, str], *, tokenizer: Any, operatin
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])
     views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))
-    text = text if isinstance(text, str) else " | ".join(text)
+    text = _name_of(row) if reader.images else row if isinstance(row, str) else " | ".join(row)
     reason = in_words(views, taken, classes=policy.problem_type != REGRESSION)
     return Explanation(text, model.exit_layers[taken], views, reason)
+
+
+def _name_of(row: Any) -> str:
+    return picture_name(row.get("path") if isinstance(row, Mapping) else row) or "picture"
 
 
 def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:

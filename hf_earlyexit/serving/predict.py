@@ -16,13 +16,13 @@ from ..problem_types import REGRESSION, same_prediction
 from .answers import Answers
 from .graph_walker import walker_for
 from .monitor import Monitor
-from .rows import encode_window
+from .reader import PICTURES, RowReader, first_error, reader_for
 from .scheduler import Scheduler
 from .served import served_classifier
-from .tables import windows
 from .walker import BatchWalker
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
+PICTURES_WITH_DEADLINE = 8  # one takes as long as many texts
 
 
 class Predictions(NamedTuple):
@@ -58,6 +58,7 @@ def predict(
     rows: Any,
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     max_batch_tokens: int | None = None,
     max_length: int | None = None,
     early_exit: bool | None = None,
@@ -75,9 +76,12 @@ def predict(
         model: a model with exits; also within torch.compile, DataParallel or PEFT. Nothing is written on it, so threads may
             share it; in training mode it answers as `model.eval()` would.
         rows: texts, text pairs, or a data set with texts or token ids; or any iterator of these. A DataFrame, columns by
-            name and what a tokenizer returned for several texts are rows, too.
+            name and what a tokenizer returned for several texts are rows, too. For image classifiers: files, PIL images,
+            arrays of bytes, or a data set with a column `image`, decoded or not, or `pixel_values`.
         tokenizer: needed for texts.
-        max_batch_tokens: padded tokens in a batch; by default what suits the device (512 on a CPU, 16,384 elsewhere).
+        image_processor: needed for pictures; it sees one at a time.
+        max_batch_tokens: padded tokens, or patches, in a batch; by default what suits the device (512 on a CPU, 16,384
+            elsewhere).
         max_length: cut longer texts; the tokenizer's own limit by default.
         early_exit, operating_point: as in `forward`.
         layer_budget: most layers a row may run; it then leaves at the last exit within.
@@ -99,7 +103,12 @@ def predict(
     if deadline is not None and not deadline >= 0:
         raise UsageError(f"deadline is {deadline!r}; expected seconds, at least 0.", field="deadline", value=deadline)
     ends_at = None if deadline is None else time.monotonic() + deadline
-    size = WINDOW if deadline is None else WINDOW_WITH_DEADLINE
+    reader = reader_for(model, tokenizer, max_length, image_processor)
+    with_clock = deadline is not None
+    if reader.images:
+        size = PICTURES_WITH_DEADLINE if with_clock else PICTURES
+    else:
+        size = WINDOW_WITH_DEADLINE if with_clock else WINDOW
     count = len(rows) if hasattr(rows, "__len__") else None
     with tqdm(total=count, disable=not progress, unit="row") as bar:
         choice = (early_exit, operating_point)
@@ -107,10 +116,9 @@ def predict(
             _answered(
                 model,
                 rows,
-                tokenizer,
+                reader,
                 size,
                 max_batch_tokens,
-                max_length,
                 choice,
                 layer_budget,
                 ends_at,
@@ -138,7 +146,8 @@ def stream(
     rows: Any,
     *,
     tokenizer: Any = None,
-    window: int = WINDOW,
+    image_processor: Any = None,
+    window: int | None = None,
     max_batch_tokens: int | None = None,
     max_length: int | None = None,
     early_exit: bool | None = None,
@@ -151,14 +160,18 @@ def stream(
     """Classify an endless supply of rows in constant memory; answers come in the order of the rows.
 
     Args:
-        model, rows, tokenizer, max_batch_tokens, max_length, early_exit, operating_point, layer_budget, errors, cuda_graphs,
-            monitor: as in `predict`.
-        window: rows that are read before the first of them is answered, at least 1. Few answer soon, many run faster.
+        model, rows, tokenizer, image_processor, max_batch_tokens, max_length, early_exit, operating_point, layer_budget,
+            errors, cuda_graphs, monitor: as in `predict`.
+        window: rows that are read before the first of them is answered, at least 1. Few answer soon, many run faster; by
+            default 4,096 texts or 256 pictures.
 
     Yields:
         An answer for each row.
     """
     model = served_classifier(model)
+    reader = reader_for(model, tokenizer, max_length, image_processor)
+    if window is None:
+        window = PICTURES if reader.images else WINDOW
     if window < 1:
         raise UsageError(f"window is {window}; expected at least 1 row.", field="window", value=window)
     return _one_by_one(
@@ -166,10 +179,9 @@ def stream(
         _answered(
             model,
             rows,
-            tokenizer,
+            reader,
             window,
             max_batch_tokens,
-            max_length,
             (early_exit, operating_point),
             layer_budget,
             None,
@@ -190,10 +202,9 @@ def _one_by_one(model: Any, parts: Iterator[Answers]) -> Iterator[Answer]:
 def _answered(
     model: Any,
     rows: Any,
-    tokenizer: Any,
+    reader: RowReader,
     size: int,
     max_batch_tokens: int | None,
-    max_length: int | None,
     choice: tuple[bool | None, str | None],
     layer_budget: int | None,
     ends_at: float | None,
@@ -207,7 +218,7 @@ def _answered(
         raise UsageError(f"errors is {errors!r}; expected 'raise' or 'slot'.", field="errors", value=errors)
     walker, first = walker_for(model, cuda_graphs), 0
     budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
-    for window in windows(rows, size):
+    for window in reader.windows(rows, size):
         if ends_at is not None and time.monotonic() >= ends_at:
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
@@ -215,9 +226,9 @@ def _answered(
             falls_back = monitor is not None and monitor.falls_back
             policy = None if falls_back else model.choose_policy(*choice, {})
             scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
-            encoded = encode_window(window, tokenizer, max_length, first)
+            encoded = reader.encode(window, first)
             if errors == "raise":
-                _raise_first(walker, encoded, first)
+                first_error(encoded, walker.check, first)
             answers = scheduler.run(encoded, first)
             if errors == "raise" and answers.errors:
                 raise answers.errors[min(answers.errors)]
@@ -246,13 +257,6 @@ def _watch(
         full = Scheduler(walker, None, budget).run([encoded[place] for place in shadowed])
         same = same_prediction(answers.logits[shadowed], full.logits, policy.problem_type).tolist()
     monitor.record(_layers(model, answers.exit_index[answered]).tolist(), same)
-
-
-def _raise_first(walker: BatchWalker, encoded: list[Any], first: int) -> None:
-    for place, row in enumerate(encoded):
-        error = row if isinstance(row, EarlyExitError) else walker.check(row, first + place)
-        if error is not None:
-            raise error
 
 
 def _layers(model: Any, exit_index: Tensor) -> Tensor:

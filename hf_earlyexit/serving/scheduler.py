@@ -128,7 +128,16 @@ class Scheduler:
         """
         answers = Answers.blank(len(rows), self.walker.num_classes)
         gone: list[Leaving] = []
-        arriving, ready = self._let_in(rows, first, answers), list[Chunk]()
+        good = self._readable(rows, first, answers)
+        for group in self.walker.apart([row for _, row in good]):
+            self._walk([good[number] for number in group], gone)
+        answers.write(gone)
+        answers.refuse_what_is_not_finite(first)
+        return answers
+
+    def _walk(self, rows: Sequence[tuple[int, TokenIds]], gone: list[Leaving]) -> None:
+        """Take rows, each with its place, through the layers until all are gone."""
+        arriving, ready = self._let_in(rows), list[Chunk]()
         waiting: dict[int, list[Chunk]] = {depth: [] for depth in self.stops}
         flying: deque[Flight] = deque()
         while True:
@@ -142,9 +151,6 @@ class Scheduler:
             going = None if left is None else self._meet(waiting[left.depth], left)
             if going is not None:
                 ready.append(going)
-        answers.write(gone)
-        answers.refuse_what_is_not_finite(first)
-        return answers
 
     def _next(
         self, ready: list[Chunk], arriving: Iterator[Chunk], waiting: dict[int, list[Chunk]], flying: Sequence[Flight]
@@ -162,7 +168,10 @@ class Scheduler:
                 return self._join(pile)
         return None
 
-    def _let_in(self, rows: Sequence[TokenIds | EarlyExitError], first: int, answers: Answers) -> Iterator[Chunk]:
+    def _readable(
+        self, rows: Sequence[TokenIds | EarlyExitError], first: int, answers: Answers
+    ) -> list[tuple[int, TokenIds]]:
+        """The rows that the model can read, with their places."""
         good: list[tuple[int, TokenIds]] = []
         for place, row in enumerate(rows):
             error = row if isinstance(row, EarlyExitError) else self.walker.check(row, first + place)
@@ -172,7 +181,10 @@ class Scheduler:
                 answers.errors[place] = error
                 answers.reason[place] = ERROR
         self.on_done(len(rows) - len(good))
-        for chosen in cut([len(row["input_ids"]) for _, row in good], self.max_batch_tokens):
+        return good
+
+    def _let_in(self, good: Sequence[tuple[int, TokenIds]]) -> Iterator[Chunk]:
+        for chosen in cut([self.walker.length(row) for _, row in good], self.max_batch_tokens):
             if self._late():
                 self.on_done(len(chosen))
                 continue

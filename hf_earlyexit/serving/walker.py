@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..families.base import Family
+from ..families.base import IMAGE, Family
 from ..families.context import Context
 from ..families.packed import join as join_packed
 from ..policies.base import ExitSignal
 from .batching import pad_batch
 from .rows import TokenIds, check_ids
+from .tables import PIXELS
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
 
@@ -39,6 +40,14 @@ class BatchWalker(Protocol):
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
+
+    def length(self, row: TokenIds) -> int:
+        """Tokens of a row."""
+        return len(row["input_ids"])
+
+    def apart(self, rows: Sequence[TokenIds]) -> list[list[int]]:
+        """Places of the rows that may stand in one batch, group by group."""
+        return [list(range(len(rows)))]
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states before the first layer, and their context."""
@@ -87,12 +96,39 @@ class ModelWalker(BatchWalker):
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
         config = self.base.config
+        if self.family.task == IMAGE:
+            return self._check_picture(row, number)
         segments = self.family.segments_of(config)
         return check_ids(row, number, config.vocab_size, self.family.longest(config), segments)
 
+    def _check_picture(self, row: Any, number: int) -> DataError | None:
+        try:
+            self.family.check(self.family, self.base, {name: values[None] for name, values in row.items()})
+        except DataError as error:
+            return DataError(f"Row {number}: {error}", field="rows", value=error.value)
+        return None
+
+    def length(self, row: Any) -> int:
+        """Tokens of a row; of a picture, its patches."""
+        if self.family.task != IMAGE:
+            return super().length(row)
+        height, width = row[PIXELS].shape[1:]
+        size = self.base.config.patch_size
+        down, across = size if isinstance(size, (list, tuple)) else (size, size)
+        return 1 + (height // down) * (width // across)
+
+    def apart(self, rows: Sequence[Any]) -> list[list[int]]:
+        """Places of the rows that may stand in one batch: of pictures, those of one size."""
+        if self.family.task != IMAGE:
+            return super().apart(rows)
+        sizes: dict[Any, list[int]] = {}
+        for place, row in enumerate(rows):
+            sizes.setdefault(tuple(row[PIXELS].shape), []).append(place)
+        return list(sizes.values())
+
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""
-        batch = pad_batch(rows, self.base.config.pad_token_id or 0).to(self.device)
+        batch = pad_batch(rows, getattr(self.base.config, "pad_token_id", None) or 0).to(self.device)
         if self.packs:
             return self.family.begin_packed(self.base, dict(batch))
         return self.family.begin(self.base, dict(batch), {})

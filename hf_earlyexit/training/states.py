@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..serving.collect import full_pass, labelled_rows, make_trace
+from ..serving.reader import reader_for
 from ..trace import ExitTrace
 
 
@@ -49,6 +50,7 @@ def collect_states(
     rows: Any,
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     split: str = "train",
     max_batch_tokens: int = 4096,
     max_length: int | None = None,
@@ -58,9 +60,9 @@ def collect_states(
 
     Args:
         model: a model with exits.
-        rows, tokenizer, split, max_batch_tokens, max_length, progress: as in `collect_trace`.
+        rows, tokenizer, image_processor, split, max_batch_tokens, max_length, progress: as in `collect_trace`.
     """
-    encoded, labels = labelled_rows(model, rows, tokenizer, None, max_length)
+    encoded, labels = labelled_rows(model, rows, reader_for(model, tokenizer, max_length, image_processor), None)
     states, logits, order = [], [], []
     with _pooled_states(model) as pooled:
         for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
