@@ -101,8 +101,8 @@ def test_calibrated_is_served_whatever_the_company(name):
     for tokens in (1, 40, 512):
         answers = ee.predict(model, rows, image_processor=PROCESSOR, max_batch_tokens=tokens)
         assert answers.exit_layer.tolist() == expected
-    told = [ee.explain(model, row, image_processor=PROCESSOR).exit_layer for row in rows[:5]]
-    assert told == expected[:5]
+    explained = [ee.explain(model, row, image_processor=PROCESSOR).exit_layer for row in rows[:5]]
+    assert explained == expected[:5]
 
 
 def test_images_of_several_sizes_never_share_a_batch_where_the_model_takes_them():
