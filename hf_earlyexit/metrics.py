@@ -80,7 +80,8 @@ def right_exits(trace: ExitTrace) -> Tensor:
             field="hardness",
         )
     if trace.problem_type == MULTI_LABEL:
-        return (predictions(trace.logits, MULTI_LABEL) == given_labels(trace.labels[:, None])).all(-1)
+        agrees: Tensor = predictions(trace.logits, MULTI_LABEL) == given_labels(trace.labels[:, None])
+        return agrees.all(-1)
     return trace.logits.argmax(-1) == trace.labels[:, None]
 
 

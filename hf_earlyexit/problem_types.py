@@ -72,7 +72,8 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         return right.double()
     truth = labels.reshape(labels.shape[0], *([1] * (logits.ndim - 2)), logits.shape[-1])
     if problem_type == MULTI_LABEL:
-        return (predictions(logits, problem_type) == given_labels(truth)).double().mean(-1)
+        agrees: Tensor = predictions(logits, problem_type) == given_labels(truth)
+        return agrees.double().mean(-1)
     return -(logits.double() - truth.double()).square().mean(-1)
 
 
