@@ -93,6 +93,8 @@ class EarlyExitTextClassificationPipeline(TextClassificationPipeline):
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:
         if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):
             inputs = {"text": inputs[0], "text_pair": inputs[1]}
+        if isinstance(inputs, Mapping) and inputs.get("text_pair", "") is None:  # as `evaluate` gives one text
+            inputs = {name: part for name, part in inputs.items() if name != "text_pair"}
         legacy = isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], list)
         pair = isinstance(inputs, Mapping) and "text" in inputs and set(inputs) <= {"text", "text_pair"}
         if not (isinstance(inputs, str) or legacy or (pair and all(isinstance(part, str) for part in inputs.values()))):

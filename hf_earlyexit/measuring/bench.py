@@ -52,12 +52,18 @@ def ways_to_run(model: Any, batch_size: int, static_layer: int) -> dict[str, Run
         return run
 
     return {
-        STOCK: in_batches(lambda batch: model.classify(model.base_model(**batch).last_hidden_state)),
+        STOCK: in_batches(_stock_forward(model)),
         FULL: full.run,
         FORWARD: in_batches(lambda batch: model(**batch, early_exit=True)),
         EARLY: early.run,
         STATIC.format(static_layer): static.run,
     }
+
+
+def _stock_forward(model: Any) -> Callable[[dict[str, Any]], Any]:
+    """The stock class's own forward, on the very weights: what a plain checkpoint of the family costs."""
+    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
+    return lambda batch: stock.forward(model, **batch).logits
 
 
 def bench(

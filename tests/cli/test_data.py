@@ -168,7 +168,7 @@ def test_evaluate_says_whether_the_target_was_kept_and_what_a_cut_model_does(ser
     model, rows = ee.EarlyExitBertForSequenceClassification.from_pretrained(served), texts(90)
     labels = ee.predict(model, rows, tokenizer=make_tokenizer(), early_exit=False).logits.argmax(-1).tolist()
     pandas.DataFrame({"text": rows, "label": labels}).to_csv(tmp_path / "rows.csv", index=False)
-    found = evaluated(capsys, served, "--dataset", tmp_path / "rows.csv")
+    found = evaluated(capsys, served, "--dataset", tmp_path / "rows.csv", "--metric", "accuracy")
     verdict, static = found["target"], found["static"]
     assert verdict["target"] == "LayerBudget(layers=2.5)"
     assert verdict["margin"] == pytest.approx(2.5 - found["mean_layers"])

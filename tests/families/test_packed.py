@@ -164,7 +164,7 @@ def test_maps_put_in_place_of_linear_ones_are_used(tiny_model, random_batch):
 
 
 def test_custom_masks_and_training_are_not_packed(tiny_model, random_batch):
-    model, batch = tiny_model(), random_batch(6, padded=False)
+    model, batch = tiny_model(exit_head="linear-cls"), random_batch(6, padded=False)
     model.set_exit_policy(OPEN)
     batch["attention_mask"] = torch.ones(6, 1, 16, 16).tril().bool()
     with torch.inference_mode():

@@ -124,11 +124,11 @@ def test_the_card_is_that_of_a_captioner(hub, pushed):
 def test_the_card_tells_how_thresholds_were_chosen(tmp_path):
     model = make_captioner()
     trace = token_trace(model)
-    result = ee.calibrate(trace, "confidence", ee.LayerBudget(3.0), keep_weak_exits=True)
+    result = ee.calibrate(trace, "confidence", ee.LayerBudget(3.0), metric="accuracy", keep_weak_exits=True)
     model.set_exit_policy(result)
     ee.save(model, tmp_path, tokenizer=make_tokenizer(), image_processor=make_image_processor(), calibration=result)
     text = " ".join((tmp_path / "README.md").read_text().split())
-    assert "| token accuracy | full model | mean layers of 4 |" in text
+    assert "| token accuracy | full model | difference (standard error) | mean layers of 4 |" in text
     assert "A token leaves where its score is at or above the threshold" in text
     assert "They hold for pictures like those rows" in text
     loaded = ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path)
