@@ -15,7 +15,7 @@ from ..calibration.result import CalibrationResult
 from ..calibration.targets import MaxDrop
 from ..errors import DataError, EarlyExitError
 from ..policies.base import POLICIES
-from ..problem_types import row_quality
+from ..problem_types import REGRESSION, row_quality
 from ..trace import ExitTrace
 
 FEWEST_ROWS = 40
@@ -110,7 +110,8 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
     contenders, left_out = {}, {}
     for name in POLICIES.names():
         try:
-            chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed, metric="accuracy")
+            metric = "mse" if choosing.problem_type == REGRESSION else "accuracy"
+            chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed, metric=metric)
         except EarlyExitError as error:
             if trace.split == "train":
                 raise
