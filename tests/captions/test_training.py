@@ -376,7 +376,7 @@ def test_the_log_is_json(captioner, rows, arguments):
 
 def heavy(outputs, labels, num_items_in_batch=None):
     """A loss in which the end of a caption counts ten times, scaled as the documentation asks for."""
-    weight = torch.ones(len(WORDS))
+    weight = torch.ones(WORDS)
     weight[END] = 10.0
     losses = functional.cross_entropy(outputs.logits, labels, weight, reduction="none")
     return losses.sum() / num_items_in_batch if num_items_in_batch is not None else losses.mean()
@@ -394,7 +394,7 @@ def test_a_loss_of_ones_own_is_asked_at_every_exit_for_labelled_tokens(captioner
         logits = model(**batch, early_exit=False).exit_logits[..., exit_, :]
     learned = batch["labels"] != -100
     expected = functional.cross_entropy(
-        logits[learned], batch["labels"][learned], torch.where(torch.arange(len(WORDS)) == END, 10.0, 1.0), reduction="none"
+        logits[learned], batch["labels"][learned], torch.where(torch.arange(WORDS) == END, 10.0, 1.0), reduction="none"
     ).mean()
     weights = [float(index == exit_) for index in range(LAYERS)]
     args = arguments(objective_options={"weights": weights})

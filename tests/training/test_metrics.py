@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hf_earlyexit.errors import UnknownNameError
-from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from hf_earlyexit.metrics import f1, right_exits
+from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, row_quality
+from hf_earlyexit.trace import ExitTrace
 from hf_earlyexit.training.metrics import EXIT_METRICS, default_exit_metric, exit_metrics
 
 
@@ -100,3 +103,15 @@ def test_a_label_is_said_from_a_logit_above_zero_which_is_one_half(metric):
     logits = np.array([[[0.25, -0.25]], [[0.1, 3.0]]], dtype=np.float32)
     labels = np.array([[1.0, 0.0], [1.0, 1.0]], dtype=np.float32)
     assert exit_metrics(logits, labels, [1], metric) == {f"exit_1_{metric}": 1.0}
+
+
+def test_labels_between_0_and_1_count_as_calibration_counts_them():
+    logits = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    labels = torch.tensor([[0.5, 0.4, 0.1], [0.0, 0.9, 0.3]])  # given: the first label of row 0, the second of row 1
+    quality = row_quality(logits, labels, MULTI_LABEL).mean()
+    metrics = exit_metrics(logits[:, None].numpy(), labels.numpy(), [4], "accuracy")
+    assert metrics["exit_4_accuracy"] == pytest.approx(float(quality)) == pytest.approx(5 / 6)
+    assert exit_metrics(logits[:, None].numpy(), labels.numpy(), [4], "f1")["exit_4_f1"] == pytest.approx(0.8)
+    assert f1(logits, labels, MULTI_LABEL) == pytest.approx(0.8)
+    trace = ExitTrace(logits=logits[:, None], labels=labels, exit_layers=(4,), problem_type=MULTI_LABEL)
+    assert right_exits(trace)[:, 0].tolist() == [False, True]
