@@ -48,9 +48,7 @@ def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model
         raise refused("use_liger_kernel", True, "Liger's kernels take the place of whole forward passes, exits included")
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None):
-            raise refused(
-                name, getattr(args, name), "it splits the model over devices, which models with exits do not support"
-            )
+            raise split_error(name)
     for size in ("cp_size", "sp_size"):
         if (getattr(args.parallelism_config, size, None) or 1) > 1:
             raise refused(
@@ -81,6 +79,11 @@ def check_loss_func(args: EarlyExitTrainingArguments) -> None:
         raise refused(
             "label_smoothing_factor", args.label_smoothing_factor, "compute_loss_func takes the place of the loss it smooths"
         )
+
+
+def split_error(name: str) -> TrainingError:
+    """The error for "fsdp" or "deepspeed", whether asked for in the arguments or by `accelerate launch`."""
+    return refused(name, None, "it splits the model over devices, which models with exits do not support")
 
 
 def smoothing_error(problem_type: str) -> TrainingError:

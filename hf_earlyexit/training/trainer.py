@@ -36,6 +36,7 @@ from .settings import (
     given_losses,
     has_adapters,
     smoothing_error,
+    split_error,
 )
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,9 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
             **kwargs,
         )
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, f"is_{name}_enabled"):  # by the configuration of `accelerate launch`
+                raise split_error(name)
         self._makes_labels = kwargs.get("data_collator") is not None  # a collator of the user's own may
         for name, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
             for part in rows.values() if isinstance(rows, dict) else [rows]:

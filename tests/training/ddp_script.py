@@ -19,6 +19,7 @@ from tests.captions.toy import make_captioner
 CLASSIFIERS = {  # name: settings
     "find-unused": {"objective": "weighted", "ddp_find_unused_parameters": True},
     "no-find-unused": {"objective": "weighted"},
+    "static-graph": {"objective": "weighted", "ddp_static_graph": True},
     "distillation": {"objective": "distillation"},
     "two-stage": {"objective": "two-stage"},
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import DataError, TrainingError, UsageError
+from hf_earlyexit.errors import DataError, EarlyExitError, TrainingError, UsageError
 from tests.conftest import SHAPE
 
 MULTI = "multi_label_classification"
@@ -49,8 +50,6 @@ LOOP = """
     hub_revision torch_compile_backend torch_compile_mode activation_checkpointing_kwargs
     gradient_checkpointing_kwargs liger_kernel_config
 """
-# A model in parts, over several devices: not tried.
-SHARDED = ["fsdp", "fsdp_config", "deepspeed"]
 # Where our code has a part in it, and the test that shows it.
 BEST = "test_metrics_of_exits_are_logged_while_training_and_can_choose_the_best_model"
 OURS = {
@@ -58,30 +57,33 @@ OURS = {
     "average_tokens_across_devices": "::test_a_loss_of_ones_own_accumulates_as_in_the_stock_trainer",
     "label_smoothing_factor": "::test_label_smoothing_is_that_of_the_stock_trainer_at_every_exit",
     "bf16": "::test_options_of_the_step_work",
-    "fp16": "::test_options_of_the_step_work",
+    "fp16": "::test_half_precision_works_on_a_gpu",
     "bf16_full_eval": "::test_options_of_evaluations_give_the_same_metrics",
     "fp16_full_eval": "::test_options_of_evaluations_give_the_same_metrics",
     "activation_checkpointing": "::test_recomputing_activations_changes_nothing",
     "gradient_checkpointing": "::test_recomputing_activations_changes_nothing",
     "torch_compile": "::test_a_compiled_step_learns_the_same",
-    "use_liger_kernel": "::test_what_cannot_work_is_refused_by_name",
-    "parallelism_config": "::test_what_cannot_work_is_refused_by_name",
+    "use_liger_kernel": "::test_liger_and_sharded_sequences_are_refused_by_name",
+    "parallelism_config": "::test_liger_and_sharded_sequences_are_refused_by_name",
     "neftune_noise_alpha": "::test_noise_in_the_embeddings_reaches_the_exits",
     "logging_nan_inf_filter": "test_trainer.py::test_a_loss_that_is_not_finite_names_exit_and_step",
-    "prediction_loss_only": "::test_options_of_evaluations_give_the_same_metrics",
+    "prediction_loss_only": "::test_evaluations_may_give_the_loss_alone",
     "eval_do_concat_batches": "::test_batches_that_are_not_joined_give_the_same_metrics",
     "eval_use_gather_object": "::test_options_of_evaluations_give_the_same_metrics",
     "eval_accumulation_steps": "::test_options_of_evaluations_give_the_same_metrics",
     "include_for_metrics": "::test_metrics_may_have_inputs_and_losses",
     "batch_eval_metrics": "test_trainer.py::test_metrics_batch_by_batch_get_plain_logits_too",
-    "save_only_model": "test_checkpoints.py::test_a_checkpoint_by_name_that_lacks_a_file_is_taken_with_a_warning",
+    "save_only_model": "::test_models_saved_alone_load_and_cannot_be_resumed",
     "push_to_hub": "hub/test_round_trip.py",
     "hub_strategy": "hub/test_round_trip.py",
     "hub_always_push": "hub/test_round_trip.py",
     "load_best_model_at_end": f"test_trainer.py::{BEST}",
     "metric_for_best_model": f"test_trainer.py::{BEST}",
-    "remove_unused_columns": "::test_columns_that_the_model_does_not_read_are_dropped_or_refused",
+    "remove_unused_columns": "::test_columns_that_the_model_does_not_read_change_nothing",
     "label_names": "::test_the_column_of_labels_may_have_any_name",
+    "fsdp": "::test_a_model_split_over_devices_is_refused_by_name",
+    "fsdp_config": "::test_a_model_split_over_devices_is_refused_by_name",  # nothing without fsdp
+    "deepspeed": "::test_a_model_split_over_devices_is_refused_by_name",
     "ddp_find_unused_parameters": "test_distributed.py",
     "ddp_static_graph": "test_distributed.py",
     "ddp_backend": "test_distributed.py",
@@ -92,9 +94,18 @@ OURS = {
 def test_every_training_argument_is_known_here():
     """A new argument of transformers needs a look: does it reach the exits? Then it goes into one of the lists above."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    lists = [*LOOP.split(), *SHARDED, *OURS]
+    lists = [*LOOP.split(), *OURS]
     assert len(lists) == len(set(lists))
     assert fields - set(lists) == set()
+
+
+def test_every_test_that_the_table_names_is_there():
+    for argument, place in OURS.items():
+        file, _, name = place.partition("::")
+        here = Path(__file__)
+        path = here if not file else here.parent.parent / file if "/" in file else here.parent / file
+        assert path.is_file(), argument
+        assert not name or f"def {name}(" in path.read_text(), argument
 
 
 def test_every_argument_of_the_trainer_is_known_here():
@@ -324,6 +335,48 @@ def test_options_of_the_step_work(trainer, arguments, tiny_model, fields):
     assert all(torch.isfinite(value).all() for value in state(run.model).values())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers takes fp16 on a GPU only")
+def test_half_precision_works_on_a_gpu(trainer, arguments, tiny_model):
+    run = trainer(tiny_model(), arguments(fp16=True, use_cpu=False))
+    before = state(run.model)
+    run.train()
+    assert not same(before, state(run.model))
+    assert all(torch.isfinite(value).all() for value in state(run.model).values())
+
+
+def test_a_model_split_over_devices_is_refused_by_name(trainer, arguments, monkeypatch):
+    make = Trainer.create_accelerator_and_postprocess
+    for name in ("fsdp", "deepspeed"):
+        args = arguments()
+        setattr(args, name, "zero.json")  # at set-up it would ask for its package
+        with pytest.raises(TrainingError, match=f"{name} cannot be used here: it splits the model") as caught:
+            trainer(args=args)
+        assert caught.value.field == name
+
+        def launched(self, name=name):
+            make(self)
+            setattr(self, f"is_{name}_enabled", True)
+
+        with monkeypatch.context() as patch:  # as `accelerate launch` has it in its own configuration
+            patch.setattr(Trainer, "create_accelerator_and_postprocess", launched)
+            with pytest.raises(TrainingError, match=f"{name} cannot be used here"):
+                trainer()
+
+
+def test_models_saved_alone_load_and_cannot_be_resumed(trainer, arguments, tiny_model, tmp_path):
+    def run(**fields):
+        args = arguments(output_dir=str(tmp_path / "run"), save_strategy="steps", save_steps=3, **fields)
+        return trainer(tiny_model(), args)
+
+    first = run(save_only_model=True)
+    first.train()
+    folder = tmp_path / "run" / "checkpoint-3"
+    assert not (folder / "optimizer.pt").exists()
+    assert same(state(first.model), state(ee.EarlyExitBertForSequenceClassification.from_pretrained(folder)))
+    with pytest.raises(EarlyExitError, match="holds no complete checkpoint"):
+        run().train(resume_from_checkpoint=True)
+
+
 def test_noise_in_the_embeddings_reaches_the_exits(trainer, arguments, tiny_model):
     def loss(**fields):
         return trainer(tiny_model(**NO_DROPOUT), arguments(max_steps=1, **fields)).train().training_loss
@@ -332,7 +385,12 @@ def test_noise_in_the_embeddings_reaches_the_exits(trainer, arguments, tiny_mode
     assert loss() == loss()
 
 
-EVALUATIONS = [{"eval_accumulation_steps": 1}, {"eval_use_gather_object": True}, {"bf16_full_eval": True}]
+EVALUATIONS = [
+    {"eval_accumulation_steps": 1},
+    {"eval_use_gather_object": True},
+    {"bf16_full_eval": True},
+    {"fp16_full_eval": True},
+]
 
 
 @pytest.mark.parametrize("fields", EVALUATIONS, ids=repr)
@@ -342,7 +400,7 @@ def test_options_of_evaluations_give_the_same_metrics(trainer, arguments, tiny_m
         return {name: value for name, value in run.evaluate().items() if "accuracy" in name}
 
     expected = metrics()
-    assert metrics(**fields) == pytest.approx(expected, abs=0.11 if "bf16_full_eval" in fields else 1e-12)
+    assert metrics(**fields) == pytest.approx(expected, abs=0.11 if "full_eval" in str(fields) else 1e-12)
     assert len(expected) == 4
 
 
@@ -384,9 +442,18 @@ def test_metrics_may_have_inputs_and_losses(trainer, arguments):
     assert seen["inputs"].shape[0] == len(seen["losses"]) == len(seen["logits"]) == 20
 
 
-def test_columns_that_the_model_does_not_read_are_dropped_or_refused(trainer, arguments, rows):
+def test_columns_that_the_model_does_not_read_change_nothing(trainer, arguments, tiny_model, rows):
+    def after(data, **fields):
+        run = trainer(tiny_model(**NO_DROPOUT), arguments(max_steps=2, **fields), train_dataset=data, eval_dataset=data)
+        run.train()
+        return state(run.model)
+
     data = rows(16, idx=list(range(16)))
-    trainer(args=arguments(max_steps=1), train_dataset=data, eval_dataset=data).train()
+    assert same(after(data), after(rows(16)))
+    assert same(after(rows(16), remove_unused_columns=False), after(rows(16)))
+    assert same(after(data, remove_unused_columns=False), after(rows(16)))  # as in the stock model
+    segments = rows(16, token_type_ids=[[1] * len(ids) for ids in rows(16)["input_ids"][:]])
+    assert not same(after(segments), after(rows(16)))  # what the model does read is kept
 
 
 # --- labels -------------------------------------------------------------------------------------------------------------

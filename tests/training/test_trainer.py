@@ -1,5 +1,6 @@
 """The Trainer: every exit learns and is reported, nothing else changes, faults have names."""
 
+import copy
 import json
 
 import datasets
@@ -7,7 +8,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError, TrainingError, UnknownNameError
@@ -435,3 +436,27 @@ def test_a_wrong_number_of_weights_is_refused_before_training(trainer, arguments
 def test_stock_arguments_are_refused_with_the_class_to_use(trainer, arguments):
     with pytest.raises(TrainingError, match="args is TrainingArguments; expected EarlyExitTrainingArguments"):
         trainer(args=arguments(TrainingArguments))
+
+
+def test_texts_are_cut_for_calibration_and_serving_as_for_training(trainer, tiny_model, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 8
+    texts = [" ".join(f"w{(7 * row + place) % 90}" for place in range(20)) for row in range(24)]
+    encoded = tokenizer(texts, truncation=True)
+    labels = [row % 3 for row in range(24)]
+    cut = datasets.Dataset.from_dict({**encoded, "labels": labels})
+    run = trainer(tiny_model(), train_dataset=cut, eval_dataset=cut, processing_class=tokenizer)
+    run.train()
+    run.save_model(tmp_path / "model")
+
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved.model_max_length == 8
+    trace = ee.collect_trace(model, texts, labels=labels, tokenizer=saved, progress=False)
+    of_cut_rows = ee.collect_trace(model, cut, progress=False)
+    assert torch.equal(trace.logits, of_cut_rows.logits)
+    served = ee.predict(model, texts, tokenizer=saved, early_exit=False)
+    torch.testing.assert_close(served.logits, trace.logits[:, -1], atol=1e-5, rtol=1e-5)
+    saved.model_max_length = 32
+    longer = ee.predict(model, texts, tokenizer=saved, early_exit=False)
+    assert (longer.logits - served.logits).abs().max() > 1e-3  # the length does matter to these rows
