@@ -21,7 +21,7 @@ def model(tiny_model, open_policy):
 def short_windows(monkeypatch):
     """Windows that are shorter than asked, as data sets that are read part by part give them; the fourth row is broken."""
     parts = [["w5"], ["w6", "w7"], [None, "w8"], ["w9"]]
-    monkeypatch.setattr("hf_earlyexit.serving.predict.windows", lambda rows, size: iter(parts))
+    monkeypatch.setattr("hf_earlyexit.serving.reader.windows", lambda rows, size, columns: iter(parts))
 
 
 def test_rows_are_told_by_their_number_after_short_windows(model, tokenizer, short_windows):
@@ -31,13 +31,13 @@ def test_rows_are_told_by_their_number_after_short_windows(model, tokenizer, sho
     assert list(answers.errors) == [3]
     assert str(answers.errors[3]).startswith("Row 3 ")
     assert [reason == "error" for reason in answers.reason] == [False, False, False, True, False, False]
-    told = list(ee.stream(model, ["w5"], tokenizer=tokenizer, errors="slot"))
-    assert [str(answer.error)[:6] for answer in told if answer.error is not None] == ["Row 3 "]
+    streamed = list(ee.stream(model, ["w5"], tokenizer=tokenizer, errors="slot"))
+    assert [str(answer.error)[:6] for answer in streamed if answer.error is not None] == ["Row 3 "]
 
 
 def test_ids_the_model_does_not_know_are_told_by_number_in_later_windows(model, monkeypatch):
     parts = [[{"input_ids": [5]}], [{"input_ids": [6]}, {"input_ids": [70_000]}]]
-    monkeypatch.setattr("hf_earlyexit.serving.predict.windows", lambda rows, size: iter(parts))
+    monkeypatch.setattr("hf_earlyexit.serving.reader.windows", lambda rows, size, columns: iter(parts))
     answers = ee.predict(model, [1], errors="slot")
     assert {place: str(error)[:6] for place, error in answers.errors.items()} == {2: "Row 2 "}
 
