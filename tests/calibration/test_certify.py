@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
 from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, parse_target, replay
@@ -203,11 +204,9 @@ def test_hoeffding_bentkus_by_hand():
 
 
 def test_mapie_certifies_as_much():
-    """Its Learn-then-Test p-values are the oracle, where it is installed."""
-    control = pytest.importorskip("mapie.control_risk.p_values", reason="mapie is not installed")
+    """Its Learn-then-Test p-values are the oracle."""
     totals = np.arange(0, 60, 3)
-    risks = (totals / 1000)[:, None]
-    theirs = control.compute_hoeffding_bentkus_p_value(risks, 1000, np.array([0.05]))
+    theirs = compute_hoeffding_bentkus_p_value(totals / 1000, 1000, np.array([0.05]))
     ours = [hoeffding_bentkus_p(total, 1000, 0.05) for total in totals]
     assert np.asarray(theirs).flatten() == pytest.approx(np.array(ours), abs=1e-9)
 
@@ -393,8 +392,8 @@ def test_sst2_at_one_point(data_path):
     trace = sst2_trace(data_path, "mean-pooled")
     result = calibrate(trace, "confidence", Certified(0.01, 0.9))
     dev = replay(result.policy, sst2_trace(data_path, "mean-pooled", "dev"))
-    assert result.layer_speed_up > 1.2
-    assert dev.full_quality - dev.quality <= 0.01 + 2 * dev.standard_error
+    assert result.layer_speed_up >= 2
+    assert dev.full_quality - dev.quality <= 0.01
 
 
 # --- what to expect ---------------------------------------------------------------------------------------------------
@@ -420,7 +419,6 @@ def test_folds_do_not_choose_what_they_judge(monkeypatch):
     from hf_earlyexit.calibration import cross_fit
 
     trace = learned_trace(260)
-    trace = dataclasses.replace(trace, labels=trace.labels, cost=None)
     marks = {tuple(row.tolist()): place for place, row in enumerate(trace.logits[:, 0])}
     chosen, judged, real = [], [], cross_fit._judged
 

@@ -98,7 +98,7 @@ def test_rows_that_leave_elsewhere_raise_an_alarm_without_a_shadow():
 
 
 def test_rows_as_ever_raise_none():
-    """1,000 streams of 20,000 rows, by windows: no shift is seen where none is."""
+    """20,000 windows of 1,000 rows, as in 1,000 streams of 20,000: no shift is seen where none is."""
     monitor, generator = Monitor(LAYERS, reference=SHARES), np.random.default_rng(0)
     counts = generator.multinomial(1000, SHARES, size=20_000)
     assert max(monitor.shift(window) for window in counts) < 0.1
