@@ -307,10 +307,10 @@ def _check_parts(folder: Path, task: str, with_tokenizer: bool, error: Exception
     for part, loader in parts.items():
         try:
             loader.from_pretrained(folder)
-        except EarlyExitError as told:
-            raise told from None
-        except Exception as told:  # files of many kinds fail in many ways
-            reason = next(iter(str(told).splitlines()), type(told).__name__)[:300]
+        except EarlyExitError as fault:
+            raise fault from None
+        except Exception as fault:  # files of many kinds fail in many ways
+            reason = next(iter(str(fault).splitlines()), type(fault).__name__)[:300]
             raise CheckpointError(
                 f"The {part} in {folder} cannot be loaded ({reason}). Restore the folder's files.", field=part, path=folder
             ) from error

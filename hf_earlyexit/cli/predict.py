@@ -75,13 +75,13 @@ def run(args: PredictArguments) -> Answer:
     rows = _answered(args, model, tokenizer, source, skipped(source.rows, file.done), file.done, tally)
     file.write_all(rows)
     tally["output"] = args.output
-    told = f"saved {args.output}: {file.done + tally['rows']} texts"
+    text = f"saved {args.output}: {file.done + tally['rows']} texts"
     if file.done:
-        told += f", {file.done} of them by the run that was stopped"
+        text += f", {file.done} of them by the run that was stopped"
         tally["rows_before"] = file.done
     if tally.get("failed"):
-        told += f"; {tally['failed']} could not be answered, see their 'error'"
-    return Answer(tally, told)
+        text += f"; {tally['failed']} could not be answered, see their 'error'"
+    return Answer(tally, text)
 
 
 def _load(args: PredictArguments) -> Any:
@@ -140,15 +140,18 @@ def _answered(
     for answer in bar:
         row = waiting.popleft()
         known = {f"input_{name}" if name in ANSWERS else name: value for name, value in row.items()}
-        told: dict[str, Any]
+        columns: dict[str, Any]
         if single:
             score, index = (None, None) if answer.error is not None else answer.logits.softmax(-1).max(-1)
-            told = {"label": None if index is None else names[int(index)], "score": None if score is None else float(score)}
+            columns = {
+                "label": None if index is None else names[int(index)],
+                "score": None if score is None else float(score),
+            }
         else:
-            told = {"logits": None if answer.error is not None else answer.logits.tolist()}
-        told["exit_layer"] = answer.exit_layer if answer.error is None else None
+            columns = {"logits": None if answer.error is not None else answer.logits.tolist()}
+        columns["exit_layer"] = answer.exit_layer if answer.error is None else None
         if args.errors == "slot":
-            told["error"] = None if answer.error is None else str(answer.error)
+            columns["error"] = None if answer.error is None else str(answer.error)
         failed += answer.error is not None
         layers += answer.exit_layer
         tally["rows"] += 1
@@ -156,4 +159,4 @@ def _answered(
         tally["mean_layers"] = layers / answered if answered else None
         if args.errors == "slot":
             tally["failed"] = failed
-        yield {**known, **told}
+        yield {**known, **columns}

@@ -122,14 +122,16 @@ class OnnxClassifier(OperatingPoints):
             CheckpointError: naming the file that is missing, damaged or changed.
             UsageError: for a folder that holds the one-file form only.
         """
-        told = read_manifest(folder)
-        if BEGIN not in told["files"]:
+        manifest = read_manifest(folder)
+        if BEGIN not in manifest["files"]:
             raise UsageError(
                 f"{folder} holds no layers, only one file for ONNX Runtime itself; export it with forms=['layers'].",
                 field="forms",
             )
-        config = _config(told["config"], Path(folder) / MANIFEST)
-        return cls(config, lambda name: (Path(folder) / name).read_bytes(), told["fingerprint"], told["dtype"], threads)
+        config = _config(manifest["config"], Path(folder) / MANIFEST)
+        return cls(
+            config, lambda name: (Path(folder) / name).read_bytes(), manifest["fingerprint"], manifest["dtype"], threads
+        )
 
     @property
     def exit_layers(self) -> tuple[int, ...]:

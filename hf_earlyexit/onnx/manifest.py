@@ -25,8 +25,8 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write the manifest of a folder that is otherwise complete."""
     files = {path.name: _sum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
     versions = {name: version(name) for name in PACKAGES}
-    told = {"format": FORMAT, **values, "versions": versions, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({**told, "sha256": json_sum(told)}, indent=1, allow_nan=False) + "\n")
+    manifest = {"format": FORMAT, **values, "versions": versions, "files": files}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": json_sum(manifest)}, indent=1, allow_nan=False) + "\n")
 
 
 def read_manifest(folder: str | PathLike[str]) -> dict[str, Any]:
@@ -41,28 +41,30 @@ def read_manifest(folder: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}; expected a folder that `hf-earlyexit export onnx` wrote.", path=path
         )
-    told = read_json(path)
-    if told.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {told.get('format')!r}; expected {FORMAT!r}. {AGAIN}", path=path)
-    own = told.pop("sha256", None)
-    if own != json_sum(told):
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; expected {FORMAT!r}. {AGAIN}", path=path)
+    digest = manifest.pop("sha256", None)
+    if digest != json_sum(manifest):
         raise CheckpointError(f"{path} has been changed since it was written. {AGAIN}", field="sha256", path=path)
     for name, kind in NEEDED.items():
-        if not isinstance(told.get(name), kind):
+        if not isinstance(manifest.get(name), kind):
             raise CheckpointError(
-                f"{name} in {path} is {shown(told.get(name))}; expected a {kind.__name__}. {AGAIN}", field=name, path=path
+                f"{name} in {path} is {shown(manifest.get(name))}; expected a {kind.__name__}. {AGAIN}",
+                field=name,
+                path=path,
             )
-    if told["dtype"] not in DTYPES:
+    if manifest["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"dtype in {path} is {told['dtype']!r}; expected {' or '.join(DTYPES)}.", field="dtype", path=path
+            f"dtype in {path} is {manifest['dtype']!r}; expected {' or '.join(DTYPES)}.", field="dtype", path=path
         )
-    for name, expected in told["files"].items():
+    for name, expected in manifest["files"].items():
         file = inside(folder, name)
         if not file.is_file():
             raise CheckpointError(f"{file} is missing. {AGAIN}", field=name, path=file)
         if _sum(file) != expected:
             raise CheckpointError(f"{file} is damaged or has been changed. {AGAIN}", field=name, path=file)
-    return told
+    return manifest
 
 
 def _sum(path: Path) -> str:

@@ -149,8 +149,8 @@ def _columns(columns: dict[Any, Any], names: Columns | None) -> dict[Any, list[A
         pictures = name not in MODEL_COLUMNS and getattr(values, "ndim", 1) > 1
         lists[name] = values.tolist() if hasattr(values, "tolist") and not pictures else list(values)
     if len({len(values) for values in lists.values()}) > 1:
-        told = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
-        raise DataError(f"The columns of rows are of different lengths ({told}); expected one value a row.", field="rows")
+        lengths = ", ".join(f"{name} has {len(values)}" for name, values in lists.items())
+        raise DataError(f"The columns of rows are of different lengths ({lengths}); expected one value a row.", field="rows")
     return {**columns, **lists}
 
 
