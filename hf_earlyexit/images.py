@@ -22,6 +22,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 def open_image(image: Any, field: str = "images") -> Image:
     """An image in RGB, turned upright: the one way by which pictures come in, for training, calibration and answers alike.
 
+    Transparency is dropped, and of 16 bits a colour the upper 8 are kept.
+
     Args:
         image: a file, a PIL image, an array `[height, width]` or `[height, width, channels]` of bytes, or what an undecoded
             `datasets` column holds: a mapping with `bytes` or `path`.
@@ -50,7 +52,7 @@ def open_image(image: Any, field: str = "images") -> Image:
             image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         source: Any = nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
         with source as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")  # this reads all of the file
+            return _in_bytes(ImageOps.exif_transpose(opened)).convert("RGB")  # this reads all of the file
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {image}; check the name.", field=field, path=image) from error
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
@@ -60,6 +62,21 @@ def open_image(image: Any, field: str = "images") -> Image:
             field=field,
             path=image if is_name else None,
         ) from error
+
+
+def _in_bytes(image: Image) -> Image:
+    """The same with 8 bits a colour: Pillow itself would make white of all that is above 255.
+
+    Raises:
+        ValueError: for values whose range nobody knows.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no range of its own; convert it to 8 bits a colour first")
+    return image
 
 
 def picture_name(picture: Any) -> str | None:

@@ -72,6 +72,22 @@ def test_arrays_are_pictures():
     assert open_image(np.zeros((5, 7, 3), dtype=np.uint8)).size == (7, 5)
 
 
+@pytest.mark.parametrize("form", ["png", "tiff", "array", "big-endian array"])
+def test_of_16_bits_the_upper_8_are_kept(form, tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    given = {"array": values, "big-endian array": values.astype(">u2")}.get(form)
+    if given is None:
+        given = tmp_path / f"deep.{form}"
+        Image.fromarray(values).save(given)
+    assert np.asarray(open_image(given))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int32, np.int64])
+def test_numbers_whose_range_nobody_knows_are_refused(kind):
+    with pytest.raises(DataError, match=r"range of its own|no picture that Pillow"):
+        open_image(np.full((3, 4), 0.5 if "float" in kind.__name__ else 300, dtype=kind))
+
+
 @pytest.mark.parametrize(
     "wrong", [7, None, {"bytes": None}, {}, {"bytes": b"no picture"}, io.BytesIO, np.zeros((2, 2, 2, 2)), np.array(["a"])]
 )

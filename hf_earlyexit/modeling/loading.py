@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,21 @@ def has_input_part(folder: Path, part: str) -> bool:
     return any((folder / file).is_file() for file in INPUT_PARTS[part])
 
 
-def check_input_parts(name: Any, given: Mapping[str, Any]) -> None:
-    """Refuse a captioner's folder without the files that make its inputs; transformers tells of them in words of its own.
+def check_input_parts(name: Any, given: Mapping[str, Any], needed: Iterable[str] = tuple(INPUT_PARTS)) -> None:
+    """Refuse a folder without the files that make its model's inputs; transformers tells of them in words of its own.
 
     Args:
         name: a folder; a Hub id is let through.
         given: parts that are not looked for, by name.
+        needed: names of the parts.
 
     Raises:
         CheckpointError: naming what is missing.
     """
     if not Path(name).is_dir():
         return
-    for part, files in INPUT_PARTS.items():
+    for part in needed:
+        files = INPUT_PARTS[part]
         if given.get(part) is None and not has_input_part(Path(name), part):
             raise CheckpointError(
                 f"{name} holds no {part.replace('_', ' ')} ({' or '.join(files)}); save it there, as ee.save does with "

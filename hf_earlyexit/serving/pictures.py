@@ -45,58 +45,69 @@ def encode_pictures(window: Sequence[Any], image_processor: Any, first: int = 0)
     encoded: list[Pixels | EarlyExitError] = []
     for number, row in enumerate(window, first):
         try:
-            encoded.append({PIXELS: _pixels(row, image_processor, number)})
+            encoded.append({PIXELS: encode_picture(row, image_processor, f"Row {number}")})
         except EarlyExitError as error:
             encoded.append(error)
     return encoded
 
 
-def _pixels(row: Any, image_processor: Any, number: int) -> Tensor:
+def encode_picture(row: Any, image_processor: Any, name: str = "The row") -> Tensor:
+    """Pixel values `[channels, height, width]` of one row.
+
+    Args:
+        row: as one of `encode_pictures`.
+        image_processor: needed for pictures.
+        name: of the row, for errors.
+
+    Raises:
+        DataError: for what is no picture, or one that the image processor does not take.
+        UsageError: for a picture without an image processor.
+    """
     if isinstance(row, Mapping) and not {"bytes", "path"} & set(row):
         try:
-            (name,) = picture_columns(row)
+            (column,) = picture_columns(row)
         except DataError as error:
-            raise _bad(number, f"cannot be read: {error}", row) from error
-        if name == PIXELS:
-            return _given_pixels(row[PIXELS], number)
-        row = row[name]
+            raise _bad(name, f"cannot be read: {error}", row) from error
+        if column == PIXELS:
+            return _given_pixels(row[PIXELS], name)
+        row = row[column]
     if isinstance(row, Tensor):
-        raise _bad(number, f'is a tensor of shape {list(row.shape)}; pass pixel values by name: {{"{PIXELS}": ...}}.', row)
+        raise _bad(name, f'is a tensor of shape {list(row.shape)}; pass pixel values by name: {{"{PIXELS}": ...}}.', row)
     if image_processor is None:
         raise UsageError(
-            f"Row {number} is a picture. Pictures need an image processor: pass "
+            f"{name} is a picture. Pictures need an image processor: pass "
             "image_processor=AutoImageProcessor.from_pretrained(...).",
             field="image_processor",
         )
     try:
         picture = open_image(row, "rows")
     except DataError as error:
-        raise _bad(number, f"cannot be read: {error}", row) from error
+        raise _bad(name, f"cannot be read: {error}", row) from error
     try:
         return torch.as_tensor(image_processor(images=[picture], return_tensors="pt")[PIXELS])[0]
     except Exception as error:  # processors raise many kinds
         size = " x ".join(map(str, picture.size))
-        raise _bad(number, f"is a picture of {size} that the image processor does not take ({error}).", row) from error
+        raise _bad(name, f"is a picture of {size} that the image processor does not take ({error}).", row) from error
 
 
-def _given_pixels(values: Any, number: int) -> Tensor:
+def _given_pixels(values: Any, name: str) -> Tensor:
     try:
         pixels = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
-        raise _bad(number, f"has {PIXELS} that are no numbers of one image ({error}).", values) from error
+        raise _bad(name, f"has {PIXELS} that are no numbers of one image ({error}).", values) from error
     if pixels.dtype == torch.uint8:
         raise _bad(
-            number, f"has {PIXELS} of bytes, which no image processor has prepared; pass the picture under 'image'.", values
+            name, f"has {PIXELS} of bytes, which no image processor has prepared; pass the picture under 'image'.", values
         )
     if pixels.ndim != 3:
         raise _bad(
-            number, f"has {PIXELS} of shape {list(pixels.shape)}; expected one image, [channels, height, width].", values
+            name, f"has {PIXELS} of shape {list(pixels.shape)}; expected one image, [channels, height, width].", values
         )
     return pixels.float()
 
 
-def _bad(number: int, why: str, value: Any) -> DataError:
-    return DataError(f"Row {number} {why}", field="rows", value=value)
+def _bad(name: str, why: str, value: Any) -> DataError:
+    return DataError(f"{name} {why}", field="rows", value=value)
 
 
 class PictureRows(Sequence[Pixels]):

@@ -1,0 +1,107 @@
+"""The pipeline of captioners, with the layer that each token came from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import Pipeline
+
+from ..captions.answers import told_caption
+from ..captions.model import EarlyExitVisionEncoderDecoder
+from ..doors import CAPTIONING
+from ..errors import DataError, UsageError
+from ..images import open_image
+from .options import other_model, unknown_option
+
+
+class EarlyExitCaptioningPipeline(Pipeline):
+    """Captions of pictures, and the layer that each token left the decoder after.
+
+    Takes, when it is made and when it is called, `operating_point`, the name of the policy to use; `early_exit`, `False` for
+    the full model; `max_new_tokens`, `num_beams` and, as the mapping `generate_kwargs`, anything else that `generate` takes.
+
+    Raises:
+        UsageError: for a model without exits, or one without a tokenizer or image processor.
+        DataError: for what is no picture.
+    """
+
+    _load_tokenizer = True
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_processor = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, EarlyExitVisionEncoderDecoder):
+            raise other_model(self.model)
+        for name in ("tokenizer", "image_processor"):
+            if getattr(self, name) is None:
+                raise UsageError(
+                    f"The {CAPTIONING} pipeline has no {name}; pass one, or save it beside the model with ee.save.",
+                    field=name,
+                )
+        if self.tokenizer.pad_token_id is None:  # GPT-2's: transformers makes no batches without, of pictures neither
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def __call__(self, images: Any, **kwargs: Any) -> Any:
+        """Caption one picture, or each of several.
+
+        Args:
+            images: the name of a file, a PIL image, a list of these, or a generator or data set of them.
+            kwargs: `batch_size`, which changes no answer, and what the class takes.
+
+        Returns:
+            For each picture `generated_text`; `tokens` and `exit_layers` (1 to L), the token that ends a caption included;
+            `words`, each with its `word` and `exit_layer`, that of its deepest token; and `mean_exit_layer`. Where
+            `num_return_sequences` is above 1, a list of these.
+
+        Raises:
+            DataError: for no picture, or what is none.
+        """
+        if isinstance(images, (list, tuple)) and not images:
+            raise DataError("No pictures to caption: the list is empty.", field="images")
+        return super().__call__(list(images) if isinstance(images, tuple) else images, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        operating_point: str | None = None,
+        early_exit: bool | None = None,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **unknown: Any,
+    ) -> tuple[dict, dict, dict]:
+        for name in unknown:
+            known = {"operating_point", "early_exit", "max_new_tokens", "num_beams", "generate_kwargs", "batch_size"}
+            raise unknown_option(name, known)
+        if operating_point is not None and isinstance(self.model, EarlyExitVisionEncoderDecoder):
+            self.model.policy_at(operating_point)  # refuse an unknown name now
+        given: dict[str, Any] = {
+            "operating_point": operating_point,
+            "early_exit": early_exit,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+        }
+        named = {name: value for name, value in given.items() if value is not None}
+        if twice := sorted(named.keys() & (generate_kwargs or {})):
+            raise UsageError(f"{twice[0]} is given twice, by name and in generate_kwargs; give it once.", field=twice[0])
+        return {}, {**named, **(generate_kwargs or {})}, {}
+
+    def preprocess(self, image: Any) -> Any:
+        pixels = self.image_processor(images=open_image(image), return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels.to(self.dtype)}
+
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+        pixels = model_inputs["pixel_values"]
+        output = self.model.generate(pixels, return_exit_layers=True, **generate_kwargs)
+        several = (len(pixels), -1, output.sequences.shape[-1])
+        return {"sequences": output.sequences.reshape(several), "exit_layers": output.exit_layers.reshape(several)}
+
+    def postprocess(self, model_outputs: Any) -> Any:
+        told = []
+        for ids, layers in zip(model_outputs["sequences"][0], model_outputs["exit_layers"][0], strict=True):
+            made = layers > 0  # no prompt, no padding
+            told.append(told_caption(self.tokenizer, ids[made].tolist(), layers[made].tolist()))
+        return told[0] if len(told) == 1 else told

@@ -1,0 +1,135 @@
+"""What both pipelines of classifiers add to the stock ones: the engine of `predict`, and the layer of every answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ..errors import UsageError
+from ..serving.answers import check_finite
+from ..serving.predict import stream
+from .options import unknown_option
+
+ENGINE = 0  # in place of a batch size where none is given
+OURS = {"operating_point", "early_exit", "cuda_graphs"}
+
+
+class Rows(Dataset):
+    """Rows of a table, each taken out when it is asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.rows[place]
+
+
+class ThroughEngine:
+    """Put before a stock pipeline of classifiers.
+
+    Attributes:
+        window: rows that are read before the first of them is answered, where their number is known.
+    """
+
+    window: int
+    model: Any
+    _batch_size: int | None
+    _num_workers: int | None
+
+    def taken(self) -> set[str]:
+        """Names of the options of the stock pipeline that are taken."""
+        raise NotImplementedError
+
+    def rows_of(self, inputs: Any) -> Any:
+        """What was given to the pipeline as the stock one takes it: a row, a list, a generator or a torch data set."""
+        raise NotImplementedError
+
+    def encoded(self, row: Any, number: int, options: dict[str, Any]) -> Mapping[str, Any]:
+        """What the engine reads of one row.
+
+        Args:
+            row: as given.
+            number: of the row, for errors.
+            options: of `preprocess`.
+        """
+        raise NotImplementedError
+
+    def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
+        if batch_size is None and self._batch_size is None:
+            batch_size = ENGINE
+            if kwargs.get("num_workers", self._num_workers) is not None:
+                raise UsageError("num_workers is for batches of batch_size rows; give both or none.", field="num_workers")
+        rows = self.rows_of(inputs)
+        answers = super().__call__(rows, batch_size=batch_size, **kwargs)
+        return list(answers) if isinstance(rows, Rows) else answers
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Nothing: `pipeline` has looked at the model, and transformers' list knows no exported ones."""
+
+    def _sanitize_parameters(
+        self,
+        operating_point: str | None = None,
+        early_exit: bool | None = None,
+        cuda_graphs: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, dict, dict]:
+        known = self.taken()
+        for name in kwargs:
+            if name not in known:
+                raise unknown_option(name, OURS | {"batch_size"} | known)
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if early_exit is not None:
+            forward["early_exit"] = early_exit
+        if cuda_graphs is not None:
+            forward["cuda_graphs"] = cuda_graphs
+        if operating_point is not None:
+            self.model.policy_at(operating_point)  # refuse an unknown name now
+            forward["operating_point"] = operating_point
+        return preprocess, forward, postprocess
+
+    def _forward(
+        self,
+        model_inputs: Any,
+        operating_point: str | None = None,
+        early_exit: bool | None = None,
+        cuda_graphs: bool = True,
+    ) -> Any:
+        return self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[Any]:
+        if batch_size != ENGINE:
+            iterator = super().get_iterator
+            return iterator(inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params)
+        return self._through_engine(inputs, preprocess_params, forward_params, postprocess_params)
+
+    def _through_engine(
+        self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict
+    ) -> Iterator[Any]:
+        rows = (inputs[place] for place in range(len(inputs))) if isinstance(inputs, Sized) else inputs
+        encoded = (self.encoded(row, number, preprocess_params) for number, row in enumerate(rows))
+        window = self.window if isinstance(inputs, Sized) else 1
+        for answer in stream(self.model, encoded, window=window, **forward_params):
+            score = None if math.isnan(answer.exit_score) else [answer.exit_score]
+            outputs = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
+            yield self.postprocess(outputs, **postprocess_params)
+
+    def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
+        check_finite(model_outputs["logits"], [0])
+        answer = super().postprocess(model_outputs, **kwargs)
+        layer, score = model_outputs["exit_layer"], model_outputs.get("exit_score")
+        shown = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}
+        return [{**one, **shown} for one in answer] if isinstance(answer, list) else {**answer, **shown}
