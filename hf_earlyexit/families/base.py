@@ -242,7 +242,7 @@ def is_watched(modules: Iterable[nn.Module]) -> bool:
     """
     for module in modules:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        own = [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
-        if own or "forward" in vars(module):
+        foreign = [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
+        if foreign or "forward" in vars(module):
             return True
     return False

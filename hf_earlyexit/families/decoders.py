@@ -137,12 +137,14 @@ class Gpt2Decoder(DecoderBackbone):
 
     def _step_some(self, layer: Any, hidden: Tensor, context: TokenContext, rows: tuple[int, ...]) -> Tensor:
         """As the layer does it, but attention reads each row's entries where they lie; copying them out costs more."""
-        own, cross = layer.attn, layer.crossattention
-        query, *new = own.c_attn(layer.ln_1(hidden)).view(len(rows), 1, 3, own.num_heads, own.head_dim).unbind(2)
-        entries = context.cache.append(own.layer_idx, *(part.transpose(1, 2) for part in new))
-        hidden = hidden + own.c_proj(_attend(query, entries, rows, context.mask, own.scaling))
+        attention, cross = layer.attn, layer.crossattention
+        query, *new = (
+            attention.c_attn(layer.ln_1(hidden)).view(len(rows), 1, 3, attention.num_heads, attention.head_dim).unbind(2)
+        )
+        entries = context.cache.append(attention.layer_idx, *(part.transpose(1, 2) for part in new))
+        hidden = hidden + attention.c_proj(_attend(query, entries, rows, context.mask, attention.scaling))
         query = cross.q_attn(layer.ln_cross_attn(hidden)).view(len(rows), 1, cross.num_heads, cross.head_dim)
-        entries = context.cache.of_images(own.layer_idx)
+        entries = context.cache.of_images(attention.layer_idx)
         hidden = hidden + cross.c_proj(_attend(query, entries, rows, None, cross.scaling))
         return hidden + layer.mlp(layer.ln_2(hidden))
 
@@ -170,10 +172,10 @@ def _attend(query: Tensor, entries: Any, rows: tuple[int, ...], mask: Tensor | N
     """Attention of one token of each row `[R, 1, heads, d]` to the row's own entries among those of a batch, `[R, 1, H]`."""
     mixed = []
     for place, row in enumerate(rows):
-        own = mask if mask is None or len(mask) == 1 else mask[place : place + 1]
+        row_mask = mask if mask is None or len(mask) == 1 else mask[place : place + 1]
         keys, values = (part[row : row + 1] for part in entries)
-        asked = query[place : place + 1].transpose(1, 2)
-        mixed.append(functional.scaled_dot_product_attention(asked, keys, values, attn_mask=own, scale=scale))
+        row_query = query[place : place + 1].transpose(1, 2)
+        mixed.append(functional.scaled_dot_product_attention(row_query, keys, values, attn_mask=row_mask, scale=scale))
     return torch.cat(mixed).flatten(1)[:, None]
 
 

@@ -25,9 +25,9 @@ class PackedBertLayer:
     frames: ClassVar[bool] = False
 
     def __init__(self, family: Family, layer: Any) -> None:
-        own, after, end = layer.attention.self, layer.attention.output, layer.output
-        self.heads = (own.num_attention_heads, own.attention_head_size)
-        maps = (own.joint,) if hasattr(own, "joint") else (own.query, own.key, own.value)
+        attention, after, end = layer.attention.self, layer.attention.output, layer.output
+        self.heads = (attention.num_attention_heads, attention.attention_head_size)
+        maps = (attention.joint,) if hasattr(attention, "joint") else (attention.query, attention.key, attention.value)
         self.inputs = [_bare(linear) for linear in maps]
         self.after, self.norm = _bare(after.dense), _bare(after.LayerNorm)
         self.inner, self.activation = _bare(layer.intermediate.dense), layer.intermediate.intermediate_act_fn
@@ -50,9 +50,9 @@ class PackedBertLayer:
         """Whether a layer does what its class says, and nobody watches the parts of it that packed rows pass by."""
         if not is_stock(layer) or layer.is_decoder:
             return False
-        own = layer.attention.self
-        parts = (layer, layer.attention, own, layer.attention.output, layer.intermediate, layer.output)
-        return is_stock(own) and not is_watched(parts)
+        attention = layer.attention.self
+        parts = (layer, layer.attention, attention, layer.attention.output, layer.intermediate, layer.output)
+        return is_stock(attention) and not is_watched(parts)
 
 
 def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -139,15 +139,15 @@ class DecoderWalker:
         """The exit's logits over the whole vocabulary, `[B, V]`."""
         return self.model.exit_logits(exit_index, hidden)
 
-    def said(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
+    def answers(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
         """What is kept of rows that leave: their logits `[B, V]`, or with `words_last` what those are made of `[B, H]`."""
         if answer is not None and self.policy_answers:
             return answer
         return (self.model.features if self.words_last else self.word_logits)(exit_index, hidden[:, 0])
 
-    def token(self, said: Tensor, exit_index: Tensor) -> Token:
+    def token(self, answers: Tensor, exit_index: Tensor) -> Token:
         """The answers of all rows, from what was kept of each."""
-        return Token(self.model.words(said) if self.words_last else said, exit_index)
+        return Token(self.model.words(answers) if self.words_last else answers, exit_index)
 
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
             for wanted in (True, False)
         )
         leaving, last_states = rows[gone], hidden[gone]
-        said = walker.said(index, last_states, None if answer is None else answer[gone])
-        kept = said.new_zeros(batch, said.shape[-1]) if kept is None else kept
-        kept[leaving], final[leaving], exit_index[leaving] = said.to(kept.dtype), last_states, index
+        answers = walker.answers(index, last_states, None if answer is None else answer[gone])
+        kept = answers.new_zeros(batch, answers.shape[-1]) if kept is None else kept
+        kept[leaving], final[leaving], exit_index[leaving] = answers.to(kept.dtype), last_states, index
         running[leaving] = False
         if not len(stay):
             break
@@ -234,11 +234,11 @@ def decode(
         options: the stock model's other arguments; those of the decoder begin with `decoder_`.
     """
     backbone, decoder = model.backbone, model.decoder
-    own = {name.removeprefix("decoder_"): value for name, value in options.items() if name.startswith("decoder_")}
-    positions = own.get("position_ids")
+    for_decoder = {name.removeprefix("decoder_"): value for name, value in options.items() if name.startswith("decoder_")}
+    positions = for_decoder.get("position_ids")
     if positions is None:
         positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-    hidden = backbone.embed(decoder, ids, positions, own)
+    hidden = backbone.embed(decoder, ids, positions, for_decoder)
     context = TokenContext(cache, backbone.mask(decoder, hidden, mask, cache, positions), positions, encoder_outputs[0])
     policy = run.policy
     if policy is not None and model.config.exit_decay is not None:

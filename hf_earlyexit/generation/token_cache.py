@@ -48,8 +48,8 @@ class TokenCache(EncoderDecoderCache):
             left: numbers of the others.
             states: what the others left with `[left, 1, H]`.
         """
-        own = self.self_attention_cache
-        own.rows, own.left, own.states = rows, left, states
+        self_attention = self.self_attention_cache
+        self_attention.rows, self_attention.left, self_attention.states = rows, left, states
         self.cross_attention_cache.rows = rows
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Entry:
@@ -71,8 +71,8 @@ class TokenCache(EncoderDecoderCache):
 
     def close(self, layer: int, states: Tensor) -> None:
         """Append the entries of a layer (1-based) that no row runs, from the states of all rows `[B, 1, H]`."""
-        own = self.self_attention_cache
-        own.layers[layer - 1].update(*own.project(layer, states))
+        self_attention = self.self_attention_cache
+        self_attention.layers[layer - 1].update(*self_attention.project(layer, states))
 
 
 class _OwnEntries:
@@ -92,10 +92,10 @@ class _OwnEntries:
             new = Entry(*map(self._together, new, self.project(layer + 1, self.states)))
         return Entry(*self.layers[layer].update(*new))
 
-    def _together(self, own: Tensor, others: Tensor) -> Tensor:
+    def _together(self, running: Tensor, others: Tensor) -> Tensor:
         """What belongs to the rows that run and to the others, as one batch."""
-        whole = own.new_empty(len(self.rows) + len(self.left), *own.shape[1:])
-        whole[self.rows], whole[self.left] = own, others
+        whole = running.new_empty(len(self.rows) + len(self.left), *running.shape[1:])
+        whole[self.rows], whole[self.left] = running, others
         return whole
 
 
@@ -119,8 +119,8 @@ def takes_apart(cache: Any) -> bool:
     """Whether the rows of a cache can be taken apart."""
     if not isinstance(cache, EncoderDecoderCache):
         return False
-    own = cache.self_attention_cache
-    return not own.offloading and all(type(layer) is DynamicLayer for layer in own.layers)
+    entries = cache.self_attention_cache
+    return not entries.offloading and all(type(layer) is DynamicLayer for layer in entries.layers)
 
 
 def require_dynamic(cache: Any) -> None:
@@ -136,11 +136,11 @@ def require_dynamic(cache: Any) -> None:
             field="cache",
         )
     if not takes_apart(cache):
-        own = cache.self_attention_cache
-        kinds = sorted({type(layer).__name__ for layer in own.layers})
+        entries = cache.self_attention_cache
+        kinds = sorted({type(layer).__name__ for layer in entries.layers})
         raise UsageError(
-            f"Early exit cannot decode over this cache ({', '.join(kinds)}{', offloaded' if own.offloading else ''}): rows "
-            "leave at different layers, so each layer's entries are written row by row. Leave cache_implementation out, or "
-            "pass early_exit=False.",
+            f"Early exit cannot decode over this cache ({', '.join(kinds)}{', offloaded' if entries.offloading else ''}): "
+            "rows leave at different layers, so each layer's entries are written row by row. Leave cache_implementation "
+            "out, or pass early_exit=False.",
             field="cache_implementation",
         )

@@ -62,16 +62,16 @@ def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) 
     """
     if not result.fingerprint:
         return None
-    own = fingerprints.rounded_to()
-    if result.fingerprint != own:
+    fingerprint = fingerprints.rounded_to()
+    if result.fingerprint != fingerprint:
         raise CheckpointError(
-            f"The thresholds were chosen on a model of fingerprint {result.fingerprint}; this one has {own}: its weights or "
-            "settings are others. Collect a trace of this model and calibrate again.",
+            f"The thresholds were chosen on a model of fingerprint {result.fingerprint}; this one has {fingerprint}: its "
+            "weights or settings are others. Collect a trace of this model and calibrate again.",
             field="fingerprint",
             value=result.fingerprint,
         )
     certificate = {
-        "fingerprint": own,
+        "fingerprint": fingerprint,
         "rounded": {name: fingerprints.rounded_to(getattr(torch, name)) for name in NARROWER},
         "settings": answering_settings(config),
         "policy": policy_fingerprint(result.policy.to_dict()),
@@ -93,10 +93,10 @@ def _summed(certificate: dict[str, Any]) -> dict[str, Any]:
 def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
     """Warn where a tokenizer's vocabulary is not the one the model was saved with."""
     expected = model.config.exit_tokenizer
-    if expected is not None and tokenizer is not None and (found := tokenizer_fingerprint(tokenizer)) != expected:
+    if expected is not None and tokenizer is not None and (vocabulary := tokenizer_fingerprint(tokenizer)) != expected:
         logger.warning(
-            f"The tokenizer's vocabulary is {found}; the model was saved with {expected}. Its answers and thresholds are "
-            "for the latter; load the tokenizer from the model's own folder."
+            f"The tokenizer's vocabulary is {vocabulary}; the model was saved with {expected}. Its answers and thresholds "
+            "are for the latter; load the tokenizer from the model's own folder."
         )
 
 
@@ -142,19 +142,19 @@ def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
             f"Weights of {path} are not in memory, so nobody can see whether they are those that were calibrated."
         )
         return
-    own, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    fingerprint, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
     for point, policy, certificate in certified:
         named = "exit policy" if point is None else f"operating point {point!r}"
         if policy is None or policy_fingerprint(policy) != certificate["policy"]:
             if policy is not None:
                 logger.warning(f"The {named} of {path} is not the one that was calibrated; it is used without certificate.")
             _take_off(model.config, point, keep_policy=True)
-        elif not _same_model(own, certificate):
+        elif not _same_model(fingerprint, certificate):
             if not drop_uncertified:
                 raise CheckpointError(
                     f"The thresholds of the {named} in {path} were chosen on another model: "
-                    f"{_difference(own, certificate, model.config)}. The folder was saved or edited in part. Restore it, or "
-                    "pass ignore_certificate=True to load without these thresholds and calibrate again.",
+                    f"{_difference(fingerprint, certificate, model.config)}. The folder was saved or edited in part. "
+                    "Restore it, or pass ignore_certificate=True to load without these thresholds and calibrate again.",
                     field="exit_certificate",
                     value=certificate["fingerprint"],
                     path=path,
@@ -182,10 +182,10 @@ def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:
     for point, policy, _ in list(_certified(model.config)):
         if policy is None:
             _take_off(model.config, point)
-    certified, own = list(_certified(model.config)), answering_state(model)
-    if not certified or (tensors is not None and not own.keys() <= tensors.keys()):
+    certified, answering = list(_certified(model.config)), answering_state(model)
+    if not certified or (tensors is not None and not answering.keys() <= tensors.keys()):
         return
-    state = own if tensors is None else {name: tensors[name] for name in own}
+    state = answering if tensors is None else {name: tensors[name] for name in answering}
     fingerprint = state_fingerprint(state, model.config)
     outdated = [point for point, _, certificate in certified if not _same_model(fingerprint, certificate)]
     for point in outdated:
@@ -194,14 +194,14 @@ def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:
         logger.warning("The model has changed since its thresholds were chosen, so these are left out; calibrate again.")
 
 
-def _difference(own: str, certificate: dict[str, Any], config: Any) -> str:
+def _difference(fingerprint: str, certificate: dict[str, Any], config: Any) -> str:
     """What is another than it was, in words: a setting where it is one, else the weights."""
     before, now = certificate["settings"], answering_settings(config)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             was, is_now = (repr(values[name]) if name in values else "the default" for values in (before, now))
             return f"{name} is {is_now}, and was {was}"
-    return f"its weights have the fingerprint {own}, and had {certificate['fingerprint']}"
+    return f"its weights have the fingerprint {fingerprint}, and had {certificate['fingerprint']}"
 
 
 def _certified(config: Any) -> Iterator[tuple[str | None, dict[str, Any] | None, dict[str, Any]]]:
@@ -213,8 +213,8 @@ def _certified(config: Any) -> Iterator[tuple[str | None, dict[str, Any] | None,
         yield point, points.get(point), certificate
 
 
-def _same_model(own: str, certificate: dict[str, Any]) -> bool:
-    return own == certificate["fingerprint"] or own in certificate["rounded"].values()
+def _same_model(fingerprint: str, certificate: dict[str, Any]) -> bool:
+    return fingerprint == certificate["fingerprint"] or fingerprint in certificate["rounded"].values()
 
 
 def _take_off(config: Any, point: str | None, keep_policy: bool = False) -> None:

@@ -86,7 +86,7 @@ class EarlyExitConfig(LoadedByShim):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; errors tell where the config came from."""
-        with _told_where(pretrained_model_name_or_path):
+        with _errors_name(pretrained_model_name_or_path):
             made = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
             check_room(made[0] if isinstance(made, tuple) else made, pretrained_model_name_or_path)
             return made
@@ -94,7 +94,7 @@ class EarlyExitConfig(LoadedByShim):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; the Auto classes come this way, and say from where."""
-        with _told_where(kwargs.get("name_or_path") or config_dict.get("_name_or_path")):
+        with _errors_name(kwargs.get("name_or_path") or config_dict.get("_name_or_path")):
             if (field := without_policy(config_dict)) is not None and not kwargs.keys() & {field, "exit_policy"}:
                 raise wrong(
                     field,
@@ -230,10 +230,12 @@ class EarlyExitConfig(LoadedByShim):
             return
         if not re.fullmatch(r"\d+\.\d+", version):
             raise wrong("early_exit_version", version, "a version such as '1.0'")
-        (major, minor), (own_major, own_minor) = ([int(x) for x in v.split(".")] for v in (version, FORMAT_VERSION))
-        if major > own_major:
-            raise wrong("early_exit_version", version, f"at most {own_major}.x; upgrade: pip install --upgrade hf_earlyexit")
-        if (major, minor) > (own_major, own_minor):
+        (major, minor), (known_major, known_minor) = ([int(x) for x in v.split(".")] for v in (version, FORMAT_VERSION))
+        if major > known_major:
+            raise wrong(
+                "early_exit_version", version, f"at most {known_major}.x; upgrade: pip install --upgrade hf_earlyexit"
+            )
+        if (major, minor) > (known_major, known_minor):
             logger.warning_once(
                 f"The model was saved in format {version}; this library knows {FORMAT_VERSION} and ignores what is newer."
             )
@@ -267,7 +269,7 @@ class EarlyExitClassifierConfig(EarlyExitConfig):
 
 
 @contextmanager
-def _told_where(place: Any) -> Iterator[None]:
+def _errors_name(place: Any) -> Iterator[None]:
     """Add to errors the folder or Hub id whose config is at fault; wrong types become errors of this library."""
     try:
         yield

@@ -91,14 +91,14 @@ def answering_settings(config: Any) -> dict[str, Any]:
     """
     parts = {name: value for name, value in vars(config).items() if isinstance(value, PretrainedConfig)}
     fields = {field.name: field for field in dataclasses.fields(config)}
-    found = {
+    settings_by_name = {
         name: value
         for name, value in json.loads(json.dumps(config.to_dict(), default=str)).items()
         if name not in parts and value is not None and not _is_silent(name) and value != _default(fields.get(name))
     }
     for part, settings in parts.items():
-        found |= {f"{part}.{name}": value for name, value in answering_settings(settings).items()}
-    return found
+        settings_by_name |= {f"{part}.{name}": value for name, value in answering_settings(settings).items()}
+    return settings_by_name
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

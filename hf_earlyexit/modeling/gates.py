@@ -70,9 +70,9 @@ class LogitsGate(StateGate):
         return hidden_size + num_labels
 
     def look(self, state: Tensor, logits: Tensor) -> Tensor:
-        said = logits.detach()
-        said = said.log_softmax(-1).clamp_min(-20) if said.shape[-1] > 1 else said
-        return torch.cat([state, said], -1)
+        answer = logits.detach()
+        answer = answer.log_softmax(-1).clamp_min(-20) if answer.shape[-1] > 1 else answer
+        return torch.cat([state, answer], -1)
 
 
 def new_gates(config: Any, hidden_size: int, num_labels: int) -> nn.ModuleDict:

@@ -35,11 +35,11 @@ def check_config_file(name: Any) -> None:
 
 def unreadable(name: Any, error: SafetensorError) -> CheckpointError:
     """The error for weights that cannot be read; tells the damaged file and its size where they lie in a folder."""
-    found = [path for path in sorted(Path(name).glob("*.safetensors")) if not _opens(path)]
-    place = f"{found[0]} ({found[0].stat().st_size:,} bytes)" if found else str(name)
+    damaged = [path for path in sorted(Path(name).glob("*.safetensors")) if not _opens(path)]
+    place = f"{damaged[0]} ({damaged[0].stat().st_size:,} bytes)" if damaged else str(name)
     return CheckpointError(
         f"The weights in {place} cannot be read ({error}); the file is cut short or damaged. Download it again.",
-        path=found[0] if found else name,
+        path=damaged[0] if damaged else name,
     )
 
 
@@ -96,10 +96,10 @@ def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not any_size:
-        name, found, expected = mismatched[0]
+        name, shape, expected = mismatched[0]
         raise CheckpointError(
             f"{len(mismatched)} tensors in {path} have another shape than the config asks for; first {name}: found "
-            f"{list(found)}, expected {list(expected)}. Check num_labels and exit_head, or pass "
+            f"{list(shape)}, expected {list(expected)}. Check num_labels and exit_head, or pass "
             "ignore_mismatched_sizes=True to start those afresh.",
             field=name,
             path=path,

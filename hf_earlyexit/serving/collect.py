@@ -143,8 +143,8 @@ def full_pass(
             rows = encoded[first : first + size]
             first_error(rows, walker.check, first)
             for group in walker.apart(rows):
-                own = [rows[place] for place in group]
-                for places, batch in sorted_batches(own, max_batch_tokens, tokenizer, walker.length):
+                together = [rows[place] for place in group]
+                for places, batch in sorted_batches(together, max_batch_tokens, tokenizer, walker.length):
                     output = model(**batch.to(model.device), early_exit=False)
                     numbers = [first + group[place] for place in places]
                     check_finite(output.exit_logits, numbers)

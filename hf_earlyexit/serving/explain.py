@@ -93,10 +93,10 @@ def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index
         verdict = "muted" if muted else "closed" if threshold is None else "stays: score below the threshold"
     prediction = predictions(trace.logits[0, index], policy.problem_type)
     if policy.problem_type == SINGLE_LABEL:
-        said = model.config.id2label[int(prediction)]
+        answer = model.config.id2label[int(prediction)]
     else:
-        said = ", ".join(f"{value:.3g}" for value in prediction.float().tolist())
-    return ExitView(model.exit_layers[index], said, None if muted else float(scores[0, index]), threshold, verdict)
+        answer = ", ".join(f"{value:.3g}" for value in prediction.float().tolist())
+    return ExitView(model.exit_layers[index], answer, None if muted else float(scores[0, index]), threshold, verdict)
 
 
 def _line(view: ExitView) -> str:

@@ -32,9 +32,9 @@ def walker_for(model: Any, cuda_graphs: bool = True) -> BatchWalker:
         model: a classifier with exits.
         cuda_graphs: use graphs where the model is on a CUDA device and nobody has hooked or wrapped its modules.
     """
-    own = getattr(model, "walker", None)
-    if own is not None:
-        return own
+    walker = getattr(model, "walker", None)
+    if walker is not None:
+        return walker
     if cuda_graphs and model.device.type == "cuda" and captures(model):
         return GraphWalker(model, _graphs_of(model, torch.cuda.current_stream(model.device)))
     return ModelWalker(model)

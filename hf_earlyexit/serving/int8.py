@@ -18,7 +18,7 @@ from ..modeling.wrapped import unwrapped_without_adapters
 SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
 # Of a weight. Instructions before VNNI add two products up in 16 bits, where 2 * 255 * 63 just fits.
 LARGEST = 127 if getattr(torch.cpu, "_is_vnni_supported", bool)() else 63
-TOLD = 8  # bytes after a rounded token: its step and its lowest value, float32
+SCALE_BYTES = 8  # bytes after a rounded token: its step and its lowest value, float32
 
 
 class Int8Linear(nn.Module):
@@ -35,7 +35,7 @@ class Int8Linear(nn.Module):
         weight = torch.cat([linear.weight.detach().float() for linear in linears])  # [out, in]
         offsets = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
         scale = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
-        rounded = functional.pad((weight / scale[:, None]).round(), (0, TOLD)).to(torch.int8)
+        rounded = functional.pad((weight / scale[:, None]).round(), (0, SCALE_BYTES)).to(torch.int8)
         self.scale, self.sums, self.offset = scale, weight.sum(1), torch.cat(offsets).float()
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         fast = torch.backends.mkldnn.is_available()
@@ -49,9 +49,9 @@ class Int8Linear(nn.Module):
         """`[..., in]` to `[..., out]`, float32."""
         # one pass that finds every token's lowest value and step, and writes it in 8 bits, with the two behind it
         tokens = torch.ops.quantized.embedding_bag_byte_prepack(inputs.flatten(0, -2))  # [tokens, in + 8]
-        told = tokens[:, -TOLD:]
-        told = told if tokens.shape[1] % 4 == 0 else told.contiguous()  # numbers of 4 bytes are read where they stand
-        step, lowest = told.view(torch.float32).split(1, 1)
+        scales = tokens[:, -SCALE_BYTES:]
+        scales = scales if tokens.shape[1] % 4 == 0 else scales.contiguous()  # numbers of 4 bytes are read where they stand
+        step, lowest = scales.view(torch.float32).split(1, 1)
         outputs = self._multiply(tokens).mul_(step).addcmul_(lowest, self.sums).add_(self.offset)
         return outputs.view(*inputs.shape[:-1], len(self.scale))
 

@@ -202,9 +202,11 @@ class Monitor:
         """Population stability index of exits' counts against the reference; 0 where there is none."""
         if self.reference is None or not sum(counts):
             return 0.0
-        expected, found = (np.asarray(part, dtype=float) + 0.5 for part in (np.array(self.reference) * sum(counts), counts))
-        expected, found = expected / expected.sum(), found / found.sum()
-        return float(((found - expected) * np.log(found / expected)).sum())
+        expected, observed = (
+            np.asarray(part, dtype=float) + 0.5 for part in (np.array(self.reference) * sum(counts), counts)
+        )
+        expected, observed = expected / expected.sum(), observed / observed.sum()
+        return float(((observed - expected) * np.log(observed / expected)).sum())
 
     def _look(self) -> list[Alarm]:
         """Alarms that the state gives for the first time."""

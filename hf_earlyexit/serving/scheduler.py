@@ -58,12 +58,12 @@ class Flight(NamedTuple):
 
     Attributes:
         chunk: behind its layers.
-        said: by the exit there; `None` if none is asked.
+        judged: the rows as the exit there sees them; `None` if none is asked.
         decided: waits for who leaves, `[B]`.
     """
 
     chunk: Chunk
-    said: Passed | None
+    judged: Passed | None
     decided: Callable[[], list[bool]]
 
 
@@ -209,24 +209,24 @@ class Scheduler:
         layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
         with_gate = self.policy is not None and self.policy.uses_gate
         hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, with_gate)
-        state, said, leave = chunk.state, None, None
+        state, judged, leave = chunk.state, None, None
         if index is not None and signal is not None and self.policy is not None:
             state, score, answer, leave = self.policy.step(state, signal, index)
-            said = Passed(answer, index, score)
+            judged = Passed(answer, index, score)
         elif index is not None and signal is not None:
-            said = Passed(signal.logits, index, torch.full((rows,), torch.nan, device=device))
-        passed = chunk.passed if chunk.passed is None or said is None else said
+            judged = Passed(signal.logits, index, torch.full((rows,), torch.nan, device=device))
+        passed = chunk.passed if chunk.passed is None or judged is None else judged
         if leave is None and self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
             leave = torch.zeros(rows, dtype=torch.bool, device=device)
         chunk = chunk._replace(depth=depth, hidden=hidden, state=state, passed=passed)
-        return Flight(chunk, said, (lambda: [False] * rows) if leave is None else sent(leave))
+        return Flight(chunk, judged, (lambda: [False] * rows) if leave is None else sent(leave))
 
     def _settle(self, flight: Flight, gone: list[Leaving]) -> Chunk | None:
         """Let go who leaves; `None` if nobody is left."""
-        chunk, said, decided = flight.chunk, flight.said, flight.decided()
-        if said is None:
+        chunk, judged, decided = flight.chunk, flight.judged, flight.decided()
+        if judged is None:
             return chunk
-        answer, index, score = said
+        answer, index, score = judged
         if index == self.last:
             deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
             reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]

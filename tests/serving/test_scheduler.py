@@ -200,7 +200,7 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
             context = Context({"attention_mask": None}, tokens=tokens, lengths=(7,) * 5)
             hidden = torch.empty(5, 7, 32, device="meta")
             flight = scheduler._launch(engine.Chunk(0, [0, 1, 2, 3, 4], hidden, context, state, None), [])
-            assert (flight.chunk.depth, flight.said.answer.shape) == (1, (5, 3))
+            assert (flight.chunk.depth, flight.judged.answer.shape) == (1, (5, 3))
             with pytest.raises(NotImplementedError):
                 flight.decided()
 
