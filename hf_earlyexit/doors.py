@@ -98,13 +98,13 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         'EarlyExitRobertaForSequenceClassification'
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
-    found = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
-    stock_type = next((kind for kind in (*FAMILIES, CAPTIONER) if found in (kind, door_of(kind).model_type)), None)
+    model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
+    stock_type = next((kind for kind in (*FAMILIES, CAPTIONER) if model_type in (kind, door_of(kind).model_type)), None)
     if stock_type is None:
         raise UsageError(
-            f"{name} is a model of type {found!r}; types that can have exits are {', '.join((*FAMILIES, CAPTIONER))}.",
+            f"{name} is a model of type {model_type!r}; types that can have exits are {', '.join((*FAMILIES, CAPTIONER))}.",
             field="model",
-            value=found,
+            value=model_type,
         )
     able = CAPTIONING if stock_type == CAPTIONER else FAMILIES[stock_type].task
     if task not in (None, able):

@@ -50,9 +50,9 @@ class EarlyExitMetric(evaluate.Metric):
     ) -> dict[str, float]:
         if not len(predictions):
             raise DataError("No rows to judge; expected at least one.", field="predictions")
-        told = {"accuracy": float((np.asarray(predictions) == np.asarray(references)).mean())}
+        figures = {"accuracy": float((np.asarray(predictions) == np.asarray(references)).mean())}
         if exit_layers is None:
-            return told
+            return figures
         layers = np.asarray(exit_layers)
         if num_layers is None or layers.min() < 1 or layers.max() > num_layers:
             raise DataError(
@@ -61,7 +61,7 @@ class EarlyExitMetric(evaluate.Metric):
                 field="exit_layers",
             )
         return {
-            **told,
+            **figures,
             "mean_layers": float(layers.mean()),
             "layer_speed_up": float(num_layers / layers.mean()),
         }
@@ -92,5 +92,5 @@ class EarlyExitEvaluator(TextClassificationEvaluator):
         return model_or_pipeline
 
     def predictions_processor(self, predictions: Any, label_mapping: Any) -> dict[str, Any]:
-        told = super().predictions_processor(predictions, label_mapping)
-        return {**told, "exit_layers": [answer["exit_layer"] for answer in predictions]}
+        figures = super().predictions_processor(predictions, label_mapping)
+        return {**figures, "exit_layers": [answer["exit_layer"] for answer in predictions]}

@@ -226,8 +226,8 @@ def _outdated(target: Path, written: list[Path]) -> list[Path]:
     """Weights that would be read in place of those just written."""
     if not any(WEIGHTS.fullmatch(str(name)) for name in written):
         return []
-    found = [Path(path.name) for path in target.iterdir() if WEIGHTS.fullmatch(path.name)]
-    return [name for name in found if name not in written]
+    weights = [Path(path.name) for path in target.iterdir() if WEIGHTS.fullmatch(path.name)]
+    return [name for name in weights if name not in written]
 
 
 def _move_into(target: Path, new: Path, former: Path, written: list[Path]) -> None:

@@ -291,8 +291,8 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _refuse(name: str, column: str, found: str, expected: str) -> NoReturn:
-    raise DataError(f"The labels of {name} (column {column!r}) {found}; expected {expected}.", field=column)
+def _refuse(name: str, column: str, fault: str, expected: str) -> NoReturn:
+    raise DataError(f"The labels of {name} (column {column!r}) {fault}; expected {expected}.", field=column)
 
 
 def _refuse_row(name: str, column: str, row: int, value: Any, expected: str, cure: str = "") -> NoReturn:

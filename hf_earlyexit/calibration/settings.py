@@ -101,8 +101,8 @@ def curve_of(thresholds: Array, scores: Array, answers: Tensor, rows: ExitTrace,
     """
     every, cost, full = torch.arange(rows.num_rows), np.asarray(rows.costs), rows.logits[:, -1]
     exits = [torch.from_numpy(exits_taken(scores, vector)) for vector in thresholds]
-    found = [metric.compare(answers[every, taken], full, rows.labels, rows.problem_type) for taken in exits]
-    quality, _, error = np.array(found).T
+    compared = [metric.compare(answers[every, taken], full, rows.labels, rows.problem_type) for taken in exits]
+    quality, _, error = np.array(compared).T
     return Curve(thresholds, np.array([cost[taken.numpy()].mean() for taken in exits]), quality, error)
 
 

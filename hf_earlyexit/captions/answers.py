@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def told_caption(tokenizer: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[str, Any]:
+def caption_entry(tokenizer: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[str, Any]:
     """A caption in plain values.
 
     Args:

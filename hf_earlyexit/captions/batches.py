@@ -58,11 +58,11 @@ def image_batches(rows: Any, image_processor: Any, batch_size: int) -> Iterator[
         if isinstance(rows, Tensor):
             yield {PIXELS: rows[first : first + batch_size]}
             continue
-        own = [rows[place] for place in range(first, min(first + batch_size, len(rows)))]
-        if isinstance(own[0], Mapping) and IMAGE not in own[0]:
-            yield image_inputs(own)
+        batch = [rows[place] for place in range(first, min(first + batch_size, len(rows)))]
+        if isinstance(batch[0], Mapping) and IMAGE not in batch[0]:
+            yield image_inputs(batch)
             continue
         if image_processor is None:
             raise UsageError("The rows hold pictures; pass the model's image_processor.", field="image_processor")
-        pictures = [open_image(row[IMAGE] if isinstance(row, Mapping) and IMAGE in row else row, IMAGE) for row in own]
+        pictures = [open_image(row[IMAGE] if isinstance(row, Mapping) and IMAGE in row else row, IMAGE) for row in batch]
         yield {PIXELS: image_processor(pictures, return_tensors="pt")[PIXELS]}

@@ -97,7 +97,7 @@ def calibrate_captions(
         trace = token_trace(model, zip(states.split(batch_size), full, strict=True), rule)
         judge = Judge(model, full, tokenizer, known and [known[row] for row in kept.tolist()], metric)
         deep = float(model.exit_layers[-1])
-        found = propose(
+        proposals = propose(
             trace.scores.double().numpy(),
             trace.agrees.double().numpy(),
             np.asarray(model.exit_layers, dtype=float),
@@ -106,10 +106,10 @@ def calibrate_captions(
             rule.counts,
         )
         share = len(trace.words) / (len(trace.words) + len(states))  # the first token of a caption runs in full
-        found = [one._replace(trace_layers=deep + share * (one.trace_layers - deep)) for one in found]
-        bar.reset(len(found) * len(full))
+        proposals = [one._replace(trace_layers=deep + share * (one.trace_layers - deep)) for one in proposals]
+        bar.reset(len(proposals) * len(full))
         tried = [(Proposal(FULL, rule.thresholds, deep), full)]
-        tried += [(one, writer.write(states, rule.with_thresholds(one.thresholds))) for one in found]
+        tried += [(one, writer.write(states, rule.with_thresholds(one.thresholds))) for one in proposals]
     settings = tuple(judge.setting(*one) for one in tried)
     chosen = target.pick(curve_of(settings))
     best, rule = settings[chosen], rule.with_thresholds(settings[chosen].thresholds)

@@ -103,13 +103,13 @@ def listed_references(references: Sequence[Any] | None, count: int, tokenizer: A
         return None
     if tokenizer is None:
         raise DataError("references are texts; pass the tokenizer that turns ids into captions.", field="tokenizer")
-    listed = [[own] if isinstance(own, str) else list(own) for own in references]
+    listed = [[captions] if isinstance(captions, str) else list(captions) for captions in references]
     if len(listed) != count:
         raise DataError(
             f"references has {len(listed)} entries for {count} images; expected a caption or a list of captions for each.",
             field="references",
         )
-    empty = next((row for row, own in enumerate(listed) if not own), None)
+    empty = next((row for row, captions in enumerate(listed) if not captions), None)
     if empty is not None:
         raise DataError(f"references[{empty}] is empty; expected a caption at least.", field="references")
     return listed

@@ -34,7 +34,7 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
         >>> rouge_l(["a dog runs"], [["a dog runs"]])
         [1.0]
     """
-    return [_rouge_l(words(caption), own) for caption, own in _paired(captions, references)]
+    return [_rouge_l(words(caption), references_of) for caption, references_of in _paired(captions, references)]
 
 
 def bleu_1(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -43,7 +43,7 @@ def bleu_1(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list
     Args, Raises: as in `rouge_l`. The BLEU-1 of papers counts words over all captions first; this is for comparing captions
     one by one.
     """
-    return [_bleu_1(words(caption), own) for caption, own in _paired(captions, references)]
+    return [_bleu_1(words(caption), references_of) for caption, references_of in _paired(captions, references)]
 
 
 def _paired(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[str, list[list[str]]]]:
@@ -52,18 +52,22 @@ def _paired(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
             f"{len(captions)} captions and references of {len(references)} images; expected references for each.",
             field="references",
         )
-    for row, own in enumerate(references):
-        if isinstance(own, str) or not len(own):
-            raise DataError(f"references of image {row} are {own!r}; expected a list of captions.", field="references")
-    return [(said, [words(one) for one in own]) for said, own in zip(captions, references, strict=True)]
+    for row, references_of in enumerate(references):
+        if isinstance(references_of, str) or not len(references_of):
+            raise DataError(
+                f"references of image {row} are {references_of!r}; expected a list of captions.", field="references"
+            )
+    return [
+        (caption, [words(one) for one in references_of]) for caption, references_of in zip(captions, references, strict=True)
+    ]
 
 
-def _rouge_l(said: list[str], references: list[list[str]]) -> float:
-    common = [_common_length(said, reference) for reference in references]
-    precision = max(common) / max(len(said), 1)
+def _rouge_l(caption: list[str], references: list[list[str]]) -> float:
+    common = [_common_length(caption, reference) for reference in references]
+    precision = max(common) / max(len(caption), 1)
     recall = max(length / max(len(reference), 1) for length, reference in zip(common, references, strict=True))
     if precision == 0 or recall == 0:
-        return float(any(said == reference for reference in references))  # two empty captions are equal
+        return float(any(caption == reference for reference in references))  # two empty captions are equal
     weight = RECALL_WEIGHT**2
     return (1 + weight) * precision * recall / (recall + weight * precision)
 
@@ -78,12 +82,12 @@ def _common_length(first: list[str], second: list[str]) -> int:
     return row[-1]
 
 
-def _bleu_1(said: list[str], references: list[list[str]]) -> float:
-    if not said:
+def _bleu_1(caption: list[str], references: list[list[str]]) -> float:
+    if not caption:
         return float([] in references)
     allowed = Counter[str]()
     for reference in references:
         allowed |= Counter(reference)
-    matched = (Counter(said) & allowed).total()
-    closest = min((abs(len(reference) - len(said)), len(reference)) for reference in references)[1]
-    return min(1.0, math.exp(1 - closest / len(said))) * matched / len(said)
+    matched = (Counter(caption) & allowed).total()
+    closest = min((abs(len(reference) - len(caption)), len(reference)) for reference in references)[1]
+    return min(1.0, math.exp(1 - closest / len(caption))) * matched / len(caption)

@@ -229,8 +229,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
             return states if tokens is None else states[tokens]
 
         states = [chosen(output.decoder_hidden_states[layer]) for layer in self.exit_layers[:-1]]
-        said = [self.exit_logits(index, state) for index, state in enumerate(states)]
-        output.exit_logits = torch.stack([*said, chosen(output.logits)], -2)  # [B, T, E, V]
+        early = [self.exit_logits(index, state) for index, state in enumerate(states)]
+        output.exit_logits = torch.stack([*early, chosen(output.logits)], -2)  # [B, T, E, V]
         if self.exit_gates:
             gates = zip(self.exit_layers, states, strict=False)
             output.exit_gates = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)

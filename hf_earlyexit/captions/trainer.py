@@ -203,13 +203,13 @@ def row_sums(outputs: Any, labels: Tensor) -> Tensor:
     """
     learned = labels != -100
     truth, logits = labels[learned], outputs.exit_logits
-    said = logits.argmax(-1)  # [N, E]
+    words = logits.argmax(-1)  # [N, E]
     losses = torch.cat([row_losses(part[:, None], truth, SINGLE_LABEL) for part in logits.unbind(1)], 1)
-    columns = [torch.ones_like(truth)[:, None], said == truth[:, None], losses]
+    columns = [torch.ones_like(truth)[:, None], words == truth[:, None], losses]
     if outputs.exit_gates is not None:
         open_ = functional.pad(outputs.exit_gates >= 0, (0, 1), value=True)
         taken = open_.int().argmax(1, keepdim=True)
-        columns += [functional.one_hot(taken[:, 0], logits.shape[1]), said.gather(1, taken) == said[:, -1:]]
+        columns += [functional.one_hot(taken[:, 0], logits.shape[1]), words.gather(1, taken) == words[:, -1:]]
     table = torch.cat([column.float() for column in columns], 1)
     rows = learned.nonzero()[:, 0]
     return table.new_zeros(len(labels), table.shape[1]).index_add_(0, rows, table)

@@ -84,20 +84,20 @@ def run(args: CaptionArguments) -> Answer:
 
 
 def _pictures(given: Sequence[str]) -> list[Path]:
-    found: list[Path] = []
+    pictures: list[Path] = []
     for name in map(Path, given):
         if name.is_dir():
             inside = sorted(path for path in name.iterdir() if path.suffix.lower() in SUFFIXES)
             if not inside:
                 raise UsageError(f"The folder {name} holds no picture: {' '.join(SUFFIXES)}.", field="images", path=name)
-            found += inside
+            pictures += inside
         elif name.is_file():
-            found.append(name)
+            pictures.append(name)
         else:
             raise UsageError(f"There is no picture {name}; check the name.", field="images", path=name)
-    if not found:
+    if not pictures:
         raise UsageError("No pictures: name files or folders after the model.", field="images")
-    return found
+    return pictures
 
 
 def _line(picture: Path, caption: dict[str, Any], depth: int) -> str:

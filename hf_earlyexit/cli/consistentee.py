@@ -56,11 +56,10 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     collect_trace(model, held, tokenizer=tokenizer).save(trace)
     lines, phases = [], []
     for phase in trainer.phases:
-        told = [entry for entry in log if entry["phase"] == phase.folder][-1]
-        last = told[f"exit_{model.exit_layers[-1]}_quality"]
-        phases.append(told)
-        lines.append(
-            f"{phase.folder:12s} last exit {last:.4f}   gates {told['gate_quality']:.4f} at {told['gate_layers']:.2f} layers"
-        )
+        log_entry = [entry for entry in log if entry["phase"] == phase.folder][-1]
+        last = log_entry[f"exit_{model.exit_layers[-1]}_quality"]
+        gates, layers = log_entry["gate_quality"], log_entry["gate_layers"]
+        phases.append(log_entry)
+        lines.append(f"{phase.folder:12s} last exit {last:.4f}   gates {gates:.4f} at {layers:.2f} layers")
     lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate")
     return Answer({"model": training.output_dir, "held_back": str(trace), "phases": phases}, "\n".join(lines))

@@ -40,8 +40,8 @@ ARGUMENTS = (EnvArguments,)
 
 def run(args: EnvArguments) -> Answer:
     """Look around."""
-    found = environment()
-    return Answer(found, "\n".join(f"{name:16s} {value}" for name, value in found.items()))
+    versions = environment()
+    return Answer(versions, "\n".join(f"{name:16s} {value}" for name, value in versions.items()))
 
 
 def environment() -> dict[str, Any]:

@@ -67,8 +67,8 @@ def run(args: EvaluateArguments) -> Answer:
     rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encoded = encode_rows(rows, tokenizer)  # once, so that measuring does not tokenize
-    found = figures(model, encoded, rows["label"][:], tokenizer, args)
-    return Answer(found, _sentences(found))
+    values = figures(model, encoded, rows["label"][:], tokenizer, args)
+    return Answer(values, _sentences(values))
 
 
 def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: EvaluateArguments) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     compared = metric.compare(early.logits, answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
     trace = collect_trace(model, rows, labels=labels, tokenizer=tokenizer, split="evaluated", progress=False)
-    found = {
+    values = {
         "policy": model.policy_at(args.operating_point).name,
         "measure": metric.title(problem),
         "rows": len(truth),
@@ -109,7 +109,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     if args.time:
         runs = {"full": lambda: answer(False), "early": lambda: answer(True)}
         timings = compare_speed(runs, "full", args.repeats)
-        found["time"] = {
+        values["time"] = {
             "seconds": timings["early"].seconds,
             "full_seconds": timings["full"].seconds,
             "speed_up": timings["early"].speed_up,
@@ -117,7 +117,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
             "device": model.device.type,
             "threads": torch.get_num_threads(),
         }
-    return found
+    return values
 
 
 def _static(trace: ExitTrace, metric: Metric, early: Tensor, mean_layers: float) -> dict[str, Any]:
@@ -171,22 +171,22 @@ def _verdict(chosen: CalibrationResult | None, compared: Comparison, layers: Ten
     return {"target": chosen.target, "kept": margin >= -1e-12, "margin": margin, "standard_error": error, "unit": unit}
 
 
-def _sentences(found: dict[str, Any]) -> str:
-    static = found["static"]
+def _sentences(values: dict[str, Any]) -> str:
+    static = values["static"]
     lines = [
-        f"{found['policy']} on {found['rows']} rows",
-        f"{found['measure']} {found['quality']:.4f} against {found['full_quality']:.4f} of the full model "
-        f"({found['quality'] - found['full_quality']:+.4f}, standard error {found['standard_error']:.4f})",
-        f"mean layers {found['mean_layers']:.2f} of {found['num_layers']}: layer speed-up {found['layer_speed_up']:.2f}x",
-        *_expectation(found["expected"]),
-        _judgement(found["target"]),
+        f"{values['policy']} on {values['rows']} rows",
+        f"{values['measure']} {values['quality']:.4f} against {values['full_quality']:.4f} of the full model "
+        f"({values['quality'] - values['full_quality']:+.4f}, standard error {values['standard_error']:.4f})",
+        f"mean layers {values['mean_layers']:.2f} of {values['num_layers']}: layer speed-up {values['layer_speed_up']:.2f}x",
+        *_expectation(values["expected"]),
+        _judgement(values["target"]),
         f"a model cut off after layer {static['layer']} reaches {static['quality']:.4f}: early exit is "
         f"{abs(static['gain']):.4f} {'above' if static['gain'] >= 0 else 'below'} it (standard error "
         f"{static['standard_error']:.4f})",
-        "leaving after layer " + ", ".join(f"{layer}: {share:.1%}" for layer, share in found["exit_shares"].items()),
+        "leaving after layer " + ", ".join(f"{layer}: {share:.1%}" for layer, share in values["exit_shares"].items()),
     ]
-    if "time" in found:
-        time = found["time"]
+    if "time" in values:
+        time = values["time"]
         low, high = time["middle_half"]
         lines.append(
             f"measured speed-up {time['speed_up']:.2f}x (middle half {low:.2f} to {high:.2f}): {time['seconds']:.3f} s "

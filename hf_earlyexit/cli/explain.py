@@ -37,5 +37,5 @@ def run(args: ExplainArguments) -> Answer:
     model = load_model(args.model, args.device)
     text = args.text if args.text_pair is None else (args.text, args.text_pair)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    told = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)
-    return Answer(dataclasses.asdict(told), str(told))
+    explanation = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)
+    return Answer(dataclasses.asdict(explanation), str(explanation))

@@ -74,7 +74,7 @@ def run(args: ExportArguments) -> Answer:
         split=args.split or "validation",
         progress=True,
     )
-    told = [] if changed is None else [str(changed)]
-    told.append(f"written to {args.output}: {', '.join(args.forms)}{', int8' if args.int8 else ''}")
+    lines = [] if changed is None else [str(changed)]
+    lines.append(f"written to {args.output}: {', '.join(args.forms)}{', int8' if args.int8 else ''}")
     values = {"output": args.output, "forms": args.forms, "int8": args.int8}
-    return Answer(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(told))
+    return Answer(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(lines))

@@ -59,9 +59,9 @@ def incoming(args: FileArguments, place: str, split: str | None) -> Incoming:
     else:
         from ..data.sources import Source
 
-        found = Source(place, how).read(split, "test")
-        total = len(found)
-        rows = _of_data_set(found)
+        split_rows = Source(place, how).read(split, "test")
+        total = len(split_rows)
+        rows = _of_data_set(split_rows)
     if args.max_rows is not None:
         rows = islice(rows, args.max_rows)
         total = None if total is None else min(total, args.max_rows)

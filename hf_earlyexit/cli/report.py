@@ -102,10 +102,10 @@ def _load_trace(path: str, model: Any) -> ExitTrace:
     from ..modeling.fingerprint import model_fingerprint
     from ..trace import ExitTrace
 
-    trace, own = ExitTrace.load(path), model_fingerprint(model)
-    if trace.fingerprint not in ("", own):
+    trace, fingerprint = ExitTrace.load(path), model_fingerprint(model)
+    if trace.fingerprint not in ("", fingerprint):
         raise UsageError(
-            f"{path} was collected on a model of fingerprint {trace.fingerprint}; this one has {own}. "
+            f"{path} was collected on a model of fingerprint {trace.fingerprint}; this one has {fingerprint}. "
             "Leave --trace out to collect a new one.",
             field="trace",
             path=path,

@@ -115,22 +115,22 @@ class Source:
             saved = datasets.load_from_disk(self.name)
             self.saved = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return dict.fromkeys(self.saved)
-        found: dict[str, list[str]] = {}
+        files_of: dict[str, list[str]] = {}
         for file in sorted(path.iterdir()):
             if file.is_file() and _holds_rows(file):
-                found.setdefault(re.sub(r"\W", "_", _stem(file)), []).append(str(file))
-        laid_out = _has_card(path) or any(SHARD.search(_stem(Path(file))) for files in found.values() for file in files)
-        if self.reading.config is not None or laid_out or (not found and any(map(_holds_rows, path.rglob("*.*")))):
+                files_of.setdefault(re.sub(r"\W", "_", _stem(file)), []).append(str(file))
+        laid_out = _has_card(path) or any(SHARD.search(_stem(Path(file))) for files in files_of.values() for file in files)
+        if self.reading.config is not None or laid_out or (not files_of and any(map(_holds_rows, path.rglob("*.*")))):
             return self._find_by_card()
-        if not found:
+        if not files_of:
             raise DataError(f"{self.name} holds no {_suffixes()} file; expected one per split.", path=self.name)
-        for split, files in found.items():
+        for split, files in files_of.items():
             if len(files) > 1:
                 names = " and ".join(Path(file).name for file in files)
                 raise DataError(
                     f"{self.name} holds two files for the split {split!r}: {names}; expected one.", path=self.name
                 )
-        return dict(found)
+        return dict(files_of)
 
     def _find_by_card(self) -> dict[str, Any]:
         """Splits of a data set that tells itself where they are, on the Hub or in a folder laid out like one."""

@@ -160,10 +160,10 @@ def advice(result: Mapping[str, Any], name: str) -> str:
             f"Early exit is the wrong tool here: {over_full:.2f}x the full model's throughput and {at_one:.2f}x its speed "
             "row by row. Too few rows leave early; calibrate for fewer layers, or run the full model sorted by length."
         )
-    told = f"Early exit gives {over_full:.2f}x the throughput of the full model in batches as good, {at_one:.2f}x at batch 1"
+    gain = f"Early exit gives {over_full:.2f}x the throughput of the full model in batches as good, {at_one:.2f}x at batch 1"
     if over_static < 1.0:
-        return f"{told}. A model of the {static} has {1 / over_static:.2f}x its speed: take that one if it is as accurate."
-    return f"{told}, and {over_static:.2f}x that of the {static} alone."
+        return f"{gain}. A model of the {static} has {1 / over_static:.2f}x its speed: take that one if it is as accurate."
+    return f"{gain}, and {over_static:.2f}x that of the {static} alone."
 
 
 def environment() -> dict[str, Any]:
@@ -185,12 +185,12 @@ def as_table(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, ways in result["throughput"].items():
-        for way, found in ways.items():
+        for way, figures in ways.items():
             one = result["latency"][name].get(way)
             alone = f"{one['p50_ms']:.1f}, {one['p95_ms']:.1f} | {one['speed_up']:.2f}x" if one else "- | -"
             lines.append(
-                f"| {name} | {way} | {found['rows_per_second']:.1f} | "
-                f"{found['speed_up']:.2f}x ({found['low']:.2f}-{found['high']:.2f}) | {alone} |"
+                f"| {name} | {way} | {figures['rows_per_second']:.1f} | "
+                f"{figures['speed_up']:.2f}x ({figures['low']:.2f}-{figures['high']:.2f}) | {alone} |"
             )
     return "\n".join(lines)
 

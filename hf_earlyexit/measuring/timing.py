@@ -37,7 +37,7 @@ def compare_speed(runs: Mapping[str, Callable[[], Any]], reference: str, repeats
                 seconds[name].append(time.perf_counter() - start)
     timings = {}
     for name, times in seconds.items():
-        ratios = sorted(base / own for base, own in zip(seconds[reference], times, strict=True))
+        ratios = sorted(base / elapsed for base, elapsed in zip(seconds[reference], times, strict=True))
         quarter = len(ratios) // 4
         timings[name] = Timing(
             statistics.median(times), statistics.median(ratios), ratios[quarter], ratios[len(ratios) - 1 - quarter]

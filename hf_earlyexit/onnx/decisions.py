@@ -30,12 +30,12 @@ class _Fold(nn.Module):
 
     def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs, signals, strict=True))
-        state, told = self.policy.init_state(1, self.num_classes, "cpu"), []
+        state, outputs = self.policy.init_state(1, self.num_classes, "cpu"), []
         for index in self.asked:
             signal = ExitSignal(named[logits_of(index)], named.get(gate_of(index)))
             state, score, answer, leave = self.policy.step(state, signal, index)
-            told += [answer.clone(), score.clone(), leave.clone()]  # a score may be the state itself
-        return tuple(told)
+            outputs += [answer.clone(), score.clone(), leave.clone()]  # a score may be the state itself
+        return tuple(outputs)
 
 
 def policy_graph(policy: ExitPolicy, num_classes: int) -> onnx.ModelProto:

@@ -96,8 +96,8 @@ def export_onnx(
             (new / name).write_bytes(data)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        told = {"config": config.to_dict(), "dtype": dtype, "fingerprint": fingerprint, "forms": list(forms)}
-        write_manifest(new, {**told, "calibration": None if changed is None else changed.to_dict()})
+        settings = {"config": config.to_dict(), "dtype": dtype, "fingerprint": fingerprint, "forms": list(forms)}
+        write_manifest(new, {**settings, "calibration": None if changed is None else changed.to_dict()})
     return changed
 
 

@@ -53,22 +53,25 @@ def nest(whole: ModelProto, inputs: Shapes, exits: Sequence[tuple[int, str, str,
     for number, (nodes, layer, answer, score, leave) in reversed(list(enumerate(stages))):
         ends = [name for name in (answer, score, leave) if name is not None]  # a constant has no node
         weights = _weights(whole.graph, nodes, ends)
-        own = {weight.name: f"{weight.name}@{layer}" for weight in weights}
+        renamed = {weight.name: f"{weight.name}@{layer}" for weight in weights}
         for weight in weights:
-            weight.name = own[weight.name]
-        nodes = [_renamed(node, own) for node in nodes]
-        told, more = _told(
-            layer, own.get(answer, answer), own.get(score, score), "" if number == 0 and inner is None else f"@{layer}"
+            weight.name = renamed[weight.name]
+        nodes = [_renamed(node, renamed) for node in nodes]
+        outputs, more = _answers(
+            layer,
+            renamed.get(answer, answer),
+            renamed.get(score, score),
+            "" if number == 0 and inner is None else f"@{layer}",
         )
         if inner is None:
             nodes += more
         else:
-            then = helper.make_graph(more, f"leave_{layer}", [], told)
-            told = _answer_infos("" if number == 0 else f">{layer}")
-            names = [info.name for info in told]
-            asked = own.get(leave or "", leave or "")
-            nodes.append(helper.make_node("If", [asked], names, f"exit_{layer}", then_branch=then, else_branch=inner))
-        inner = helper.make_graph(nodes, f"to_{layer}", [] if number else _infos(inputs), told, weights)
+            then = helper.make_graph(more, f"leave_{layer}", [], outputs)
+            outputs = _answer_infos("" if number == 0 else f">{layer}")
+            names = [info.name for info in outputs]
+            condition = renamed.get(leave or "", leave or "")
+            nodes.append(helper.make_node("If", [condition], names, f"exit_{layer}", then_branch=then, else_branch=inner))
+        inner = helper.make_graph(nodes, f"to_{layer}", [] if number else _infos(inputs), outputs, weights)
     assert inner is not None
     return _model(whole, inner)
 
@@ -100,12 +103,12 @@ def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 def _ancestors(graph: GraphProto, wanted: Iterable[str], known: set[str]) -> list[NodeProto]:
     """Nodes that make the wanted values from known ones, in order."""
-    needed, found = set(wanted) - known, []
+    needed, nodes = set(wanted) - known, []
     for node in reversed(graph.node):
         if any(name in needed for name in node.output):
-            found.append(node)
+            nodes.append(node)
             needed.update(name for name in node.input if name and name not in known)
-    return found[::-1]
+    return nodes[::-1]
 
 
 def _weights(graph: GraphProto, nodes: Sequence[NodeProto], ends: Iterable[str] = ()) -> list[TensorProto]:
@@ -119,7 +122,7 @@ def _weights(graph: GraphProto, nodes: Sequence[NodeProto], ends: Iterable[str] 
     return copies
 
 
-def _told(layer: int, answer: str, score: str, mark: str) -> tuple[list[onnx.ValueInfoProto], list[NodeProto]]:
+def _answers(layer: int, answer: str, score: str, mark: str) -> tuple[list[onnx.ValueInfoProto], list[NodeProto]]:
     infos = _answer_infos(mark)
     logits, exit_layer, exit_score = (info.name for info in infos)
     value = helper.make_tensor("layer", TensorProto.INT64, [1], [layer])

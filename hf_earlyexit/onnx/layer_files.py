@@ -37,8 +37,8 @@ def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
         pieces[layer_file(layer)] = cut(whole, given, hidden(hidden_after(layer)))
     made = {info.name for info in whole.graph.output}
     for index, layer in enumerate(config.exit_layers):
-        told: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}
+        outputs: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}
         if gate_of(index) in made:
-            told[gate_of(index)] = (TensorProto.FLOAT, ("batch",))
-        pieces[exit_file(index)] = cut(whole, {**hidden(hidden_after(layer)), **tokens}, told)
+            outputs[gate_of(index)] = (TensorProto.FLOAT, ("batch",))
+        pieces[exit_file(index)] = cut(whole, {**hidden(hidden_after(layer)), **tokens}, outputs)
     return {name: piece.SerializeToString() for name, piece in pieces.items()}

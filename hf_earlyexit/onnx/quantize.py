@@ -61,22 +61,22 @@ def _round_tokens(source: str) -> Iterator[NodeProto]:
     def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         return helper.make_node(operator, inputs, [f"{source}.{output}"], **attributes)
 
-    def own(*names: str) -> list[str]:
+    def named(*names: str) -> list[str]:
         return [f"{source}.{name}" for name in names]
 
     middle = helper.make_tensor("middle", TensorProto.UINT8, [1], [128])
     yield node("ReduceMax", [source, LAST_AXIS], "highest")
     yield node("ReduceMin", [source, LAST_AXIS], "lowest")
-    yield node("Neg", own("lowest"), "depth")
-    yield node("Max", [*own("highest", "depth"), TINY], "largest")
-    yield node("Mul", [*own("largest"), STEP], "scale")
-    yield node("Reshape", [*own("scale"), FLAT], "scales")
-    yield node("Shape", own("scales"), "count")
-    yield node("ConstantOfShape", own("count"), "middles", value=middle)
-    yield node("Reshape", [source, *own("rows")], "flat")
-    yield node("QuantizeLinear", own("flat", "scales", "middles"), "rounded", axis=0)
+    yield node("Neg", named("lowest"), "depth")
+    yield node("Max", [*named("highest", "depth"), TINY], "largest")
+    yield node("Mul", [*named("largest"), STEP], "scale")
+    yield node("Reshape", [*named("scale"), FLAT], "scales")
+    yield node("Shape", named("scales"), "count")
+    yield node("ConstantOfShape", named("count"), "middles", value=middle)
+    yield node("Reshape", [source, *named("rows")], "flat")
+    yield node("QuantizeLinear", named("flat", "scales", "middles"), "rounded", axis=0)
     yield node("Shape", [source], "shape")
-    yield node("Reshape", own("rounded", "shape"), "int8")
+    yield node("Reshape", named("rounded", "shape"), "int8")
 
 
 def _round_columns(matrix: np.ndarray, name: str) -> Iterator[onnx.TensorProto]:

@@ -54,11 +54,11 @@ class Recalibration:
     def __str__(self) -> str:
         lines = [f"{self.result.policy.name} for {self.result.target}, chosen anew on {self.num_rows} rows:"]
         named = (("float32", self.before), ("int8, old thresholds", self.unchanged), ("int8, new thresholds", self.after))
-        for name, found in named:
-            thresholds = ", ".join("-" if value is None else f"{value:.4f}" for value in found.thresholds)
+        for name, figures in named:
+            thresholds = ", ".join("-" if value is None else f"{value:.4f}" for value in figures.thresholds)
             lines.append(
-                f"{name:21s} quality {found.quality:.4f} (all layers {found.full_quality:.4f}), "
-                f"mean layers {found.mean_layers:.2f}, thresholds {thresholds}"
+                f"{name:21s} quality {figures.quality:.4f} (all layers {figures.full_quality:.4f}), "
+                f"mean layers {figures.mean_layers:.2f}, thresholds {thresholds}"
             )
         return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Pipeline
 
-from ..captions.answers import told_caption
+from ..captions.answers import caption_entry
 from ..captions.model import EarlyExitVisionEncoderDecoder
 from ..doors import CAPTIONING
 from ..errors import DataError, UsageError
@@ -100,8 +100,8 @@ class EarlyExitCaptioningPipeline(Pipeline):
         return {"sequences": output.sequences.reshape(several), "exit_layers": output.exit_layers.reshape(several)}
 
     def postprocess(self, model_outputs: Any) -> Any:
-        told = []
+        captions = []
         for ids, layers in zip(model_outputs["sequences"][0], model_outputs["exit_layers"][0], strict=True):
             made = layers > 0  # no prompt, no padding
-            told.append(told_caption(self.tokenizer, ids[made].tolist(), layers[made].tolist()))
-        return told[0] if len(told) == 1 else told
+            captions.append(caption_entry(self.tokenizer, ids[made].tolist(), layers[made].tolist()))
+        return captions[0] if len(captions) == 1 else captions

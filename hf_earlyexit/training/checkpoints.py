@@ -35,8 +35,8 @@ def newest_complete_checkpoint(folder: str | Path, parameters: Iterable[Tensor] 
         parameters: what is trained, to tell an optimizer's state of another model; nothing to leave that out.
     """
     parameters = list(parameters)
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         fault = _missing(path) or _damaged(path, parameters)
         if fault is None:
             return path

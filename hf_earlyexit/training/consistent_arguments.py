@@ -101,6 +101,6 @@ class ConsistentTrainingArguments(EarlyExitTrainingArguments):
 
     def consistent_settings(self) -> dict[str, Any]:
         """What must be the same when a run is taken up again."""
-        own = set(ConsistentTrainingArguments.__annotations__) | {"seed", "objective", "objective_options"}
-        own |= {"num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"}
-        return {name: getattr(self, name) for name in sorted(own)}
+        names = set(ConsistentTrainingArguments.__annotations__) | {"seed", "objective", "objective_options"}
+        names |= {"num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"}
+        return {name: getattr(self, name) for name in sorted(names)}

@@ -30,8 +30,8 @@ def load_splits(source: str, reading: Reading | None = None) -> datasets.Dataset
     Raises:
         DataError: if there is nothing to read.
     """
-    found = Source(source, reading)
-    return datasets.DatasetDict({split: _with_numbers(found.read(split)) for split in found.splits})
+    data_source = Source(source, reading)
+    return datasets.DatasetDict({split: _with_numbers(data_source.read(split)) for split in data_source.splits})
 
 
 def _with_numbers(rows: datasets.Dataset) -> datasets.Dataset:

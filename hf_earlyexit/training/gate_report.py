@@ -70,33 +70,33 @@ def warn_of_trouble(logs: Sequence[dict[str, Any]]) -> list[str]:
     last = [log for log in logs if any(SHARE.search(name) for name in log)][-2:]
     if len(last) < 2:
         return []
-    told = []
+    warnings = []
     crowded = {_crowded_layer(log) for log in last}
     collapsed = len(crowded) == 1 and None not in crowded
     if collapsed:
-        told.append(
+        warnings.append(
             f"The gates send more than {CROWD:.0%} of the rows out after layer {crowded.pop()}, twice in a row: they have "
             "collapsed and no longer tell rows apart. Lower alpha if the layer is early, raise it if it is the last, or "
             "lower the gates' learning rate."
         )
     if all(log.get("gate_certain", 0.0) > CROWD for log in last):
-        told.append(
+        warnings.append(
             f"More than {CROWD:.0%} of the gates are within {CERTAIN:g} of 0 or 1, twice in a row: they are saturated, "
             "learn hardly any more, and thresholds other than one half do little. Train them for fewer epochs or at a "
             "lower rate, or on rows held back (gate_dataset)."
         )
     stuck = min(int(log.get("gate_stuck_classes", 0)) for log in last)
     if stuck and not collapsed:
-        told.append(
+        warnings.append(
             f"No row of {stuck} {'class leaves' if stuck == 1 else 'classes leaves'} early, twice in a row. Look at the "
             "quality of the exits on these classes: where early exits never answer them rightly, gates cannot help."
         )
-    for text in told:
+    for text in warnings:
         logger.warning(text)
-    return told
+    return warnings
 
 
 def _crowded_layer(log: dict[str, Any]) -> int | None:
-    shares = {int(found[1]): value for name, value in log.items() if (found := SHARE.search(name))}
+    shares = {int(match[1]): value for name, value in log.items() if (match := SHARE.search(name))}
     layer = max(shares, key=lambda key: shares[key])
     return layer if shares[layer] > CROWD and len(shares) > 1 else None

@@ -122,8 +122,8 @@ def train_gates(
             noise = None
             if now.draws:
                 noise = row_noise(keys[rows].to(device), recipe.seed, epoch, (now.rollouts, len(modules)))
-            said = _all_gates(modules[0], parameters, state, logits)
-            value = now(said, losses[rows].to(device), hardness[rows].to(device), layers, noise)
+            leave_logits = _all_gates(modules[0], parameters, state, logits)
+            value = now(leave_logits, losses[rows].to(device), hardness[rows].to(device), layers, noise)
             optimizer.zero_grad()
             value.gate_loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -137,7 +137,7 @@ def train_gates(
 
 def _all_gates(kind: nn.Module, parameters: dict[str, Tensor], state: Tensor, logits: Tensor) -> Tensor:
     """Leave logits `[B, E - 1]` of all gates in one go, from states `[B, E - 1, H]` and logits `[B, E - 1, C]`."""
-    return vmap(lambda own, *seen: functional_call(kind, own, seen), in_dims=(0, 1, 1), out_dims=1)(
+    return vmap(lambda of_gate, *seen: functional_call(kind, of_gate, seen), in_dims=(0, 1, 1), out_dims=1)(
         parameters, state, logits
     )
 

@@ -123,9 +123,9 @@ def given_losses(
     for logits in exit_logits.unbind(1):
         loss = compute(type(outputs)(**{**outputs, "logits": logits}), labels, num_items_in_batch=num_items)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            result = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise TrainingError(
-                f"compute_loss_func gave {found}; expected a tensor of one number, the loss of the batch.",
+                f"compute_loss_func gave {result}; expected a tensor of one number, the loss of the batch.",
                 field="compute_loss_func",
             )
         losses.append(loss.reshape(()) * scale)

@@ -152,14 +152,14 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             CheckpointError: if there is none; for a checkpoint given by name that holds a damaged or foreign file.
         """
         if resume_from_checkpoint is True:
-            found = self.newest_checkpoint()
-            if found is None:
+            newest = self.newest_checkpoint()
+            if newest is None:
                 raise CheckpointError(
                     f"{self.args.output_dir} holds no complete checkpoint; train without resume_from_checkpoint.",
                     field="resume_from_checkpoint",
                     path=self.args.output_dir,
                 )
-            resume_from_checkpoint = str(found)
+            resume_from_checkpoint = str(newest)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self._learning())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -272,10 +272,10 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             values = exit_metrics(exit_logits, labels, config.exit_layers, metric)
             if gates:
                 counted = torch.from_numpy(labels.reshape(len(labels), -1)[:, 0] != -100)
-                truth, said, leave = (torch.as_tensor(part)[counted] for part in (labels, exit_logits, gates[0]))
+                truth, kept, leave = (torch.as_tensor(part)[counted] for part in (labels, exit_logits, gates[0]))
                 problem_type = label_problem_type(config, truth)
                 trace = ExitTrace(
-                    logits=said, labels=truth, exit_layers=config.exit_layers, problem_type=problem_type, gates=leave
+                    logits=kept, labels=truth, exit_layers=config.exit_layers, problem_type=problem_type, gates=leave
                 )
                 values |= gate_metrics(trace)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

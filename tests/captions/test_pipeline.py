@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import hf_earlyexit as ee
-from hf_earlyexit.captions.answers import told_caption
+from hf_earlyexit.captions.answers import caption_entry
 from hf_earlyexit.errors import CheckpointError, DataError, UnknownNameError, UsageError
 from hf_earlyexit.modeling import certificate
 from tests.captions.conftest import ENCODER, LAYERS, START
@@ -255,7 +255,7 @@ assert "early-exit-captioning" in PIPELINE_REGISTRY.get_supported_tasks()
 def test_a_word_is_as_deep_as_its_deepest_token():
     tokenizer = make_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["w5", "w6", "##x1", "##x2", "w7", "[SEP]"])
-    told = told_caption(tokenizer, ids, [4, 1, 3, 2, 2, 1])
+    told = caption_entry(tokenizer, ids, [4, 1, 3, 2, 2, 1])
     assert told["generated_text"] == "w5 w6x1x2 w7"
     assert told["words"] == [
         {"word": "w5", "exit_layer": 4},
@@ -264,8 +264,8 @@ def test_a_word_is_as_deep_as_its_deepest_token():
     ]
     assert told["exit_layers"] == [4, 1, 3, 2, 2, 1]
     assert told["mean_exit_layer"] == pytest.approx(13 / 6)
-    assert told_caption(tokenizer, [2], [4])["words"] == []
-    assert told_caption(tokenizer, [], [])["mean_exit_layer"] is None
+    assert caption_entry(tokenizer, [2], [4])["words"] == []
+    assert caption_entry(tokenizer, [], [])["mean_exit_layer"] is None
 
 
 class Pieces:
@@ -283,7 +283,7 @@ class Pieces:
 
 
 def test_tokens_that_join_words_belong_to_the_joined_one():
-    told = told_caption(Pieces(), [1, 2, 3, 4, 5, 5, 6, 0], [1, 5, 2, 3, 1, 4, 2, 6])
+    told = caption_entry(Pieces(), [1, 2, 3, 4, 5, 5, 6, 0], [1, 5, 2, 3, 1, 4, 2, 6])
     assert told["words"] == [{"word": "don't", "exit_layer": 5}, {"word": "café.", "exit_layer": 4}]
 
 
