@@ -118,9 +118,10 @@ def _column(rows: Any, column: str, name: str) -> list[Any]:
         return list(rows.with_format(None)[column][:])
     values = []
     for index in range(len(rows)):
-        if column not in rows[index]:
+        row = rows[index]
+        if column not in row:
             raise DataError(f"Row {index} of {name} has no {column}; row 0 has.", field=column)
-        values.append(rows[index][column])
+        values.append(row[column])
     return values
 
 

@@ -13,6 +13,7 @@ from ..errors import DataError, TrainingError, UsageError
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
 from ..serving.collect import collect_trace
+from ..serving.reader import reads_images
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments
 from .consistent_data import checked_rows, row_ids
@@ -56,8 +57,8 @@ class ConsistentTrainer:
     Args:
         model: a model with exits and gates (`exit_gate="mlp"`).
         args: settings of all phases.
-        train_dataset: token ids, labels and a column of ids (`args.id_column`).
-        eval_dataset: token ids and labels, to report on after every phase.
+        train_dataset: token ids or pictures, labels and a column of ids (`args.id_column`).
+        eval_dataset: token ids or pictures and labels, to report on after every phase.
         gate_dataset: rows the exits do not learn from; their hardness is then not that of memorised rows, and gates learn
             from them alone. Ids must differ from the train rows'. By default the train rows, as in the paper.
         hardness_table: a table that stands in for the measurement, such as one joined from models that never saw the rows.
@@ -118,6 +119,7 @@ class ConsistentTrainer:
             "compute_metrics": compute_metrics,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
+        self._reading = {"image_processor": processing_class} if reads_images(model) else {}
         self.log_history: list[dict[str, Any]] = []
         if hardness_table is not None:
             hardness_table.of(self.train_ids)
@@ -196,7 +198,7 @@ class ConsistentTrainer:
             if self.gate_dataset is not self.train_dataset:
                 parts.append((self.gate_dataset, self.gate_ids))
             for rows, ids in parts:
-                trace = collect_trace(self.model, rows, split="train", progress=not self.args.disable_tqdm)
+                trace = collect_trace(self.model, rows, **self._reading, split="train", progress=not self.args.disable_tqdm)
                 tables.append(HardnessTable.measured(trace, ids, self.args.hardness))
         table = self.hardness_table = self.given_table or HardnessTable.joined(tables)
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +212,7 @@ class ConsistentTrainer:
         # by lot, but by the rows' own lot: the same rows in the same order however the data set is shuffled
         chosen = row_noise(keys, self.args.seed, 0, (1,))[:, 0].argsort(stable=True)[: self.args.max_gate_rows]
         ids = [self.gate_ids[place] for place in chosen.tolist()]
-        quiet = {"progress": not self.args.disable_tqdm}
+        quiet = {**self._reading, "progress": not self.args.disable_tqdm}
         data = collect_states(self.model, self.gate_dataset.select(chosen.tolist()), **quiet)
         judged = data if self.eval_dataset is None else collect_states(self.model, self.eval_dataset, split="eval", **quiet)
         logs: list[dict[str, Any]] = []
@@ -272,7 +274,9 @@ class ConsistentTrainer:
         """Accuracy of every exit and what the gates do, on the evaluation rows."""
         if self.eval_dataset is None:
             return {}
-        trace = collect_trace(self.model, self.eval_dataset, split="eval", progress=not self.args.disable_tqdm)
+        trace = collect_trace(
+            self.model, self.eval_dataset, **self._reading, split="eval", progress=not self.args.disable_tqdm
+        )
         each = zip(trace.exit_layers, trace.quality.mean(0).tolist(), strict=True)
         metrics = gate_metrics(trace, self._objective, self.args.hardness)
         return {f"exit_{layer}_quality": quality for layer, quality in each} | metrics

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..errors import CheckpointError, TrainingError, UsageError
 from ..files import read_json, write_json
+from .weights import load_weights
 
 SETTINGS_FILE, DONE_FILE, MODEL_FOLDER = "run.json", "done.json", "model"
 
@@ -78,8 +77,8 @@ class RunFolder:
         """
         file = self.path / phase / MODEL_FOLDER / "model.safetensors"
         try:
-            model.load_state_dict(load_file(file))
-        except (OSError, RuntimeError, SafetensorError) as error:
+            load_weights(model, file.parent)
+        except (CheckpointError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{file.parents[1]} says it is done, but {file.name} cannot be taken up ({error}); start again in another "
                 "folder.",

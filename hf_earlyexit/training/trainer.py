@@ -21,12 +21,14 @@ from ..losses.base import LabelLosses, label_losses
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.wrapped import unwrapped
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..serving.reader import reads_images
 from ..trace import ExitTrace
 from .arguments import EarlyExitTrainingArguments
 from .checkpoints import check_checkpoint, newest_complete_checkpoint
 from .checks import NamesToNumbers, check_data_set, label_column, no_labels, pop_labels, without_labels
 from .gate_report import gate_metrics
 from .metrics import default_exit_metric, exit_metrics
+from .pictures import opened_rows
 from .pushing import NoPickledSettings
 from .settings import (
     check_adapters,
@@ -38,6 +40,7 @@ from .settings import (
     smoothing_error,
     split_error,
 )
+from .weights import WeightsByName
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +50,7 @@ PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "ada
 TRAINER_TAKES = frozenset(signature(Trainer).parameters)
 
 
-class EarlyExitTrainer(NoPickledSettings, Trainer):
+class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
     """`Trainer` for models with exits: the objective sees all exits, evaluations log a metric for each.
 
     `compute_metrics` gets what it gets everywhere else: the full model's logits and the labels. The settings are not pickled
@@ -56,7 +59,8 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
     Args:
         model: a model with exits.
         args: `EarlyExitTrainingArguments`.
-        train_dataset, eval_dataset, processing_class, compute_metrics, ...: as in `Trainer`.
+        train_dataset, eval_dataset, processing_class, compute_metrics, ...: as in `Trainer`. Rows of image classifiers hold
+            a picture in any form that `predict` takes, or pixel values; `processing_class` is then the image processor.
 
     Raises:
         DataError: before the first step, for data that cannot work.
@@ -93,6 +97,8 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 if part is not None:
                     self._check_rows(part, name, needed=not self._makes_labels)
+        self.train_dataset = self._opened(self.train_dataset, "train_dataset")
+        self.eval_dataset = self._opened(self.eval_dataset, "eval_dataset")
         self._choose_what_learns(self.exit_model)
 
     def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
@@ -125,6 +131,12 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
             logger.warning(f"The labels of {name} are rows of values: problem_type is set to {MULTI_LABEL} in the config.")
         if kind.may_be_names and not isinstance(self.data_collator, NamesToNumbers):
             self.data_collator = NamesToNumbers(self.data_collator, config, (*self._label_names, *LABEL_COLUMNS))
+
+    def _opened(self, rows: Any, name: str) -> Any:
+        """Rows with pixel values where the model reads pictures; a collator of the user's own makes them by itself."""
+        if rows is None or self._makes_labels or not reads_images(self.exit_model):
+            return rows
+        return opened_rows(rows, name, self.processing_class)
 
     @property
     def _label_names(self) -> tuple[str, ...]:
@@ -231,6 +243,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         """As in `Trainer`; rows given here are checked as those given at set-up are."""
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             self._check_rows(eval_dataset, "eval_dataset", needed=not self._makes_labels)
+            eval_dataset = self._opened(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -243,7 +256,7 @@ class EarlyExitTrainer(NoPickledSettings, Trainer):
         if column is not None and column.is_unlabelled:
             rows = without_labels(rows, (*self._label_names, *LABEL_COLUMNS))
         self._check_rows(rows, "test_dataset", needed=False)
-        return rows
+        return self._opened(rows, "test_dataset")
 
     def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
         """What an evaluation keeps of a batch in place of logits, and of labels."""

@@ -15,7 +15,9 @@ from transformers import TrainerCallback, ViTImageProcessorPil
 import hf_earlyexit as ee
 from hf_earlyexit.captions.trainer import row_sums
 from hf_earlyexit.errors import DataError, TrainingError
+from hf_earlyexit.training.weights import load_weights
 from tests.captions.conftest import END, LAYERS, WORDS
+from tests.captions.toy import make_captioner
 
 COUNT = 12
 
@@ -452,3 +454,10 @@ def test_what_captions_cannot_use_is_refused_by_name(captioner, rows, arguments)
         with pytest.raises(TrainingError, match=f"{name}.* cannot be used here") as caught:
             make(args, **fields)
         assert caught.value.field == name
+
+
+def test_weights_of_a_checkpoint_are_taken_up_whole(tmp_path):
+    model, other = make_captioner(), make_captioner(seed=1)  # the encoder's tensors have other names in the file
+    model.save_pretrained(tmp_path)
+    load_weights(other, tmp_path)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

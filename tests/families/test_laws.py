@@ -20,6 +20,7 @@ from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.modeling.tasks import TASKS
 from hf_earlyexit.serving.int8 import Int8Linear
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.training.weights import load_weights
 from hf_earlyexit.walking.loop import run_all
 
 from .tiny import (
@@ -258,6 +259,14 @@ def test_a_saved_model_is_the_same_for_everybody_who_reads_it(name, tmp_path):
             assert isinstance(read, stock_class(name))
             assert torch.equal(read(**batch).logits, expected)
     assert type(AutoConfig.from_pretrained(tmp_path)) is door(name).config_class
+
+
+@every
+def test_weights_of_a_checkpoint_are_taken_up_whole_whatever_their_names_in_the_file(name, tmp_path):
+    model, other = tiny(name), new_model(name, seed=1)
+    model.save_pretrained(tmp_path)
+    load_weights(other, tmp_path)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 @every
