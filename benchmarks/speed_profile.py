@@ -12,6 +12,9 @@ import json
 import statistics
 import time
 from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
 
 import torch
 from speed import PAGE, RESULTS, all_exits, mixed_rows, spread_out
@@ -20,6 +23,7 @@ from speed_page import SHAPES, page
 
 import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
+from hf_earlyexit.serving import chunks, course, scheduler
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
 
@@ -57,21 +61,23 @@ class TimedWalker(ModelWalker):
         return self.clock.timed("exits", super().exit_signal, *args)
 
 
-class TimedScheduler(Scheduler):
-    """Tells its walker's clock how long rows are moved."""
-
-    def _stay(self, *args):
-        return self.walker.clock.timed("dropping and joining rows", super()._stay, *args)
-
-    def _join(self, *args):
-        return self.walker.clock.timed("dropping and joining rows", super()._join, *args)
+@contextmanager
+def rows_moved_on(clock: Clock):
+    """The clock is told how long rows are moved."""
+    timed = partial(partial, clock.timed, "dropping and joining rows")
+    with (
+        patch.object(scheduler, "some_rows", timed(chunks.some_rows)),
+        patch.object(course, "joined", timed(chunks.joined)),
+    ):
+        yield
 
 
 def once(model, rows, policy) -> tuple[dict, list]:
     """Microseconds of a token in a layer, by part; all parts make up the whole."""
     clock = Clock()
     start = time.thread_time()
-    TimedScheduler(TimedWalker(model, clock), policy, TOKENS).run(rows)
+    with rows_moved_on(clock):
+        Scheduler(TimedWalker(model, clock), policy, TOKENS).run(rows)
     total, work = time.thread_time() - start, sum(tokens for *_, tokens in clock.calls)
     parts = {name: 1e6 * seconds / work for name, seconds in clock.seconds.items()}
     parts["the rest, the policy among it"] = 1e6 * (total - sum(clock.seconds.values())) / work

@@ -10,61 +10,22 @@ next chunks are launched before the first is settled, so that an accelerator com
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import EarlyExitError, UsageError
-from ..families.context import Context
 from ..policies.base import ExitPolicy
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import cut
+from .chunks import Chunk, Flight, Passed, some_rows
+from .course import Course
 from .rows import TokenIds
 from .transfer import placed, sent
 from .walker import BatchWalker
-
-
-class Passed(NamedTuple):
-    """What an exit said of the rows that passed it: answer `[B, C]`, exit index (-1: none yet) and score `[B]`."""
-
-    answer: Tensor
-    exit_index: int
-    score: Tensor
-
-
-class Chunk(NamedTuple):
-    """Rows of one depth: their places, what the layers need, what the policy remembers, and the last exit for a deadline."""
-
-    depth: int
-    places: list[int]
-    hidden: Tensor
-    context: Context
-    state: Any
-    passed: Passed | None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens, padding included."""
-        return math.prod(self.hidden.shape[:-1])
-
-
-class Flight(NamedTuple):
-    """A chunk that has been launched.
-
-    Attributes:
-        chunk: behind its layers.
-        judged: the rows as the exit there sees them; `None` if none is asked.
-        decided: waits for who leaves, `[B]`.
-    """
-
-    chunk: Chunk
-    judged: Passed | None
-    decided: Callable[[], list[bool]]
 
 
 class Scheduler:
@@ -75,7 +36,8 @@ class Scheduler:
         policy: says who leaves; `None` runs every layer and asks the last exit alone.
         max_batch_tokens: most padded tokens of a chunk, at least 1; a longer row stands alone.
         layer_budget: most layers a row may run; whoever is left leaves at the last exit within it.
-        ends_at: `time.monotonic()` from which on no layer is begun; rows then leave at the last exit they passed.
+        ends_at: `time.monotonic()` from which on no layer is begun; rows then leave at the last exit they passed. With `inf`
+            rows remember that exit, for a course whose rows may be called off.
         on_done: told the number of rows whenever some have been answered.
         lanes: chunks that are under way at once, at least 1; as the walker likes it by default.
 
@@ -137,36 +99,9 @@ class Scheduler:
 
     def _walk(self, rows: Sequence[tuple[int, TokenIds]], gone: list[Leaving]) -> None:
         """Take rows, each with its place, through the layers until all are gone."""
-        arriving, ready = self._let_in(rows), list[Chunk]()
-        waiting: dict[int, list[Chunk]] = {depth: [] for depth in self.stops}
-        flying: deque[Flight] = deque()
-        while True:
-            while len(flying) < self.lanes and (chunk := self._next(ready, arriving, waiting, flying)) is not None:
-                flight = self._launch(chunk, gone)
-                if flight is not None:
-                    flying.append(flight)
-            if not flying:
-                break
-            left = self._settle(flying.popleft(), gone)
-            going = None if left is None else self._meet(waiting[left.depth], left)
-            if going is not None:
-                ready.append(going)
-
-    def _next(
-        self, ready: list[Chunk], arriving: Iterator[Chunk], waiting: dict[int, list[Chunk]], flying: Sequence[Flight]
-    ) -> Chunk | None:
-        """The chunk to launch: one that goes on, else new rows, else those who wait and whom nobody can join any more."""
-        if ready:
-            return ready.pop(0)
-        chunk = next(arriving, None)
-        if chunk is not None:
-            return chunk
-        behind = min((flight.chunk.depth for flight in flying), default=math.inf)
-        for depth, pile in waiting.items():
-            if pile and depth < behind:
-                waiting[depth] = []
-                return self._join(pile)
-        return None
+        course = Course(self, partial(next, self._let_in(rows), None), gone.append)
+        while course.step():
+            pass
 
     def _readable(
         self, rows: Sequence[TokenIds | EarlyExitError], first: int, answers: Answers
@@ -188,21 +123,22 @@ class Scheduler:
             if self._late():
                 self.on_done(len(chosen))
                 continue
-            hidden, context = self.walker.begin([good[number][1] for number in chosen])
-            size, classes, device = len(chosen), self.walker.num_classes, hidden.device
-            state = None if self.policy is None else self.policy.init_state(size, classes, device)
-            passed = None
-            if self.ends_at is not None:
-                nothing = torch.full((size,), torch.nan, device=device)
-                passed = Passed(nothing[:, None].repeat(1, classes), -1, nothing)
-            yield Chunk(0, [good[number][0] for number in chosen], hidden, context, state, passed)
+            yield self.begin([good[number] for number in chosen])
 
-    def _launch(self, chunk: Chunk, gone: list[Leaving]) -> Flight | None:
+    def begin(self, rows: Sequence[tuple[Any, TokenIds]]) -> Chunk:
+        """Rows, each with its place, before the first layer."""
+        hidden, context = self.walker.begin([row for _, row in rows])
+        size, classes, device = len(rows), self.walker.num_classes, hidden.device
+        state = None if self.policy is None else self.policy.init_state(size, classes, device)
+        passed = None if self.ends_at is None else Passed.nothing(size, classes, device)
+        return Chunk(0, [place for place, _ in rows], hidden, context, state, passed)
+
+    def launch(self, chunk: Chunk, let_go: Callable[[Leaving], Any]) -> Flight | None:
         """Layers up to where the chunk can wait, and the exit there; looks at no value, so it waits for no device."""
         rows, device = len(chunk.places), chunk.hidden.device
         if self._late():
             if chunk.passed is not None:
-                gone.append(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
+                let_go(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
             self.on_done(rows)
             return None
         depth = next(stop for stop in self.stops if stop > chunk.depth)
@@ -221,7 +157,7 @@ class Scheduler:
         chunk = chunk._replace(depth=depth, hidden=hidden, state=state, passed=passed)
         return Flight(chunk, judged, (lambda: [False] * rows) if leave is None else sent(leave))
 
-    def _settle(self, flight: Flight, gone: list[Leaving]) -> Chunk | None:
+    def settle(self, flight: Flight, let_go: Callable[[Leaving], Any]) -> Chunk | None:
         """Let go who leaves; `None` if nobody is left."""
         chunk, judged, decided = flight.chunk, flight.judged, flight.decided()
         if judged is None:
@@ -230,7 +166,7 @@ class Scheduler:
         if index == self.last:
             deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
             reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]
-            gone.append(Leaving(chunk.places, answer, index, score, reasons))
+            let_go(Leaving(chunk.places, answer, index, score, reasons))
             self.on_done(len(chunk.places))
             return None
         if not any(decided):
@@ -238,43 +174,13 @@ class Scheduler:
         leaving = [row for row, leaves in enumerate(decided) if leaves]
         out = placed(torch.tensor(leaving), answer.device)
         places = [chunk.places[row] for row in leaving]
-        gone.append(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
+        let_go(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
         self.on_done(len(leaving))
-        return None if len(leaving) == len(decided) else self._stay(chunk, decided)
-
-    def _stay(self, chunk: Chunk, decided: list[bool]) -> Chunk:
-        """The rows that are not decided."""
-        staying = [row for row, leaves in enumerate(decided) if not leaves]
-        keep = placed(torch.tensor(staying), chunk.hidden.device)
-        hidden, context = chunk.context.take(chunk.hidden, staying, keep)
-        passed = chunk.passed and chunk.passed._replace(answer=chunk.passed.answer[keep], score=chunk.passed.score[keep])
-        state = None if chunk.state is None else type(chunk.state)(*(part[keep] for part in chunk.state))
-        return Chunk(chunk.depth, [chunk.places[row] for row in staying], hidden, context, state, passed)
-
-    def _meet(self, pile: list[Chunk], chunk: Chunk) -> Chunk | None:
-        """The chunk that goes on from this depth, or `None` while those who wait there are too few."""
-        if 2 * chunk.tokens >= self.max_batch_tokens:
-            return chunk
-        pile.append(chunk)
-        widest = max(math.prod(part.hidden.shape[1:-1]) for part in pile)  # 1 where rows stand end to end
-        together = widest * sum(part.hidden.shape[0] for part in pile)
-        if 2 * together < self.max_batch_tokens:
-            return None
-        ready = pile[:-1] if together > self.max_batch_tokens else list(pile)
-        del pile[: len(ready)]
-        return self._join(ready)
-
-    def _join(self, parts: Sequence[Chunk]) -> Chunk:
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        hidden, context = self.walker.join([(part.hidden, part.context) for part in parts])
-        passed = first.passed
-        if passed is not None:  # rows of one depth have passed the same exit
-            before = [part.passed for part in parts if part.passed is not None]
-            passed = Passed(torch.cat([p.answer for p in before]), passed.exit_index, torch.cat([p.score for p in before]))
-        state = first.state and type(first.state)(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
-        return Chunk(first.depth, [place for part in parts for place in part.places], hidden, context, state, passed)
+        return (
+            None
+            if len(leaving) == len(decided)
+            else some_rows(chunk, [row for row, leaves in enumerate(decided) if not leaves])
+        )
 
     def _late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at

@@ -14,6 +14,8 @@ from hf_earlyexit.families.context import Context
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import scheduler as engine
 from hf_earlyexit.serving.answers import Answers, Leaving
+from hf_earlyexit.serving.chunks import Chunk, Flight
+from hf_earlyexit.serving.course import Course
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
@@ -199,7 +201,7 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
             tokens = torch.ones(5, 7, dtype=torch.bool, device="meta")
             context = Context({"attention_mask": None}, tokens=tokens, lengths=(7,) * 5)
             hidden = torch.empty(5, 7, 32, device="meta")
-            flight = scheduler._launch(engine.Chunk(0, [0, 1, 2, 3, 4], hidden, context, state, None), [])
+            flight = scheduler.launch(Chunk(0, [0, 1, 2, 3, 4], hidden, context, state, None), [].append)
             assert (flight.chunk.depth, flight.judged.answer.shape) == (1, (5, 3))
             with pytest.raises(NotImplementedError):
                 flight.decided()
@@ -207,12 +209,12 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
 
 @pytest.mark.parametrize(("flying", "goes"), [([], True), ([3, 2], True), ([1, 2], False), ([0], False)])
 def test_who_waits_goes_on_when_nobody_can_join_any_more(model, flying, goes):
-    scheduler = Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=3)
-    few = engine.Chunk(1, [0], torch.zeros(2, 32), Context(), None, None)
-    under_way = [engine.Flight(few._replace(depth=depth), None, list) for depth in flying]
-    waiting = {1: [few], 2: [], 3: []}
-    assert (scheduler._next([], iter([]), waiting, under_way) is few) is goes
-    assert waiting == {1: [] if goes else [few], 2: [], 3: []}
+    course = Course(Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=3), lambda: None, [].append)
+    few = Chunk(1, [0], torch.zeros(2, 32), Context(), None, None)
+    course.flying.extend(Flight(few._replace(depth=depth), None, list) for depth in flying)
+    course.waiting[1].append(few)
+    assert (course._next() is few) is goes
+    assert course.waiting == {1: [] if goes else [few], 2: [], 3: [], 4: []}
 
 
 @pytest.mark.parametrize("wrong", [0, -1])
