@@ -4,14 +4,17 @@ python benchmarks/promises_traces.py TASK ...
 
 The backbone never changes, so every layer's mean over the tokens is computed once and the heads are trained on those: one
 linear layer for each exit, cross-entropy of each exit, AdamW. The heads share nothing, so no weighting of exits is needed.
-All labelled rows of a task are pooled, exact repeats dropped, and split anew for each seed into rows that train the heads
-and rows that nothing was trained on; the latter are the trace.
+A quarter of the training rows says after which epoch each head is best; gates (one linear layer on the same state) learn
+ConsistentEE's exact objective on them. All labelled rows of a task are pooled, exact repeats dropped, and split anew for
+each seed into rows that train and rows that nothing was trained on; the latter are the trace, kept in float16.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +25,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from hf_earlyexit import ExitTrace
+from hf_earlyexit.losses import ConsistentObjective
 
 TRACES = Path(__file__).parent / "traces"
 TASKS = ("trec", "mcid", "rte", "mrpc", "cola", "sst2", "stackoverflow", "banking77", "clinc150")
 MAX_LENGTH = 64
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 30, 32, 2e-3, 0.01
+GATE_SHARE, GATE_EPOCHS = 0.25, 60
+ONE_SEED, MOST_CLASSES = 2000, 20  # rows of a pool, and the one seed, of tasks with more classes: their traces are large
 
 
 def read(task: str, most: int) -> pd.DataFrame:
@@ -61,34 +67,82 @@ def states_of(rows: pd.DataFrame) -> Tensor:
     return states
 
 
-def logits_of(states: Tensor, labels: Tensor, train: Tensor, pool: Tensor, seed: int) -> Tensor:
-    """Heads trained on some rows, and their logits on others `[M, 12, C]`."""
-    torch.manual_seed(seed)
-    classes, (_, exits, hidden) = int(labels.max()) + 1, states.shape
-    mean, spread = states[train].mean(0), states[train].std(0)
-    states = (states - mean) / spread  # an affine map, so that the heads stay linear
-    weight = nn.Parameter(torch.randn(exits, hidden, classes) * 0.02)
-    bias = nn.Parameter(torch.zeros(exits, classes))
-    optimizer = torch.optim.AdamW([weight, bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * -(-len(train) // 256)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    for _ in range(EPOCHS):
-        for places in train[torch.randperm(len(train))].split(256):
-            logits = torch.einsum("neh,ehc->nec", states[places], weight) + bias
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[places].repeat_interleave(exits))
+class Heads(nn.Module):
+    """One linear map for each exit, on states `[N, E, H]`."""
+
+    def __init__(self, exits: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(exits, hidden, outputs))
+        self.bias = nn.Parameter(torch.zeros(exits, outputs))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[N, E, outputs]`."""
+        return torch.einsum("neh,eho->neo", states, self.weight) + self.bias
+
+
+def fit(
+    module: nn.Module,
+    rows: Tensor,
+    epochs: int,
+    loss_of: Callable[[Tensor], Tensor],
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Train a module by AdamW on batches of 256 of these rows; `after` is called after each epoch."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, epochs * -(-len(rows) // 256))
+    for _ in range(epochs):
+        for places in rows[torch.randperm(len(rows))].split(256):
             optimizer.zero_grad()
-            loss.backward()
+            loss_of(places).backward()
             optimizer.step()
             schedule.step()
+        after()
+
+
+def signals_of(states: Tensor, labels: Tensor, train: Tensor, pool: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Logits `[M, 12, C]` and leave logits `[M, 11]` on the pool, of heads and gates trained on other rows."""
+    torch.manual_seed(seed)
+    classes, (_, exits, hidden) = int(labels.max()) + 1, states.shape
+    taught, gated = train[: round((1 - GATE_SHARE) * len(train))], train[round((1 - GATE_SHARE) * len(train)) :]
+    states = (states - states[taught].mean(0)) / states[taught].std(0)  # an affine map, so that the heads stay linear
+    heads, gates = Heads(exits, hidden, classes), Heads(exits - 1, hidden, 1)
+    heads.bias.data += (torch.bincount(labels[taught], minlength=classes) + 1).log()  # starts as the frequencies are
+
+    def row_losses_of(logits: Tensor, places: Tensor) -> Tensor:
+        """`[n, E]`"""
+        truth = labels[places].repeat_interleave(exits)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), truth, reduction="none").view(-1, exits)
+
+    best, lowest = copy.deepcopy(heads), torch.full((exits,), float("inf"))
+
+    @torch.no_grad()
+    def keep_the_best() -> None:
+        losses = row_losses_of(heads(states[gated]), gated).mean(0)
+        better = losses < lowest
+        lowest[better], best.weight[better], best.bias[better] = losses[better], heads.weight[better], heads.bias[better]
+
+    fit(heads, taught, EPOCHS, lambda places: row_losses_of(heads(states[places]), places).mean(), keep_the_best)
+    with torch.no_grad():
+        logits = best(states)
+        row_losses = row_losses_of(logits, torch.arange(len(labels)))
+        wrong = logits.argmax(-1) != labels[:, None]
+        hardness = (wrong * torch.arange(1, exits + 1)).amax(1).float()  # the last layer whose exit is wrong
+    layers, objective = torch.arange(1, exits + 1), ConsistentObjective(alpha=0.05, estimator="exact")
+
+    def gate_loss(places: Tensor) -> Tensor:
+        leave = gates(states[places, :-1]).squeeze(-1)
+        return objective(leave, row_losses[places], hardness[places], layers).gate_loss
+
+    fit(gates, gated, GATE_EPOCHS, gate_loss)
     with torch.inference_mode():
-        return torch.einsum("neh,ehc->nec", states[pool], weight) + bias
+        return logits[pool], gates(states[pool, :-1]).squeeze(-1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="+", choices=TASKS)
-    parser.add_argument("--train-rows", type=int, default=2000)
-    parser.add_argument("--pool-rows", type=int, default=2000)
+    parser.add_argument("--train-rows", type=int, default=3000)
+    parser.add_argument("--pool-rows", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     TRACES.mkdir(exist_ok=True)
@@ -96,13 +150,17 @@ def main() -> None:
         start = time.perf_counter()
         rows = read(task, args.train_rows + args.pool_rows)
         states, labels = states_of(rows), torch.as_tensor(rows["label"].to_numpy(), dtype=torch.long)
-        num_pool = min(args.pool_rows, len(rows) // 2)
-        for seed in range(args.seeds):
+        large = int(labels.max()) + 1 > MOST_CLASSES
+        num_pool = min(args.pool_rows, len(rows) // 2, ONE_SEED if large else len(rows))
+        for seed in range(1 if large else args.seeds):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
             pool, train = order[:num_pool], order[num_pool:]
-            logits = logits_of(states, labels, train, pool, seed)
+            logits, gates = signals_of(states, labels, train, pool, seed)
             trace = ExitTrace(
-                logits=logits.half().float(), labels=labels[pool], exit_layers=tuple(range(1, logits.shape[1] + 1))
+                logits=logits.half(),
+                labels=labels[pool],
+                gates=gates.half(),
+                exit_layers=tuple(range(1, logits.shape[1] + 1)),
             )
             right = (trace.logits.argmax(-1) == trace.labels[:, None]).float().mean(0)
             trace.save(TRACES / f"{task}-{seed}.safetensors")

@@ -121,12 +121,7 @@ class ExitTrace:
         Args:
             sigmas: how many standard errors of its mean quality an exit must be above the constant answer to count as alive.
         """
-        if self.num_exits == 1:
-            return ()
-        constant = majority_quality(self.labels, self.problem_type)
-        quality = self.quality[:, :-1]
-        noise = quality.std(0, correction=0) / max(self.num_rows, 1) ** 0.5
-        return tuple((quality.mean(0) <= constant + sigmas * noise).nonzero().flatten().tolist())
+        return dead_exits(self.quality, self.labels, self.problem_type, sigmas)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file."""
@@ -152,6 +147,15 @@ class ExitTrace:
                 field=getattr(error, "field", None),
                 path=path,
             ) from error
+
+
+def dead_exits(quality: Tensor, labels: Tensor, problem_type: str, sigmas: float = 1.645) -> tuple[int, ...]:
+    """`ExitTrace.dead_exits`, from the quality of each exit on each row `[N, E]`."""
+    if quality.shape[1] == 1:
+        return ()
+    constant = majority_quality(labels, problem_type)
+    noise = quality[:, :-1].std(0, correction=0) / max(len(quality), 1) ** 0.5
+    return tuple((quality[:, :-1].mean(0) <= constant + sigmas * noise).nonzero().flatten().tolist())
 
 
 def _check_plain(trace: ExitTrace) -> None:

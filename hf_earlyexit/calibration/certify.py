@@ -14,17 +14,18 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
+from .along import LossesAlong
 from .evidence import fallback, fixed_sequence, holm, least_rows
 from .promise import GroupEvidence, Promise
 from .risks import RISKS, Losses, groups_of, losses_of
-from .search import Array, Curve, exits_taken
-from .settings import Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
+from .search import Array, Curve
+from .settings import Pool, Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
 from .targets import TARGETS, Target
 
 PROCEDURES = ("fixed-sequence", "fallback", "crc")
@@ -102,34 +103,32 @@ def certify_setting(
             f"groups has shape {np.shape(groups)}; expected one number for each of {trace.num_rows} rows.", field="groups"
         )
     path_places, places = split_places(trace.num_rows, recipe.learning_share, recipe.seed)
-    path_rows, rows = trace.select(path_places), trace.select(places)
-    weak = () if recipe.keep_weak_exits else path_rows.dead_exits()
+    path_pool, pool = (Pool(trace.select(part), recipe.metric) for part in (path_places, places))
+    path_rows, rows = path_pool.trace, pool.trace
+    every_path_row = torch.arange(path_rows.num_rows)
+    weak = () if recipe.keep_weak_exits else path_pool.weak_exits(every_path_row)
     policy = make_policy(recipe, path_rows, weak)
-    path = _path(policy_curve(recipe, policy, path_rows)[1])
-    _, path_scores, _, path_losses = _looked_at(policy, path_rows, recipe, target)
-    scores, visible, answers, losses = _looked_at(policy, rows, recipe, target)
+    path = _path(policy_curve(recipe, policy, path_pool, every_path_row))
+    (path_scores, path_losses), (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
     parts = groups_of(target.by, rows, None if groups is None else np.asarray(groups)[places.numpy()])
     _check_enough(target, losses, parts)
-    walk = _Walk(target, losses, visible, path, parts, (path_scores, path_losses.values))
+    walk = _Walk(target, losses, scores, path, parts, (path_scores, path_losses.values))
     chosen = walk.last_certified()
     setting = Setting(
         policy=policy.with_thresholds(as_thresholds(path[chosen])),
         rows=rows,
         num_learning_rows=path_rows.num_rows,
-        scores=scores,
-        curve=curve_of(path, visible, answers, rows, recipe.metric),
+        scores=pool.scan(policy).scores,
+        curve=curve_of(path, policy, pool, torch.arange(rows.num_rows)),
         weak=weak,
     )
     return setting, walk.promise(chosen, path_rows.num_rows)
 
 
-def _looked_at(
-    policy: ExitPolicy, rows: ExitTrace, recipe: Recipe, target: Certified
-) -> tuple[Tensor, Array, Tensor, Losses]:
-    """Scores `[N, E]`, the same with -inf at muted exits, answers `[N, E, C]` and losses of some rows."""
-    scores, answers = policy.scan(rows)
-    visible = scores.double().numpy()  # -inf at muted exits
-    return scores, visible, answers, losses_of(target.risk, rows, answers, recipe.metric, target.bound)
+def _looked_at(policy: ExitPolicy, pool: Pool, recipe: Recipe, target: Certified) -> tuple[Array, Losses]:
+    """Scores `[N, E]`, -inf at muted exits, and losses of the rows of a pool."""
+    scores, answers = pool.scan(policy)
+    return scores.double().numpy(), losses_of(target.risk, pool.trace, answers, recipe.metric, target.bound)
 
 
 def _path(curve: Curve) -> Array:
@@ -138,13 +137,6 @@ def _path(curve: Curve) -> Array:
     order = np.lexsort((-curve.quality, -curve.cost))
     _, first = np.unique(curve.thresholds[order], axis=0, return_index=True)
     return curve.thresholds[order][np.sort(first)]
-
-
-def _at(scores: Array, losses: Array, setting: Array) -> Array:
-    """What each row loses at a setting, `[N]`."""
-    taken = exits_taken(scores, setting)
-    here: Array = losses[np.arange(len(taken)), taken]
-    return here
 
 
 class _Walk:
@@ -168,20 +160,21 @@ class _Walk:
         parts: dict[str, NDArray[np.bool_]],
         before: tuple[Array, Array],
     ) -> None:
-        self.before = before
-        self.target, self.losses, self.scores, self.path, self.parts = target, losses, scores, path, parts
+        self.target, self.losses, self.path, self.parts = target, losses, path, parts
+        member = np.argmax(np.stack(list(parts.values())), axis=0)
+        self.along = LossesAlong(losses, scores, path, member, len(parts))
+        seen = Losses(before[1], losses.low, losses.high)
+        self.before = LossesAlong(seen, before[0], path, np.zeros(len(before[1]), dtype=np.int64), 1)
         self.p_values = cache(self._p_values)
 
     def at(self, place: int) -> Array:
         """Losses `[N]` at a setting."""
-        return _at(self.scores, self.losses.values, self.path[place])
+        return self.along.at(place)
 
     def _p_values(self, place: int) -> list[float]:
-        here, seen, limit = self.at(place), _at(*self.before, self.path[place]), self.target.drop
-        return [
-            self.losses.p_value(here[part], limit, self.losses.plan(seen, int(part.sum()), limit))
-            for part in self.parts.values()
-        ]
+        limit, (seen,) = self.target.drop, self.before.tallies(place)
+        tallies = self.along.tallies(place)
+        return [self.losses.p_value(here, limit, self.losses.plan(seen, int(here.counts.sum()), limit)) for here in tallies]
 
     def p_value(self, place: int) -> float:
         """Of "some group's risk is above the limit": the largest of the groups' own, as one of their nulls is then true."""
@@ -197,7 +190,7 @@ class _Walk:
 
     def _last_controlled(self) -> int:
         """Conformal risk control: losses are made to grow along the path, row by row, as its theorem needs."""
-        worst, chosen = np.full(len(self.scores), self.losses.low), 0
+        worst, chosen = np.full(len(self.losses.values), self.losses.low), 0
         for place in range(len(self.path)):
             worst = np.maximum(worst, self.at(place))
             for part in self.parts.values():
@@ -239,7 +232,7 @@ class _Walk:
         needed = least_rows(
             lambda n: self.losses.p_value_at(rate, n, self.target.drop), 1 - self.target.confidence, most=10**7
         )
-        return None if needed is None else math.ceil(needed * len(self.scores) / part.sum())
+        return None if needed is None else math.ceil(needed * len(self.losses.values) / part.sum())
 
 
 def _check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np.bool_]]) -> None:

@@ -21,7 +21,7 @@ from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
 from .replay import replay
 from .result import CalibrationResult
-from .settings import Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
+from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
 from .targets import Target, parse_target
 
 
@@ -96,8 +96,9 @@ def calibrate(
     if isinstance(target, Certified):
         setting, promise = certify_setting(recipe, target, trace, None if groups is None else np.asarray(groups))
         return _result(recipe, setting, notes, None, promise)
-    setting = choose_setting(recipe, trace)
-    return _result(recipe, setting, notes, expect(recipe, trace, folds))
+    pool = Pool(trace, recipe.metric)
+    setting = choose_setting(recipe, pool)
+    return _result(recipe, setting, notes, expect(recipe, pool, folds))
 
 
 def _check(trace: ExitTrace, target: Target) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, CheckpointError
-from ..trace import ExitTrace
-from .settings import Recipe, choose_setting
+from .settings import Pool, Recipe, choose
 
 LEAST_ROWS = 50  # of a fold
 
@@ -56,19 +55,20 @@ class Expectation:
         )
 
 
-def expect(recipe: Recipe, trace: ExitTrace, folds: int) -> Expectation | None:
+def expect(recipe: Recipe, pool: Pool, folds: int) -> Expectation | None:
     """Repeat a choice on all rows but a fold's, judge it on the fold, fold by fold.
 
     Where the target cannot be met without a fold, its rows run through the full model.
 
     Args:
         recipe: how thresholds are chosen.
-        trace: all rows.
+        pool: all rows.
         folds: most folds; fewer where a fold would have less than 50 rows.
 
     Returns:
         `None` where two folds of 50 rows are not to be had, or fewer than 2 are asked for.
     """
+    trace = pool.trace
     count = min(folds, trace.num_rows // LEAST_ROWS)
     if count < 2:
         return None
@@ -78,7 +78,7 @@ def expect(recipe: Recipe, trace: ExitTrace, folds: int) -> Expectation | None:
     for places in order.chunk(count):
         kept = torch.ones(trace.num_rows, dtype=torch.bool)
         kept[places] = False
-        answers, exit_layers = _judged(recipe, trace.select(kept), trace.select(places))
+        answers, exit_layers = _judged(recipe, pool, kept.nonzero().flatten(), places)
         early[places], layers[places.numpy()] = answers, exit_layers
     compared = recipe.metric.compare(early, trace.logits[:, -1], trace.labels, trace.problem_type)
     return Expectation(
@@ -90,12 +90,13 @@ def expect(recipe: Recipe, trace: ExitTrace, folds: int) -> Expectation | None:
     )
 
 
-def _judged(recipe: Recipe, trace: ExitTrace, fold: ExitTrace) -> tuple[Tensor, np.ndarray]:
+def _judged(recipe: Recipe, pool: Pool, others: Tensor, fold: Tensor) -> tuple[Tensor, np.ndarray]:
     """Answers `[n, C]` and layers `[n]` of a fold's rows under thresholds that the other rows chose."""
+    trace = pool.trace
     try:
-        policy = choose_setting(recipe, trace).policy
+        policy = choose(recipe, pool, others).policy
     except CalibrationError:
-        return fold.logits[:, -1], np.full(fold.num_rows, trace.exit_layers[-1])
-    scores, answers = policy.scan(fold)
-    taken = policy.decide(scores)
-    return answers[torch.arange(fold.num_rows), taken].to(fold.logits.dtype), np.asarray(trace.exit_layers)[taken.numpy()]
+        return trace.logits[fold, -1], np.full(len(fold), trace.exit_layers[-1])
+    scores, answers = pool.scan(policy)
+    taken = policy.decide(scores[fold])
+    return answers[fold, taken].to(trace.logits.dtype), np.asarray(trace.exit_layers)[taken.numpy()]

@@ -24,22 +24,9 @@ def binomial_p(total: float, num_rows: int, limit: float) -> float:
 
     Source: the binomial test; the null is hardest to reject at a mean of exactly `limit`.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtr
 
-    return float(binom.cdf(round(total), num_rows, limit))
-
-
-def hoeffding_bentkus_p(total: float, num_rows: int, limit: float) -> float:
-    """p-value of "the mean of losses in [0, 1] is above `limit`", from their sum alone.
-
-    Source: Angelopoulos et al., Learn then Test (https://arxiv.org/abs/2110.01052), Proposition 6.
-    """
-    from scipy.stats import binom
-
-    mean = min(total / num_rows, limit)
-    divergence = _binary_divergence(mean, limit)
-    bentkus = math.e * float(binom.cdf(math.ceil(total - 1e-9), num_rows, limit))
-    return min(1.0, math.exp(-num_rows * divergence), bentkus)
+    return float(bdtr(float(round(total)), num_rows, limit))
 
 
 def betting_p(losses: Array, counts: Array, limit: float, share: float) -> float:
@@ -59,11 +46,6 @@ def betting_p(losses: Array, counts: Array, limit: float, share: float) -> float
     """
     gains = np.log1p(share / (1 - limit) * (limit - losses))
     return math.exp(min(0.0, -float(gains @ counts)))
-
-
-def _binary_divergence(first: float, second: float) -> float:
-    parts = ((first, second), (1 - first, 1 - second))
-    return sum(a * math.log(a / b) for a, b in parts if a > 0)
 
 
 def fixed_sequence(p_value: Callable[[int], float], count: int, delta: float) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,20 @@ RISKS = (DROP, HARM, DISAGREEMENT)
 SHARES = np.linspace(0.05, 0.95, 19)  # of the largest bet that a gambler survives
 
 
-class Losses(NamedTuple):
+class Tally(NamedTuple):
+    """Losses of n rows: different values, and how often each occurred."""
+
+    values: Array
+    counts: Array
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return float(self.values @ self.counts)
+
+
+@dataclass(frozen=True)
+class Losses:
     """Losses of leaving at each exit `[N, E]`, 0 at the last, and the range that they lie in.
 
     Attributes:
@@ -32,50 +47,50 @@ class Losses(NamedTuple):
     low: float
     high: float
 
-    def plan(self, seen: Array, num_rows: int, limit: float) -> float | None:
+    @cached_property
+    def are_whole(self) -> bool:
+        """Whether every loss is -1, 0 or 1."""
+        return bool(((self.values == 0) | (self.values == 1) | (self.values == -1)).all())
+
+    def plan(self, seen: Tally, num_rows: int, limit: float) -> float | None:
         """How to test losses like these, so that the test has the best chance; by rows that are not tested.
 
         Args:
-            seen: losses of other rows `[m]`.
+            seen: losses of other rows.
             num_rows: that will be tested.
             limit: of the mean loss.
 
         Returns:
             The share to bet; `None` for the binomial test of the rows with a loss, which overlooks gains.
         """
-        if self.low == 0 and _are_whole(self.values):
+        if self.low == 0 and self.are_whole:
             return None
-        seen = np.append(seen, self.high)  # one loss more than there was, against overconfidence
-        losses, top = self._on_unit(seen), self._on_unit(limit)
-        growth = [np.log1p(share / (1 - top) * (top - losses)).mean() for share in SHARES]
+        seen = Tally(np.append(seen.values, self.high), np.append(seen.counts, 1.0))  # one more loss, against overconfidence
+        losses, top, count = self._on_unit(seen.values), self._on_unit(limit), seen.counts.sum()
+        growth = [np.log1p(share / (1 - top) * (top - losses)) @ seen.counts / count for share in SHARES]
         best = float(SHARES[int(np.argmax(growth))])
-        if not _are_whole(self.values):
+        if not self.are_whole:
             return best
-        by_count = binomial_p(np.ceil((seen > 0).mean() * num_rows), num_rows, limit)
+        by_count = binomial_p(np.ceil(seen.counts[seen.values > 0].sum() / count * num_rows), num_rows, limit)
         return None if by_count < np.exp(-num_rows * max(growth)) else best
 
-    def p_value(self, losses: Array, limit: float, share: float | None) -> float:
-        """p-value of "the mean loss is above `limit`", for the losses of n rows `[n]`, by a plan made on others."""
-        if not len(losses):
+    def p_value(self, losses: Tally, limit: float, share: float | None) -> float:
+        """p-value of "the mean loss is above `limit`", for the losses of n rows, by a plan made on others."""
+        if not (count := int(losses.counts.sum())):
             return 1.0
         if share is None:  # the mean of the losses alone is no lower than with the gains
-            return binomial_p(float((losses > 0).sum()), len(losses), limit)
-        values, counts = np.unique(losses, return_counts=True)
-        return betting_p(self._on_unit(values), counts.astype(float), float(self._on_unit(limit)), share)
+            return binomial_p(float(losses.counts[losses.values > 0].sum()), count, limit)
+        return betting_p(self._on_unit(losses.values), losses.counts, float(self._on_unit(limit)), share)
 
     def p_value_at(self, rate: float, num_rows: int, limit: float) -> float:
         """The same for n rows of which a share has the highest loss and all others none, by the plan that suits them."""
-        if _are_whole(self.values):
+        if self.are_whole:
             return binomial_p(np.ceil(rate * num_rows), num_rows, limit)
         values, counts = self._on_unit(np.array([0.0, self.high])), np.array([(1 - rate) * num_rows, rate * num_rows])
         return min(betting_p(values, counts, float(self._on_unit(limit)), share) for share in SHARES)
 
     def _on_unit(self, losses: Any) -> Any:
         return (losses - self.low) / (self.high - self.low)
-
-
-def _are_whole(losses: Array) -> bool:
-    return bool(np.isin(losses, (-1.0, 0.0, 1.0)).all())
 
 
 def losses_of(risk: str, trace: ExitTrace, answers: Tensor, metric: Metric, bound: float | None) -> Losses:

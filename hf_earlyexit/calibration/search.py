@@ -51,6 +51,47 @@ def sweep(scores: Array, values: Sequence[Array], thresholds: Array) -> list[Arr
     return means
 
 
+def means_along(path: Array, scores: Array, values: Sequence[Array]) -> list[Array]:
+    """Mean over rows of what each row gets at the exit it takes, at every setting of a path.
+
+    Args:
+        path: settings `[K, E - 1]`, nan where an exit is closed.
+        scores: `[N, E]`.
+        values: matrices `[N, E]`.
+
+    Returns:
+        One `[K]` for each of `values`.
+    """
+    shared = shared_thresholds(path)
+    if shared is not None:
+        open_exits, cuts = shared
+        order = np.argsort(cuts, kind="stable")
+        seen = np.where(open_exits, scores[:, :-1], -np.inf)
+        swept = sweep(np.column_stack([seen, scores[:, -1]]), values, cuts[order])
+        back = np.argsort(order, kind="stable")
+        return [mean[back] for mean in swept]
+    rows, columns = np.arange(len(scores)), np.asfortranarray(scores)
+    means = np.empty((len(values), len(path)))
+    for place, setting in enumerate(path):
+        taken = exits_taken(columns, setting)
+        means[:, place] = [value[rows, taken].mean() for value in values]
+    return list(means)
+
+
+def shared_thresholds(path: Array) -> tuple[NDArray[np.bool_], Array] | None:
+    """The open exits `[E - 1]` and the one threshold of each setting `[K]`, infinite where all are closed.
+
+    `None` where settings differ in more than that.
+    """
+    opened = np.isfinite(path)
+    open_exits: NDArray[np.bool_] = np.logical_or.reduce(opened, axis=0)
+    lowest: Array = np.where(opened, path, np.inf).min(1)
+    highest: Array = np.where(opened, path, -np.inf).max(1)
+    some = opened.any(1)
+    alike = bool((opened[some] == open_exits).all() and (lowest == highest)[some].all())
+    return (open_exits, lowest) if alike else None
+
+
 def candidates(scores: Array, lowest: float, counts: bool) -> Array:
     """All thresholds that make a difference, ascending: one for each observed score.
 
@@ -86,18 +127,19 @@ def single_threshold_curve(scores: Array, quality: Array, cost: Array, lowest: f
     cuts = candidates(scores[:, :-1], lowest, counts)
     gain = quality - quality[:, -1:]
     costs, gains, squares = sweep(scores, [np.broadcast_to(cost, scores.shape), gain, gain**2], cuts)
-    open_exits = np.isfinite(scores[:, :-1]).any(0)
-    vectors = np.where(open_exits, cuts[:, None], np.nan)
-    closed = np.full((1, scores.shape[1] - 1), np.nan)
+    open_exits = np.asarray(np.isfinite(scores[:, :-1]).any(0), dtype=np.bool_)
+    vectors = np.full((len(cuts) + 1, len(open_exits)), np.nan)
+    vectors[1:, open_exits] = cuts[::-1, None]
     return Curve(
-        np.concatenate([closed, vectors[::-1]]),
+        vectors,
         np.append(costs, cost[-1])[::-1],
         np.append(gains, 0.0)[::-1] + quality[:, -1].mean(),
-        np.append(_standard_error(gains, squares, len(scores)), 0.0)[::-1],
+        np.append(standard_error(gains, squares, len(scores)), 0.0)[::-1],
     )
 
 
-def _standard_error(means: Array, squares: Array, count: int) -> Array:
+def standard_error(means: Array, squares: Array, count: int) -> Array:
+    """Of a mean over `count` rows, from means of the values and of their squares."""
     return np.sqrt((squares - means**2).clip(0) / count)
 
 
@@ -117,48 +159,79 @@ class LeaverRule(NamedTuple):
     sigmas: float = 0.0
     min_leavers: int = 1
 
-    def holds(self, errors: Array, last_errors: Array, exit_index: int) -> NDArray[np.bool_]:
-        """For each k: whether the first k rows may leave. `errors` `[n]` are in the order of leaving."""
-        count = np.arange(1, len(errors) + 1)
+    def holds(self, errors: Array, exit_index: int) -> NDArray[np.bool_]:
+        """For each k: whether the first k rows may leave.
+
+        Args:
+            errors: of the rows in the order of leaving `[n]`; without a bound, beyond the last exit's.
+            exit_index: 0-based.
+        """
+        count, total = np.arange(1, len(errors) + 1), np.cumsum(errors)
         if self.bound is None:
-            excess = errors - last_errors
-            spare = self.sigmas * np.sqrt(np.cumsum(excess**2))
-            fine = np.cumsum(excess) + spare <= self.slack * count + 1e-9
+            spare = self.sigmas * np.sqrt(np.cumsum(errors * errors)) if self.sigmas else 0.0
+            fine = total + spare <= self.slack * count + 1e-9
         else:
-            rate = np.cumsum(errors) / count
+            rate = total / count
             spare = self.sigmas * np.sqrt(rate * (1 - rate).clip(0) / count)
             fine = rate + spare < self.bound[exit_index] + self.slack
-        return fine & (count >= self.min_leavers)
+        fine[: self.min_leavers - 1] = False
+        return fine
 
 
-def per_exit_thresholds(scores: Array, errors: Array, rule: LeaverRule, lowest: float, counts: bool) -> Array:
-    """One threshold per exit, in order: each exit takes as many of the rows that reached it as the rule allows.
+class RankedExits:
+    """Rows sorted by the score of every exit, once for all the rules that choose thresholds exit by exit.
 
     Args:
         scores: `[N, E]`.
         errors: `[N, E]`: error of each exit's answer, one minus its quality.
-        rule: who may leave.
         lowest, counts: see `candidates`.
-
-    Returns:
-        `[E - 1]`, nan for exits that cannot satisfy the rule.
     """
-    thresholds = np.full(scores.shape[1] - 1, np.nan)
-    staying = np.arange(len(scores))
-    for index in range(len(thresholds)):
-        score = scores[staying, index]
-        order = np.argsort(-score, kind="stable")
-        ranked = np.append(score[order], -np.inf)
-        fine = rule.holds(errors[staying, index][order], errors[staying, -1][order], index)
-        fine &= (ranked[:-1] > ranked[1:]) & (ranked[:-1] >= lowest)  # equal scores leave together
-        if not fine.any():
-            continue
-        last = int(np.flatnonzero(fine)[-1])
-        below = ranked[last + 1]
-        cut = ranked[last] if counts or not np.isfinite(below) else cut_between(below, ranked[last])
-        thresholds[index] = max(float(cut), lowest)
-        staying = staying[score < thresholds[index]]
-    return thresholds
+
+    def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
+        self.scores, self.lowest, self.counts = scores, lowest, counts
+        self.order = [np.argsort(-column, kind="stable").astype(np.int32) for column in scores.T[:-1]]
+        self.errors = [errors[order, index] for index, order in enumerate(self.order)]
+        self.excess = [own - errors[order, -1] for own, order in zip(self.errors, self.order, strict=True)]
+        self.places, self.allowed = [], []  # of each row's score among the different ones; how many of those may be cut at
+        for index, order in enumerate(self.order):
+            score = scores[order, index]
+            self.places.append(np.cumsum(np.append(False, score[1:] < score[:-1]), dtype=np.int32))
+            may_leave = (score >= lowest) & (score > -np.inf)
+            self.allowed.append(self.places[index][may_leave].max(initial=-1) + 1)
+
+    def thresholds(self, rule: LeaverRule) -> tuple[Array, NDArray[np.int64]]:
+        """One threshold per exit, in order: each exit takes as many of the rows that reached it as the rule allows.
+
+        Returns:
+            Thresholds `[E - 1]`, nan for exits that cannot satisfy the rule, and the exit index of each row `[N]`.
+        """
+        rows, exits = self.scores.shape
+        thresholds, taken = np.full(exits - 1, np.nan), np.full(rows, exits - 1)
+        staying = None  # everybody
+        for index, order in enumerate(self.order):
+            places, errors = self.places[index], (self.excess if rule.bound is None else self.errors)[index]
+            if staying is not None:
+                here = staying[order]
+                order, places, errors = order[here], places[here], errors[here]
+            fine = rule.holds(errors, index)
+            fine[:-1] &= places[:-1] != places[1:]  # equal scores leave together
+            fine[np.searchsorted(places, self.allowed[index]) :] = False
+            if not fine.any():
+                continue
+            last = len(fine) - 1 - int(fine[::-1].argmax())
+            score = self.scores[order[last], index]
+            below = self.scores[order[last + 1], index] if last + 1 < len(order) else -np.inf
+            cut = score if self.counts or not np.isfinite(below) else cut_between(np.array(below), np.array(score))
+            thresholds[index] = max(float(cut), self.lowest)
+            staying = np.ones(rows, dtype=bool) if staying is None else staying
+            staying[order[: last + 1]] = False
+            taken[order[: last + 1]] = index
+        return thresholds, taken
+
+
+def per_exit_thresholds(scores: Array, errors: Array, rule: LeaverRule, lowest: float, counts: bool) -> Array:
+    """Thresholds `[E - 1]` of one rule: see `RankedExits`."""
+    return RankedExits(scores, errors, lowest, counts).thresholds(rule)[0]
 
 
 def per_exit_curve(
@@ -170,21 +243,25 @@ def per_exit_curve(
         scores, quality, cost, lowest, counts: see `single_threshold_curve`.
         rules: from strict to lax.
     """
+    ranked, start = RankedExits(scores, 1 - quality, lowest, counts), np.arange(len(scores)) * scores.shape[1]
+    gain_of = quality - quality[:, -1:]
     vectors = [np.full(scores.shape[1] - 1, np.nan)]
-    vectors += [per_exit_thresholds(scores, 1 - quality, rule, lowest, counts) for rule in rules]
-    exits = [exits_taken(scores, vector) for vector in vectors]
-    rows = np.arange(len(scores))
-    gains = np.stack([quality[rows, taken] - quality[:, -1] for taken in exits])  # [K, N]
-    return Curve(
-        np.stack(vectors),
-        np.array([cost[taken].mean() for taken in exits]),
-        gains.mean(1) + quality[:, -1].mean(),
-        gains.std(1) / np.sqrt(len(scores)),
-    )
+    figures = [(cost[-1], 0.0, 0.0)]
+    for rule in rules:
+        vector, taken = ranked.thresholds(rule)
+        if np.array_equal(vector, vectors[-1], equal_nan=True):  # as the rule before
+            figures.append(figures[-1])
+        else:
+            gains = gain_of.take(start + taken)
+            figures.append((cost[taken].mean(), gains.mean(), gains.std() / np.sqrt(len(scores))))
+        vectors.append(vector)
+    costs, gains, errors = np.array(figures).T
+    return Curve(np.stack(vectors), costs, gains + quality[:, -1].mean(), errors)
 
 
 def exits_taken(scores: Array, thresholds: Array) -> NDArray[np.int64]:
     """Exit index of each row `[N]`, for thresholds `[E - 1]` with nan for closed exits."""
-    leave = np.ones(scores.shape, dtype=bool)
-    leave[:, :-1] = scores[:, :-1] >= thresholds  # nan compares false
-    return np.asarray(leave.argmax(1), dtype=np.int64)
+    taken = np.full(len(scores), scores.shape[1] - 1, dtype=np.int64)
+    for index in np.flatnonzero(~np.isnan(thresholds))[::-1]:
+        taken[scores[:, index] >= thresholds[index]] = index
+    return taken

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
-from ..policies.base import POLICIES, ExitPolicy
-from ..trace import ExitTrace
+from ..policies.base import POLICIES, ExitPolicy, Scan
+from ..trace import ExitTrace, dead_exits
 from .quality import Metric
-from .search import Array, Curve, exits_taken, per_exit_curve, single_threshold_curve
+from .search import Array, Curve, exits_taken, means_along, per_exit_curve, single_threshold_curve, standard_error
 from .targets import Target
 
 CURVE_POINTS = 400
@@ -55,55 +56,119 @@ class Setting:
     weak: tuple[int, ...]
 
 
-def choose_setting(recipe: Recipe, trace: ExitTrace) -> Setting:
-    """Follow a recipe on the rows of a trace.
+class Pool:
+    """Rows of a trace, and what a policy makes of them, once for all the parts of the rows that are looked at.
+
+    Args:
+        trace: the rows.
+        metric: the unit of quality.
+    """
+
+    def __init__(self, trace: ExitTrace, metric: Metric) -> None:
+        self.trace, self.metric = trace, metric
+        self._policy: ExitPolicy | None = None
+        self._quality: Tensor | None = None
+
+    @cached_property
+    def full_quality(self) -> Tensor:
+        """Quality of each exit's own answer `[N, E]`, whatever the metric: what tells weak exits."""
+        return self.trace.quality
+
+    def weak_exits(self, places: Tensor) -> tuple[int, ...]:
+        """See `ExitTrace.dead_exits`, on some of the rows."""
+        return dead_exits(self.full_quality[places], self.trace.labels[places], self.trace.problem_type)
+
+    def scan(self, policy: ExitPolicy) -> Scan:
+        """Scores and answers of all rows; thresholds do not matter to them."""
+        if self._policy != (bare := policy.with_thresholds(None)):
+            self._policy, self._scan, self._quality = bare, bare.scan(self.trace), None
+        return self._scan
+
+    def quality(self, policy: ExitPolicy, places: Tensor) -> Array:
+        """What the policy's answer at each exit is worth on some of the rows `[n, E]`."""
+        answers, labels, problem_type = self.scan(policy).answers, self.trace.labels, self.trace.problem_type
+        if not self.metric.is_mean:  # a row's part depends on the others
+            part: Array = self.metric.per_row(answers[places], labels[places], problem_type).numpy()
+            return part
+        if self._quality is None:
+            self._quality = self.metric.per_row(answers, labels, problem_type)
+        quality: Array = self._quality[places].numpy()
+        return quality
+
+
+class Choice(NamedTuple):
+    """A policy with thresholds, the rows that chose them `[n]`, the curve they were picked from, and muted exits."""
+
+    policy: ExitPolicy
+    places: Tensor
+    curve: Curve
+    weak: tuple[int, ...]
+
+
+def choose(recipe: Recipe, pool: Pool, places: Tensor) -> Choice:
+    """Follow a recipe on some rows of a trace, and on no others.
 
     Raises:
         CalibrationError: for rows that cannot be split, a policy of another model, or a target that cannot be met.
     """
-    weak = () if recipe.keep_weak_exits else trace.dead_exits()
-    taught = rows = trace
+    weak = () if recipe.keep_weak_exits else pool.weak_exits(places)
+    taught = rows = places
     if learns(recipe.policy):
-        taught, rows = map(trace.select, split_places(trace.num_rows, recipe.learning_share, recipe.seed))
-    policy = make_policy(recipe, taught, weak)
-    scores, curve = policy_curve(recipe, policy, rows)
-    policy = policy.with_thresholds(as_thresholds(curve.thresholds[recipe.target.pick(curve)]))
+        taught, rows = (places[part] for part in split_places(len(places), recipe.learning_share, recipe.seed))
+    policy = make_policy(recipe, pool.trace.select(taught) if learns(recipe.policy) else pool.trace, weak)
+    curve = policy_curve(recipe, policy, pool, rows)
+    thresholds = as_thresholds(curve.thresholds[recipe.target.pick(curve)])
+    return Choice(policy.with_thresholds(thresholds), rows, curve, weak)
+
+
+def choose_setting(recipe: Recipe, pool: Pool) -> Setting:
+    """Follow a recipe on all rows of a trace."""
+    trace = pool.trace
+    policy, places, curve, weak = choose(recipe, pool, torch.arange(trace.num_rows))
     return Setting(
-        policy=policy, rows=rows, num_learning_rows=trace.num_rows - rows.num_rows, scores=scores, curve=curve, weak=weak
+        policy=policy,
+        rows=trace if len(places) == trace.num_rows else trace.select(places),
+        num_learning_rows=trace.num_rows - len(places),
+        scores=pool.scan(policy).scores[places],
+        curve=curve,
+        weak=weak,
     )
 
 
-def policy_curve(recipe: Recipe, policy: ExitPolicy, rows: ExitTrace) -> tuple[Tensor, Curve]:
-    """Every exit's scores `[N, E]`, and what a policy with closed exits costs and is worth at every setting."""
-    scores, answers = policy.scan(rows)
-    quality = recipe.metric.per_row(answers, rows.labels, rows.problem_type).numpy()
-    cost = np.asarray(rows.costs)
-    visible = scores.double().numpy()  # -inf at muted exits
+def policy_curve(recipe: Recipe, policy: ExitPolicy, pool: Pool, places: Tensor) -> Curve:
+    """What a policy with closed exits costs and is worth at every setting, on some rows."""
+    quality, scores, cost = pool.quality(policy, places), pool.scan(policy).scores, np.asarray(pool.trace.costs)
+    visible = scores[places].double().numpy()  # -inf at muted exits
     if recipe.per_exit:
         rules = recipe.target.rules(quality, recipe.min_leavers)
         curve = per_exit_curve(visible, quality, cost, rules, policy.lowest_threshold, policy.counts)
     else:
         curve = single_threshold_curve(visible, quality, cost, policy.lowest_threshold, policy.counts)
-    if not recipe.metric.is_mean:
-        curve = curve_of(thinned(curve).thresholds, visible, answers, rows, recipe.metric)
-    return scores, curve
+    if recipe.metric.is_mean:
+        return curve
+    return curve_of(thinned(curve).thresholds, policy, pool, places)
 
 
-def curve_of(thresholds: Array, scores: Array, answers: Tensor, rows: ExitTrace, metric: Metric) -> Curve:
+def curve_of(thresholds: Array, policy: ExitPolicy, pool: Pool, places: Tensor) -> Curve:
     """What given settings cost and are worth on some rows.
 
     Args:
         thresholds: `[K, E - 1]`, nan where an exit is closed.
-        scores: `[N, E]`, -inf at muted exits.
-        answers: of the policy at each exit `[N, E, C]`.
-        rows: the rows.
-        metric: the unit.
+        policy: whose thresholds they are.
+        pool, places: the rows.
     """
-    every, cost, full = torch.arange(rows.num_rows), np.asarray(rows.costs), rows.logits[:, -1]
-    exits = [torch.from_numpy(exits_taken(scores, vector)) for vector in thresholds]
-    compared = [metric.compare(answers[every, taken], full, rows.labels, rows.problem_type) for taken in exits]
-    quality, _, error = np.array(compared).T
-    return Curve(thresholds, np.array([cost[taken.numpy()].mean() for taken in exits]), quality, error)
+    trace, metric, (scores, answers), cost = pool.trace, pool.metric, pool.scan(policy), np.asarray(pool.trace.costs)
+    visible = np.asfortranarray(scores[places].double().numpy())
+    if metric.is_mean:
+        quality = pool.quality(policy, places)
+        gain, full = quality - quality[:, -1:], float(quality[:, -1].mean())
+        means = means_along(thresholds, visible, [np.broadcast_to(cost, gain.shape), gain, gain**2])
+        return Curve(thresholds, means[0], means[1] + full, standard_error(means[1], means[2], len(gain)))
+    full_logits, labels = trace.logits[places, -1], trace.labels[places]
+    exits = [torch.from_numpy(exits_taken(visible, vector)) for vector in thresholds]
+    compared = [metric.compare(answers[places, taken], full_logits, labels, trace.problem_type) for taken in exits]
+    worth, _, error = np.array(compared).T
+    return Curve(thresholds, np.array([cost[taken.numpy()].mean() for taken in exits]), worth, error)
 
 
 def thinned(curve: Curve) -> Curve:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_earlyexit.calibration import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, calibrate
+from hf_earlyexit.calibration import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, calibrate, settings
 from hf_earlyexit.errors import CalibrationError, PolicyError, UnknownNameError, UsageError
 from hf_earlyexit.policies import POLICIES, BeemAccuracyPolicy, BeemCostPolicy, ConfidencePolicy
 from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
@@ -132,7 +132,7 @@ def test_learning_rows_and_threshold_rows_are_disjoint_and_counted(monkeypatch, 
     logits[:, 0, 0] = 5 + torch.arange(200) / 1024  # each row can be told from all others
     numbered = dataclasses.replace(trace, logits=logits)
     cls, seen = POLICIES.get(name), {}
-    learn, scan = cls.learn.__func__, cls.scan
+    learn, curve = cls.learn.__func__, settings.policy_curve
 
     def rows_of(part):
         return set(part.logits[:, 0, 0].tolist())
@@ -141,12 +141,12 @@ def test_learning_rows_and_threshold_rows_are_disjoint_and_counted(monkeypatch, 
         seen["learning"] = rows_of(part)
         return learn(cls, part, **options)
 
-    def spy_scan(self, part):
-        seen.setdefault("thresholds", set()).update(rows_of(part))
-        return scan(self, part)
+    def spy_curve(recipe, policy, pool, places):
+        seen.setdefault("thresholds", set()).update(rows_of(pool.trace.select(places)))
+        return curve(recipe, policy, pool, places)
 
     monkeypatch.setattr(cls, "learn", classmethod(spy_learn))
-    monkeypatch.setattr(cls, "scan", spy_scan)
+    monkeypatch.setattr(settings, "policy_curve", spy_curve)
     found = calibrate(numbered, name, MaxDrop(0.05), learning_share=share, folds=0)
     assert not seen["learning"] & seen["thresholds"]
     assert seen["learning"] | seen["thresholds"] == rows_of(numbered)
