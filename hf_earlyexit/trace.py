@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .errors import CheckpointError, DataError
 from .files import read_tensors, write_tensors
-from .policies.base import ExitSignal
 from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
+from .signals import SIGNALS, ExitSignal
 from .values import MOST_LAYERS, are_layers, is_real
 
 FORMAT = "hf_earlyexit.trace/1"
+SCALAR = "scalars."  # before the names of signals in a file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,8 +32,8 @@ class ExitTrace:
         exit_layers: layer (1-based) of each exit, ascending; the last is the number of layers.
         problem_type: what the labels mean.
         split: the rows' origin, such as "held-back"; "train" marks rows the exits were trained on.
-        gates: leave logits `[N, E - 1]` or `None`.
-        similarities: cosine of the states before and after each exit's layer `[N, E]`, or `None`.
+        scalars: what exits tell beside their logits, by the names of `SIGNALS`: `[N, E]`, or `[N, E - 1]` of signals that
+            the last exit does not give, such as leave logits of gates.
         cost: cost of leaving at each exit, in layers; `None` for the layers' numbers.
         labelled: False where nobody gave labels, and those of the full model stand in for them: quality is then agreement.
         fingerprint: of the model that made the logits; empty if unknown.
@@ -40,6 +41,7 @@ class ExitTrace:
 
     Raises:
         DataError: if shapes or types do not fit each other, a number is not finite, or cost does not ascend from above 0.
+        UnknownNameError: for a signal that no registry holds.
     """
 
     logits: Tensor
@@ -47,8 +49,7 @@ class ExitTrace:
     exit_layers: tuple[int, ...]
     problem_type: str = SINGLE_LABEL
     split: str = "held-back"
-    gates: Tensor | None = None
-    similarities: Tensor | None = None
+    scalars: dict[str, Tensor] = field(default_factory=dict)
     cost: tuple[float, ...] | None = None
     labelled: bool = True
     fingerprint: str = ""
@@ -62,13 +63,13 @@ class ExitTrace:
                 field="logits",
             )
         _check_plain(self)
-        for name, values, exits in self._beside():
-            if values is not None and values.shape != (self.num_rows, exits):
+        object.__setattr__(self, "scalars", dict(self.scalars))
+        for name, values in self.scalars.items():
+            exits = self.num_exits - (not SIGNALS.get(name).at_last)
+            if values.shape != (self.num_rows, exits):
                 raise DataError(f"{name} has shape {list(values.shape)}; expected [{self.num_rows}, {exits}].", field=name)
         _check_labels(self.labels, self.num_rows, self.logits.shape[-1], self.problem_type)
-        for name, values in (("logits", self.logits), *((name, values) for name, values, _ in self._beside())):
-            if values is None:
-                continue
+        for name, values in {"logits": self.logits, **self.scalars}.items():
             if not values.is_floating_point():
                 raise DataError(f"{name} are {values.dtype}; expected float32.", field=name)
             if not bool(torch.isfinite(values).all()):
@@ -76,10 +77,6 @@ class ExitTrace:
                 raise DataError(
                     f"Row {row} has a value in {name} that is not finite; check the model's weights and dtype.", field=name
                 )
-
-    def _beside(self) -> tuple[tuple[str, Tensor | None, int], ...]:
-        """What there may be beside the logits: name, values, number of exits."""
-        return ("gates", self.gates, self.num_exits - 1), ("similarities", self.similarities, self.num_exits)
 
     @property
     def num_rows(self) -> int:
@@ -103,17 +100,15 @@ class ExitTrace:
 
     def signal(self, exit_index: int) -> ExitSignal:
         """What exit `exit_index` (0-based) told about every row."""
-        beside = (
-            None if values is None or exit_index == exits else values[:, exit_index] for _, values, exits in self._beside()
-        )
-        return ExitSignal(self.logits[:, exit_index], *beside)
+        scalars = {name: values[:, exit_index] for name, values in self.scalars.items() if exit_index < values.shape[1]}
+        return ExitSignal(self.logits[:, exit_index], scalars)
 
     def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
         """The trace of some rows, in the given order."""
         index = torch.as_tensor(rows)
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
-        beside = {name: None if values is None else values[index] for name, values, _ in self._beside()}
-        return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], **beside})
+        scalars = {name: values[index] for name, values in self.scalars.items()}
+        return ExitTrace(**{**vars(self), "logits": self.logits[index], "labels": self.labels[index], "scalars": scalars})
 
     def dead_exits(self, sigmas: float = 1.645) -> tuple[int, ...]:
         """Exits (0-based, the last excepted) that are no better than always giving the most frequent answer.
@@ -125,10 +120,9 @@ class ExitTrace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file."""
-        beside = {name: values for name, values, _ in self._beside()}
-        tensors = {"logits": self.logits, "labels": self.labels} | {k: v for k, v in beside.items() if v is not None}
-        plain = {name: value for name, value in vars(self).items() if name not in ("logits", "labels", *beside)}
-        write_tensors(path, FORMAT, plain, tensors)
+        tensors = {"logits": self.logits, "labels": self.labels}
+        plain = {name: value for name, value in vars(self).items() if name not in (*tensors, "scalars")}
+        write_tensors(path, FORMAT, plain, tensors | {SCALAR + name: values for name, values in self.scalars.items()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> ExitTrace:
@@ -140,7 +134,8 @@ class ExitTrace:
         try:
             plain, tensors = read_tensors(path, FORMAT)
             cost = plain.get("cost")
-            return cls(**{**plain, "cost": tuple(cost) if isinstance(cost, list) else cost}, **tensors)
+            scalars = {name.removeprefix(SCALAR): tensors.pop(name) for name in list(tensors) if name.startswith(SCALAR)}
+            return cls(**{**plain, "cost": tuple(cost) if isinstance(cost, list) else cost}, **tensors, scalars=scalars)
         except (OSError, SafetensorError, TypeError, ValueError) as error:  # data errors are ValueErrors
             raise CheckpointError(
                 f"{path} is not an exit trace, or cannot be read as one ({error}); collect the trace again.",
@@ -185,7 +180,7 @@ def _check_plain(trace: ExitTrace) -> None:
             field="cost",
             value=cost,
         )
-    for name, kind in (("split", str), ("fingerprint", str), ("meta", dict)):
+    for name, kind in (("split", str), ("fingerprint", str), ("meta", dict), ("scalars", dict)):
         if not isinstance(getattr(trace, name), kind):
             value = getattr(trace, name)
             raise DataError(f"{name} is {value!r}; expected a {kind.__name__}.", field=name, value=value)

@@ -102,9 +102,11 @@ def open_policy(random_batch):
         cls = POLICIES.get(name)
         problem = model.config.resolved_problem_type
         with torch.inference_mode():
-            logits = model(**random_batch(100, seed=12345), early_exit=False).exit_logits
+            output = model(**random_batch(100, seed=12345), early_exit=False, exit_signals=model.signals)
+        logits, scalars = output.exit_logits, output.exit_scalars or {}
         labels = logits[:, -1].argmax(-1) if problem == SINGLE_LABEL else (logits[:, -1] > 0).float()
-        trace = ee.ExitTrace(logits=logits, labels=labels, exit_layers=model.exit_layers, problem_type=problem)
+        exits = {"exit_layers": model.exit_layers, "problem_type": problem}
+        trace = ee.ExitTrace(logits=logits, labels=labels, scalars=scalars, **exits)
         if name == "beem":
             options.setdefault("weights", tuple(0.5 + index for index in range(trace.num_exits)))
         if name == "patience" and problem == REGRESSION:

@@ -30,8 +30,7 @@ def learned_trace(
     calm = 2 - noise.abs().amax(-1)
     fields = {
         "exit_layers": tuple(range(1, exits + 1)),
-        "gates": calm[:, :-1],
-        "similarities": calm.tanh(),
+        "scalars": {"gate": calm[:, :-1], "similarity": calm.tanh()},
         **fields,
     }
     return ExitTrace(logits=logits, labels=labels, problem_type=problem_type, **fields)
@@ -65,7 +64,7 @@ class Exits:
     def signal(self, exit_index: int) -> ExitSignal:
         logits = self.logits[:, exit_index]
         any_value = logits.abs().amax(-1) - 1  # any gate and any cosine will do
-        return ExitSignal(logits, any_value, any_value.tanh())
+        return ExitSignal(logits, {"gate": any_value, "similarity": any_value.tanh()})
 
 
 def two_class_row(confidences, classes) -> Tensor:

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What a part (a folder, or a file beside them) may import from the others. A new part needs a line here.
 BASE = {"errors", "registry", "problem_types", "labels", "files", "citations", "values"}
-PURE = BASE | {"folder_swap", "policies", "trace", "losses", "metrics", "calibration"}
+PURE = BASE | {"folder_swap", "signals", "policies", "trace", "losses", "metrics", "calibration"}
 WALK = PURE | {"families", "walking"}
 SERVE = WALK | {"images", "modeling", "serving"}
 ALLOWED = {
@@ -29,12 +29,13 @@ ALLOWED = {
     "images": {"errors"},
     "data": BASE,
     "losses": BASE,
-    "policies": BASE | {"losses"},
-    "trace": BASE | {"policies"},
+    "signals": BASE,
+    "policies": BASE | {"losses", "signals"},
+    "trace": BASE | {"signals"},
     "metrics": BASE | {"trace"},
     "calibration": BASE | {"policies", "trace", "metrics"},
     "families": BASE,
-    "walking": BASE | {"policies", "families"},
+    "walking": BASE | {"signals", "policies", "families"},
     "modeling": WALK,
     "serving": WALK | {"images", "modeling"},
     "measuring": SERVE,

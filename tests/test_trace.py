@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_earlyexit.errors import CheckpointError, DataError
+from hf_earlyexit.errors import CheckpointError, DataError, UnknownNameError
 from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.trace import FORMAT, ExitTrace
 from tests.samples import learned_trace, sst2_trace
@@ -45,8 +45,6 @@ def test_shapes_that_do_not_fit_each_other_are_refused(field, value):
         ("exit_layers", (0, 4, 6)),
         ("cost", (1.0, 2.0)),
         ("cost", (1.0, float("nan"), 3.0)),
-        ("gates", torch.zeros(5, 3)),
-        ("gates", torch.zeros(4, 2)),
         ("problem_type", "clasification"),
     ],
 )
@@ -54,6 +52,21 @@ def test_fields_that_cannot_be_true_are_refused_by_name(field, value):
     with pytest.raises(DataError) as caught:
         trace(**{field: value})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("gate", torch.zeros(5, 3)), ("gate", torch.zeros(4, 2)), ("similarity", torch.zeros(5, 2)), ("gate", torch.zeros(5))],
+)
+def test_signals_of_another_shape_are_refused_by_name(name, values):
+    with pytest.raises(DataError, match=f"{name} has shape") as caught:
+        trace(scalars={name: values})
+    assert caught.value.field == name
+
+
+def test_signals_that_nobody_knows_are_refused_with_the_nearest_name():
+    with pytest.raises(UnknownNameError, match="Did you mean 'similarity'"):
+        trace(scalars={"similarities": torch.zeros(5, 3)})
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(5, 3), torch.zeros(5)], ids=["one-too-many", "not-one-per-label"])
@@ -98,12 +111,12 @@ def test_an_empty_trace_is_a_trace():
 def test_signals_are_the_columns_and_the_last_exit_has_no_gate():
     gates = torch.arange(10.0).reshape(5, 2)
     logits = torch.arange(30.0).reshape(5, 3, 2)
-    full = trace(logits=logits, gates=gates)
+    full = trace(logits=logits, scalars={"gate": gates})
     assert torch.equal(full.signal(1).logits, logits[:, 1])
-    assert torch.equal(full.signal(1).gate, gates[:, 1])
+    assert torch.equal(full.signal(1).scalars["gate"], gates[:, 1])
     assert torch.equal(full.signal(2).logits, logits[:, 2])
-    assert full.signal(2).gate is None
-    assert trace().signal(0).gate is None
+    assert full.signal(2).scalars == {}
+    assert trace().signal(0).scalars == {}
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
@@ -114,11 +127,12 @@ def test_quality_is_one_number_per_row_and_exit(problem_type):
 
 
 def test_select_takes_rows_in_the_given_order_with_all_that_belongs_to_them():
-    full = learned_trace(6, gates=torch.arange(18.0).reshape(6, 3), fingerprint="abc", meta={"a": 1}, split="dev")
+    scalars = {"gate": torch.arange(18.0).reshape(6, 3)}
+    full = learned_trace(6, scalars=scalars, fingerprint="abc", meta={"a": 1}, split="dev")
     part = full.select([4, 0, 4])
     assert torch.equal(part.logits, full.logits[[4, 0, 4]])
     assert torch.equal(part.labels, full.labels[[4, 0, 4]])
-    assert torch.equal(part.gates, full.gates[[4, 0, 4]])
+    assert torch.equal(part.scalars["gate"], full.scalars["gate"][[4, 0, 4]])
     assert (part.exit_layers, part.fingerprint, part.meta, part.split) == (full.exit_layers, "abc", {"a": 1}, "dev")
 
 
@@ -135,16 +149,19 @@ def test_select_of_nothing_is_empty():
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
 @pytest.mark.parametrize("gated", [True, False])
 def test_saving_and_loading_is_exact(tmp_path, problem_type, gated):
-    gates = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)) if gated else None
+    scalars = {"gate": torch.randn(8, 3, generator=torch.Generator().manual_seed(1))} if gated else {}
     meta = {"dtype": "bfloat16", "versions": {"torch": "2"}}
     full = learned_trace(
-        8, problem_type=problem_type, gates=gates, cost=(1.1, 2.1, 3.1, 4.3), split="dev", fingerprint="f00", meta=meta
+        8, problem_type=problem_type, scalars=scalars, cost=(1.1, 2.1, 3.1, 4.3), split="dev", fingerprint="f00", meta=meta
     )
     full.save(tmp_path / "trace.safetensors")
     back = ExitTrace.load(tmp_path / "trace.safetensors")
     for name, value in vars(full).items():
         found = getattr(back, name)
-        if isinstance(value, torch.Tensor):
+        if name == "scalars":
+            assert found.keys() == value.keys()
+            assert all(torch.equal(found[signal], values) for signal, values in value.items())
+        elif isinstance(value, torch.Tensor):
             assert found.dtype == value.dtype
             assert torch.equal(found, value), name
         else:
@@ -246,15 +263,18 @@ def test_on_the_real_mean_pooled_trace_no_exit_is_dead(data_path):
     assert full.quality[:, -1].mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["gates", "similarities"])
+@pytest.mark.parametrize("name", ["gate", "similarity"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_signals_beside_the_logits_are_finite(name, value):
-    exits = {"gates": 3, "similarities": 4}[name]
+    exits = {"gate": 3, "similarity": 4}[name]
     values = torch.rand(6, exits)
     values[3:, 1] = value
     with pytest.raises(DataError, match=f"Row 3 has a value in {name} that is not finite") as caught:
         trace(
-            logits=torch.zeros(6, 4, 2), labels=torch.zeros(6, dtype=torch.long), exit_layers=(1, 2, 3, 4), **{name: values}
+            logits=torch.zeros(6, 4, 2),
+            labels=torch.zeros(6, dtype=torch.long),
+            exit_layers=(1, 2, 3, 4),
+            scalars={name: values},
         )
     assert caught.value.field == name
 

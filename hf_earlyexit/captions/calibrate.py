@@ -21,6 +21,7 @@ from ..errors import CalibrationError, UsageError
 from ..modeling.fingerprint import model_fingerprint
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
+from ..signals import known_signals
 from .checks import check_generation, generation_settings
 from .judge import CaptionMetric, Judge, listed_references
 from .result import FULL, CaptionCalibrationResult, curve_of
@@ -189,13 +190,11 @@ def _check(
         if options:
             raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")
         model.config.check_policy(policy)
-    elif POLICIES.get(policy).uses_gate and not len(model.exit_gates):
-        raise CalibrationError(
-            f"The {policy} policy reads gates, and the model has none: load it with exit_gate='linear', and teach them with "
-            "EarlyExitCaptioningTrainer(learn_gates=True).",
-            field="policy",
-            value=policy,
-        )
+    else:
+        try:
+            model.require_signals(known_signals(POLICIES.get(policy).asks))
+        except UsageError as error:
+            raise CalibrationError(f"The {policy} policy cannot decide: {error}", field="policy", value=policy) from error
     settings = generation_settings(model, generation)
     for name, most in (("do_sample", False), ("num_return_sequences", 1)):
         value = getattr(settings, name)

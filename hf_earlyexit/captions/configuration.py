@@ -49,9 +49,8 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitConfig, VisionEncoderDecoderC
     door = "EarlyExitVisionEncoderDecoder"
     auto_models = ("AutoModel", "AutoModelForImageTextToText")
     heads: ClassVar[Registry] = WORD_HEADS
-    gives_similarity = True
     # a list, as Trainer adds another to it
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_logits", "exit_gates", "exit_layer", *CACHE_NAMES]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_logits", "exit_scalars", "exit_layer", *CACHE_NAMES]
 
     exit_head: str = "tied"
     exit_rank: int = 64

@@ -175,7 +175,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                 depth.
             early_exit, operating_point: as in `generate`.
             exit_tokens: booleans `[B, T]` with N true: where every exit answers, only these tokens get `exit_logits`
-                `[N, E, V]` and `exit_gates` `[N, E - 1]`; that saves memory in training.
+                `[N, E, V]` and `exit_scalars` `[N, E - 1]`; that saves memory in training.
             decoder_exits: what `generate` carries from token to token.
             decoder_attention_mask, cache, decoder_inputs_embeds, use_cache, return_dict, kwargs: as in the stock model; the
                 cache by any name that a release of transformers gave it.
@@ -233,7 +233,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         output.exit_logits = torch.stack([*early, chosen(output.logits)], -2)  # [B, T, E, V]
         if self.exit_gates:
             gates = zip(self.exit_layers, states, strict=False)
-            output.exit_gates = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)
+            leave_logits = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)
+            output.exit_scalars = {"gate": leave_logits}
         if self.training and labels is not None:
             given = chosen(labels).flatten()
             logits = output.exit_logits.reshape(len(given), *output.exit_logits.shape[-2:])

@@ -51,16 +51,15 @@ class TokenLessons:
 
     Attributes:
         quality: whether each exit's word is the full model's `[N, E]`.
-        gates, similarities: `None` where the model has none.
+        scalars: names of the signals that the model gives.
     """
 
     problem_type = SINGLE_LABEL
-    similarities = True
 
     def __init__(self, model: Any, trace: TokenTrace | None = None) -> None:
         self.exit_layers = model.exit_layers
         self.num_exits = len(self.exit_layers)
-        self.gates = True if len(model.exit_gates) else None
+        self.scalars: tuple[str, ...] = model.signals
         self._trace = trace
 
     @property
@@ -163,7 +162,7 @@ def _trace_batch(model: Any, states: Tensor, captions: Captions, policy: ExitPol
         if policy is not None and index in policy.muted:
             score = score - torch.inf
         elif policy is not None:
-            signal = walker.signal(index, hidden[layer], hidden[layer - 1])
+            signal = walker.exit_signal(index, hidden[layer], None, policy.asks_at(index), hidden[layer - 1])
             state, score, _ = policy.update(state, signal, index)
             logits = signal.logits if walker.policy_answers else None
         logits = model.exit_logits(index, hidden[layer][:, 0]) if logits is None else logits

@@ -191,7 +191,8 @@ def gate_value(outputs: Any) -> ObjectiveValue:
     """Binary cross entropy of every gate on whether its exit's first word is the last exit's, and their mean."""
     first = outputs.exit_logits.argmax(-1)
     right = (first[:, :-1] == first[:, -1:]).float()
-    losses = functional.binary_cross_entropy_with_logits(outputs.exit_gates.float(), right, reduction="none").mean(0)
+    gates = outputs.exit_scalars["gate"].float()
+    losses = functional.binary_cross_entropy_with_logits(gates, right, reduction="none").mean(0)
     return ObjectiveValue(losses.mean(), losses)
 
 
@@ -206,8 +207,8 @@ def row_sums(outputs: Any, labels: Tensor) -> Tensor:
     words = logits.argmax(-1)  # [N, E]
     losses = torch.cat([row_losses(part[:, None], truth, SINGLE_LABEL) for part in logits.unbind(1)], 1)
     columns = [torch.ones_like(truth)[:, None], words == truth[:, None], losses]
-    if outputs.exit_gates is not None:
-        open_ = functional.pad(outputs.exit_gates >= 0, (0, 1), value=True)
+    if outputs.exit_scalars is not None:
+        open_ = functional.pad(outputs.exit_scalars["gate"] >= 0, (0, 1), value=True)
         taken = open_.int().argmax(1, keepdim=True)
         columns += [functional.one_hot(taken[:, 0], logits.shape[1]), words.gather(1, taken) == words[:, -1:]]
     table = torch.cat([column.float() for column in columns], 1)

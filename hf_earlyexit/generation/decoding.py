@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ from transformers import StoppingCriteriaList
 
 from ..families.decoders import TokenContext, cache_name
 from ..modeling.outputs import EarlyExitCaptionerOutput
-from ..policies.base import ExitPolicy, ExitSignal
+from ..policies.base import ExitPolicy
 from ..policies.decay import decayed
+from ..signals import ExitPoint, ExitSignal, scalars_of
 from .token_cache import Entry, TokenCache
 from .word_heads import WORD_HEADS, Shortlist
 
@@ -102,13 +103,13 @@ class DecoderWalker:
         self.layers = self.backbone.layers(model.decoder)
         self.exit_layers: tuple[int, ...] = model.exit_layers
         self.num_words = 0  # that the policy's signals are about
-        if policy.uses_logits:
+        if policy.reads_logits:
             self.num_words = model.config.decoder.vocab_size
             if model.config.exit_signal == "shortlist":
                 run.shortlist = run.shortlist or Shortlist(model.exit_shortlist)
                 self.num_words = len(run.shortlist.words)
-        self.shortlist = run.shortlist if policy.uses_logits else None
-        self.policy_answers = policy.uses_logits and self.shortlist is None
+        self.shortlist = run.shortlist if policy.reads_logits else None
+        self.policy_answers = policy.reads_logits and self.shortlist is None
         # the vocabulary layer is read once for all rows, wherever they left
         self.words_last = not self.policy_answers and WORD_HEADS.get(model.config.exit_head).borrows
 
@@ -120,20 +121,32 @@ class DecoderWalker:
         """Keys and values that layer `layer` makes of states that do not run it."""
         return Entry(*self.backbone.project(self.layers[layer - 1], hidden))
 
-    def signal(self, exit_index: int, hidden: Tensor, before: Tensor) -> ExitSignal:
-        """What exit `exit_index` says of the states after its layer; `before` is what came into the layer."""
-        hidden, before = hidden[:, 0], before[:, 0]
+    def exit_signal(
+        self,
+        exit_index: int,
+        hidden: Tensor,
+        context: TokenContext | None,
+        asks: Sequence[str] = (),
+        before: Tensor | None = None,
+    ) -> ExitSignal:
+        """What exit `exit_index` tells of the states after its layer, `[B, 1, H]`: see `walking.loop.Walker`."""
+        hidden = hidden[:, 0]
         if self.shortlist is not None:
             features = self.model.features(exit_index, hidden)
             logits = self.shortlist.logits(features, self.model.vocabulary(exit_index))
         else:
             logits = self.word_logits(exit_index, hidden) if self.policy_answers else hidden[:, :0]
-        gate = similarity = None
-        if self.policy.uses_gate and exit_index < len(self.exit_layers) - 1:
-            gate = self.model.exit_gates[str(self.exit_layers[exit_index])](hidden, None)
-        if self.policy.uses_similarity:
-            similarity = cosine(before, hidden)
-        return ExitSignal(logits, gate, similarity)
+        if not asks:
+            return ExitSignal(logits)
+        last, gates = exit_index == len(self.exit_layers) - 1, self.model.exit_gates
+        point = ExitPoint(
+            logits if self.policy.reads_logits else None,
+            pooled=None if last else hidden,
+            before=None if before is None else before[:, 0],
+            after=hidden,
+            gate=gates[str(self.exit_layers[exit_index])] if len(gates) and not last else None,
+        )
+        return ExitSignal(logits, scalars_of(asks, point))
 
     def word_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
         """The exit's logits over the whole vocabulary, `[B, V]`."""
@@ -148,13 +161,6 @@ class DecoderWalker:
     def token(self, answers: Tensor, exit_index: Tensor) -> Token:
         """The answers of all rows, from what was kept of each."""
         return Token(self.model.words(answers) if self.words_last else answers, exit_index)
-
-
-def cosine(before: Tensor, after: Tensor) -> Tensor:
-    """Cosine of states `[..., H]`, `[...]`, in float32; the same to the bit in every batch size."""
-    before, after = before.float(), after.float()
-    inner, first, second = (before * after).sum(-1), before.square().sum(-1), after.square().sum(-1)
-    return inner / (first * second).sqrt().clamp_min(1e-12)
 
 
 def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, rows: Tensor) -> Token:
@@ -185,7 +191,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
             continue
         answer, decided = None, [True] * len(rows)
         if layer < last or walker.policy_answers:
-            signal = walker.signal(index, hidden, before)
+            signal = walker.exit_signal(index, hidden, context, policy.asks_at(index), before)
             state, _, answer, leave = policy.step(state, signal, index)
             decided = leave.tolist()  # the one wait for the device
         if not any(decided):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,7 +17,8 @@ from ..families.context import Context, Part
 from ..families.packed import Packed
 from ..labels import read_labels
 from ..losses import WeightedObjective, task_loss
-from ..policies import ExitPolicy, ExitSignal
+from ..policies import ExitPolicy
+from ..signals import SIGNALS, ExitPoint, ExitSignal, scalars_of
 from ..walking.loop import run_all, run_early
 from .exits import ModelWithExits
 from .gates import new_gates
@@ -57,17 +59,26 @@ class EarlyExitClassifier(ModelWithExits):
             return self.family.packed_layer(module)(hidden, context)
         return self.family.call(module, hidden, context)
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
-        """What exit `exit_index` (0-based) says of the hidden states after its layer, its gate where there is one."""
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        """What exit `exit_index` (0-based) tells of the hidden states after its layer: see `Walker`."""
         layer, family = self.config.exit_layers[exit_index], self.family
+        pooled = gate = None
         if layer == self.config.num_hidden_layers:
-            parts = self._parts(hidden, context, family.reads_one_token(self.config))
-            return ExitSignal(_joined([family.answer(self, part) for part in parts]))
-        head = self.exit_heads[str(layer)]
-        state = _joined([head.pool(part, self._stock_pool) for part in self._parts(hidden, context, head.one_token)])
-        logits = head(state)
-        with_gate = with_gate and str(layer) in self.exit_gates
-        return ExitSignal(logits, self.exit_gates[str(layer)](state, logits) if with_gate else None)
+            one_token = family.reads_one_token(self.config)
+            logits = _joined([family.answer(self, part) for part in self._parts(hidden, context, one_token)])
+        else:
+            head, one_token = self.exit_heads[str(layer)], self.exit_heads[str(layer)].one_token
+            pooled = _joined([head.pool(part, self._stock_pool) for part in self._parts(hidden, context, one_token)])
+            logits = head(pooled)
+            gate = self.exit_gates[str(layer)] if len(self.exit_gates) else None
+        if not asks:
+            return ExitSignal(logits)
+        states = [None, None]
+        if before is not None and any(SIGNALS.get(name).reads_states for name in asks):
+            states = [_state(context.for_head(part, one_token), one_token) for part in (before, hidden)]
+        return ExitSignal(logits, scalars_of(asks, ExitPoint(logits, pooled, *states, gate)))
 
     def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
         """What a head reads, behind the stock model's final norm."""
@@ -108,10 +119,12 @@ class EarlyExitClassifier(ModelWithExits):
         labels: Tensor | None,
         early_exit: bool | None,
         operating_point: str | None,
+        exit_signals: Sequence[str] | None,
         options: dict[str, Any],
     ) -> EarlyExitClassifierOutput:
         """What `forward` does, whatever the inputs are."""
         policy = self.choose_policy(early_exit, operating_point, options)
+        asks = self.signals_for(exit_signals, policy)
         if labels is not None:
             labels, problem_type = read_labels(labels, self.config, "the batch")
         if self._may_pack(policy, inputs.get("attention_mask"), options) and self.family.packs(self.base_model):
@@ -128,10 +141,10 @@ class EarlyExitClassifier(ModelWithExits):
         else:
             if not self.family.is_watched and "attentions" in wanted:
                 context = replace(context, attentions=[])
-            exit_logits, gates = run_all(self, hidden, context, self.num_labels, states if wanted else None)
+            exit_logits, scalars = run_all(self, hidden, context, self.num_labels, asks, states if wanted else None)
             depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
-                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
+                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_scalars=scalars or None, exit_layer=depth
             )
         if labels is not None:
             if self.training:
@@ -158,6 +171,7 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
         labels: Tensor | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
+        exit_signals: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch; with a policy, each row leaves at the layer where it is decided.
@@ -171,11 +185,13 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             early_exit: `None` exits early if a policy is set and the model is not training; `False` runs every exit;
                 `True` insists on early exit.
             operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model.
+            exit_signals: names of the signals that every exit gives beside its logits where all exits run; by default those
+                that are learned, such as gates.
             kwargs: passed to the layers; `output_hidden_states`, `output_attentions` and `return_dict` as usual.
 
         Raises:
-            UsageError: for early exit without a policy, in training, or with hidden states asked for.
-            UnknownNameError: for an unknown operating point.
+            UsageError: for early exit without a policy, in training, or with hidden states or signals asked for.
+            UnknownNameError: for an unknown operating point or signal.
             DataError: for inputs longer than the model takes, or labels that cannot be, by row.
         """
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -187,7 +203,7 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        return self._classify(inputs, labels, early_exit, operating_point, kwargs)
+        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, kwargs)
 
     def _require_first_token_heads(self, mask: Tensor) -> None:
         """Refuse masks that do not tell real tokens `[B, T]` where exits average these."""
@@ -211,22 +227,28 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
         interpolate_pos_encoding: bool | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
+        exit_signals: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch of images; with a policy, each leaves at the layer where it is decided.
 
         Args:
             pixel_values: `[B, channels, height, width]`, from the model's image processor.
-            labels, early_exit, operating_point, kwargs: as for texts.
+            labels, early_exit, operating_point, exit_signals, kwargs: as for texts.
             interpolate_pos_encoding: take images of another size, where the family can.
 
         Raises:
-            UsageError: for early exit without a policy, in training, or with hidden states asked for.
-            UnknownNameError: for an unknown operating point.
+            UsageError: for early exit without a policy, in training, or with hidden states or signals asked for.
+            UnknownNameError: for an unknown operating point or signal.
             DataError: for images of another size or number of channels.
         """
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        return self._classify(inputs, labels, early_exit, operating_point, kwargs)
+        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, kwargs)
+
+
+def _state(parts: list[Part], one_token: bool) -> Tensor:
+    """One state a row `[B, H]`: of the token that answers, or the mean of the real tokens."""
+    return _joined([part.hidden[:, 0] if one_token else part.mean for part in parts])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from ..files import read_json
 from ..policies import ExitPolicy
 from ..problem_types import REGRESSION, SINGLE_LABEL
 from ..registry import Registry
+from ..signals import SIGNALS, known_signals
 from ..values import MOST_LAYERS, is_real, is_whole
 from .certificate import is_certificate, without_policy
 from .gates import GATES
@@ -71,7 +72,7 @@ class EarlyExitConfig(LoadedByShim):
     door: ClassVar[str]  # name of the model class
     auto_models: ClassVar[tuple[str, ...]] = ("AutoModel", "AutoModelForSequenceClassification")
     heads: ClassVar[Registry] = HEADS
-    gives_similarity: ClassVar[bool] = False  # whether exits report how much their layer changed the state
+    gates: ClassVar[Registry] = GATES
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_raw({**vars(self), **kwargs})
@@ -209,12 +210,11 @@ class EarlyExitConfig(LoadedByShim):
         self.check_policy(policy)
 
     def check_policy(self, policy: ExitPolicy) -> None:
-        """Refuse a policy made for other exits or another problem type, or one that reads gates the model lacks."""
-        if policy.uses_gate and self.exit_gate is None:
-            kinds = " or ".join(GATES.names())
-            raise wrong("exit_gate", None, f"a kind of gate, {kinds}: the {policy.name} policy reads them")
-        if policy.uses_similarity and not self.gives_similarity:
-            raise wrong("exit_policy", policy.name, "a rule for classifiers: only captioners report similarities")
+        """Refuse a policy made for other exits or another problem type, or one that reads signals the model lacks."""
+        for name in known_signals(policy.asks):
+            if (lack := SIGNALS.get(name).lacks(self)) is not None:
+                words = f"{lack.expected}: the {policy.name} policy reads them"
+                raise wrong(lack.field, getattr(self, lack.field, None), words)
         if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
             raise wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
         if policy.num_exits != len(self.exit_layers):
@@ -251,7 +251,7 @@ class EarlyExitClassifierConfig(EarlyExitConfig):
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "exit_logits",
-        "exit_gates",
+        "exit_scalars",
         "exit_layer",
         "exit_score",
         "hidden_states",

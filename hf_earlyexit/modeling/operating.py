@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..calibration.result import CalibrationResult
 from ..errors import EarlyExitConfigError, UsageError
 from ..policies import ExitPolicy
 from ..registry import unknown_name
+from ..signals import SIGNALS, known_signals, signals_of
 from .certificate import Fingerprints, certify
 from .configuration import DEFAULT, EXACT
 
@@ -137,6 +138,48 @@ class OperatingPoints:
                     field=flag,
                 )
         return policy
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals that the exits can give beside their logits."""
+        return signals_of(self.config)
+
+    def signals_for(self, names: Sequence[str] | None, policy: ExitPolicy | None) -> tuple[str, ...]:
+        """The signals that a full pass gives.
+
+        Args:
+            names: as the call asks for them; `None` for those that are learned.
+            policy: of the call; `None` where all exits run.
+
+        Raises:
+            UsageError: for signals asked for with early exit, where most exits are never reached, or that the model lacks.
+            UnknownNameError: for an unknown signal.
+        """
+        if names is None:
+            return tuple(name for name in self.signals if SIGNALS.get(name).learned)
+        if policy is not None:
+            raise UsageError(
+                "exit_signals are told where every exit runs; pass early_exit=False with them, or leave them out.",
+                field="exit_signals",
+                value=names,
+            )
+        self.require_signals(known_signals(names))
+        return tuple(names)
+
+    def require_signals(self, names: Iterable[str]) -> None:
+        """Refuse signals that the model does not give.
+
+        Raises:
+            UsageError: naming the first, and what to do.
+        """
+        for name in names:
+            if name not in self.signals:
+                signal = SIGNALS.get(name)
+                raise UsageError(
+                    f"The exits of this model give no {signal.words} ({name!r}): {signal.cure}.",
+                    field="exit_signals",
+                    value=name,
+                )
 
     def _accept(
         self, source: ExitPolicy | CalibrationResult, fingerprints: Fingerprints, name: str | None = None

@@ -17,7 +17,8 @@ class EarlyExitClassifierOutput(ModelOutput):
         loss: scalar, where labels were given.
         logits: the answers `[B, C]`: each row's early answer, or the last exit's.
         exit_logits: every exit's logits `[B, E, C]`; only when all exits ran.
-        exit_gates: leave logits of every exit but the last `[B, E - 1]`; only with gates, when all exits ran.
+        exit_scalars: the signals that were asked for, by name `[B, E]`; only when all exits ran. `[B, E - 1]` of those that
+            the last exit does not give, such as "gate", the gates' leave logits.
         exit_layer: the layer each row left after `[B]`, 1 to L.
         exit_score: the score each row left with `[B]`, float32; only with early exit. The last exit takes whoever is left.
         hidden_states, attentions: as in the stock model; only when all exits ran.
@@ -26,7 +27,7 @@ class EarlyExitClassifierOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     exit_logits: torch.FloatTensor | None = None
-    exit_gates: torch.FloatTensor | None = None
+    exit_scalars: dict[str, torch.FloatTensor] | None = None
     exit_layer: torch.LongTensor | None = None
     exit_score: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -39,10 +40,11 @@ class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
 
     Attributes:
         exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.
-        exit_gates: leave logits of every exit but the last `[B, T, E - 1]`; only with gates, when all exits ran.
+        exit_scalars: learned signals by name, such as "gate", leave logits of every exit but the last `[B, T, E - 1]`; only
+            when all exits ran.
         exit_layer: the layer each token left after `[B, T]`, 1 to L.
     """
 
     exit_logits: torch.FloatTensor | None = None
-    exit_gates: torch.FloatTensor | None = None
+    exit_scalars: dict[str, torch.FloatTensor] | None = None
     exit_layer: torch.LongTensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -14,21 +14,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoConfig
 
+from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, DataError, UsageError
 from ..families import FAMILIES
 from ..families.context import Context, row_lengths
+from ..modeling.certificate import Fingerprints
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
-from ..policies.base import ExitSignal
+from ..policies import ExitPolicy
 from ..serving.answers import check_finite
 from ..serving.batching import pad_batch
 from ..serving.rows import TokenIds, check_any_token, check_ids
 from ..serving.walker import BatchWalker
+from ..signals import SIGNALS, ExitSignal, known_signals, names_at
 from ..walking.loop import run_all, run_early
 from .layer_files import BEGIN, exit_file, layer_file
 from .manifest import AGAIN, MANIFEST, read_manifest
-from .walk import TOKENS, hidden_after
+from .walk import SIGNAL, TOKENS, hidden_after, logits_of, scalar_of
 
 
 class OnnxWalker(BatchWalker):
@@ -52,6 +55,8 @@ class OnnxWalker(BatchWalker):
         self._begin = _session(read, BEGIN, threads)
         self._layers = [_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
+        told = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
+        self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in told)
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
@@ -72,13 +77,19 @@ class OnnxWalker(BatchWalker):
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
-        return torch.from_numpy(_run(self._layers[layer - 1], hidden_after(layer - 1), hidden, context)[0])
+        return torch.from_numpy(_run(self._layers[layer - 1], {hidden_after(layer - 1): hidden}, context)[0])
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
-        """What exit `exit_index` (0-based) says."""
-        name = hidden_after(self.exit_layers[exit_index])
-        logits, *gate = _run(self._exits[exit_index], name, hidden, context)
-        return ExitSignal(torch.from_numpy(logits), torch.from_numpy(gate[0]) if gate and with_gate else None)
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
+        session, layer = self._exits[exit_index], self.exit_layers[exit_index]
+        states = {hidden_after(layer): hidden}
+        if before is not None and hidden_after(layer - 1) in {info.name for info in session.get_inputs()}:
+            states[hidden_after(layer - 1)] = before
+        wanted = [logits_of(exit_index), *(scalar_of(name, exit_index) for name in asks)]
+        logits, *scalars = map(torch.from_numpy, _run(session, states, context, wanted))
+        return ExitSignal(logits, dict(zip(asks, scalars, strict=True)))
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one, padded to the widest."""
@@ -139,6 +150,34 @@ class OnnxClassifier(OperatingPoints):
         return self.walker.exit_layers
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals that the exported exits give."""
+        return self.walker.signals
+
+    def require_signals(self, names: Iterable[str]) -> None:
+        """Refuse signals that the export does not hold.
+
+        Raises:
+            UsageError: naming the first, and what to do.
+        """
+        for name in names:
+            if name not in self.signals:
+                raise UsageError(
+                    f"The export holds no {SIGNALS.get(name).words} ({name!r}): it holds what the model's policies asked "
+                    "for when it was written. Set a policy that asks for them, or an operating point, and export again.",
+                    field="exit_signals",
+                    value=name,
+                )
+
+    def _accept(
+        self, source: ExitPolicy | CalibrationResult, fingerprints: Fingerprints, name: str | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        accepted = super()._accept(source, fingerprints, name)
+        policy = ExitPolicy.from_dict(accepted[0])
+        self.require_signals(names_at(known_signals(policy.asks), last=policy.num_exits == 1))
+        return accepted
+
+    @property
     def num_labels(self) -> int:
         """Classes C."""
         return self.walker.num_classes
@@ -151,12 +190,13 @@ class OnnxClassifier(OperatingPoints):
         token_type_ids: Tensor | np.ndarray | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
+        exit_signals: Sequence[str] | None = None,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch.
 
         Args:
             input_ids, attention_mask, token_type_ids: `[B, T]`, of torch or NumPy.
-            early_exit, operating_point: as in the torch model's `forward`.
+            early_exit, operating_point, exit_signals: as in the torch model's `forward`.
 
         Raises:
             UsageError: for early exit without a policy.
@@ -164,6 +204,7 @@ class OnnxClassifier(OperatingPoints):
                 and for answers that are not finite.
         """
         policy = self.choose_policy(early_exit, operating_point, {})
+        asks = self.signals_for(exit_signals, policy)
         input_ids = _ids("input_ids", input_ids, self.config.vocab_size, None)
         mask = None if attention_mask is None else _ids("attention_mask", attention_mask, 2, input_ids.shape)
         known, token_types = self.walker.segments, None
@@ -187,11 +228,11 @@ class OnnxClassifier(OperatingPoints):
             check_finite(early.logits, range(len(input_ids)))
             layers = torch.tensor(self.exit_layers)[early.exit_index]
             return EarlyExitClassifierOutput(logits=early.logits, exit_layer=layers, exit_score=early.score)
-        exit_logits, gates = run_all(self.walker, hidden, context, self.num_labels)
+        exit_logits, scalars = run_all(self.walker, hidden, context, self.num_labels, asks)
         check_finite(exit_logits, range(len(input_ids)))
         depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
         return EarlyExitClassifierOutput(
-            logits=exit_logits[:, -1], exit_logits=exit_logits, exit_gates=gates, exit_layer=depth
+            logits=exit_logits[:, -1], exit_logits=exit_logits, exit_scalars=scalars or None, exit_layer=depth
         )
 
     def modules(self) -> tuple[()]:
@@ -254,8 +295,11 @@ def _session(read: Callable[[str], bytes], name: str, threads: int) -> ort.Infer
         ) from error
 
 
-def _run(session: ort.InferenceSession, name: str, hidden: Tensor, context: Context) -> list[np.ndarray]:
-    return session.run(None, {name: hidden.contiguous().numpy(), TOKENS: context.tokens.contiguous().numpy()})
+def _run(
+    session: ort.InferenceSession, states: dict[str, Tensor], context: Context, wanted: list[str] | None = None
+) -> list[np.ndarray]:
+    given = {**states, TOKENS: context.tokens}
+    return session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
 
 
 def _context(tokens: Tensor) -> Context:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PolicyError
-from ..policies import ExitPolicy, ExitSignal
-from .walk import export, gate_of, logits_of
+from ..policies import ExitPolicy
+from ..signals import ExitSignal
+from .walk import export, logits_of, scalar_of
 
 PREFIX = "policy."
 
@@ -18,11 +19,11 @@ class _Fold(nn.Module):
         super().__init__()
         self.policy, self.num_classes = policy, num_classes
         self.asked = [index for index in range(policy.num_exits) if policy.wants(index)]
-        self.gated = [index for index in self.asked if policy.uses_gate and index < policy.num_exits - 1]
+        self.scalars = [(name, index) for index in self.asked for name in policy.asks_at(index)]
 
     @property
     def inputs(self) -> list[str]:
-        return [logits_of(index) for index in self.asked] + [gate_of(index) for index in self.gated]
+        return [logits_of(index) for index in self.asked] + [scalar_of(*scalar) for scalar in self.scalars]
 
     @property
     def outputs(self) -> list[str]:
@@ -32,7 +33,8 @@ class _Fold(nn.Module):
         named = dict(zip(self.inputs, signals, strict=True))
         state, outputs = self.policy.init_state(1, self.num_classes, "cpu"), []
         for index in self.asked:
-            signal = ExitSignal(named[logits_of(index)], named.get(gate_of(index)))
+            scalars = {name: named[scalar_of(name, index)] for name in self.policy.asks_at(index)}
+            signal = ExitSignal(named[logits_of(index)], scalars)
             state, score, answer, leave = self.policy.step(state, signal, index)
             outputs += [answer.clone(), score.clone(), leave.clone()]  # a score may be the state itself
         return tuple(outputs)
@@ -46,13 +48,13 @@ def policy_graph(policy: ExitPolicy, num_classes: int) -> onnx.ModelProto:
         num_classes: C.
 
     Returns:
-        A graph from the exits' logits `[1, C]` and gates `[1]` to answer, score and decision of each exit looked at.
+        A graph from the exits' logits `[1, C]` and signals `[1]` to answer, score and decision of each exit looked at.
 
     Raises:
         PolicyError: for a policy whose `update` depends on values in Python, or uses what ONNX does not have.
     """
     fold = _Fold(policy, num_classes)
-    example = tuple(torch.zeros(1, num_classes) for _ in fold.asked) + tuple(torch.zeros(1) for _ in fold.gated)
+    example = tuple(torch.zeros(1, num_classes) for _ in fold.asked) + tuple(torch.zeros(1) for _ in fold.scalars)
     try:
         return export(fold, example, fold.inputs, fold.outputs, None)
     except Exception as error:  # the exporter raises many kinds

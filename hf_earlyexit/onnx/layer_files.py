@@ -6,8 +6,9 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto
 
+from ..signals import SIGNALS
 from .graphs import cut
-from .walk import EMBEDDED, INPUTS, TOKENS, gate_of, hidden_after, logits_of
+from .walk import EMBEDDED, INPUTS, TOKENS, hidden_after, logits_of, scalar_of
 
 BEGIN = "begin.onnx"
 
@@ -37,8 +38,11 @@ def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
         pieces[layer_file(layer)] = cut(whole, given, hidden(hidden_after(layer)))
     made = {info.name for info in whole.graph.output}
     for index, layer in enumerate(config.exit_layers):
+        names = [name for name in SIGNALS.names() if scalar_of(name, index) in made]
         outputs: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}
-        if gate_of(index) in made:
-            outputs[gate_of(index)] = (TensorProto.FLOAT, ("batch",))
-        pieces[exit_file(index)] = cut(whole, {**hidden(hidden_after(layer)), **tokens}, outputs)
+        outputs |= {scalar_of(name, index): (TensorProto.FLOAT, ("batch",)) for name in names}
+        given = {**hidden(hidden_after(layer)), **tokens}
+        if any(SIGNALS.get(name).reads_states for name in names):
+            given |= hidden(hidden_after(layer - 1))
+        pieces[exit_file(index)] = cut(whole, given, outputs)
     return {name: piece.SerializeToString() for name, piece in pieces.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
+from ..signals import SIGNALS, known_signals, names_at
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SIGNAL = "signal_"
 TOKENS, EMBEDDED = "tokens", "hidden_0"  # attention_mask as booleans; hidden states before the first layer
 
 
@@ -31,17 +33,22 @@ def logits_of(exit_index: int) -> str:
     return f"logits_{exit_index}"
 
 
-def gate_of(exit_index: int) -> str:
-    """Name of the leave logit `[B]` of exit `exit_index` (0-based)."""
-    return f"gate_{exit_index}"
+def scalar_of(name: str, exit_index: int) -> str:
+    """Name of the signal `name` `[B]` of exit `exit_index` (0-based)."""
+    return f"{SIGNAL}{name}_{exit_index}"
 
 
 class _Walk(nn.Module):
-    """Everything a walker can ask of a model, in one call."""
+    """Everything a walker can ask of a model, in one call.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: the classifier.
+        signals: names of what its exits give beside their logits.
+    """
+
+    def __init__(self, model: Any, signals: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.signals = model, signals
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
         model, tokens = self.model, attention_mask.bool()
@@ -51,23 +58,33 @@ class _Walk(nn.Module):
         named = {TOKENS: tokens, EMBEDDED: hidden}
         exit_at = {layer: index for index, layer in enumerate(model.exit_layers)}
         for layer in range(1, model.exit_layers[-1] + 1):
-            hidden = named[hidden_after(layer)] = model.run_layer(layer, hidden, context)
+            before, hidden = hidden, model.run_layer(layer, hidden, context)
+            named[hidden_after(layer)] = hidden
             if layer in exit_at:
-                signal = model.exit_signal(exit_at[layer], hidden, context, True)
-                named[logits_of(exit_at[layer])] = signal.logits
-                if signal.gate is not None:
-                    named[gate_of(exit_at[layer])] = signal.gate
+                index, asks = exit_at[layer], names_at(self.signals, last=layer == model.exit_layers[-1])
+                signal = model.exit_signal(index, hidden, context, asks, before)
+                named[logits_of(index)] = signal.logits
+                named |= {scalar_of(name, index): values for name, values in signal.scalars.items()}
         return named
 
 
-def walk_graph(model: Any) -> onnx.ModelProto:
+def exported_signals(model: Any) -> tuple[str, ...]:
+    """Names of the signals that an export holds: those that are learned, and those that the model's policies ask for."""
+    points = (None, *model.operating_points)
+    policies = [policy for policy in map(model.policy_at, points) if policy is not None]
+    asked = {name for policy in policies for name in known_signals(policy.asks)}
+    return tuple(name for name in model.signals if name in asked or SIGNALS.get(name).learned)
+
+
+def walk_graph(model: Any, signals: Sequence[str] | None = None) -> onnx.ModelProto:
     """Trace a model's walk.
 
     Args:
         model: a float32 classifier with exits, on the CPU. It is not changed.
+        signals: names of what its exits give beside their logits; as `exported_signals` by default.
 
     Returns:
-        A graph from `INPUTS` to tokens, hidden states, logits and gates, by the names above; dynamic batch and length.
+        A graph from `INPUTS` to tokens, hidden states, logits and signals, by the names above; dynamic batch and length.
 
     Raises:
         UsageError: for a model of another kind, on another device or of another precision.
@@ -79,7 +96,7 @@ def walk_graph(model: Any) -> onnx.ModelProto:
     require_float32_on_cpu(model, "ONNX")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_attn_implementation("eager")  # the plainest graph; the sums are the same
-    walk = _Walk(model)
+    walk = _Walk(model, exported_signals(model) if signals is None else signals)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.family.longest(model.config))
     example = tuple(torch.full((2, 3), value) for value in (1, 1, 0))  # three tensors: one given twice would be one input
     return export(walk, example, INPUTS, list(walk(*example)), {0: batch, 1: length})

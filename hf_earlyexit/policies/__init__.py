@@ -1,6 +1,7 @@
 """Exit policies: one file per rule, known by name. Importing this package does not import transformers."""
 
-from .base import POLICIES, ExitPolicy, ExitSignal, ExitStep, Scan, register_policy
+from ..signals import ExitSignal
+from .base import POLICIES, ExitPolicy, ExitStep, Scan, register_policy
 from .beem import BeemAccuracyPolicy, BeemCostPolicy, BeemPolicy
 from .calibrated import CalibratedBeemPolicy
 from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,23 +17,10 @@ from torch import Tensor
 from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
+from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
 from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, shown
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
-
-
-class ExitSignal(NamedTuple):
-    """What one exit tells about the rows that reached it.
-
-    Attributes:
-        logits: the exit head's output `[B, C]`, any float dtype; `[B, 0]` where the rule does not read it.
-        gate: a learned leave logit `[B]`, where the model has gates.
-        similarity: cosine of the states before and after the exit's layer `[B]`, where the model gives it.
-    """
-
-    logits: Tensor
-    gate: Tensor | None = None
-    similarity: Tensor | None = None
 
 
 class ExitStep(NamedTuple):
@@ -50,15 +37,6 @@ class Scan(NamedTuple):
 
     scores: Tensor
     answers: Tensor
-
-
-class SignalSource(Protocol):
-    """Anything that holds every exit's signals for a set of rows, such as an `ExitTrace`."""
-
-    @property
-    def num_exits(self) -> int: ...
-
-    def signal(self, exit_index: int) -> ExitSignal: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +64,7 @@ class ExitPolicy(ABC):
 
     problem_types: ClassVar[frozenset[str]] = frozenset(PROBLEM_TYPES)
     uses_history: ClassVar[bool] = True  # False: a score depends on its own exit alone, so closed exits are skipped
-    uses_logits: ClassVar[bool] = True  # False: the rule needs no answers, so a model with costly heads computes none
-    uses_gate: ClassVar[bool] = False
-    uses_similarity: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = (LOGITS,)  # what `update` reads; costly heads are asked only if logits are among it
     learns: ClassVar[bool] = False  # True: `learn` fits numbers to labelled rows
     counts: ClassVar[bool] = False  # True: scores are whole numbers, and so are thresholds
     lowest_threshold: ClassVar[float] = 0.0
@@ -153,6 +129,9 @@ class ExitPolicy(ABC):
     def from_trace(cls, trace: Any, **options: Any) -> Self:
         """The policy for the exits of `trace`, its own numbers learned from it, every exit still closed."""
         cls._require_serves(trace.problem_type)  # before anything is learned from what the rule cannot read
+        for name in names_at(known_signals(cls.asks), last=trace.num_exits == 1):
+            if name not in trace.scalars:
+                raise missing(name)
         given = {"thresholds": (None,) * (trace.num_exits - 1), "problem_type": trace.problem_type}
         learned = cls.learn(trace, **options)
         _refuse_unknown(cls, set(learned), {field.name for field in dataclasses.fields(cls)} - set(given))
@@ -169,6 +148,15 @@ class ExitPolicy(ABC):
         """`update`, and who leaves."""
         state, score, answer = self.update(state, signal, exit_index)
         return ExitStep(state, score, answer, self.leaves(score, exit_index))
+
+    def asks_at(self, exit_index: int) -> tuple[str, ...]:
+        """Names of the scalars that `update` reads at an exit; override it where they differ from exit to exit."""
+        return names_at((name for name in self.asks if name != LOGITS), last=exit_index == len(self.thresholds))
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the exits' logits are read, by the rule or by a signal that it asks for."""
+        return any(name == LOGITS or SIGNALS.get(name).reads_logits for name in self.asks)
 
     def wants(self, exit_index: int) -> bool:
         """Whether serving must compute this exit's signal at all."""
@@ -260,6 +248,7 @@ class ExitPolicy(ABC):
     def _validate_frame(self) -> None:
         """Check what every rule has, so that `validate` can rely on it."""
         self._require_serves(self.problem_type)
+        known_signals(self.asks)
         if not isinstance(self.thresholds, tuple):
             raise PolicyError(
                 f"thresholds is {shown(self.thresholds)}; expected a list with one number or null per exit but the last.",

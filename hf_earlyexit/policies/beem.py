@@ -13,9 +13,10 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..signals import ExitSignal
 from ..values import shown
 from .agreement import Chain
-from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from .base import ExitPolicy, register_policy, require_number
 from .measures import log_odds, margin, max_probability, measure
 
 VOTES: dict[str, Callable[[Tensor], Tensor]] = {

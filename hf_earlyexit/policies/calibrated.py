@@ -12,8 +12,9 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import SINGLE_LABEL, row_quality
+from ..signals import ExitSignal
 from .agreement import Chain
-from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from .base import ExitPolicy, register_policy, require_number
 from .measures import log_odds, measure, probability
 
 

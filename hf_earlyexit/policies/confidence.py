@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..citations import DEEBERT
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
-from .base import ExitSignal, register_policy
+from ..signals import ExitSignal
+from .base import register_policy
 from .measures import certainty, margin, max_probability, measure
 from .memoryless import MemorylessPolicy, NoState
 

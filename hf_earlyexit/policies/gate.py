@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..citations import CONSISTENTEE
-from ..errors import PolicyError
-from .base import ExitSignal, register_policy
+from ..signals import ExitSignal
+from .base import register_policy
 from .measures import probability
 from .memoryless import MemorylessPolicy, NoState
 
@@ -29,8 +29,7 @@ class GatePolicy(MemorylessPolicy):
     """
 
     citation: ClassVar[tuple[str, ...]] = (CONSISTENTEE,)
-    uses_logits: ClassVar[bool] = False
-    uses_gate: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("gate",)
 
     @classmethod
     def half(cls, num_exits: int, **fields: Any) -> Self:
@@ -40,25 +39,4 @@ class GatePolicy(MemorylessPolicy):
     def update(self, state: NoState, signal: ExitSignal, exit_index: int) -> tuple[NoState, Tensor, Tensor]:
         if exit_index == self.num_exits - 1:  # has no gate: whoever is left leaves
             return state, torch.ones(signal.logits.shape[:1], device=signal.logits.device), signal.logits
-        _require_gates(signal.gate)
-        return state, probability(signal.gate.float()), signal.logits  # type: ignore[union-attr]
-
-    @classmethod
-    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
-        """Nothing to learn; refuses a trace of a model without gates before anything is computed.
-
-        Raises:
-            PolicyError: for a trace without gates.
-        """
-        if trace.num_exits > 1:
-            _require_gates(trace.gates)
-        return options
-
-
-def _require_gates(gates: Tensor | None) -> None:
-    if gates is None:
-        raise PolicyError(
-            "The gate policy reads gates, and there are none: load the model with exit_gate='mlp', train it with "
-            "ConsistentTrainer, and collect the trace again.",
-            field="gates",
-        )
+        return state, probability(signal.scalar("gate")), signal.logits

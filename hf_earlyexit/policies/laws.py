@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,35 +15,54 @@ from torch import Tensor
 
 from ..errors import PolicyError
 from ..problem_types import REGRESSION
-from .base import ExitPolicy, ExitSignal, Scan
+from ..signals import SIGNALS, ExitSignal, known_signals
+from .base import ExitPolicy, Scan
 
 ROWS = 64
 
 
 class _Signals(NamedTuple):
-    """Random exits that often agree, as a signal source: logits `[N, E, C]`, gates and similarities `[N, E]`."""
+    """Random exits that often agree, as a signal source: logits `[N, E, C]`, and signals `[N, E]` by name."""
 
     logits: Tensor
-    gates: Tensor
-    similarities: Tensor
+    scalars: dict[str, Tensor]
 
     @property
     def num_exits(self) -> int:
         return self.logits.shape[1]
 
     def signal(self, exit_index: int) -> ExitSignal:
-        return ExitSignal(*(part[:, exit_index] for part in self))
+        return ExitSignal(self.logits[:, exit_index], {name: values[:, exit_index] for name, values in self.scalars.items()})
 
     def rows(self, rows: Tensor | slice) -> _Signals:
-        return _Signals(*(part[rows] for part in self))
+        return _Signals(self.logits[rows], {name: values[rows] for name, values in self.scalars.items()})
+
+    def copy(self) -> _Signals:
+        return _Signals(self.logits.clone(), {name: values.clone() for name, values in self.scalars.items()})
+
+    def equals(self, other: _Signals) -> bool:
+        return torch.equal(self.logits, other.logits) and all(
+            torch.equal(values, other.scalars[name]) for name, values in self.scalars.items()
+        )
 
     @classmethod
     def random(cls, policy: ExitPolicy, seed: int = 0) -> _Signals:
         generator = torch.Generator().manual_seed(seed)
         classes = 1 if policy.problem_type == REGRESSION else 3
         steps = torch.randn(ROWS, policy.num_exits, classes, generator=generator)
-        gates, cosines = (torch.randn(ROWS, policy.num_exits, generator=generator) for _ in range(2))
-        return cls(steps.cumsum(1), gates, cosines.tanh())
+        names = known_signals(policy.asks)
+        drawn = {name: torch.randn(ROWS, policy.num_exits, generator=generator) for name in names}
+        return cls(steps.cumsum(1), {name: _within(SIGNALS.get(name).bounds, values) for name, values in drawn.items()})
+
+
+def _within(bounds: tuple[float, float], values: Tensor) -> Tensor:
+    """Any real numbers, brought between two bounds."""
+    lowest, highest = bounds
+    if math.isfinite(lowest) and math.isfinite(highest):
+        return lowest + (highest - lowest) * values.sigmoid()
+    if math.isfinite(lowest):
+        return lowest + values.abs()
+    return highest - values.abs() if math.isfinite(highest) else values
 
 
 def serve(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tuple[Tensor, Tensor]:
@@ -113,7 +133,7 @@ def same_input_same_output(policy: ExitPolicy) -> bool:
 def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
     """Neither the signals nor the state nor the policy are written to."""
     signals, before = _Signals.random(policy), copy.deepcopy(policy)
-    kept = _Signals(*(part.clone() for part in signals))
+    kept = signals.copy()
     state = policy.init_state(ROWS, signals.logits.shape[-1], "cpu")
     for index in range(policy.num_exits):
         if index in policy.muted:
@@ -123,7 +143,7 @@ def inputs_and_policy_stay_untouched(policy: ExitPolicy) -> bool:
         if not all(torch.equal(a, b) for a, b in zip(state, given, strict=True)):
             return False
         state = after
-    return policy == before and all(torch.equal(a, b) for a, b in zip(signals, kept, strict=True))
+    return policy == before and signals.equals(kept)
 
 
 def state_is_tensors_with_rows_first(policy: ExitPolicy) -> bool:
@@ -147,7 +167,7 @@ def scores_are_finite_and_not_negative(policy: ExitPolicy) -> bool:
         for scale in (1.0, 100.0, 1e4):
             base = _Signals.random(policy)
             logits = (base.logits / base.logits.abs().max() * scale).to(dtype)
-            narrow = _Signals(logits, base.gates.to(dtype), base.similarities.to(dtype))
+            narrow = _Signals(logits, {name: values.to(dtype) for name, values in base.scalars.items()})
             scores = _looked_at(policy, policy.scan(narrow).scores)
             if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()):
                 return False

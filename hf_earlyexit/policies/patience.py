@@ -11,8 +11,9 @@ from torch import Tensor
 from ..citations import PABEE
 from ..errors import PolicyError
 from ..problem_types import REGRESSION
+from ..signals import ExitSignal
 from .agreement import Chain
-from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from .base import ExitPolicy, register_policy, require_number
 
 
 @register_policy("patience")

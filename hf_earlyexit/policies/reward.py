@@ -14,7 +14,8 @@ from ..citations import CONSISTENTEE
 from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
 from ..problem_types import SINGLE_LABEL, row_quality
-from .base import ExitPolicy, ExitSignal, register_policy, require_number
+from ..signals import ExitSignal
+from .base import ExitPolicy, register_policy, require_number
 from .measures import certainty, log_odds, probability
 
 FEATURES = 8

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from .base import ExitSignal, register_policy
+from ..signals import ExitSignal
+from .base import register_policy
 from .memoryless import MemorylessPolicy, NoState
 
 
@@ -21,7 +22,7 @@ class StaticPolicy(MemorylessPolicy):
     The score is the exit's number (1 to E), so the threshold k means "leave at the k-th exit".
     """
 
-    uses_logits: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
     counts: ClassVar[bool] = True
     lowest_threshold: ClassVar[float] = 1.0
 

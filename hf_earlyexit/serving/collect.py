@@ -36,7 +36,7 @@ def collect_trace(
     max_length: int | None = None,
     progress: bool = True,
 ) -> ExitTrace:
-    """Run every exit on every row and keep its logits, and its gate's where the model has gates.
+    """Run every exit on every row and keep its logits, and every signal that the model can give beside them.
 
     Args:
         model: a model with exits; also within torch.compile, DataParallel or PEFT.
@@ -64,14 +64,15 @@ def collect_trace(
         encoded, truth = labelled_rows(model, rows, reader, labels)
     else:
         encoded, truth = _unlabelled_rows(rows, reader, labels), None
-    chunks, gate_chunks, order = [], [], []
-    for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
-        chunks.append(output.exit_logits.float().cpu())
-        gate_chunks += [] if output.exit_gates is None else [output.exit_gates.float().cpu()]
+    logits, order, scalars = [], [], {name: list[Tensor]() for name in model.signals}
+    for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress, model.signals):
+        logits.append(output.exit_logits.float().cpu())
+        for name, chunks in scalars.items():
+            chunks.append(output.exit_scalars[name].float().cpu())
         order += indices
     back = torch.tensor(order).argsort()
-    gates = torch.cat(gate_chunks)[back] if gate_chunks else None
-    return make_trace(model, torch.cat(chunks)[back], truth, split, gates)
+    together = {name: torch.cat(chunks)[back] for name, chunks in scalars.items()}
+    return make_trace(model, torch.cat(logits)[back], truth, split, together)
 
 
 def _unlabelled_rows(rows: Any, reader: RowReader, labels: Any) -> Sequence[Any]:
@@ -99,7 +100,9 @@ def labelled_rows(model: Any, rows: Any, reader: RowReader, labels: Sequence[Any
     return encoded, read_labels(labels, model.config, column=column, may_leave_out=False)
 
 
-def make_trace(model: Any, logits: Tensor, labels: Labels | None, split: str, gates: Tensor | None = None) -> ExitTrace:
+def make_trace(
+    model: Any, logits: Tensor, labels: Labels | None, split: str, scalars: dict[str, Tensor] | None = None
+) -> ExitTrace:
     """The trace of what a model said of rows; without labels the full model's answers stand in for them."""
     problem_type = _problem_type_of(model) if labels is None else labels.problem_type
     full = predictions(logits[:, -1], problem_type)
@@ -110,7 +113,7 @@ def make_trace(model: Any, logits: Tensor, labels: Labels | None, split: str, ga
         exit_layers=model.exit_layers,
         problem_type=problem_type,
         split=split,
-        gates=gates,
+        scalars=scalars or {},
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=model_fingerprint(model),
         meta={
@@ -128,9 +131,18 @@ def _problem_type_of(model: Any) -> str:
 
 
 def full_pass(
-    model: Any, encoded: Sequence[Any], tokenizer: Any, max_batch_tokens: int, progress: bool
+    model: Any,
+    encoded: Sequence[Any],
+    tokenizer: Any,
+    max_batch_tokens: int,
+    progress: bool,
+    signals: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[int], Any]]:
     """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output.
+
+    Args:
+        model, encoded, tokenizer, max_batch_tokens, progress: as in `collect_trace`, the rows as the model reads them.
+        signals: names of what the exits give beside their logits, as `exit_signals` in the model's `forward`.
 
     Raises:
         DataError: for a row the model cannot read, or one whose logits are not finite.
@@ -145,7 +157,7 @@ def full_pass(
             for group in walker.apart(rows):
                 together = [rows[place] for place in group]
                 for places, batch in sorted_batches(together, max_batch_tokens, tokenizer, walker.length):
-                    output = model(**batch.to(model.device), early_exit=False)
+                    output = model(**batch.to(model.device), early_exit=False, exit_signals=signals)
                     numbers = [first + group[place] for place in places]
                     check_finite(output.exit_logits, numbers)
                     yield numbers, output

@@ -11,6 +11,7 @@ import torch
 from ..errors import UsageError
 from ..images import picture_name
 from ..problem_types import REGRESSION, SINGLE_LABEL, predictions
+from ..signals import known_signals
 from ..trace import ExitTrace
 from .answers import check_finite
 from .batching import pad_batch
@@ -61,13 +62,13 @@ def explain(
     first_error(encoded, ModelWalker(model).check, 0)
     batch = pad_batch(encoded, getattr(tokenizer, "pad_token_id", None) or 0)
     with torch.inference_mode():
-        output = model(**batch.to(model.device), early_exit=False)
+        output = model(**batch.to(model.device), early_exit=False, exit_signals=known_signals(policy.asks))
     check_finite(output.exit_logits, [0])
     trace = ExitTrace(
         logits=output.exit_logits.float().cpu(),
         labels=torch.zeros(1, dtype=torch.long),
         exit_layers=model.exit_layers,
-        gates=None if output.exit_gates is None else output.exit_gates.float().cpu(),
+        scalars={name: values.float().cpu() for name, values in (output.exit_scalars or {}).items()},
     )
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..families.base import LAST, is_watched
 from ..families.context import Context, widened
-from ..policies.base import ExitSignal
+from ..signals import ExitSignal
 from .batching import pad_batch
 from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
 from .rows import TokenIds, check_any_token
@@ -73,12 +73,12 @@ class GraphWalker(ModelWalker):
         return hidden, Context(tokens=tokens, lengths=tuple(len(row["input_ids"]) for row in rows))
 
     def run(
-        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, with_gate: bool = False
+        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, asks: Sequence[str] = ()
     ) -> tuple[Tensor, ExitSignal | None]:
-        segment = partial(self._segment, layers, exit_index, with_gate)
-        name = f"layers {layers.start} to {layers.stop - 1}, exit {exit_index}, gate {with_gate}"
-        hidden, signal = self.graphs.run(name, segment, hidden, context.tokens)
-        return hidden, ExitSignal(*signal) if signal else None
+        segment = partial(self._segment, layers, exit_index, asks)
+        name = f"layers {layers.start} to {layers.stop - 1}, exit {exit_index}, signals {', '.join(asks) or 'none'}"
+        hidden, given = self.graphs.run(name, segment, hidden, context.tokens)
+        return hidden, ExitSignal(given[0], dict(zip(asks, given[1:], strict=True))) if given else None
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         width = max(hidden.shape[1] for hidden, _ in parts)
@@ -87,11 +87,11 @@ class GraphWalker(ModelWalker):
         return hidden, Context(tokens=tokens, lengths=tuple(length for _, context in parts for length in context.lengths))
 
     def _segment(
-        self, layers: range, exit_index: int | None, with_gate: bool, hidden: Tensor, tokens: Tensor
+        self, layers: range, exit_index: int | None, asks: Sequence[str], hidden: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Outputs]:
         context = self.family.context(self.base, hidden, tokens, {}, {}, traced=True)
-        hidden, signal = super().run(layers, hidden, context, exit_index, with_gate)
-        return hidden, () if signal is None else signal
+        hidden, signal = super().run(layers, hidden, context, exit_index, asks)
+        return hidden, () if signal is None else (signal.logits, *(signal.scalars[name] for name in asks))
 
 
 def _graphs_of(model: Any, stream: Any) -> SegmentGraphs:

@@ -143,8 +143,8 @@ class Scheduler:
             return None
         depth = next(stop for stop in self.stops if stop > chunk.depth)
         layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
-        with_gate = self.policy is not None and self.policy.uses_gate
-        hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, with_gate)
+        asks = () if self.policy is None or index is None else self.policy.asks_at(index)
+        hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, asks)
         state, judged, leave = chunk.state, None, None
         if index is not None and signal is not None and self.policy is not None:
             state, score, answer, leave = self.policy.step(state, signal, index)

@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..families.base import IMAGE, Family
 from ..families.context import Context
 from ..families.packed import join as join_packed
-from ..policies.base import ExitSignal
+from ..signals import ExitSignal
 from .batching import pad_batch
 from .rows import TokenIds, check_ids
 from .tables import PIXELS
@@ -57,8 +57,10 @@ class BatchWalker(Protocol):
         """Hidden states after layer `layer` (1-based)."""
         raise NotImplementedError
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
-        """What exit `exit_index` (0-based) says."""
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
         raise NotImplementedError
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
@@ -66,12 +68,13 @@ class BatchWalker(Protocol):
         raise NotImplementedError
 
     def run(
-        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, with_gate: bool = False
+        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, asks: Sequence[str] = ()
     ) -> tuple[Tensor, ExitSignal | None]:
-        """Hidden states after some layers (1-based), and what the exit there says; `None` if none is asked."""
+        """Hidden states after some layers (1-based), and what the exit there tells; `None` if none is asked."""
+        before = hidden
         for layer in layers:
-            hidden = self.run_layer(layer, hidden, context)
-        return hidden, None if exit_index is None else self.exit_signal(exit_index, hidden, context, with_gate)
+            before, hidden = hidden, self.run_layer(layer, hidden, context)
+        return hidden, None if exit_index is None else self.exit_signal(exit_index, hidden, context, asks, before)
 
 
 class ModelWalker(BatchWalker):
@@ -137,9 +140,11 @@ class ModelWalker(BatchWalker):
         """Hidden states after layer `layer` (1-based)."""
         return self.layers[layer - 1](hidden, context)
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
-        """What exit `exit_index` (0-based) says."""
-        return self.model.exit_signal(exit_index, hidden, context, with_gate)
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
+        return self.model.exit_signal(exit_index, hidden, context, asks, before)
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one, padded to the widest where they are padded."""

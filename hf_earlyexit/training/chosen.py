@@ -55,9 +55,8 @@ class ChosenExitTrainer(EarlyExitTrainer):
         outputs = model(**rest, early_exit=False)
         losses = row_losses(outputs.exit_logits, *labels)
         self._require_finite(ObjectiveValue(losses.mean(), losses.mean(0)))
-        value = self._objective()(
-            outputs.exit_gates, losses, hardness, self._layers(losses), self._noise(keys, outputs.exit_gates)
-        )
+        gates = outputs.exit_scalars["gate"]
+        value = self._objective()(gates, losses, hardness, self._layers(losses), self._noise(keys, gates))
         loss = value.exit_loss + value.gate_loss if self.teaches_gates else value.exit_loss
         return (loss, outputs) if return_outputs else loss
 

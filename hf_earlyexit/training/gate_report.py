@@ -40,7 +40,7 @@ def gate_metrics(trace: ExitTrace, objective: ConsistentObjective | None = None,
     done = replay(GatePolicy.half(trace.num_exits, problem_type=trace.problem_type), trace)
     metrics = {"gate_quality": done.quality, "gate_layers": done.mean_layers}
     metrics |= {f"exit_{exit.layer}_share": exit.share for exit in done.exits}
-    chance = torch.zeros(0) if trace.gates is None else trace.gates.float().sigmoid()
+    chance = trace.scalars["gate"].float().sigmoid() if "gate" in trace.scalars else torch.zeros(0)
     metrics["gate_certain"] = float(((chance < CERTAIN) | (chance > 1 - CERTAIN)).float().mean()) if chance.numel() else 0.0
     if trace.problem_type == SINGLE_LABEL:
         early = torch.as_tensor(done.exit_layer) < trace.exit_layers[-1]

@@ -42,7 +42,7 @@ class GateStates:
 
     def judged(self, gates: nn.ModuleDict) -> ExitTrace:
         """The trace with what these gates say."""
-        return replace(self.trace, gates=self.gate_logits(gates))
+        return replace(self.trace, scalars={"gate": self.gate_logits(gates)})
 
 
 def collect_states(

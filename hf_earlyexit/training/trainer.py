@@ -260,7 +260,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
 
     def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
         """What an evaluation keeps of a batch in place of logits, and of labels."""
-        gates = () if outputs.exit_gates is None else (outputs.exit_gates.detach(),)
+        gates = (outputs.exit_scalars["gate"].detach(),) if "gate" in (outputs.exit_scalars or {}) else ()
         return (outputs.logits.detach(), outputs.exit_logits.detach(), *gates), labels
 
     def evaluation_loop(
@@ -288,7 +288,11 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
                 truth, kept, leave = (torch.as_tensor(part)[counted] for part in (labels, exit_logits, gates[0]))
                 problem_type = label_problem_type(config, truth)
                 trace = ExitTrace(
-                    logits=kept, labels=truth, exit_layers=config.exit_layers, problem_type=problem_type, gates=leave
+                    logits=kept,
+                    labels=truth,
+                    exit_layers=config.exit_layers,
+                    problem_type=problem_type,
+                    scalars={"gate": leave},
                 )
                 values |= gate_metrics(trace)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

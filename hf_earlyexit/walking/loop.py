@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..families.context import Context
-from ..policies.base import ExitPolicy, ExitSignal
+from ..policies.base import ExitPolicy
+from ..signals import ExitSignal, names_at
 
 
 class Walker(Protocol):
@@ -20,8 +22,17 @@ class Walker(Protocol):
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
 
-    def exit_signal(self, exit_index: int, hidden: Tensor, context: Context, with_gate: bool = False) -> ExitSignal:
-        """What exit `exit_index` (0-based) says of these hidden states, its gate where asked for and there."""
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        """What exit `exit_index` (0-based) tells of the hidden states after its layer.
+
+        Args:
+            exit_index: of the exit.
+            hidden, context: after its layer.
+            asks: names of the signals that are wanted beside the logits; those that the exit gives.
+            before: hidden states before the layer; needed where a signal reads them.
+        """
 
 
 class Early(NamedTuple):
@@ -56,11 +67,11 @@ def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPoli
     for layer in range(1, walker.exit_layers[-1] + 1):
         if not len(rows):
             break
-        hidden = walker.run_layer(layer, hidden, context)
+        before, hidden = hidden, walker.run_layer(layer, hidden, context)
         index = exit_at.get(layer)
         if index is None or not policy.wants(index):
             continue
-        signal = walker.exit_signal(index, hidden, context, policy.uses_gate)
+        signal = walker.exit_signal(index, hidden, context, policy.asks_at(index), before)
         state, score, answer, leave = policy.step(state, signal, index)
         decided = leave.tolist()  # the one wait for the device
         if not any(decided):
@@ -82,29 +93,46 @@ def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Te
 
 
 def run_all(
-    walker: Walker, hidden: Tensor, context: Context, num_classes: int, states: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Run every layer, every exit and every gate.
+    walker: Walker,
+    hidden: Tensor,
+    context: Context,
+    num_classes: int,
+    asks: Sequence[str] = (),
+    states: list[Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run every layer and every exit.
 
     Args:
         walker: the model.
         hidden, context: before the first layer.
         num_classes: C.
+        asks: names of the signals that are wanted beside the logits.
         states: gets the hidden states after every layer.
 
     Returns:
-        Logits of all exits `[B, E, C]`, and leave logits `[B, E - 1]` where the model has gates.
+        Logits of all exits `[B, E, C]`, and the signals by name: `[B, E]`, or `[B, E - 1]` of those that the last exit does
+        not give.
     """
+    exits = len(walker.exit_layers)
     if not context.count(hidden):  # stock attention cannot reshape an empty batch
-        return hidden.new_zeros(0, len(walker.exit_layers), num_classes), None
-    logits, gates = [], []
+        given = {name: exits if name in names_at(asks, last=True) else exits - 1 for name in asks}
+        empty = {name: hidden.new_zeros(0, count) for name, count in given.items()}
+        return hidden.new_zeros(0, exits, num_classes), empty
+    logits: list[Tensor] = []
+    scalars: dict[str, list[Tensor]] = {name: [] for name in asks}
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     for layer in range(1, walker.exit_layers[-1] + 1):
-        hidden = walker.run_layer(layer, hidden, context)
+        before, hidden = hidden, walker.run_layer(layer, hidden, context)
         if states is not None:
             states.append(hidden)
-        if layer in exit_at:
-            signal = walker.exit_signal(exit_at[layer], hidden, context, True)
+        index = exit_at.get(layer)
+        if index is not None:
+            signal = walker.exit_signal(index, hidden, context, names_at(asks, last=index == exits - 1), before)
             logits.append(signal.logits)
-            gates += [] if signal.gate is None else [signal.gate]
-    return torch.stack(logits, 1), torch.stack(gates, 1) if gates else None
+            for name, values in signal.scalars.items():
+                scalars[name].append(values)
+    together = {
+        name: torch.stack(values, 1) if values else logits[0].new_zeros(len(logits[0]), 0)
+        for name, values in scalars.items()
+    }
+    return torch.stack(logits, 1), together

@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
 import hf_earlyexit as ee
-from hf_earlyexit.generation.decoding import cosine
+from hf_earlyexit.signals.similarity import cosine
 
 START, END, PAD, WORDS, LAYERS = 1, 2, 0, 50, 4
 ENCODER = {
@@ -104,8 +104,8 @@ def mixed(images):
             logits=output.exit_logits.flatten(0, 1),
             labels=ids.flatten(),
             exit_layers=model.exit_layers,
-            gates=None if output.exit_gates is None else output.exit_gates.flatten(0, 1),
-            similarities=cosine(states[:, :, layers - 1], states[:, :, layers]).flatten(0, 1),
+            scalars={name: values.flatten(0, 1) for name, values in (output.exit_scalars or {}).items()}
+            | {"similarity": cosine(states[:, :, layers - 1], states[:, :, layers]).flatten(0, 1)},
         )
         cls = ee.policies.POLICIES.get(name)
         if name == "static":

@@ -350,8 +350,10 @@ def test_a_trace_on_other_states_is_noticed(captioner, images, mixed, monkeypatc
     model = captioner(exit_head="linear")
     policy, batches = mixed(model, "confidence"), full_captions(model, images(4))
     right = tracing.token_trace(model, batches, policy).scores
-    signal = tracing.DecoderWalker.signal
-    monkeypatch.setattr(
-        tracing.DecoderWalker, "signal", lambda self, index, hidden, before: signal(self, index, before, before)
-    )
+    signal = tracing.DecoderWalker.exit_signal
+
+    def late(self, index, hidden, context, asks=(), before=None):
+        return signal(self, index, before, context, asks, before)
+
+    monkeypatch.setattr(tracing.DecoderWalker, "exit_signal", late)
     assert not torch.allclose(tracing.token_trace(model, batches, policy).scores, right, atol=1e-2)

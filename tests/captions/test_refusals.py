@@ -100,11 +100,6 @@ def test_configurations_that_cannot_work(fields, words):
         config(**fields)
 
 
-def test_saturation_is_not_for_classifiers(tiny_model):
-    with pytest.raises(EarlyExitConfigError, match="only captioners report similarities"):
-        tiny_model().set_exit_policy(ee.SaturationPolicy(thresholds=[0.9] * 3))
-
-
 def test_exits_that_are_missing_or_cut_are_refused(captioner, tmp_path):
     captioner(exit_head="linear").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="surplus"):

@@ -116,7 +116,7 @@ def test_a_full_pass_tells_every_exit_and_is_the_stock_pass(captioner, stock_fol
     assert output.exit_logits.shape == (2, 3, 4, 50)
     assert torch.equal(output.exit_logits[:, :, -1], expected.logits)
     assert torch.equal(output.exit_logits[:, :, 1], model.exit_logits(1, expected.decoder_hidden_states[2]))
-    assert output.exit_gates.shape == (2, 3, 3)
+    assert output.exit_scalars["gate"].shape == (2, 3, 3)
     assert output.decoder_hidden_states is None
     assert plain.exit_logits is None
     assert torch.equal(plain.logits, expected.logits)

@@ -140,7 +140,7 @@ def test_gate_loss_asks_for_the_full_models_word(captioner, rows, arguments):
     with torch.no_grad():
         output = model(**batch, early_exit=False)
     learned = batch["labels"] != -100
-    words, gates = output.exit_logits[learned].argmax(-1), output.exit_gates[learned]
+    words, gates = output.exit_logits[learned].argmax(-1), output.exit_scalars["gate"][learned]
     right = (words[:, :-1] == words[:, -1:]).float()
     assert 0 < right.mean() < 1
     expected = functional.binary_cross_entropy_with_logits(gates, right)
@@ -173,7 +173,8 @@ def test_gate_figures_are_those_of_leaving_at_one_half(captioner, rows):
     learned = batch["labels"] != -100
     with torch.no_grad():
         output = model(**batch, early_exit=False, exit_tokens=learned)
-    taken = [next((e for e, gate in enumerate(row) if gate >= 0), LAYERS - 1) for row in output.exit_gates.tolist()]
+    gates = output.exit_scalars["gate"].tolist()
+    taken = [next((e for e, gate in enumerate(row) if gate >= 0), LAYERS - 1) for row in gates]
     words = output.exit_logits.argmax(-1)
     sums = row_sums(output, batch["labels"]).sum(0)
     assert len(set(taken)) > 2
@@ -189,7 +190,7 @@ def test_chosen_tokens_get_what_all_tokens_get(captioner, rows):
         whole, part = (model(**batch, early_exit=False, exit_tokens=tokens) for tokens in (None, learned))
     assert part.exit_logits.shape == (int(learned.sum()), LAYERS, WORDS)
     torch.testing.assert_close(part.exit_logits, whole.exit_logits[learned])
-    torch.testing.assert_close(part.exit_gates, whole.exit_gates[learned])
+    torch.testing.assert_close(part.exit_scalars["gate"], whole.exit_scalars["gate"][learned])
 
 
 def test_no_exit_logits_of_padding_are_made(captioner, rows, arguments):

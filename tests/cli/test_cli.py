@@ -184,7 +184,7 @@ def test_gates_are_trained_by_reward_calibrated_and_taken_up_again(folder, tmp_p
     assert main(["calibrate", "--model", out, "--policy", "gate", "--target", "max-drop:0.02"]) == 0
     model = ee.EarlyExitBertForSequenceClassification.from_pretrained(out)
     assert model.exit_policy.name == "gate"
-    assert ee.ExitTrace.load(tmp_path / "gated" / "held-back.safetensors").gates.shape == (100, 3)
+    assert ee.ExitTrace.load(tmp_path / "gated" / "held-back.safetensors").scalars["gate"].shape == (100, 3)
     assert main(words) == 2
     assert "resume_from_checkpoint=True" in capsys.readouterr().err
     assert main([*words, "--resume_from_checkpoint", "true"]) == 0

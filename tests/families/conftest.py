@@ -13,8 +13,9 @@ def open_policy_of():
 
     def make(model, batch, name):
         with torch.inference_mode():
-            logits = model(**batch, early_exit=False).exit_logits
-        trace = ee.ExitTrace(logits=logits, labels=logits[:, -1].argmax(-1), exit_layers=model.exit_layers)
+            output = model(**batch, early_exit=False, exit_signals=model.signals)
+        logits, scalars = output.exit_logits, output.exit_scalars
+        trace = ee.ExitTrace(logits=logits, labels=logits[:, -1].argmax(-1), exit_layers=model.exit_layers, scalars=scalars)
         policy = POLICIES.get(name).from_trace(trace)
         scan = policy.scan(trace)
         levels = scan.scores[:, :-1].sort(0).values

@@ -146,7 +146,7 @@ def answers(folder):
     with torch.inference_mode():
         mask = (BATCH > 0).long()
         full = model(BATCH, attention_mask=mask, early_exit=False)
-        said = [full.exit_logits, full.exit_gates]
+        said = [full.exit_logits, full.exit_scalars["gate"]]
         policies = [name for name in (None, *model.operating_points) if model.policy_at(name) is not None]
         early = {
             name: model(BATCH, attention_mask=mask, **({"operating_point": name} if name else {})).exit_layer.tolist()
@@ -212,7 +212,13 @@ def test_calibration_with_sums_that_fit(saved):
 def test_trace(saved):
     def load(folder):
         trace = ExitTrace.load(folder / "held-back.safetensors")
-        return trace.logits.tolist(), trace.labels.tolist(), trace.gates.tolist(), trace.exit_layers, trace.fingerprint
+        return (
+            trace.logits.tolist(),
+            trace.labels.tolist(),
+            trace.scalars["gate"].tolist(),
+            trace.exit_layers,
+            trace.fingerprint,
+        )
 
     counts = judge(saved, "held-back.safetensors", tensor_edits, load, 200, never)
     assert counts["refused"] > 100

@@ -173,7 +173,7 @@ def test_another_vocabulary_is_warned_of_and_the_models_own_is_not(tmp_path, mod
 def test_a_promise_stands_in_the_certificate_and_holds_in_its_dtype_only(model, tmp_path, caplog):
     trace = replace(
         learned_trace(2000, classes=model.num_labels),
-        gates=None,
+        scalars={},
         fingerprint=model_fingerprint(model),
         meta={"dtype": "float32"},
     )

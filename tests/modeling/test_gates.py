@@ -19,7 +19,7 @@ def traced(model, batch):
     with torch.inference_mode():
         output = model(**batch, early_exit=False)
     labels = output.exit_logits[:, -1].argmax(-1)
-    return ee.ExitTrace(logits=output.exit_logits, labels=labels, exit_layers=model.exit_layers, gates=output.exit_gates)
+    return ee.ExitTrace(logits=output.exit_logits, labels=labels, exit_layers=model.exit_layers, scalars=output.exit_scalars)
 
 
 def mixed(trace):
@@ -32,7 +32,7 @@ def mixed(trace):
 def test_every_exit_but_the_last_has_a_gate(tiny_model, random_batch, kind):
     model = tiny_model(exit_gate=kind, exit_layers=[1, 3, 4])
     assert list(model.exit_gates) == ["1", "3"]
-    assert model(**random_batch(5), early_exit=False).exit_gates.shape == (5, 2)
+    assert model(**random_batch(5), early_exit=False).exit_scalars["gate"].shape == (5, 2)
 
 
 def test_the_papers_gate_is_a_small_network_on_the_pooled_state(tiny_model):
@@ -61,7 +61,7 @@ def test_gates_change_no_answer_and_models_without_them_have_none(tiny_model, ra
     assert all(name.startswith("exit_gates.") for name in missing.missing_keys)
     without, having = plain(**batch, early_exit=False), gated(**batch, early_exit=False)
     assert torch.equal(without.exit_logits, having.exit_logits)
-    assert without.exit_gates is None
+    assert without.exit_scalars is None
     assert not any("gate" in name for name in plain.state_dict())
 
 
@@ -106,10 +106,11 @@ def test_traces_hold_the_gates_in_the_order_of_the_rows(tiny_model, tokenizer, r
     rows = Dataset.from_dict({"text": texts, "label": [0, 1, 2] * 10})
     trace = ee.collect_trace(model, rows, tokenizer=tokenizer, max_batch_tokens=64, progress=False)
     with torch.inference_mode():
-        alone = torch.cat([model(**tokenizer([t], return_tensors="pt"), early_exit=False).exit_gates for t in texts])
-    assert torch.allclose(trace.gates, alone, atol=1e-5)
+        outputs = [model(**tokenizer([text], return_tensors="pt"), early_exit=False) for text in texts]
+    alone = torch.cat([output.exit_scalars["gate"] for output in outputs])
+    assert torch.allclose(trace.scalars["gate"], alone, atol=1e-5)
     trace.save(tmp_path / "trace.safetensors")
-    assert torch.equal(ee.ExitTrace.load(tmp_path / "trace.safetensors").gates, trace.gates)
+    assert torch.equal(ee.ExitTrace.load(tmp_path / "trace.safetensors").scalars["gate"], trace.scalars["gate"])
     model.set_exit_policy(mixed(trace))
     assert ee.explain(model, texts[0], tokenizer=tokenizer).exit_layer in (1, 2, 3, 4)
 
@@ -119,7 +120,8 @@ def test_gates_come_back_to_the_bit_and_belong_to_the_fingerprint(tiny_model, ra
     model.set_exit_policy(mixed(traced(model, random_batch(40))))
     model.save_pretrained(tmp_path)
     again = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(**batch, early_exit=False).exit_gates, model(**batch, early_exit=False).exit_gates)
+    gates, before = (each(**batch, early_exit=False).exit_scalars["gate"] for each in (again, model))
+    assert torch.equal(gates, before)
     assert again.exit_policy == model.exit_policy
     assert model_fingerprint(again) == model_fingerprint(model)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_gates_are_added_to_a_trained_model_with_exits(tiny_model, random_batch,
     gated = load(tmp_path, exit_gate="mlp", init_missing_exits=True).eval()
     output = gated(**batch, early_exit=False)
     assert torch.equal(output.exit_logits, model(**batch, early_exit=False).exit_logits)
-    assert torch.isfinite(output.exit_gates).all()
+    assert torch.isfinite(output.exit_scalars["gate"]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,5 +166,6 @@ def test_each_exit_asks_its_own_gate_of_its_own_state(tiny_model, random_batch, 
             gate(state, logits)
             for gate, state, logits in zip(model.exit_gates.values(), states, output.exit_logits.unbind(1), strict=False)
         ]
-    assert torch.equal(output.exit_gates, torch.stack(alone, 1))
-    assert (output.exit_gates[:, 1:] - output.exit_gates[:, :1]).abs().min() > 1e-4
+    assert torch.equal(output.exit_scalars["gate"], torch.stack(alone, 1))
+    gates = output.exit_scalars["gate"]
+    assert (gates[:, 1:] - gates[:, :1]).abs().min() > 1e-4

@@ -28,7 +28,7 @@ def traced(tiny_model):
     def make(name="single", int8=False):
         if (name, False) not in known:
             model = tiny_model(**MODELS[name])
-            known[name, False] = SimpleNamespace(model=model, whole=walk_graph(model))
+            known[name, False] = SimpleNamespace(model=model, whole=walk_graph(model, model.signals))
         found = known[name, False]
         if int8:
             found = known.setdefault((name, True), SimpleNamespace(model=found.model, whole=quantize_graph(found.whole)))

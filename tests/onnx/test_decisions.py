@@ -14,8 +14,7 @@ from hf_earlyexit.problem_types import MULTI_LABEL
 from hf_earlyexit.serving.batching import pad_batch
 from tests.onnx.conftest import feeds
 
-SERVED = [name for name in POLICIES.names() if not POLICIES.get(name).uses_similarity]  # which classifiers do not give
-CASES = [("single", name) for name in SERVED] + [
+CASES = [("single", name) for name in POLICIES.names()] + [
     ("multi", "confidence"), ("multi", "beem-c"), ("regression", "patience"),
 ]  # fmt: skip
 
@@ -60,7 +59,7 @@ def same(first, second):
 
 def policy_for(open_policy, found, name):
     if name == "gate":
-        gates = found.onnx(**pad_batch(random_rows(100, seed=1)), early_exit=False).exit_gates
+        gates = found.onnx(**pad_batch(random_rows(100, seed=1)), early_exit=False).exit_scalars["gate"]
         return ee.GatePolicy(thresholds=tuple(gates.sigmoid().quantile(0.6, dim=0).tolist()))
     return open_policy(found.model, name)
 

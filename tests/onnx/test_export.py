@@ -91,7 +91,7 @@ def test_options_of_predict_hold(served, loaded, tokenizer, random_texts):
 def test_traces_are_equal_so_calibrations_of_the_model_serve(served, loaded, labelled):
     truth, told = (ee.collect_trace(each, labelled[0], labels=labelled[1], progress=False) for each in (served, loaded))
     assert torch.allclose(truth.logits, told.logits, atol=2e-5)
-    assert torch.allclose(truth.gates, told.gates, atol=2e-5)
+    assert torch.allclose(truth.scalars["gate"], told.scalars["gate"], atol=2e-5)
     assert truth.fingerprint == told.fingerprint
     loaded.set_exit_policy(ee.calibrate(truth, "confidence", TARGET, keep_weak_exits=True))
 

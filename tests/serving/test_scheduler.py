@@ -21,7 +21,7 @@ from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
 
 NEAR = 1e-5
-NAMES = [name for name in POLICIES.names() if not POLICIES.get(name).uses_gate and not POLICIES.get(name).uses_similarity]
+NAMES = [name for name in POLICIES.names() if "gate" not in POLICIES.get(name).asks]
 
 
 class CountingWalker(ModelWalker):
@@ -37,9 +37,9 @@ class CountingWalker(ModelWalker):
         self.calls.append((layer, context.count(hidden), padded, real))
         return super().run_layer(layer, hidden, context)
 
-    def exit_signal(self, exit_index, hidden, context, with_gate=False):
+    def exit_signal(self, exit_index, hidden, context, asks=(), before=None):
         self.asked.add(exit_index)
-        return super().exit_signal(exit_index, hidden, context, with_gate)
+        return super().exit_signal(exit_index, hidden, context, asks, before)
 
 
 @pytest.fixture(scope="module")

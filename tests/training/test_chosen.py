@@ -123,7 +123,7 @@ def by_hand(trainer, batch, objective):
     outputs = trainer.model(input_ids=batch["input_ids"], early_exit=False)
     losses = row_losses(outputs.exit_logits, batch["labels"], "single_label_classification")
     noise = row_noise(batch[KEY_COLUMN], 9, trainer.state.global_step, (objective.rollouts, 3)) if objective.draws else None
-    return objective(outputs.exit_gates, losses, batch[HARDNESS_COLUMN], LAYERS, noise)
+    return objective(outputs.exit_scalars["gate"], losses, batch[HARDNESS_COLUMN], LAYERS, noise)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reinforce"])

@@ -12,7 +12,7 @@ from tests.samples import learned_trace
 
 def told(gates, times=2, **fields):
     """Metrics of these gates, and what is warned of after so many evaluations."""
-    trace = replace(learned_trace(200, **fields), gates=gates)
+    trace = replace(learned_trace(200, **fields), scalars={"gate": gates})
     metrics = gate_metrics(trace)
     return metrics, warn_of_trouble([metrics] * times)
 
@@ -60,6 +60,6 @@ def test_classes_are_not_counted_where_rows_have_many_labels():
 
 
 def test_what_has_passed_is_not_warned_of():
-    bad, good = (gate_metrics(replace(learned_trace(200), gates=gates)) for gates in (mixed(9.0), mixed(2.0)))
+    bad, good = (gate_metrics(replace(learned_trace(200), scalars={"gate": gates})) for gates in (mixed(9.0), mixed(2.0)))
     assert warn_of_trouble([bad, bad, good]) == []
     assert warn_of_trouble([bad, {"loss": 1.0}, bad]) != []

@@ -100,7 +100,7 @@ def test_what_cached_states_say_is_what_each_gate_says(kind):
     for index, gate in enumerate(gates.values()):
         alone = [gate(data.states[row, index][None], data.trace.logits[row, index][None]).item() for row in range(30)]
         assert said[:, index].tolist() == pytest.approx(alone, abs=1e-5)
-    assert torch.equal(data.judged(gates).gates, said)
+    assert torch.equal(data.judged(gates).scalars["gate"], said)
 
 
 def test_each_epoch_is_told_of_when_the_gates_hold_it():
@@ -125,6 +125,7 @@ def test_cached_states_are_each_rows_own_whatever_its_length_and_batch(tiny_mode
         alone = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False) for row in data]
     assert cached.states.shape == (25, 3, 32)
     assert torch.allclose(cached.trace.logits, torch.cat([output.exit_logits for output in alone]), atol=1e-5)
-    assert torch.allclose(cached.gate_logits(model.exit_gates), torch.cat([o.exit_gates for o in alone]), atol=1e-4)
+    gates = torch.cat([output.exit_scalars["gate"] for output in alone])
+    assert torch.allclose(cached.gate_logits(model.exit_gates), gates, atol=1e-4)
     assert cached.trace.labels.tolist() == data["labels"][:]
     assert len({len(row["input_ids"]) for row in data}) > 5
