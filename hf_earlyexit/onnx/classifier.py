@@ -55,8 +55,8 @@ class OnnxWalker(BatchWalker):
         self._begin = _session(read, BEGIN, threads)
         self._layers = [_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
-        told = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
-        self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in told)
+        names = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
+        self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in names)
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""

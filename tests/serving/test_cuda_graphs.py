@@ -21,6 +21,7 @@ from hf_earlyexit.families.context import Context
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.signals import names_at
 from hf_earlyexit.serving import graph_walker, predict
 from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
@@ -270,9 +271,9 @@ def test_what_comes_again_is_captured_once_and_then_replayed(model):
         for calls, part in enumerate([(9, 13), (10, 16), (9, 9), (10, 14)]):  # one bucket: 10 rows, 16 tokens
             walker.run(range(1, 3), *random_part(walker, *part, 0), 1)
             assert (capture.captured, capture.replayed) == (min(calls, 1), calls)
-        for layers, rows, exit_index, gate in [(range(1, 2), 10, 0, False), (range(1, 3), 10, None, False),
-                                               (range(1, 3), 10, 1, True), (range(1, 3), 11, 1, False)]:  # fmt: skip
-            walker.run(layers, *random_part(walker, rows, 16, 0), exit_index, gate)
+        for layers, rows, exit_index, asks in [(range(1, 2), 10, 0, ()), (range(1, 3), 10, None, ()),
+                                               (range(1, 3), 10, 1, ("similarity",)), (range(1, 3), 11, 1, ())]:  # fmt: skip
+            walker.run(layers, *random_part(walker, rows, 16, 0), exit_index, asks)
     assert (capture.captured, len(walker.graphs.buckets)) == (1, 5)
 
 
@@ -348,8 +349,10 @@ def segment_on_no_device(model):
     hidden, tokens = torch.empty(4, 8, 32, device="meta"), torch.ones(4, 8, dtype=torch.bool, device="meta")
     with torch.inference_mode(), NothingFromTheHost():
         for layers, exit_index in ((range(1, 3), 1), (range(3, 5), 3)):
-            result, signal = walker._segment(layers, exit_index, True, hidden, tokens)
-            assert (result.shape, signal.logits.shape) == ((4, 8, 32), (4, 3))
+            asks = names_at(model.signals, last=exit_index == 3)
+            result, (logits, *scalars) = walker._segment(layers, exit_index, asks, hidden, tokens)
+            assert (result.shape, logits.shape) == ((4, 8, 32), (4, 3))
+            assert [values.shape for values in scalars] == [(4,)] * len(asks)
 
 
 @pytest.mark.parametrize("head", HEADS.names())
