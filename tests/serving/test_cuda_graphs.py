@@ -21,13 +21,13 @@ from hf_earlyexit.families.context import Context
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
-from hf_earlyexit.signals import names_at
 from hf_earlyexit.serving import graph_walker, predict
 from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.signals import names_at
 
 from .test_scheduler import NAMES, alone, assert_same
 
