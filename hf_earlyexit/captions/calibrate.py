@@ -98,7 +98,7 @@ def calibrate_captions(
         trace = token_trace(model, zip(states.split(batch_size), full, strict=True), rule)
         judge = Judge(model, full, tokenizer, known and [known[row] for row in kept.tolist()], metric)
         deep = float(model.exit_layers[-1])
-        proposals = propose(
+        candidates = propose(
             trace.scores.double().numpy(),
             trace.agrees.double().numpy(),
             np.asarray(model.exit_layers, dtype=float),
@@ -107,10 +107,10 @@ def calibrate_captions(
             rule.counts,
         )
         share = len(trace.words) / (len(trace.words) + len(states))  # the first token of a caption runs in full
-        proposals = [one._replace(trace_layers=deep + share * (one.trace_layers - deep)) for one in proposals]
-        bar.reset(len(proposals) * len(full))
+        candidates = [one._replace(trace_layers=deep + share * (one.trace_layers - deep)) for one in candidates]
+        bar.reset(len(candidates) * len(full))
         tried = [(Proposal(FULL, rule.thresholds, deep), full)]
-        tried += [(one, writer.write(states, rule.with_thresholds(one.thresholds))) for one in proposals]
+        tried += [(one, writer.write(states, rule.with_thresholds(one.thresholds))) for one in candidates]
     settings = tuple(judge.setting(*one) for one in tried)
     chosen = target.pick(curve_of(settings))
     best, rule = settings[chosen], rule.with_thresholds(settings[chosen].thresholds)

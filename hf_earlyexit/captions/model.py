@@ -22,6 +22,7 @@ from ..modeling.outputs import EarlyExitCaptionerOutput
 from ..problem_types import SINGLE_LABEL
 from .checks import check_generation, check_images, generation_settings
 from .configuration import EarlyExitVisionEncoderDecoderConfig
+from .labels import decoder_inputs, read_caption_labels
 
 
 class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
@@ -182,10 +183,15 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
 
         Raises:
             UsageError: for early exit without a policy, in training, or over a cache whose rows cannot be taken apart.
-            DataError: for images that the encoder does not take.
+            DataError: for images that the encoder does not take, and labels that are no captions.
+            TrainingError: if no start or padding token is set to make the decoder's inputs from the labels.
         """
         if pixel_values is not None:
             check_images(pixel_values, self, kwargs.get("interpolate_pos_encoding", False))
+        if labels is not None:
+            labels = read_caption_labels(labels, self.config.decoder, pixel_values, decoder_input_ids)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = decoder_inputs(labels, self)
         cache = given_cache(cache, kwargs)
         run = decoder_exits or ExitRun(self.choose_policy(early_exit, operating_point, kwargs))
         token = decoder_input_ids is not None and decoder_input_ids.shape[1] == 1 and labels is None
@@ -239,6 +245,15 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
             given = chosen(labels).flatten()
             logits = output.exit_logits.reshape(len(given), *output.exit_logits.shape[-2:])
             output.loss = WeightedObjective()(logits, given, SINGLE_LABEL, self.exit_layers).loss
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Any) -> Tensor:
+        """What the decoder reads to write captions `[B, T]`: the start token, then all tokens but the last.
+
+        Raises:
+            DataError: for labels that are no captions, naming row and token.
+            TrainingError: if no start or padding token is set.
+        """
+        return decoder_inputs(read_caption_labels(labels, self.config.decoder), self)
 
     @torch.no_grad()
     def generate(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
-from transformers.models.vision_encoder_decoder.modeling_vision_encoder_decoder import shift_tokens_right
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, TrainingError
@@ -134,7 +133,7 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
             raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field="labels")
         given = {"use_cache": False, **{name: value for name, value in inputs.items() if name != "labels"}}
         if "decoder_input_ids" not in given:
-            given["decoder_input_ids"] = self._shifted(labels)
+            given["decoder_input_ids"] = self.exit_model.prepare_decoder_input_ids_from_labels(labels)
         outputs = model(**given, early_exit=False, exit_tokens=learned)
         if self.learn_gates:
             value = gate_value(outputs)
@@ -144,15 +143,6 @@ class EarlyExitCaptioningTrainer(EarlyExitTrainer):
             value = self.objective(outputs.exit_logits, truth, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
         self._require_finite(value)
         return (value.loss, outputs) if return_outputs else value.loss
-
-    def _shifted(self, labels: Tensor) -> Tensor:
-        config = self.exit_model.config
-        for name in ("decoder_start_token_id", "pad_token_id"):
-            if getattr(config, name) is None:
-                raise TrainingError(
-                    f"model.config.{name} is not set; captions are shifted by it. Set it to the tokenizer's.", field=name
-                )
-        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
 
     def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
         return row_sums(outputs, _given(labels)), None

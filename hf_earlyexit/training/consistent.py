@@ -21,7 +21,7 @@ from .gate_report import gate_metrics, warn_of_trouble
 from .gates import train_gates
 from .hardness import HardnessTable
 from .run_folder import RunFolder
-from .settings import check_arguments, check_settings
+from .settings import check_arguments, check_settings, refused
 from .states import collect_states
 from .trainer import EarlyExitTrainer
 
@@ -31,6 +31,10 @@ WHY_NOT = {  # arguments of `Trainer` that a run of phases has no place for
     "model_init": "each phase goes on from the weights of the one before; pass the model",
     "optimizers": "every phase begins with an optimizer of its own; choose its kind with optim and optim_args",
     "optimizer_cls_and_kwargs": "phases have learning rates of their own; choose the kind with optim and optim_args",
+}
+WHY_NOT_IN_TRAIN = {  # and arguments of `Trainer.train`
+    "trial": "it sets arguments of one Trainer, and phases have several; make a ConsistentTrainer for each trial",
+    "ignore_keys_for_eval": "evaluations keep the logits of the exits and their gates, and nothing else",
 }
 
 logger = logging.get_logger(__name__)
@@ -135,19 +139,25 @@ class ConsistentTrainer:
         kinds = [*([] if self.args.exits_trained else ["exits"]), "hardness", *turn * self.args.rounds]
         return tuple(Phase(number, kind) for number, kind in enumerate(kinds, 1))
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> list[dict[str, Any]]:
+    def train(
+        self, resume_from_checkpoint: bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> list[dict[str, Any]]:
         """Run the phases that are not done yet.
 
         Args:
             resume_from_checkpoint: take up the run that `output_dir` holds.
+            trial, ignore_keys_for_eval: refused, as phases have no place for them.
 
         Returns:
             The log, one entry per report; also in `log_history`.
 
         Raises:
             UsageError: if `output_dir` holds a run and it is not to be taken up, or for a checkpoint by name.
-            TrainingError: if it was made with other settings.
+            TrainingError: if it was made with other settings, or for what is refused.
         """
+        for name, value in (("trial", trial), ("ignore_keys_for_eval", ignore_keys_for_eval)):
+            if value is not None:
+                raise refused(name, value, WHY_NOT_IN_TRAIN[name])
         if resume_from_checkpoint not in (None, True, False):
             raise UsageError(
                 f"resume_from_checkpoint is {resume_from_checkpoint!r}; expected True: the phases of a run lie below "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from ..registry import unknown_name
 
 if TYPE_CHECKING:
     from .arguments import EarlyExitTrainingArguments
+
+KEPT = frozenset({"loss", "logits", "exit_logits", "exit_gates"})  # outputs that evaluations look at
 
 
 def check_arguments(given: Mapping[str, Any], cls: type, why_not: Mapping[str, str]) -> None:
@@ -67,6 +69,16 @@ def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model
     problem_type = getattr(model.config, "problem_type", None)
     if args.label_smoothing_factor and problem_type not in (None, SINGLE_LABEL):
         raise smoothing_error(problem_type)
+
+
+def check_ignored(field: str, keys: Iterable[str] | None) -> None:
+    """Refuse to leave outputs out that evaluations are made of; hidden states and the like are never kept.
+
+    Raises:
+        TrainingError: naming the argument and the outputs.
+    """
+    if dropped := sorted(KEPT.intersection(keys or ())):
+        raise refused(field, dropped, "the figures of every exit are made of them")
 
 
 def check_loss_func(args: EarlyExitTrainingArguments) -> None:

@@ -33,6 +33,7 @@ from .pushing import NoPickledSettings
 from .settings import (
     check_adapters,
     check_arguments,
+    check_ignored,
     check_loss_func,
     check_settings,
     given_losses,
@@ -157,12 +158,19 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
                 learns = name.startswith("exit_heads.") and (parameter.requires_grad or not adapted)
                 parameter.requires_grad_(learns)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As in `Trainer`; with `True`, the newest checkpoint that was written to its end is taken up.
 
         Raises:
             CheckpointError: if there is none; for a checkpoint given by name that holds a damaged or foreign file.
+            TrainingError: where `ignore_keys_for_eval` names logits, which evaluations are made of.
         """
+        check_ignored("ignore_keys_for_eval", ignore_keys_for_eval)
         if resume_from_checkpoint is True:
             newest = self.newest_checkpoint()
             if newest is None:
@@ -174,7 +182,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
             resume_from_checkpoint = str(newest)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self._learning())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint of the run that training can go on from; see `newest_complete_checkpoint`."""
@@ -223,7 +231,12 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Tensor | None]:
-        """Loss, `(logits, exit_logits)` and gates where there are some, labels: every exit runs on every row."""
+        """Loss, `(logits, exit_logits)` and gates where there are some, labels: every exit runs on every row.
+
+        Raises:
+            TrainingError: where `ignore_keys` names one of these; hidden states and the like are never kept.
+        """
+        check_ignored("ignore_keys", ignore_keys)
         inputs = self._prepare_inputs(inputs)
         rest, labels = self._split(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -16,7 +16,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.captions.trainer import row_sums
 from hf_earlyexit.errors import DataError, TrainingError
 from hf_earlyexit.training.weights import load_weights
-from tests.captions.conftest import END, LAYERS, WORDS
+from tests.captions.conftest import END, LAYERS, PAD, START, WORDS
 from tests.captions.toy import make_captioner
 
 COUNT = 12
@@ -232,11 +232,11 @@ def test_packed_captions_are_passed_on(captioner, rows, arguments):
     model = captioner(exit_head="linear")
     trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
     batch = ee.CaptionCollator()([rows()[0], rows()[1]])
-    own = trainer._shifted(batch["labels"])
+    ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     plain = trainer.compute_loss(model, dict(batch))
-    packed = trainer.compute_loss(model, {**batch, "decoder_input_ids": own, "decoder_position_ids": None})
+    packed = trainer.compute_loss(model, {**batch, "decoder_input_ids": ids, "decoder_position_ids": None})
     assert torch.equal(plain, packed)
-    moved = torch.arange(own.shape[1]).expand_as(own) + 3
+    moved = torch.arange(ids.shape[1]).expand_as(ids) + 3
     assert not torch.equal(trainer.compute_loss(model, {**batch, "decoder_position_ids": moved}), plain)
 
 
@@ -303,10 +303,92 @@ def test_training_that_cannot_work(captioner, rows, arguments):
         make(model=captioner(), args=arguments(objective="two-stage"), train_dataset=rows())
     with pytest.raises(TrainingError, match="write captions with `generate`"):
         make(model=captioner(), args=arguments(), train_dataset=rows(), compute_metrics=lambda _: {})
+
+
+TOKENS = ("decoder_start_token_id", "pad_token_id")
+
+
+def without(model, name, *places):
+    """The captioner without that token; where the config cannot lose it by deletion, it holds None."""
+    for settings in places:
+        part = getattr(model, settings)
+        setattr(part, name, None)
+        if settings == "config":
+            delattr(part, name)  # as a config.json that never had it
+    return model
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_token_that_only_generation_knows_shifts_the_captions(captioner, images, name):
+    labels = torch.tensor([[5, -100, 6, END], [7, END, -100, -100]])
     model = captioner()
-    model.config.decoder_start_token_id = None
-    with pytest.raises(TrainingError, match="decoder_start_token_id is not set"):
-        trained(model, arguments(), rows())
+    expected = model(images(2), labels=labels, early_exit=False)
+    bare = without(captioner(), name, "config")
+    answer = bare(images(2), labels=labels, early_exit=False)
+    assert torch.equal(answer.exit_logits, expected.exit_logits)
+    assert torch.equal(answer.loss, expected.loss)
+    shifted = bare.prepare_decoder_input_ids_from_labels(labels.tolist())
+    assert shifted.tolist() == [[START, 5, PAD, 6], [START, 7, END, PAD]]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_token_that_nobody_set_is_asked_for(captioner, images, rows, arguments, name):
+    labels = torch.tensor([[5, 6, END]])
+    model = without(captioner(), name, "config", "generation_config")
+    for call in (
+        lambda: model.train()(images(1), labels=labels),
+        lambda: model.eval()(images(1), labels=labels, early_exit=False),
+        lambda: model.prepare_decoder_input_ids_from_labels(labels),
+        lambda: trained(model, arguments(), rows()),
+    ):
+        with pytest.raises(TrainingError, match=f"model.config.{name} is not set") as caught:
+            call()
+        assert caught.value.field == name
+    given = torch.tensor([[START, 5, 6]])  # nothing is shifted where the decoder's inputs are given
+    assert model.eval()(images(1), labels=labels, decoder_input_ids=given, early_exit=False).loss.isfinite()
+
+
+@pytest.mark.parametrize("value", [-1, WORDS, 1.5, True, "x", [1]])
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_token_that_is_none_is_refused(captioner, images, name, value):
+    model = captioner()
+    setattr(model.config, name, value)
+    with pytest.raises(TrainingError, match=rf"config.{name} is .*; expected the number of a token, 0 to {WORDS - 1}"):
+        model(images(1), labels=torch.tensor([[5, -100, 6]]), early_exit=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.tensor([[5.0, 6.0]]), "are of type float32; expected token ids"),
+        (torch.tensor([[True, False]]), "are of type bool"),
+        (torch.tensor([5, 6]), r"have the shape \[2\]"),
+        (torch.zeros(1, 0, dtype=torch.long), r"have the shape \[1, 0\]"),
+        (torch.tensor([[5, 6], [7, 8]]), r"have the shape \[2, 2\], pixel_values \[1, 3, 16, 16\]"),
+        (torch.full((1, 41), 5), "have 41 tokens a row; expected at most 40"),
+        ([[5, WORDS, 6]], f"have {WORDS} in row 0 at token 1; expected 0 to {WORDS - 1}, or -100"),
+        ([[-5, 6]], "have -5 in row 0 at token 0"),
+        ([[5, 6], [7]], "are list; expected token ids"),
+        ("a dog", "are str; expected token ids"),
+    ],
+)
+def test_labels_that_are_no_captions(captioner, images, labels, words):
+    with pytest.raises(DataError, match=words):
+        captioner()(images(1), labels=labels, early_exit=False)
+
+
+def test_labels_of_other_tokens_than_the_decoder_reads(captioner, images):
+    with pytest.raises(DataError, match=r"shape \[1, 3\], decoder_input_ids \[1, 2\]"):
+        captioner()(images(1), labels=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[1, 5]]), early_exit=False)
+
+
+@pytest.mark.parametrize("form", [torch.int32, torch.uint8, "array", "lists"])
+def test_labels_are_captions_in_any_form(captioner, images, form):
+    labels, model = torch.tensor([[5, 6, END]]), captioner()
+    other = labels.numpy() if form == "array" else labels.tolist() if form == "lists" else labels.to(form)
+    answers = [model(images(1), labels=part, early_exit=False) for part in (labels, other)]
+    assert torch.equal(answers[0].exit_logits, answers[1].exit_logits)
+    assert torch.equal(answers[0].loss, answers[1].loss)
 
 
 # --- rows of images and captions --------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every argument that a run of phases is given works, or is refused by name before the first phase."""
 
 import inspect
+import pathlib
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from transformers import Trainer
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import DataError, TrainingError, UnknownNameError, UsageError
-from hf_earlyexit.training.consistent import WHY_NOT, ConsistentTrainer
+from hf_earlyexit.training.consistent import WHY_NOT, WHY_NOT_IN_TRAIN, ConsistentTrainer
+from hf_earlyexit.training.consistent_arguments import NO_PLACE
 
 from . import consistent_script as script
 
@@ -80,6 +82,25 @@ def test_metrics_of_ones_own_are_logged_in_both_phases_that_train_exits(trainer)
 def test_a_checkpoint_by_name_is_refused(trainer):
     with pytest.raises(UsageError, match=r"resume_from_checkpoint is 'run/checkpoint-2'; expected True"):
         trainer().train(resume_from_checkpoint="run/checkpoint-2")
+
+
+def test_every_argument_of_train_is_taken_or_refused_by_name(trainer):
+    known = list(inspect.signature(Trainer.train).parameters)
+    assert list(inspect.signature(ConsistentTrainer.train).parameters) == known
+    run = trainer()
+    for name, value in (("trial", {"alpha": 0.1}), ("ignore_keys_for_eval", ["hidden_states"])):
+        with pytest.raises(TrainingError, match=f"{name}=.* cannot be used here: {WHY_NOT_IN_TRAIN[name]}") as caught:
+            run.train(**{name: value})
+        assert caught.value.field == name
+    assert set(WHY_NOT_IN_TRAIN) == set(known) - {"self", "resume_from_checkpoint"}
+    assert not (run.args.output_dir and list(pathlib.Path(run.args.output_dir).glob("*"))), "nothing has begun"
+
+
+def test_the_page_lists_what_is_refused():
+    page = (pathlib.Path(__file__).parents[2] / "docs/how-to/consistentee.md").read_text()
+    section = page.split("## What a run refuses")[1].split("\n## ")[0]
+    refused = {*WHY_NOT, *WHY_NOT_IN_TRAIN, *NO_PLACE}
+    assert {name for name in refused if f"`{name}`" not in section} == set()
 
 
 # --- training arguments -------------------------------------------------------------------------------------------------

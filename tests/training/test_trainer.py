@@ -1,6 +1,7 @@
 """The Trainer: every exit learns and is reported, nothing else changes, faults have names."""
 
 import copy
+import inspect
 import json
 
 import datasets
@@ -460,3 +461,35 @@ def test_texts_are_cut_for_calibration_and_serving_as_for_training(trainer, tiny
     saved.model_max_length = 32
     longer = ee.predict(model, texts, tokenizer=saved, early_exit=False)
     assert (longer.logits - served.logits).abs().max() > 1e-3  # the length does matter to these rows
+
+
+def test_outputs_that_are_never_kept_may_be_ignored(trainer, arguments, rows):
+    def figures(metrics):
+        return {name: value for name, value in metrics.items() if "_exit_" in name or name.endswith("loss")}
+
+    kept, keys = trainer(args=arguments(eval_strategy="steps", eval_steps=3)), ["hidden_states", "cache"]
+    kept.train(None, None, keys)
+    logged = next(log for log in kept.state.log_history if "eval_loss" in log)
+    assert figures(logged) == figures(kept.evaluate()) == figures(kept.evaluate(ignore_keys=keys)) != {}
+    assert kept.predict(rows(5), keys).predictions.shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", ["loss", "logits", "exit_logits", "exit_gates"])
+def test_outputs_that_figures_are_made_of_cannot_be_ignored(trainer, rows, name):
+    def refused(argument):
+        return pytest.raises(TrainingError, match=rf"{argument}=\['{name}'\] cannot be used here")
+
+    kept = trainer()
+    with refused("ignore_keys_for_eval"):
+        kept.train(ignore_keys_for_eval=["attentions", name])
+    assert kept.state.global_step == 0, "it is refused before the first step"
+    with refused("ignore_keys"):
+        kept.evaluate(ignore_keys=[name])
+    with refused("ignore_keys"):
+        kept.predict(rows(5), ignore_keys=[name])
+
+
+def test_train_takes_every_argument_of_transformers_trainer():
+    for method in ("train", "evaluate", "predict"):
+        taken = inspect.signature(getattr(ee.EarlyExitTrainer, method)).parameters
+        assert "kwargs" in taken or list(taken) == list(inspect.signature(getattr(Trainer, method)).parameters)
