@@ -56,3 +56,16 @@ class UnknownNameError(EarlyExitError):
 
 class UsageError(EarlyExitError):
     """A call that contradicts itself or comes too early."""
+
+
+class PermitsEverything(UserWarning):
+    """A target that gives all of the full model's quality away; on the command line it is an error.
+
+    Args:
+        message: what the target permits.
+        instead: words of the target that was probably meant.
+    """
+
+    def __init__(self, message: str, instead: str) -> None:
+        super().__init__(message)
+        self.instead = instead

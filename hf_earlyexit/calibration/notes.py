@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from typing import Any
 
 import torch
 
+from .. import errors
+from ..errors import PermitsEverything
 from ..metrics import f1, f1_name, uneven_classes
 from ..problem_types import majority_quality, quality_name, row_quality
 from ..trace import ExitTrace
@@ -15,6 +19,7 @@ from .result import CalibrationResult
 from .settings import Setting
 from .targets import MaxDrop, Target
 
+OWN_FILES = tuple(os.path.dirname(file) + os.sep for file in (errors.__file__, torch.__file__))
 RARE_LOSS = 0.01  # F1 that may be lost beyond the loss of quality without a note
 
 
@@ -58,8 +63,17 @@ def on_drop(target: Target, full: float) -> list[str]:
         f"a drop of {target.drop:g} permits to lose all of the full model's quality, {full:.4f}, so any answer will do; "
         f"quality runs from 0 to 1: one point is 0.01, {target.drop:g} points are {target.drop / 100:g}"
     )
-    warnings.warn(f"{note[0].upper()}{note[1:]}.", stacklevel=5)
+    warning = PermitsEverything(f"{note[0].upper()}{note[1:]}.", f"max-drop:{target.drop / 100:g}")
+    warnings.warn(warning, stacklevel=_callers_level())
     return [note]
+
+
+def _callers_level() -> int:
+    """The level, seen from who warns, of the first frame outside this library and torch, whose decorators lie between."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OWN_FILES):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def on_target(target: Target, setting: Setting) -> list[str]:

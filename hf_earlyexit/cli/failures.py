@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from ..errors import EarlyExitError, UnknownNameError
+from ..errors import EarlyExitError, PermitsEverything, UnknownNameError
 
 EXTRAS = {
     "accelerate": "train",
@@ -52,6 +52,8 @@ def end_of(error: BaseException, command: str) -> End | None:
 def _message(error: BaseException) -> str | None:
     if isinstance(error, EarlyExitError):
         return str(error)
+    if isinstance(error, PermitsEverything):
+        return f"{error} Nothing was written. If you meant points, write --target {error.instead}."
     if isinstance(error, ImportError):
         return _missing(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be loaded

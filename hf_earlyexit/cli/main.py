@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 
+from ..errors import PermitsEverything
 from ..registry import Registry
 from .failures import end_of
 
@@ -74,7 +76,8 @@ def _run(name: str, words: list[str]) -> int:
     objects, as_json = parse_arguments(
         classes, words, name, command.__doc__, getattr(command, "REST", None), getattr(command, "MORE", None)
     )
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # whatever else prints, such as a Trainer
+    with redirect_stdout(sys.stderr) if as_json else nullcontext(), warnings.catch_warnings():  # a Trainer prints, too
+        warnings.simplefilter("error", PermitsEverything)  # nobody reads a warning before the thresholds are written
         answer = command.run(*objects)
         text = answer.printed(as_json) if as_json or answer.lines is None else None
     if text is None:

@@ -18,6 +18,7 @@ from hf_earlyexit.errors import (
     CheckpointError,
     DataError,
     EarlyExitConfigError,
+    PermitsEverything,
     UnknownNameError,
     UsageError,
 )
@@ -357,3 +358,10 @@ def test_a_trace_on_other_states_is_noticed(captioner, images, mixed, monkeypatc
 
     monkeypatch.setattr(tracing.DecoderWalker, "exit_signal", late)
     assert not torch.allclose(tracing.token_trace(model, batches, policy).scores, right, atol=1e-2)
+
+
+def test_a_drop_meant_in_points_is_warned_of_at_the_callers_line(captioner, images):
+    with pytest.warns(PermitsEverything, match="permits to lose all") as caught:
+        made = calibrated(captioner(), images(6), target="max-drop:1")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert any("permits to lose all" in note for note in made.notes)

@@ -56,6 +56,33 @@ def test_new_thresholds_stand_beside_the_old_ones(folder, capsys, tokenizer, unl
     assert ee.from_pretrained(folder / "model").policy_at("june") == after.policy_at("june")
 
 
+@pytest.mark.parametrize(
+    ("command", "drop", "meant"),
+    [("calibrate", "1", "0.01"), ("calibrate", "1.5", "0.015"), ("recalibrate", "1", "0.01")],
+)
+def test_a_drop_that_gives_the_model_away_is_refused_before_anything_is_written(
+    folder, capsys, monkeypatch, command, drop, meant
+):
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = [
+        command,
+        *(["--operating_point", "june"] if command == "recalibrate" else []),
+        "--model",
+        "model",
+        "--dataset",
+        "fresh.jsonl",
+        "--target",
+    ]
+    assert main([*words, f"max-drop:{drop}"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"hf-earlyexit {command}: A drop of {drop} permits to lose all of the full model's quality")
+    assert message.endswith(f"Nothing was written. If you meant points, write --target max-drop:{meant}.")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    if command == "calibrate":
+        assert main([*words, f"max-drop:{meant}"]) == 0
+
+
 def test_a_monitor_is_told_with_a_status(tmp_path, capsys):
     quiet, loud = (Monitor((1, 2), shadow=1.0, reference=(0.5, 0.5)) for _ in range(2))
     quiet.record([1, 2] * 200, [True] * 400)
