@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import EvalPrediction
 
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, given_labels, predictions
 from ..registry import Registry
@@ -81,3 +85,35 @@ def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
 def mse(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean squared error."""
     return float(np.square(logits.reshape(labels.shape) - labels).mean())
+
+
+def on_last_exit(compute: Any) -> Any:
+    """A `compute_metrics` that gets the last exit's logits alone, as everywhere else."""
+
+    @wraps(compute)  # Trainer looks at the signature
+    def wrapped(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
+        plain = EvalPrediction(
+            by_output(prediction.predictions)[0], prediction.label_ids, prediction.inputs, prediction.losses
+        )
+        return compute(plain, **kwargs)
+
+    return wrapped
+
+
+def keeping_exits(preprocess: Any) -> Any:
+    """A `preprocess_logits_for_metrics` that changes the last exit's logits and leaves those of all exits as they are."""
+
+    def wrapped(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[Any, ...]:
+        return preprocess(outputs[0], labels), *outputs[1:]
+
+    return wrapped
+
+
+def by_output(predictions: Any) -> Any:
+    """Predictions by kind of output, each a list of batches where the Trainer does not join them."""
+    return [list(part) for part in zip(*predictions, strict=True)] if isinstance(predictions, list) else predictions
+
+
+def joined(part: Any) -> np.ndarray:
+    """One array of an output that may be kept batch by batch."""
+    return np.concatenate(part) if isinstance(part, list) else np.asarray(part)

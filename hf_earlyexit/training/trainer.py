@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 from transformers.utils import logging
 
@@ -27,7 +26,7 @@ from .arguments import EarlyExitTrainingArguments
 from .checkpoints import check_checkpoint, newest_complete_checkpoint
 from .checks import NamesToNumbers, check_data_set, label_column, no_labels, pop_labels, without_labels
 from .gate_report import gate_metrics
-from .metrics import default_exit_metric, exit_metrics
+from .metrics import by_output, default_exit_metric, exit_metrics, joined, keeping_exits, on_last_exit
 from .pictures import opened_rows
 from .pushing import NoPickledSettings
 from .settings import (
@@ -86,8 +85,8 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         super().__init__(
             model,
             args,
-            compute_metrics=None if compute_metrics is None else _on_last_exit(compute_metrics),
-            preprocess_logits_for_metrics=None if preprocess is None else _keeping_exits(preprocess),
+            compute_metrics=None if compute_metrics is None else on_last_exit(compute_metrics),
+            preprocess_logits_for_metrics=None if preprocess is None else keeping_exits(preprocess),
             **kwargs,
         )
         for name in ("fsdp", "deepspeed"):
@@ -289,11 +288,11 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         output = super().evaluation_loop(dataloader, description, only_loss, ignore_keys, metric_key_prefix)
         if output.predictions is None:
             return output
-        logits, exit_logits, *gates = _by_output(output.predictions)
+        logits, exit_logits, *gates = by_output(output.predictions)
         metrics = dict(output.metrics)
         if output.label_ids is not None:
             config = self.exit_model.config
-            exit_logits, labels, *gates = map(_joined, (exit_logits, output.label_ids, *gates))
+            exit_logits, labels, *gates = map(joined, (exit_logits, output.label_ids, *gates))
             metric = self.args.exit_metric or default_exit_metric(label_problem_type(config, torch.as_tensor(labels[:1])))
             values = exit_metrics(exit_logits, labels, config.exit_layers, metric)
             if gates:
@@ -329,30 +328,3 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         for name, part in self.exit_model.named_children():
             if name != "exit_heads":
                 part.eval()
-
-
-def _on_last_exit(compute: Any) -> Any:
-    @wraps(compute)  # Trainer looks at the signature
-    def wrapped(prediction: EvalPrediction, **kwargs: Any) -> dict[str, Any]:
-        plain = EvalPrediction(
-            _by_output(prediction.predictions)[0], prediction.label_ids, prediction.inputs, prediction.losses
-        )
-        return compute(plain, **kwargs)
-
-    return wrapped
-
-
-def _keeping_exits(preprocess: Any) -> Any:
-    def wrapped(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[Any, ...]:
-        return preprocess(outputs[0], labels), *outputs[1:]
-
-    return wrapped
-
-
-def _by_output(predictions: Any) -> Any:
-    """Predictions by kind of output, each a list of batches where the Trainer does not join them."""
-    return [list(part) for part in zip(*predictions, strict=True)] if isinstance(predictions, list) else predictions
-
-
-def _joined(part: Any) -> np.ndarray:
-    return np.concatenate(part) if isinstance(part, list) else np.asarray(part)
