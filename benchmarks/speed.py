@@ -25,7 +25,9 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.measuring.bench import EARLY, FULL, STATIC, _in_turns, bench, environment
+from hf_earlyexit.measuring.bench import _in_turns, bench, environment
+from hf_earlyexit.measuring.forms import make_forms
+from hf_earlyexit.measuring.ways import EARLY, FIRST, FULL
 from hf_earlyexit.serving.batching import sorted_batches
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -70,10 +72,13 @@ def shape_run(name: str, count: int, repeats: int, latency_rows: int) -> dict:
     config = ee.EarlyExitBertConfig(num_hidden_layers=12, num_labels=2, exit_head="linear-cls", **SHAPES[name])
     model = ee.EarlyExitBertForSequenceClassification(config).eval()
     rows = mixed_rows(count)
-    models = {"fp32": model, "int8": ee.quantize_int8(model)}
-    for one in models.values():
-        one.set_exit_policy(spread_out(all_exits(one, rows)))
-    return bench(models, rows, repeats=repeats, latency_rows=latency_rows, clock=time.thread_time)
+    model.set_exit_policy(spread_out(all_exits(model, rows)))
+    forms = make_forms(model)
+    for form in forms.models.values():
+        served = getattr(form, "served", form)
+        served.set_exit_policy(spread_out(all_exits(served, rows)))
+    found = bench(forms.models, rows, repeats=repeats, latency_rows=latency_rows, clock=time.thread_time)
+    return {**found, "left_out": forms.left_out}
 
 
 def trained_run(folder: Path, repeats: int, latency_rows: int) -> dict:
@@ -95,7 +100,7 @@ def trained_run(folder: Path, repeats: int, latency_rows: int) -> dict:
         rivals.append(model.exit_layers[int((quality >= quality[-1]).int().argmax())])
     for name, one in models.items():
         walker = ModelWalker(one)
-        ways = {FULL: (None, None), EARLY: (one.exit_policy, None), STATIC.format(rivals[-1]): (None, rivals[-1])}
+        ways = {FULL: (None, None), EARLY: (one.exit_policy, None), FIRST.format(rivals[-1]): (None, rivals[-1])}
         for way, (policy, budget) in ways.items():
             logits = Scheduler(walker, policy, 512, budget).run(rows).logits
             accuracy.setdefault(name, {})[way] = float((logits.argmax(-1) == labels).float().mean())
@@ -139,7 +144,7 @@ def rivals_run(folder: Path, repeats: int) -> dict:
     made = ee.calibrate(trace, RULES[rule][0], wish, options=RULES[rule][1], per_exit=per_exit)
     rows, labels = encode_rows(splits["report"], tokenizer), torch.tensor(splits["report"]["label"])
     walker, answers = ModelWalker(small), {}
-    engines = {FULL: (None, None), EARLY: (made.policy, None), STATIC.format(rival): (None, rival)}
+    engines = {FULL: (None, None), EARLY: (made.policy, None), FIRST.format(rival): (None, rival)}
 
     def run(way: str) -> None:
         answers[way] = Scheduler(walker, engines[way][0], 512, engines[way][1]).run(rows)
@@ -153,9 +158,9 @@ def rivals_run(folder: Path, repeats: int) -> dict:
             "accuracy": float(right[way].mean()),
             "mean_layer": float(layers.double().mean()),
             "speed_up": (seconds[FULL] / times).sum(1).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
-            "over_shallower": difference(right[way], right[STATIC.format(rival)]),
+            "over_shallower": difference(right[way], right[FIRST.format(rival)]),
         }
-    faster = (seconds[STATIC.format(rival)] / seconds[EARLY]).sum(1).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    faster = (seconds[FIRST.format(rival)] / seconds[EARLY]).sum(1).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return {"rows": len(rows), "held_back": trace.num_rows, "turns": repeats, "rule": name, "tried": tried, "ways": found,
             "held_back_last_exit": float(quality[-1]), "held_back_shallower": float(quality[small.exit_layers.index(rival)]),
             "early_exit_over_shallower": faster, "environment": environment()}  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_earlyexit.measuring.bench import EARLY, FULL, as_table
+from hf_earlyexit.measuring.bench import advice, as_table
+from hf_earlyexit.measuring.ways import EARLY, FULL
 
 SHAPES = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},
@@ -19,7 +20,7 @@ Layers saved are not time saved. Padding, half-empty batches and Python can eat 
 always an alternative. So measure, with your model and your rows:
 
 ```bash
-hf-earlyexit bench --model bert-with-exits --input texts.txt --int8 true --output speed.json
+hf-earlyexit bench --model bert-with-exits --input texts.txt --output speed.json
 ```
 
 ## Eight bits
@@ -63,18 +64,19 @@ def page(results: dict) -> str:
             continue
         lines += [f"### {TITLES.get(part, part)}", ""]
         rows, environment = found["rows"], found["environment"]
-        lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean.", "", as_table(found), ""]
+        lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean, {found['turns']} turns.", "",
+                  as_table(found), ""]  # fmt: skip
         columns = ["model", "mean exit layer", "layer speed-up", "token-layer bound", "share reached", "arrival order",
                    "at batch 1"]  # fmt: skip
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, e in found["exits"].items():
+            arrival = f"{e['share_of_bound_in_arrival_order']:.2f}" if "share_of_bound_in_arrival_order" in e else "-"
             lines.append(f"| {name} | {e['mean_layer']:.2f} | {e['layer_speed_up']:.2f}x | {e['token_layer_bound']:.2f}x "
-                         f"| {e['share_of_bound']:.2f} | {e['share_of_bound_in_arrival_order']:.2f} "
-                         f"| {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
+                         f"| {e['share_of_bound']:.2f} | {arrival} | {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
         lines.append("")
         for name, ways in found.get("accuracy", {}).items():
             lines.append(f"Accuracy, {name}: " + ", ".join(f"{way} {100 * a:.2f} %" for way, a in ways.items()) + ".  ")
-        lines += ["", *(f"- {name}: {said}" for name, said in found["advice"].items()), "", *goals(part, found), ""]
+        lines += ["", advice(found), "", *goals(part, found), ""]
         versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
         lines += [f"{environment['machine']}, {environment['cpu']}, {environment['threads']} thread; {versions}.", ""]
     if "scheduler" in results:

@@ -38,7 +38,7 @@ ALLOWED = {
     "walking": BASE | {"signals", "policies", "families"},
     "modeling": WALK,
     "serving": WALK | {"images", "modeling"},
-    "measuring": SERVE,
+    "measuring": SERVE | {"onnx"},
     "generation": WALK | {"modeling"},
     "training": SERVE | {"data"},
     "plots": PURE,

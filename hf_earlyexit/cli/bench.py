@@ -6,9 +6,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..errors import UsageError
 from .answer import Answer
 from .arguments import DeviceArguments, FileArguments
 
@@ -23,8 +21,10 @@ class BenchArguments(FileArguments, DeviceArguments):
     rows: int = field(default=500, metadata={"help": "rows to measure with, drawn from the file"})
     batch_size: int = field(default=32, metadata={"help": "rows of a batch in arrival order"})
     static_layer: int | None = field(default=None, metadata={"help": "where the static model stops; the mean exit layer"})
-    dtype: str = field(default="float32", metadata={"help": "of the model: float32, bfloat16 or float16"})
-    int8: bool = field(default=False, metadata={"help": "measure an int8 copy too, with the same thresholds; on a CPU"})
+    forms: list[str] | None = field(
+        default=None,
+        metadata={"help": "number formats and engines: some of fp32, bf16, fp16, int8, onnx, onnx-int8; all that run here"},
+    )
     repeats: int = field(default=3, metadata={"help": "turns after one to warm up"})
     latency_rows: int = field(default=50, metadata={"help": "rows that are run one by one"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write"})
@@ -32,7 +32,6 @@ class BenchArguments(FileArguments, DeviceArguments):
 
 
 ARGUMENTS = (BenchArguments,)
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def run(args: BenchArguments) -> Answer:
@@ -40,20 +39,17 @@ def run(args: BenchArguments) -> Answer:
     from transformers import AutoTokenizer
 
     from ..measuring.bench import as_table, bench
-    from ..serving.int8 import quantize_int8
+    from ..measuring.forms import make_forms
     from ..serving.rows import encode_rows
     from .incoming import incoming
+    from .loading import load_model
 
-    model = _as_asked(args)
     source = incoming(args, args.input, args.split)
     texts = [source.text(row) for row in source.rows]
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
-    models = {SHORT[args.dtype]: model}
-    if args.int8:
-        models["int8"] = quantize_int8(model)
-        models["int8"].set_exit_policy(model.exit_policy)  # for its speed alone; to serve it, calibrate it
+    forms = make_forms(load_model(args.model, args.device), args.forms)
     result = bench(
-        models,
+        forms.models,
         encode_rows(chosen, AutoTokenizer.from_pretrained(args.model)),
         batch_size=args.batch_size,
         static_layer=args.static_layer,
@@ -61,24 +57,15 @@ def run(args: BenchArguments) -> Answer:
         latency_rows=args.latency_rows,
         seed=args.seed,
     )
-    lines = [as_table(result)]
+    result["left_out"] = forms.left_out
+    lines = [f"{len(chosen)} rows, {args.repeats} turns; speed-ups are over the first line.", "", as_table(result), ""]
     for name, exits in result["exits"].items():
         lines.append(
-            f"\n{name}: mean exit layer {exits['mean_layer']:.2f}, layer speed-up {exits['layer_speed_up']:.2f}x, "
+            f"{name}: mean exit layer {exits['mean_layer']:.2f}, layer speed-up {exits['layer_speed_up']:.2f}x, "
             f"token-layer bound {exits['token_layer_bound']:.2f}x, of which {100 * exits['share_of_bound']:.0f} % reached"
         )
-        lines.append(result["advice"][name])
+    lines += [f"Left out: {name}, as {reason}." for name, reason in forms.left_out.items()]
+    lines += ["", result["advice"]]
     if args.output is not None:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return Answer(result, "\n".join(lines))
-
-
-def _as_asked(args: BenchArguments) -> Any:
-    """The model on the device and in the dtype asked for."""
-    import torch
-
-    from .loading import load_model, on_device
-
-    if args.dtype not in SHORT:
-        raise UsageError(f"dtype is {args.dtype!r}; expected {', '.join(SHORT)}.", field="dtype", value=args.dtype)
-    return on_device(load_model(args.model), args.device, getattr(torch, args.dtype))

@@ -9,65 +9,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..serving.batching import pad_batch
-from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
-from ..serving.scheduler import Scheduler
 from ..serving.served import served_classifier
-from ..serving.transfer import finished
+from .ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, Form, Run, torch_ways
 
-STOCK, FULL, EARLY = "full, arrival order", "full", "early exit"
-FORWARD, STATIC = "early exit, arrival order", "first {} layers"
-Run = Callable[[Sequence[TokenIds]], Any]
-
-
-def ways_to_run(model: Any, batch_size: int, static_layer: int) -> dict[str, Run]:
-    """Ways to answer rows with one model, by name.
-
-    Args:
-        model: a classifier with exits and a policy.
-        batch_size: rows of a batch in arrival order, padded to the longest.
-        static_layer: layers of the model that always stops there, for comparison.
-    """
-    walker, policy = walker_for(model), model.exit_policy
-    budget = walker.best_batch_tokens
-    full, early = Scheduler(walker, None, budget), Scheduler(walker, policy, budget)
-    static = Scheduler(walker, None, budget, layer_budget=static_layer)
-
-    def in_batches(call: Callable[[dict[str, Any]], Any]) -> Run:
-        @torch.inference_mode()
-        def run(rows: Sequence[TokenIds]) -> None:
-            for start in range(0, len(rows), batch_size):
-                call(dict(pad_batch(rows[start : start + batch_size]).to(walker.device)))
-            finished(walker.device)
-
-        return run
-
-    return {
-        STOCK: in_batches(_stock_forward(model)),
-        FULL: full.run,
-        FORWARD: in_batches(lambda batch: model(**batch, early_exit=True)),
-        EARLY: early.run,
-        STATIC.format(static_layer): static.run,
-    }
-
-
-def _stock_forward(model: Any) -> Callable[[dict[str, Any]], Any]:
-    """The stock class's own forward, on the very weights: what a plain checkpoint of the family costs."""
-    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
-    return lambda batch: stock.forward(model, **batch).logits
+WORTH_IT = 1.05  # times as fast as the fastest full model, at least
+PACKAGES = ("hf_earlyexit", "torch", "transformers", "onnxruntime")
 
 
 def bench(
-    models: Mapping[str, Any],
+    models: Mapping[str, Any | Form],
     rows: Sequence[TokenIds],
     *,
     batch_size: int = 32,
@@ -80,7 +39,8 @@ def bench(
     """Time every way to run every model, in random turns; ratios are taken turn by turn, so that all suffer alike.
 
     Args:
-        models: classifiers with exits and a policy, by name; the first is what others are compared with.
+        models: classifiers with exits and a policy by name, in torch or in another form (`OnnxForm`); the first is what
+            the others are compared with.
         rows: token ids, at least one row.
         batch_size: rows of a batch in arrival order.
         static_layer: where the static model stops; by default the mean exit layer, rounded.
@@ -90,51 +50,68 @@ def bench(
         seed: of the turns.
 
     Returns:
-        Plain values: `rows`, `exits` (by model), `throughput` and `latency` (by model and way), `advice`, `environment`.
-        Speed-ups are over the first model in arrival order (throughput) or one by one (latency).
+        Plain values: `rows`, `turns`, `batch_size`, `exits` (by model), `throughput` and `latency` (by model and way),
+        `advice`, `environment`. Speed-ups are over the first model in full: in arrival order (throughput), one by one
+        (latency).
 
     Raises:
         UsageError: without rows, or for a model without a policy.
     """
     if not rows:
         raise UsageError("There are no rows; expected at least one.", field="rows")
-    models = {name: served_classifier(model) for name, model in models.items()}
-    ways: dict[tuple[str, str], Run] = {}
-    singles: dict[tuple[str, str], Run] = {}
-    exits: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
+    forms: dict[str, Any] = {name: _form(model) for name, model in models.items()}
+    served = {name: form if isinstance(form, torch.nn.Module) else form.served for name, form in forms.items()}
+    many: dict[tuple[str, str], Run] = {}
+    single: dict[tuple[str, str], Run] = {}
+    few, exits, few_exits = rows[:latency_rows], {}, {}
+    for name, model in served.items():
         if model.exit_policy is None:
             raise UsageError(
                 f"{name} has no exit policy; calibrate it first and call set_exit_policy.", field="models", value=name
             )
         exits[name] = exits_of(model, rows, predict(model, rows))
+        few_exits[name] = exits_of(model, few, predict(model, few))
         stop = static_layer or _nearest_exit(model, exits[name]["mean_layer"])
-        ways |= {(name, way): run for way, run in ways_to_run(model, batch_size, stop).items()}
-        one = ways_to_run(model, 1, stop)
-        singles |= {(name, way): one[way] for way in (STOCK, FORWARD, STATIC.format(stop))}
-    warm_up = 1 if all(model.device.type == "cpu" for model in models.values()) else 2  # graphs are made the second time
-    throughput = _in_turns({key: [partial(run, rows)] for key, run in ways.items()}, repeats, clock, seed, warm_up)
-    few = rows[:latency_rows]
-    latency = _in_turns({key: [partial(run, [row]) for row in few] for key, run in singles.items()},
+        form = forms[name]
+        ways = torch_ways(form, batch_size, stop) if form is model else form.ways(batch_size, stop)
+        many |= {(name, way): run for way, run in ways.many.items()}
+        single |= {(name, way): run for way, run in ways.single.items()}
+    warm_up = 1 if all(model.device.type == "cpu" for model in served.values()) else 2  # graphs are made the second time
+    throughput = _in_turns({key: [partial(run, rows)] for key, run in many.items()}, repeats, clock, seed, warm_up)
+    latency = _in_turns({key: [partial(run, [row]) for row in few] for key, run in single.items()},
                         repeats, clock, seed, warm_up)  # fmt: skip
-    first = next(iter(models))
+    first = next(iter(served))
     result = {
         "rows": {"count": len(rows), "mean_tokens": statistics.mean(len(row["input_ids"]) for row in rows)},
+        "turns": repeats,
+        "batch_size": batch_size,
         "exits": exits,
-        "throughput": {name: _table(throughput, name, (first, STOCK), len(rows)) for name in models},
-        "latency": {name: _table(latency, name, (first, STOCK), len(few)) for name in models},
+        "throughput": {name: _table(throughput, name, _reference(many, first), len(rows)) for name in served},
+        "latency": {name: _table(latency, name, _reference(single, first), len(few)) for name in served},
     }
-    for name in models:
-        share = result["throughput"][name]
-        few_exits = exits_of(models[name], few, predict(models[name], few))
-        for key, way in (("share_of_bound", EARLY), ("share_of_bound_in_arrival_order", FORWARD)):
-            exits[name][key] = share[FULL]["seconds"] / share[way]["seconds"] / exits[name]["token_layer_bound"]
-        exits[name]["share_of_bound_at_batch_1"] = (
-            result["latency"][name][STOCK]["seconds"]
-            / result["latency"][name][FORWARD]["seconds"]
-            / few_exits["token_layer_bound"]
-        )
-    return {**result, "advice": {name: advice(result, name) for name in models}, "environment": environment()}
+    for name in served:
+        _add_shares(exits[name], few_exits[name], result["throughput"][name], result["latency"][name])
+    return {**result, "advice": advice(result), "environment": environment()}
+
+
+def _form(model: Any) -> Any:
+    """A torch model ready to serve, or another form as it is."""
+    return model if hasattr(model, "ways") else served_classifier(model)
+
+
+def _reference(ways: Mapping[tuple[str, str], Run], first: str) -> tuple[str, str]:
+    """What speed-ups are over: the first model's own full way."""
+    return (first, STOCK) if (first, STOCK) in ways else (first, FULL)
+
+
+def _add_shares(exits: dict[str, float], few_exits: dict[str, float], many: Any, few: Any) -> None:
+    """How much of the token-layer bound each way reaches, over the full model in the same format and engine."""
+    bound, alone = exits["token_layer_bound"], few[STOCK if STOCK in few else FULL]["seconds"]
+    for key, way in (("share_of_bound", EARLY), ("share_of_bound_in_arrival_order", FORWARD)):
+        if way in many:
+            exits[key] = many[FULL]["seconds"] / many[way]["seconds"] / bound
+    fastest = few[FORWARD if FORWARD in few else ONE_FILE]["seconds"]
+    exits["share_of_bound_at_batch_1"] = alone / fastest / few_exits["token_layer_bound"]
 
 
 def exits_of(model: Any, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
@@ -148,22 +125,43 @@ def exits_of(model: Any, rows: Sequence[TokenIds], answers: Predictions) -> dict
     }
 
 
-def advice(result: Mapping[str, Any], name: str) -> str:
-    """A plain sentence on whether early exit is the right tool."""
-    many, few = result["throughput"][name], result["latency"][name]
-    static = next(way for way in many if way.startswith("first "))
-    over_full = many[FULL]["seconds"] / many[EARLY]["seconds"]
-    at_one = few[STOCK]["seconds"] / few[FORWARD]["seconds"]
-    over_static = many[static]["seconds"] / many[EARLY]["seconds"]
-    if max(over_full, at_one) < 1.05:
+def advice(result: Mapping[str, Any]) -> str:
+    """Which way to run for throughput and which for latency, and by how much; or that early exit is not worth it here.
+
+    Args:
+        result: `throughput` and `latency`, as from `bench`.
+    """
+    many = {(name, way): row["seconds"] for name, ways in result["throughput"].items() for way, row in ways.items()}
+    single = {(name, way): row["seconds"] for name, ways in result["latency"].items() for way, row in ways.items()}
+    early, full, static = (_fastest(many, kind) for kind in ("early exit", "full", "first "))
+    early_1, full_1, static_1 = (_fastest(single, kind) for kind in ("early exit", "full", "first "))
+    gain, gain_1 = many[full] / many[early], single[full_1] / single[early_1]
+    if max(gain, gain_1) < WORTH_IT:
         return (
-            f"Early exit is the wrong tool here: {over_full:.2f}x the full model's throughput and {at_one:.2f}x its speed "
-            "row by row. Too few rows leave early; calibrate for fewer layers, or run the full model sorted by length."
+            f"Early exit is not worth it here: {gain:.2f}x the throughput of the fastest full model ({_words(full)}) and "
+            f"{gain_1:.2f}x its speed row by row ({_words(full_1)}). Too few rows leave early: calibrate for fewer layers, "
+            "or run that full model."
         )
-    gain = f"Early exit gives {over_full:.2f}x the throughput of the full model in batches as good, {at_one:.2f}x at batch 1"
-    if over_static < 1.0:
-        return f"{gain}. A model of the {static} has {1 / over_static:.2f}x its speed: take that one if it is as accurate."
-    return f"{gain}, and {over_static:.2f}x that of the {static} alone."
+    rows = result["throughput"][early[0]][early[1]]["rows_per_second"]
+    sentence = (
+        f"For throughput run {_words(early)}: {rows:.0f} rows/s, {gain:.2f}x the fastest full model ({_words(full)}). "
+        f"For latency run {_words(early_1)}: {result['latency'][early_1[0]][early_1[1]]['p50_ms']:.1f} ms (p50), "
+        f"{gain_1:.2f}x the fastest full model ({_words(full_1)})."
+    )
+    ahead, ahead_1 = many[early] / many[static], single[early_1] / single[static_1]
+    return (
+        f"{sentence} A model that is cut off has {ahead:.2f}x that throughput ({_words(static)}) and {ahead_1:.2f}x that "
+        f"speed row by row ({_words(static_1)}): "
+        + ("take it if it is as accurate." if max(ahead, ahead_1) > 1 else "it is no rival.")
+    )
+
+
+def _fastest(seconds: Mapping[tuple[str, str], float], kind: str) -> tuple[str, str]:
+    return min((key for key in seconds if key[1].startswith(kind)), key=lambda key: seconds[key])
+
+
+def _words(key: tuple[str, str]) -> str:
+    return f"{key[0]}, {key[1]}"
 
 
 def environment() -> dict[str, Any]:
@@ -174,8 +172,15 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
+        "versions": {name: number for name in PACKAGES if (number := _version(name)) is not None},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def as_table(result: Mapping[str, Any]) -> str:
@@ -184,14 +189,16 @@ def as_table(result: Mapping[str, Any]) -> str:
         "| model | way | rows/s | speed-up (middle half) | batch 1: p50, p95 ms | batch 1: speed-up |",
         "|---|---|---|---|---|---|",
     ]
-    for name, ways in result["throughput"].items():
-        for way, figures in ways.items():
-            one = result["latency"][name].get(way)
-            alone = f"{one['p50_ms']:.1f}, {one['p95_ms']:.1f} | {one['speed_up']:.2f}x" if one else "- | -"
-            lines.append(
-                f"| {name} | {way} | {figures['rows_per_second']:.1f} | "
-                f"{figures['speed_up']:.2f}x ({figures['low']:.2f}-{figures['high']:.2f}) | {alone} |"
-            )
+    for name in result["throughput"]:
+        many, single = result["throughput"][name], result["latency"][name]
+        for way in dict.fromkeys((*many, *single)):
+            together, alone = "- | -", "- | -"
+            if (row := many.get(way)) is not None:
+                spread = f"{row['speed_up']:.2f}x ({row['low']:.2f}-{row['high']:.2f})"
+                together = f"{row['rows_per_second']:.1f} | {spread}"
+            if (row := single.get(way)) is not None:
+                alone = f"{row['p50_ms']:.1f}, {row['p95_ms']:.1f} | {row['speed_up']:.2f}x"
+            lines.append(f"| {name} | {way} | {together} | {alone} |")
     return "\n".join(lines)
 
 

@@ -52,9 +52,9 @@ class OnnxWalker(BatchWalker):
         self.num_classes = config.num_labels
         family = FAMILIES[config.stock_model_type]
         self.longest, self.segments = family.longest(config), family.segments_of(config)
-        self._begin = _session(read, BEGIN, threads)
-        self._layers = [_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
-        self._exits = [_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
+        self._begin = open_session(read, BEGIN, threads)
+        self._layers = [open_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
+        self._exits = [open_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
         names = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
         self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in names)
 
@@ -276,7 +276,7 @@ def _ids(name: str, values: Any, count: int, shape: Any) -> Tensor:
     return ids.long()
 
 
-def _session(read: Callable[[str], bytes], name: str, threads: int) -> ort.InferenceSession:
+def open_session(read: Callable[[str], bytes], name: str, threads: int) -> ort.InferenceSession:
     """One file of the export, ready to run.
 
     Raises:

@@ -1,0 +1,108 @@
+"""A model in ONNX Runtime: with exits, and as everybody exports it, in full or cut off."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import ModelProto, TensorProto
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from ..errors import UsageError
+from ..onnx.classifier import OnnxClassifier, open_session
+from ..onnx.export import one_file
+from ..onnx.graphs import cut
+from ..onnx.layer_files import cut_pieces
+from ..onnx.quantize import quantize_graph
+from ..onnx.walk import INPUTS, logits_of, walk_graph
+from ..serving.batching import pad_batch
+from ..serving.graph_walker import walker_for
+from ..serving.rows import TokenIds
+from ..serving.scheduler import Scheduler
+from .ways import EARLY, FIRST, FULL, ONE_FILE, Run, Ways, exit_at
+
+
+class OnnxForm:
+    """One torch model in ONNX Runtime, in one number format.
+
+    In full and cut off it is what `torch.onnx.export` and, in 8 bits, ONNX Runtime's own `quantize_dynamic` give: one graph
+    that answers batches of rows of similar length. With early exit it is what `export_onnx` writes: a file for each layer,
+    and one file that stops by itself.
+
+    Args:
+        model: a float32 classifier with exits and a policy, on the CPU. It is not changed.
+        int8: in 8 bits. The policy stays as it is: good enough to time it, not to serve it.
+        threads: that one session may use; as many as torch uses by default.
+
+    Raises:
+        UsageError: for a model that cannot be exported, or that has no policy.
+    """
+
+    def __init__(self, model: Any, int8: bool = False, threads: int | None = None) -> None:
+        if model.exit_policy is None:
+            raise UsageError("The model has no exit policy; calibrate it and call set_exit_policy first.", field="model")
+        self.threads, self.int8 = threads or torch.get_num_threads(), int8
+        self.plain = walk_graph(model)
+        self.whole = quantize_graph(self.plain) if int8 else self.plain
+        pieces, name = cut_pieces(self.whole, model.config), "int8" if int8 else "float32"
+        self.served = OnnxClassifier(copy.deepcopy(model.config), pieces.__getitem__, "timed only", name, self.threads)
+
+    def ways(self, batch_size: int, static_layer: int) -> Ways:
+        """In full, cut off after `static_layer`, and with early exit; batches are of `batch_size` rows, sorted by length."""
+        served = self.served
+        last, static = len(served.exit_layers) - 1, exit_at(served.exit_layers, static_layer)
+        early = Scheduler(walker_for(served), served.exit_policy, served.walker.best_batch_tokens)
+        whole, short = self._session(last), self._session(static)
+        one = self._open(one_file(self.whole, served.config, served.exit_policy))
+        first = FIRST.format(static_layer)
+        return Ways(
+            many={FULL: by_length(whole, batch_size), EARLY: early.run, first: by_length(short, batch_size)},
+            single={FULL: by_length(whole, 1), EARLY: early.run, ONE_FILE: by_length(one, 1), first: by_length(short, 1)},
+        )
+
+    def _session(self, exit_index: int) -> ort.InferenceSession:
+        """The plain graph up to one exit."""
+        ids = dict.fromkeys(INPUTS, (TensorProto.INT64, ("batch", "length")))
+        graph = cut(self.plain, ids, {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))})
+        return self._open(_in_8_bits(graph) if self.int8 else graph.SerializeToString())
+
+    def _open(self, data: bytes) -> ort.InferenceSession:
+        return open_session(lambda _: data, "model.onnx", self.threads)
+
+
+def by_length(session: ort.InferenceSession, batch_size: int) -> Run:
+    """Rows through one graph, in padded batches of rows of similar length."""
+    asked = {info.name for info in session.get_inputs()}
+
+    def run(rows: Sequence[TokenIds]) -> list[np.ndarray]:
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+        answers: list[np.ndarray] = []
+        for start in range(0, len(rows), batch_size):
+            batch = pad_batch([rows[row] for row in order[start : start + batch_size]])
+            given = {name: values.numpy() for name, values in batch.items()}
+            if "token_type_ids" in asked and "token_type_ids" not in given:
+                given["token_type_ids"] = np.zeros_like(given["input_ids"])
+            answers.append(session.run(None, {name: values for name, values in given.items() if name in asked})[0])
+        return answers
+
+    return run
+
+
+def _in_8_bits(graph: ModelProto) -> bytes:
+    """As ONNX Runtime's own tool makes it: weights by column, inputs by the whole batch."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)  # the tool's advice on what is done already
+    try:
+        with TemporaryDirectory() as folder:
+            small = Path(folder) / "small.onnx"
+            quantize_dynamic(graph, small, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+            return small.read_bytes()
+    finally:
+        logging.getLogger().setLevel(level)
