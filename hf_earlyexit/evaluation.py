@@ -10,6 +10,7 @@ import numpy as np
 from evaluate import TextClassificationEvaluator
 
 from .errors import DataError, UsageError
+from .serving.tables import plain_rows
 
 DESCRIPTION = "Accuracy of a classifier with exits, and how many of its layers a row takes."
 INPUTS = """
@@ -70,18 +71,46 @@ class EarlyExitMetric(evaluate.Metric):
 class EarlyExitEvaluator(TextClassificationEvaluator):
     """The stock text-classification evaluator, which also hands the layers of `hf_earlyexit.pipeline` to the metric.
 
+    Rows may also come as a DataFrame, a table of pyarrow or columns by name.
+
     evaluate 0.4.6 asks every pipeline whether it is a class that transformers 5 no longer has; this evaluator does not.
 
     Args:
         num_layers: of the full model.
 
     Raises:
-        UsageError: by `compute`, for anything but a pipeline with exits.
+        UsageError: by `compute`, for anything but a pipeline with exits, and for rows that are no table.
+        DataError: by `compute`, for a table without the columns that are read, or with cells that are empty.
     """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
         self.METRIC_KWARGS = {"num_layers": num_layers}
+
+    def load_data(self, data: Any, subset: str | None = None, split: str | None = None) -> datasets.Dataset:
+        """As in `evaluate`; columns of other tables become a data set, those of a data set stay where they are."""
+        if isinstance(data, (str, datasets.Dataset)):
+            return super().load_data(data, subset, split)
+        columns = plain_rows(data, tuple)
+        if not isinstance(columns, dict):
+            raise UsageError(
+                f"data is of type {type(data).__name__}; expected a data set, its name, a DataFrame or columns by name.",
+                field="data",
+            )
+        return datasets.Dataset.from_dict(columns)
+
+    def check_required_columns(self, data: Any, columns_names: dict[str, str]) -> None:
+        """Refuse a table that lacks a column, or a row that lacks its value, by name and number."""
+        for argument, name in columns_names.items():
+            if name not in data.column_names:
+                ids = "input_ids" in data.column_names
+                hint = " Pipelines take texts, not token ids; ee.predict(model, rows) takes both." if ids else ""
+                raise DataError(
+                    f"data has the columns {', '.join(data.column_names)}; {argument} is {name!r}.{hint}", field=argument
+                )
+            empty = [row for row, value in enumerate(data[name]) if value is None]
+            if empty:
+                raise DataError(f"Row {empty[0]} of data has no {name}; drop the row or fill it in.", field=name)
 
     def prepare_pipeline(self, model_or_pipeline: Any, **kwargs: Any) -> Any:
         if getattr(model_or_pipeline, "task", None) != self.task:

@@ -1,8 +1,11 @@
 """Early exit in the `evaluate` library, offline."""
 
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from evaluate import evaluator
 
 import hf_earlyexit as ee
@@ -64,3 +67,50 @@ def test_our_evaluator_counts_layers_too(pipe, rows):
 def test_our_evaluator_wants_a_pipeline(pipe, rows):
     with pytest.raises(UsageError, match=r"hf_earlyexit\.pipeline"):
         EarlyExitEvaluator(num_layers=4).compute(pipe.model, data=rows, metric=ee.EarlyExitMetric())
+
+
+def figures(pipe, data, **options):
+    found = EarlyExitEvaluator(num_layers=4).compute(
+        pipe, data=data, metric=ee.EarlyExitMetric(), label_mapping=pipe.model.config.label2id, **options
+    )
+    return {name: found[name] for name in ("accuracy", "mean_layers", "layer_speed_up")}
+
+
+@pytest.mark.parametrize("kind", ["frame", "frame with gaps in its index", "columns", "arrow", "arrays"])
+def test_tables_are_rows_of_our_evaluator(pipe, rows, kind):
+    columns = {"text": rows["text"][:], "label": rows["label"][:]}
+    if kind == "arrow":
+        data = pyarrow.table(columns)
+    elif kind == "columns":
+        data = columns
+    elif kind == "arrays":
+        data = {name: np.array(values) for name, values in columns.items()}
+    else:
+        data = pandas.DataFrame(columns)
+        if "gaps" in kind:
+            data.index = range(0, 90, 3)
+    assert figures(pipe, data) == figures(pipe, rows)
+
+
+def test_pairs_in_a_table_are_read(pipe, rows, random_texts):
+    columns = {"one": rows["text"][:], "two": random_texts(60)[30:], "y": rows["label"][:]}
+    names = {"input_column": "one", "second_input_column": "two", "label_column": "y"}
+    assert figures(pipe, pandas.DataFrame(columns), **names) == figures(pipe, Dataset.from_dict(columns), **names)
+    assert figures(pipe, columns, **names) != figures(pipe, rows)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (lambda tokenizer, rows: tokenizer(rows["text"][:]), DataError, "input_column is 'text'. Pipelines take texts, not"),
+        (lambda tokenizer, rows: rows.rename_column("label", "y"), DataError, "columns text, y; label_column is 'label'"),
+        (lambda tokenizer, rows: rows["text"][:], UsageError, "data is of type list; expected a data set"),
+        (lambda tokenizer, rows: DatasetDict(test=rows), UsageError, "of splits"),
+        (lambda tokenizer, rows: {"text": ["w5", None], "label": [0, 1]}, DataError, "Row 1 of data has no text"),
+        (lambda tokenizer, rows: {"text": ["w5", "w6"], "label": [None, 1]}, DataError, "Row 0 of data has no label"),
+        (lambda tokenizer, rows: {"text": ["w5", "w6"], "label": [1]}, DataError, "different lengths"),
+    ],
+)
+def test_what_is_no_table_of_texts_is_refused(pipe, rows, tokenizer, data, error, words):
+    with pytest.raises(error, match=words):
+        figures(pipe, data(tokenizer, rows))

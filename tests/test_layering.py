@@ -45,7 +45,7 @@ ALLOWED = {
     "reports": PURE | {"plots", "images"},
     "captions": SERVE | {"generation", "training", "reports", "images"},
     "onnx": SERVE,
-    "evaluation": BASE,
+    "evaluation": BASE | {"serving"},
     "doors": SERVE | {"captions"},
     "hub": SERVE | {"training", "plots", "measuring", "captions", "doors"},
     "pipelines": SERVE | {"captions", "images", "doors"},

@@ -17,6 +17,7 @@ from ..generation.token_cache import require_dynamic, takes_apart
 from ..generation.word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
 from ..losses import WeightedObjective
 from ..modeling.exits import ModelWithExits
+from ..modeling.finite import check_finite
 from ..modeling.gates import new_gates
 from ..modeling.outputs import EarlyExitCaptionerOutput
 from ..problem_types import SINGLE_LABEL
@@ -224,6 +225,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
                 if not hidden_wanted:
                     output.decoder_hidden_states = output.encoder_hidden_states = None
             output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
+        if decoder_exits is not None:
+            check_finite(output.logits[:, -1], run.image_numbers(len(output.logits)))
         run.note(output.exit_layer[:, -1])
         plain = self.config.return_dict if return_dict is None else return_dict
         return output if plain else output.to_tuple()
@@ -280,7 +283,8 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         Raises:
             UsageError: for early exit without a policy or in training, without a cache, over a cache whose rows cannot be
                 taken apart, or with an assistant.
-            DataError: for images that the encoder does not take, or tokens that generation needs and nobody set.
+            DataError: for images that the encoder does not take, tokens that generation needs and nobody set, or an answer
+                that is not finite, naming the image.
         """
         bound = signature(VisionEncoderDecoderModel.generate).bind(self, inputs, generation_config, *args)
         options = {**dict(list(bound.arguments.items())[2:]), **kwargs}  # all but self and inputs
@@ -296,7 +300,7 @@ class EarlyExitVisionEncoderDecoder(ModelWithExits, VisionEncoderDecoderModel):
         if images is not None or options.get("encoder_outputs") is None:
             check_images(images, self, options.get("interpolate_pos_encoding", False))
         check_generation(settings, options, policy is not None and policy.may_leave, return_exit_layers)
-        run = ExitRun(policy)
+        run = ExitRun(policy, len(options["encoder_outputs"][0] if images is None else images))
         output = super().generate(inputs, **run.watching(options, settings), decoder_exits=run)
         if return_exit_layers:
             output["exit_layers"] = exit_layers_of(output, run)

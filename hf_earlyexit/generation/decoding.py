@@ -31,10 +31,11 @@ class ExitRun:
 
     Args:
         policy: says who leaves; `None` to run every layer.
+        images: how many there are, where rows may be several for each.
     """
 
-    def __init__(self, policy: ExitPolicy | None) -> None:
-        self.policy = policy
+    def __init__(self, policy: ExitPolicy | None, images: int | None = None) -> None:
+        self.policy, self.images = policy, images
         self.finished: Tensor | None = None  # [B], rows that write no more, where `EndWatch` looks
         self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
         self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
@@ -44,6 +45,11 @@ class ExitRun:
         if self.finished is None or self.finished.all():
             return torch.arange(batch, device=device)
         return (~self.finished).nonzero().flatten()
+
+    def image_numbers(self, batch: int) -> list[int]:
+        """The number of the image of each of `batch` rows: beams and several captions of one image stand together."""
+        each = batch // (self.images or batch)
+        return [row // each for row in range(batch)]
 
     def watching(self, options: dict[str, Any], settings: Any) -> dict[str, Any]:
         """Arguments of `generate`, with criteria that tell this run which rows have ended; beams need none.

@@ -20,10 +20,10 @@ from ..families import FAMILIES
 from ..families.context import Context, row_lengths
 from ..modeling.certificate import Fingerprints
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
+from ..modeling.finite import check_finite
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies import ExitPolicy
-from ..serving.answers import check_finite
 from ..serving.batching import pad_batch
 from ..serving.rows import TokenIds, check_any_token, check_ids
 from ..serving.walker import BatchWalker

@@ -11,8 +11,11 @@ from ..captions.answers import caption_entry
 from ..captions.model import EarlyExitVisionEncoderDecoder
 from ..doors import CAPTIONING
 from ..errors import DataError, UsageError
-from ..images import open_image
+from ..serving.pictures import encode_picture
+from ..serving.tables import PIXELS
+from .engine import Rows
 from .options import other_model, unknown_option
+from .pictures import picture_rows
 
 
 class EarlyExitCaptioningPipeline(Pipeline):
@@ -49,7 +52,8 @@ class EarlyExitCaptioningPipeline(Pipeline):
         """Caption one picture, or each of several.
 
         Args:
-            images: the name of a file, a PIL image, a list of these, or a generator or data set of them.
+            images: the name of a file, a PIL image, an array of bytes, a list of these or a generator of them; or a data
+                set, DataFrame or columns by name with a column called image, img, picture, file_name or pixel_values.
             kwargs: `batch_size`, which changes no answer, and what the class takes.
 
         Returns:
@@ -58,11 +62,13 @@ class EarlyExitCaptioningPipeline(Pipeline):
             `num_return_sequences` is above 1, a list of these.
 
         Raises:
-            DataError: for no picture, or what is none.
+            DataError: for no picture, what is none, or an answer that is not finite, naming the row of its batch.
         """
-        if isinstance(images, (list, tuple)) and not images:
+        rows = picture_rows(images)
+        if isinstance(rows, (list, Rows)) and not len(rows):
             raise DataError("No pictures to caption: the list is empty.", field="images")
-        return super().__call__(list(images) if isinstance(images, tuple) else images, **kwargs)
+        answers = super().__call__(rows, **kwargs)
+        return list(answers) if isinstance(rows, Rows) else answers
 
     def _sanitize_parameters(
         self,
@@ -90,11 +96,10 @@ class EarlyExitCaptioningPipeline(Pipeline):
         return {}, {**named, **(generate_kwargs or {})}, {}
 
     def preprocess(self, image: Any) -> Any:
-        pixels = self.image_processor(images=open_image(image), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels.to(self.dtype)}
+        return {PIXELS: encode_picture(image, self.image_processor, "The row")[None].to(self.dtype)}
 
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        pixels = model_inputs["pixel_values"]
+        pixels = model_inputs[PIXELS]
         output = self.model.generate(pixels, return_exit_layers=True, **generate_kwargs)
         several = (len(pixels), -1, output.sequences.shape[-1])
         return {"sequences": output.sequences.reshape(several), "exit_layers": output.exit_layers.reshape(several)}

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from ..serving.answers import check_finite
+from ..modeling.finite import check_finite
 from ..serving.predict import stream
 from .options import unknown_option
 

@@ -37,16 +37,7 @@ class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPip
 
     def rows_of(self, inputs: Any) -> Any:
         """Rows of a table or data set where one is given; anything else as it is."""
-        if isinstance(inputs, tuple):
-            return list(inputs)
-        table = hasattr(inputs, "column_names") or hasattr(inputs, "columns")
-        if not table and not (isinstance(inputs, Mapping) and _is_table(inputs)):
-            return inputs
-        rows = plain_rows(inputs, picture_columns)
-        if isinstance(rows, dict):
-            (name,) = picture_columns(rows)
-            return [{name: picture} for picture in rows[name]]
-        return Rows(rows) if hasattr(rows, "__len__") else (row for row in rows)
+        return picture_rows(inputs)
 
     def encoded(self, row: Any, number: int, options: dict[str, Any]) -> Mapping[str, Any]:
         """Pixel values of one picture."""
@@ -55,6 +46,30 @@ class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPip
     def preprocess(self, image: Any) -> Any:
         """Pixel values `[1, channels, height, width]`."""
         return {PIXELS: encode_picture(image, self.image_processor, "The row")[None].to(self.dtype)}
+
+
+def picture_rows(inputs: Any) -> Any:
+    """What a pipeline of pictures takes, from whatever it is given.
+
+    Args:
+        inputs: a picture or several; a data set, DataFrame or columns by name with one of the usual columns of pictures.
+
+    Returns:
+        Of tables a list of rows, `Rows` or, for one without length, a generator; anything else as it is.
+
+    Raises:
+        DataError: for a table without such a column.
+    """
+    if isinstance(inputs, tuple):
+        return list(inputs)
+    table = hasattr(inputs, "column_names") or hasattr(inputs, "columns")
+    if not table and not (isinstance(inputs, Mapping) and _is_table(inputs)):
+        return inputs
+    rows = plain_rows(inputs, picture_columns)
+    if isinstance(rows, dict):
+        (name,) = picture_columns(rows)
+        return [{name: picture} for picture in rows[name]]
+    return Rows(rows) if hasattr(rows, "__len__") else (row for row in rows)
 
 
 def _is_table(inputs: Mapping[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError, EarlyExitError
+from ..errors import EarlyExitError
+from ..modeling.finite import not_finite
 
 POLICY, LAST_LAYER, LAYER_BUDGET, DEADLINE, ERROR = "policy", "last layer", "layer budget", "deadline", "error"
 
@@ -63,27 +64,3 @@ class Answers:
             self.errors[place] = not_finite(first + place)
             self.logits[place], self.score[place] = torch.nan, torch.nan
             self.exit_index[place], self.reason[place] = -1, ERROR
-
-
-def check_finite(logits: Tensor, numbers: Sequence[int]) -> None:
-    """Refuse answers that are not finite.
-
-    Args:
-        logits: `[B, ...]`.
-        numbers: of the rows, for the error.
-
-    Raises:
-        DataError: naming the first such row.
-    """
-    finite = logits.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        raise not_finite(numbers[finite.tolist().index(False)])
-
-
-def not_finite(number: int) -> DataError:
-    """The error of a row whose answer is no number."""
-    return DataError(
-        f"Row {number} has an answer that is not finite: the model's weights hold such values, or its dtype is too narrow "
-        "for this row. Check the weights, or load the model in float32.",
-        field="logits",
-    )

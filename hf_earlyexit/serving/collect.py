@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from ..errors import DataError, UsageError
 from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.finite import check_finite
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
-from .answers import check_finite
 from .batching import sorted_batches
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier

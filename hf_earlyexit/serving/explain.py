@@ -10,10 +10,10 @@ import torch
 
 from ..errors import UsageError
 from ..images import picture_name
-from ..problem_types import REGRESSION, SINGLE_LABEL, predictions
+from ..modeling.finite import check_finite
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..signals import known_signals
 from ..trace import ExitTrace
-from .answers import check_finite
 from .batching import pad_batch
 from .exit_reasons import ExitView, in_words
 from .reader import first_error, reader_for
@@ -31,8 +31,9 @@ class Explanation:
     reason: str
 
     def __str__(self) -> str:
-        head = [repr(self.text), self.reason, "layer  prediction            score  threshold  verdict"]
-        return "\n".join(head + [_line(view) for view in self.exits])
+        width = max(18, *(len(view.prediction) for view in self.exits))  # an answer cut short would be another one
+        head = [repr(self.text), self.reason, f"layer  {'prediction':{width}s}    score  threshold  verdict"]
+        return "\n".join(head + [_line(view, width) for view in self.exits])
 
 
 def explain(
@@ -73,13 +74,35 @@ def explain(
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])
     views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))
-    text = _name_of(row) if reader.images else row if isinstance(row, str) else " | ".join(row)
+    text = _name_of(row) if reader.images else _text_of(row)
     reason = in_words(views, taken, classes=policy.problem_type != REGRESSION)
     return Explanation(text, model.exit_layers[taken], views, reason)
 
 
 def _name_of(row: Any) -> str:
     return picture_name(row.get("path") if isinstance(row, Mapping) else row) or "picture"
+
+
+def _text_of(row: Any) -> str:
+    if isinstance(row, Mapping):
+        return f"{len(row['input_ids'])} token ids"
+    return row if isinstance(row, str) else " | ".join(row)
+
+
+def _answer(model: Any, logits: torch.Tensor, problem_type: str) -> str:
+    """What an exit answers, in words: its class, the labels that it gives, or its values.
+
+    Args:
+        model: for the names of its labels.
+        logits: `[C]`.
+        problem_type: one of `PROBLEM_TYPES`.
+    """
+    prediction = predictions(logits, problem_type)
+    if problem_type == SINGLE_LABEL:
+        return str(model.config.id2label[int(prediction)])
+    if problem_type == MULTI_LABEL:
+        return ", ".join(model.config.id2label[place] for place in prediction.nonzero()[:, 0].tolist()) or "no label"
+    return ", ".join(f"{value:.3g}" for value in prediction.tolist())
 
 
 def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:
@@ -92,14 +115,10 @@ def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index
         verdict = "leaves: last layer" if last else "leaves: score reaches the threshold"
     else:
         verdict = "muted" if muted else "closed" if threshold is None else "stays: score below the threshold"
-    prediction = predictions(trace.logits[0, index], policy.problem_type)
-    if policy.problem_type == SINGLE_LABEL:
-        answer = model.config.id2label[int(prediction)]
-    else:
-        answer = ", ".join(f"{value:.3g}" for value in prediction.float().tolist())
+    answer = _answer(model, trace.logits[0, index], policy.problem_type)
     return ExitView(model.exit_layers[index], answer, None if muted else float(scores[0, index]), threshold, verdict)
 
 
-def _line(view: ExitView) -> str:
+def _line(view: ExitView, width: int) -> str:
     score, threshold = ("-" if x is None else f"{x:.4f}" for x in (view.score, view.threshold))
-    return f"{view.layer:5d}  {view.prediction[:18]:18s} {score:>8s} {threshold:>10s}  {view.verdict}"
+    return f"{view.layer:5d}  {view.prediction:{width}s} {score:>8s} {threshold:>10s}  {view.verdict}"

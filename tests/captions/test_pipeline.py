@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import (
     AutoProcessor,
@@ -99,6 +102,50 @@ def test_pictures_may_be_files_and_of_any_mode(pipe, pictures, tmp_path):
     assert essence([pipe(tmp_path / "turned.png")]) == essence([pipe(pictures[0])])
     assert pipe(Image.new("L", (9, 9)))["generated_text"] == pipe(Image.new("RGB", (9, 9)))["generated_text"]
     assert essence(pipe(one for one in pictures[:2])) == essence(pipe(pictures[:2]))
+
+
+@pytest.mark.parametrize("kind", ["frame", "columns", "data set", "arrays", "pixels", "dicts", "files"])
+def test_tables_are_rows(pipe, pictures, tmp_path, kind):
+    chosen = pictures[:3]
+    for place, picture in enumerate(chosen):
+        picture.save(tmp_path / f"{place}.png")
+    names = [str(tmp_path / f"{place}.png") for place in range(3)]
+    given = {
+        "frame": lambda: pandas.DataFrame({"image": chosen, "id": [1, 2, 3]}, index=[7, 3, 5]),
+        "columns": lambda: {"id": [1, 2, 3], "img": chosen},
+        "data set": lambda: Dataset.from_dict({"image": chosen}),
+        "arrays": lambda: [np.asarray(picture) for picture in chosen],
+        "pixels": lambda: {"pixel_values": make_image_processor()(chosen, return_tensors="pt")["pixel_values"]},
+        "dicts": lambda: [{"picture": picture} for picture in chosen],
+        "files": lambda: {"file_name": names},
+    }[kind]()
+    assert essence(pipe(given)) == essence(pipe(chosen))
+
+
+def test_a_table_without_pictures_is_refused(pipe):
+    with pytest.raises(DataError, match="No pictures among text, label"):
+        pipe({"text": ["a"], "label": [0]})
+    with pytest.raises(DataError, match="No pictures to caption"):
+        pipe({"image": []})
+
+
+@pytest.mark.parametrize("options", [{}, {"early_exit": False}, {"num_beams": 2}, {"generate_kwargs": {"do_sample": True}}])
+@pytest.mark.parametrize("where", ["the vocabulary", "the encoder", "one picture"])
+def test_answers_that_are_not_finite_are_an_error_of_their_picture(pictures, options, where):
+    model = make_captioner()
+    pipe = ee.pipeline(TASK, model=model, tokenizer=make_tokenizer(), image_processor=make_image_processor())
+    pixels = make_image_processor()(pictures[:2], return_tensors="pt")["pixel_values"]
+    if where == "one picture":
+        pixels[1] = torch.inf
+        number = 1
+    else:
+        part = model.encoder if where == "the encoder" else model.decoder.lm_head
+        with torch.no_grad():
+            next(part.parameters()).view(-1)[3] = torch.nan
+        number = 0
+    expected = rf"Row {number} has an answer that is not finite: the model's weights hold such values"
+    with pytest.raises(DataError, match=expected):
+        pipe({"pixel_values": pixels}, batch_size=2, **options)
 
 
 @pytest.mark.parametrize(
