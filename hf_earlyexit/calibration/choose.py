@@ -14,8 +14,9 @@ from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
 from .certify import Certified, certify_setting
+from .copies import check_not_learned_from
 from .cross_fit import Expectation, expect
-from .notes import on_expectation, on_rare_classes, on_rows, on_setting, on_target
+from .notes import on_expectation, on_rare_classes, on_ready_policy, on_rows, on_setting, on_target
 from .promise import Promise
 from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
@@ -38,6 +39,7 @@ def calibrate(
     learning_share: float = 0.2,
     folds: int = 5,
     groups: ArrayLike | None = None,
+    learned_from: ExitTrace | None = None,
     seed: int = 0,
 ) -> CalibrationResult:
     """Choose a policy's thresholds so that a target is met on the rows of a trace.
@@ -63,6 +65,7 @@ def calibrate(
             make the path of settings.
         folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none.
         groups: for `Certified(by="group")`, the number of each row's slice `[N]`.
+        learned_from: the rows that a ready policy learned its numbers from; a trace that holds any is refused.
         seed: of the split between learning rows and threshold rows, and of the folds.
 
     Returns:
@@ -79,7 +82,10 @@ def calibrate(
     if not per_exit and not target.serves_single_threshold:
         raise CalibrationError(f"{target} sets each exit's own threshold; use per_exit=True.", field="per_exit")
     chosen_metric = find_metric(metric, trace.problem_type, default_metric(trace))
+    check_not_learned_from(trace, learned_from)
     notes = on_rows(trace, metric, chosen_metric, isinstance(target, Certified))
+    if isinstance(target, Certified):
+        notes += on_ready_policy(policy, learned_from)
     if isinstance(target, Certified) and metric is None and not chosen_metric.is_mean:
         chosen_metric = Accuracy()
     recipe = Recipe(

@@ -12,8 +12,10 @@ import torch
 from .. import errors
 from ..errors import PermitsEverything
 from ..metrics import f1, f1_name, uneven_classes
+from ..policies.base import ExitPolicy
 from ..problem_types import majority_quality, quality_name, row_quality
 from ..trace import ExitTrace
+from .copies import num_copies
 from .quality import Metric
 from .result import CalibrationResult
 from .settings import Setting
@@ -42,12 +44,22 @@ def on_rows(trace: ExitTrace, named: Any, metric: Metric, certified: bool) -> li
             notes.append(f"{head}; what is certified is in accuracy: by='label' certifies each class")
         else:
             notes.append(f"{head}, so quality is {metric.title(trace.problem_type)}; pass metric='accuracy' for that")
-    if certified and (doubles := trace.num_rows - len({hash(row.tobytes()) for row in trace.logits[:, [0, -1]].numpy()})):
+    if certified and (doubles := num_copies(trace)):
         notes.append(
             f"{doubles} of {trace.num_rows} rows are copies of others, so rows are not drawn independently: leave copies "
             "out, or the promise is worth less than it says"
         )
     return notes
+
+
+def on_ready_policy(policy: str | ExitPolicy, learned_from: ExitTrace | None) -> list[str]:
+    """What only the caller can know of a ready policy: which rows taught it."""
+    if not isinstance(policy, ExitPolicy) or not policy.learns or learned_from is not None:
+        return []
+    return [
+        f"the {policy.name} policy came with numbers that it learned elsewhere: the promise holds only if none of these "
+        "rows taught it; pass learned_from=... to have that checked"
+    ]
 
 
 def on_drop(target: Target, full: float) -> list[str]:

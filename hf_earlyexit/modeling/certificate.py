@@ -167,9 +167,27 @@ def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
                 f"near a threshold may leave at another layer. Calibrate in {dtype}, or load with "
                 f"dtype={certificate['dtype']!r}."
             )
-            if certificate.get("promise") is not None:
-                logger.warning(f"What was promised of the {named} held in {certificate['dtype']} only, and is left out.")
-                certificate.update(_summed({**certificate, "promise": None}))
+            _drop_promise(point, certificate)
+
+
+def drop_promises_of_other_dtypes(config: Any, dtype: str) -> None:
+    """Take off what was promised of thresholds in another dtype than the one that computes from now on; says so.
+
+    Args:
+        config: of the model.
+        dtype: such as "float32".
+    """
+    for point, _, certificate in _certified(config):
+        if certificate["dtype"] not in ("", dtype):
+            _drop_promise(point, certificate)
+
+
+def _drop_promise(point: str | None, certificate: dict[str, Any]) -> None:
+    if certificate.get("promise") is None:
+        return
+    named = "exit policy" if point is None else f"operating point {point!r}"
+    logger.warning(f"What was promised of the {named} held in {certificate['dtype']} only, and is left out.")
+    certificate.update(_summed({**certificate, "promise": None}))
 
 
 def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..calibration.targets import Target
 from ..errors import UsageError
 from ..files import replaced_folder
-from ..modeling.certificate import warn_of_other_tokenizer
+from ..modeling.certificate import drop_promises_of_other_dtypes, warn_of_other_tokenizer
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
@@ -81,6 +81,7 @@ def export_onnx(
         fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
         config.exit_operating_points = config.exit_point_certificates = None
         config.exit_policy = config.exit_certificate = None
+    drop_promises_of_other_dtypes(config, dtype)
     pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
     if rows is not None:
         small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)

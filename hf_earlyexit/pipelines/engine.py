@@ -10,11 +10,12 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from ..modeling.finite import check_finite
-from ..serving.predict import stream
+from ..serving.monitor import Monitor
+from ..serving.predict import monitored, stream
 from .options import unknown_option
 
 ENGINE = 0  # in place of a batch size where none is given
-OURS = {"operating_point", "early_exit", "cuda_graphs"}
+OURS = {"operating_point", "early_exit", "cuda_graphs", "monitor"}
 
 
 class Rows(Dataset):
@@ -77,6 +78,7 @@ class ThroughEngine:
         operating_point: str | None = None,
         early_exit: bool | None = None,
         cuda_graphs: bool | None = None,
+        monitor: Monitor | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         known = self.taken()
@@ -88,6 +90,8 @@ class ThroughEngine:
             forward["early_exit"] = early_exit
         if cuda_graphs is not None:
             forward["cuda_graphs"] = cuda_graphs
+        if monitor is not None:
+            forward["monitor"] = monitor
         if operating_point is not None:
             self.model.policy_at(operating_point)  # refuse an unknown name now
             forward["operating_point"] = operating_point
@@ -99,8 +103,11 @@ class ThroughEngine:
         operating_point: str | None = None,
         early_exit: bool | None = None,
         cuda_graphs: bool = True,
+        monitor: Monitor | None = None,
     ) -> Any:
-        return self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
+        if monitor is None:
+            return self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
+        return monitored(monitor, self.model, model_inputs, early_exit, operating_point)
 
     def get_iterator(
         self,

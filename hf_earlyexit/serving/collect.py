@@ -17,6 +17,7 @@ from ..modeling.finite import check_finite
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .batching import sorted_batches
+from .int8 import computing_dtype
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
 from .tables import plain_rows
@@ -64,15 +65,17 @@ def collect_trace(
         encoded, truth = labelled_rows(model, rows, reader, labels)
     else:
         encoded, truth = _unlabelled_rows(rows, reader, labels), None
-    logits, order, scalars = [], [], {name: list[Tensor]() for name in model.signals}
+    logits: Tensor | None = None  # filled in place, so that a large trace is in memory once
+    scalars: dict[str, Tensor] = {}
     for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress, model.signals):
-        logits.append(output.exit_logits.float().cpu())
-        for name, chunks in scalars.items():
-            chunks.append(output.exit_scalars[name].float().cpu())
-        order += indices
-    back = torch.tensor(order).argsort()
-    together = {name: torch.cat(chunks)[back] for name, chunks in scalars.items()}
-    return make_trace(model, torch.cat(logits)[back], truth, split, together)
+        if logits is None:
+            logits = torch.empty(len(encoded), *output.exit_logits.shape[1:])
+            scalars = {name: torch.empty(len(encoded), *output.exit_scalars[name].shape[1:]) for name in model.signals}
+        logits[indices] = output.exit_logits.float().cpu()
+        for name, values in scalars.items():
+            values[indices] = output.exit_scalars[name].float().cpu()
+    assert logits is not None  # there is at least one row
+    return make_trace(model, logits, truth, split, scalars)
 
 
 def _unlabelled_rows(rows: Any, reader: RowReader, labels: Any) -> Sequence[Any]:
@@ -117,7 +120,7 @@ def make_trace(
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=model_fingerprint(model),
         meta={
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": computing_dtype(model),
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         },
     )

@@ -83,7 +83,8 @@ def _checksum(*tensors: Tensor) -> Tensor:
 def quantize_int8(model: Any) -> Any:
     """A copy of a model whose layers compute in 8 bits: 2 to 4 times as fast on CPUs with 8-bit instructions.
 
-    Heads, pooler, norms and attention stay in float32. The copy has no policy: its logits differ from the model's, so
+    Heads, pooler, norms and attention stay in float32. The copy has no policy and no operating points, and nothing that was
+    promised of the model holds for it: its logits differ from the model's, so
     thresholds must be chosen anew on a trace of the copy itself (`collect_trace`, `calibrate`, `set_exit_policy`). Every
     token is rounded by its own values, so a row's answer does not depend on its company.
 
@@ -107,6 +108,7 @@ def quantize_int8(model: Any) -> Any:
     require_float32_on_cpu(model, "int8")
     small = copy.deepcopy(model).eval().requires_grad_(False)
     small.set_exit_policy(None)
+    small.set_operating_points(None)
     small.save_pretrained = _cannot_save
     small.pads = False
     for layer in dict.fromkeys(small.family.layers_of(small.base_model)):  # a layer may come more than once
@@ -119,6 +121,12 @@ def quantize_int8(model: Any) -> Any:
                 if (linear := _as_linear(child)) is not None:
                     setattr(parent, name, Int8Linear(linear))
     return small
+
+
+def computing_dtype(model: Any) -> str:
+    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
+    in_8_bits = any(isinstance(module, Int8Linear) for module in model.modules()) if hasattr(model, "modules") else False
+    return "int8" if in_8_bits else str(model.dtype).removeprefix("torch.")
 
 
 def _as_linear(module: nn.Module) -> nn.Linear | None:

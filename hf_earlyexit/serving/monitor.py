@@ -171,13 +171,13 @@ class Monitor:
         Raises:
             UsageError: for a layer without an exit.
         """
-        counts = np.zeros(len(self.exit_layers), dtype=int)
+        exits = {layer: place for place, layer in enumerate(self.exit_layers)}
         for layer in exit_layers:
-            if layer not in self.exit_layers:
+            if layer not in exits:
                 raise UsageError(
                     f"A row left after layer {layer}, where there is no exit.", field="exit_layers", value=layer
                 )
-            counts[self.exit_layers.index(layer)] += 1
+        counts = np.bincount([exits[layer] for layer in exit_layers], minlength=len(exits)).astype(int)
         added = MonitorState(
             num_rows=len(exit_layers),
             layers=int(sum(exit_layers)),
@@ -212,8 +212,8 @@ class Monitor:
         """Alarms that the state gives for the first time."""
         state, alarms = self.state, []
         known = {alarm.kind for alarm in state.alarms}
-        if DISAGREEMENT not in known and (lower := self.bounds()[0]) > self.limit:
-            rate = state.num_different / state.num_shadowed
+        rate = state.num_different / max(state.num_shadowed, 1)  # the lower bound lies below it
+        if DISAGREEMENT not in known and rate > self.limit and (lower := self.bounds()[0]) > self.limit:
             message = (
                 f"Early answers differ from the full model's in {rate:.2%} of {state.num_shadowed} shadowed rows, with "
                 f"{self.confidence:.1%} confidence in more than {lower:.2%}; the limit is {self.limit:.2%}. Calibrate again "

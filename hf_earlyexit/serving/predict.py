@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -248,8 +248,7 @@ def _watch(
     answers: Answers,
 ) -> None:
     """Show a monitor what rows left with, and a share of them again with the full model's answers."""
-    if policy.problem_type == REGRESSION:
-        raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
+    _require_classes(policy)
     answered = (answers.exit_index >= 0).nonzero().flatten().tolist()
     shadowed = [answered[place] for place in monitor.draw(len(answered))]
     same: list[bool] = []
@@ -257,6 +256,37 @@ def _watch(
         full = Scheduler(walker, None, budget).run([encoded[place] for place in shadowed])
         same = same_prediction(answers.logits[shadowed], full.logits, policy.problem_type).tolist()
     monitor.record(_layers(model, answers.exit_index[answered]).tolist(), same)
+
+
+def monitored(
+    monitor: Monitor, model: Any, inputs: Mapping[str, Any], early_exit: bool | None, operating_point: str | None
+) -> Any:
+    """The output of one batch of `forward`, shown to a monitor as `predict` does.
+
+    Args:
+        monitor: sees where rows left, and a share of them again with the full model's answers.
+        model: a model with exits.
+        inputs: tensors of the batch, rows first.
+        early_exit, operating_point: as in `forward`.
+    """
+    if monitor.falls_back:
+        return model(**inputs, early_exit=False)
+    output = model(**inputs, early_exit=early_exit, operating_point=operating_point)
+    policy = model.choose_policy(early_exit, operating_point, {})
+    if policy is None:
+        return output
+    _require_classes(policy)
+    shadowed, same = monitor.draw(len(output.logits)), []
+    if shadowed:
+        full = model(**{name: value[shadowed] for name, value in inputs.items()}, early_exit=False)
+        same = same_prediction(output.logits[shadowed], full.logits, policy.problem_type).tolist()
+    monitor.record(output.exit_layer.tolist(), same)
+    return output
+
+
+def _require_classes(policy: ExitPolicy) -> None:
+    if policy.problem_type == REGRESSION:
+        raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
 
 
 def _layers(model: Any, exit_index: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from hf_earlyexit.calibration.evidence import (
 from hf_earlyexit.calibration.quality import find_metric
 from hf_earlyexit.calibration.risks import Losses, Tally
 from hf_earlyexit.calibration.settings import Pool, Recipe, choose
-from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.errors import CalibrationError, DataError
+from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
 from tests.samples import learned_trace, sst2_trace
 
@@ -344,6 +345,61 @@ def test_copies_are_warned_of():
     copied = trace.select(torch.cat([torch.arange(1500), torch.arange(100)]))
     assert any("100 of 1600 rows are copies" in note for note in calibrate(copied, "confidence", Certified(0.05)).notes)
     assert not any("copies" in note for note in calibrate(trace, "confidence", Certified(0.05)).notes)
+
+
+def test_rows_that_taught_a_policy_do_not_certify_it():
+    trace = learned_trace(3000)
+    teaching, others = trace.select(torch.arange(1000)), trace.select(torch.arange(1000, 3000))
+    policy = POLICIES.get("beem-calibrated").from_trace(teaching)
+    with pytest.raises(CalibrationError, match=r"1 of 2001 rows, row 2000 the first, are among those that") as caught:
+        calibrate(
+            trace.select([*range(1000, 3000), 7]), policy, Certified(0.05), learned_from=teaching, keep_weak_exits=True
+        )
+    assert (caught.value.field, caught.value.value) == ("learned_from", 2000)
+    result = calibrate(others, policy, Certified(0.05), learned_from=teaching, keep_weak_exits=True)
+    assert result.policy.may_leave
+    assert not any("learned elsewhere" in note for note in result.notes)
+    assert any("learned elsewhere" in note for note in calibrate(others, policy, Certified(0.05)).notes)
+    by_name = calibrate(others, "beem-calibrated", Certified(0.05))  # learns on rows of its own
+    assert not any("learned elsewhere" in note for note in by_name.notes)
+
+
+def test_one_row_certifies_nothing():
+    with pytest.raises(CalibrationError, match="1 rows cannot be split"):
+        calibrate(learned_trace(1), "confidence", Certified(0.05))
+    with pytest.raises(CalibrationError, match=r"1 certifying rows cannot certify 0.05 at 0.95: 59 without"):
+        calibrate(learned_trace(2), "confidence", Certified(0.05, risk="harm"), learning_share=0.5, keep_weak_exits=True)
+
+
+def test_rows_of_one_label_certify_that_label_only():
+    """A constant answer is right on all of them, so every exit is weak there and nobody leaves unless told otherwise."""
+    trace = learned_trace(4000, seed=5)
+    ones = trace.select(trace.labels == 1)
+    closed = calibrate(ones, "confidence", Certified(0.1, risk="harm"))
+    assert closed.mean_layers == 4
+    assert any("no better than the most frequent answer" in note for note in closed.notes)
+    opened = calibrate(ones, "confidence", Certified(0.1, risk="harm", by="label"), keep_weak_exits=True)
+    assert [group.name for group in opened.promise.groups] == ["label 1"]
+
+
+def test_logits_that_are_not_finite_certify_nothing():
+    trace = learned_trace(400)
+    logits = trace.logits.clone()
+    logits[17, 2, 0] = math.nan
+    with pytest.raises(DataError, match="Row 17 has a value in logits that is not finite"):
+        dataclasses.replace(trace, logits=logits)
+
+
+def test_a_promise_of_another_model_is_refused():
+    """Other exits, layers or kinds of labels: the policy is not of this trace."""
+    policy = calibrate(learned_trace(2000), "confidence", Certified(0.05)).policy
+    for other in (
+        learned_trace(2000, exits=6),
+        dataclasses.replace(learned_trace(2000), exit_layers=(2, 4, 6, 8)),
+        learned_trace(2000, problem_type=MULTI_LABEL),
+    ):
+        with pytest.raises(CalibrationError, match="must be of one model"):
+            calibrate(other, policy, Certified(0.05))
 
 
 def test_f1_cannot_be_certified():

@@ -1,5 +1,6 @@
 """The exported folder: whole, checked at every load, usable like a torch model; int8 with thresholds of its own."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 
 import hf_earlyexit as ee
-from hf_earlyexit.calibration import parse_target
+from hf_earlyexit.calibration import Certified, parse_target
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import CheckpointError, DataError, PolicyError, UsageError
 from hf_earlyexit.onnx import export
@@ -199,6 +200,31 @@ def test_thresholds_of_the_model_are_not_for_int8(served, labelled, tmp_path):
     own = ee.collect_trace(small, rows, labels=labels, progress=False)
     assert own.meta["dtype"] == "int8"
     small.set_exit_policy(ee.calibrate(own, "confidence", keep_weak_exits=True))
+
+
+def test_a_promise_goes_along_only_where_it_holds(served, labelled, tmp_path):
+    rows, labels = labelled
+    trace = ee.collect_trace(served, rows, labels=labels, progress=False)
+    former, target = served.exit_policy, Certified(0.4, 0.9, risk="harm")
+    try:
+        served.set_exit_policy(ee.calibrate(trace, "confidence", target, keep_weak_exits=True))
+        ee.export_onnx(served, tmp_path / "same", forms=["layers"])
+        same = ee.OnnxClassifier.from_pretrained(tmp_path / "same")
+        assert same.config.exit_certificate["promise"]["num_rows"] == 240
+        changed = ee.export_onnx(served, tmp_path / "int8", int8=True, rows=rows, labels=labels, forms=["layers"])
+        small = ee.OnnxClassifier.from_pretrained(tmp_path / "int8")
+        assert changed.result.promise is not None
+        assert changed.result.dtype == small.config.exit_certificate["dtype"] == "int8"
+        assert small.config.exit_certificate["promise"] == changed.result.promise.to_dict()
+        assert small.config.exit_certificate["fingerprint"] != same.config.exit_certificate["fingerprint"]
+        narrow = dataclasses.replace(ee.calibrate(trace, "confidence", target, keep_weak_exits=True), dtype="bfloat16")
+        served.set_exit_policy(narrow)
+        ee.export_onnx(served, tmp_path / "narrow", forms=["layers"])
+        other = ee.OnnxClassifier.from_pretrained(tmp_path / "narrow")
+        assert other.exit_policy == narrow.policy
+        assert other.config.exit_certificate["promise"] is None
+    finally:
+        served.set_exit_policy(former)
 
 
 def test_learned_policies_learn_anew(served, labelled, tmp_path, traced, monkeypatch):

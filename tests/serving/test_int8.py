@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import UsageError
+from hf_earlyexit.errors import CheckpointError, UsageError
 from hf_earlyexit.serving import int8
 from hf_earlyexit.serving.int8 import Int8Linear
 from hf_earlyexit.serving.rows import encode_rows
@@ -228,3 +228,29 @@ def test_a_copy_is_not_saved(model, tmp_path):
 def test_other_precisions_are_refused(tiny_model):
     with pytest.raises(UsageError, match="bfloat16 on cpu; int8 needs float32"):
         ee.quantize_int8(tiny_model().bfloat16())
+
+
+def test_a_copy_keeps_no_thresholds_and_no_promise_and_certifies_on_its_own_rows(tiny_model):
+    from hf_earlyexit.calibration import Certified
+
+    model = tiny_model().eval()
+    ids = [{"input_ids": [2, *(5 + (place * step) % 20 for step in range(1, 3 + place % 9)), 3]} for place in range(300)]
+    target = Certified(0.4, 0.9, risk="disagreement")
+    kept = ee.calibrate(
+        ee.collect_trace(model, ids, labelled=False, progress=False), "confidence", target, keep_weak_exits=True
+    )
+    model.set_exit_policy(kept)
+    model.set_operating_points({"fast": kept})
+    small = ee.quantize_int8(model)
+    assert small.exit_policy is None
+    assert small.operating_points == ("exact",)
+    assert small.config.exit_certificate is None
+    assert not small.config.exit_point_certificates
+    assert model.config.exit_certificate["promise"]["limit"] == 0.4  # the model's own stays
+    with pytest.raises(CheckpointError, match="chosen on a model"):
+        small.set_exit_policy(kept)
+    trace = ee.collect_trace(small, ids, labelled=False, progress=False)
+    assert trace.meta["dtype"] == "int8"
+    small.set_exit_policy(ee.calibrate(trace, "confidence", target, keep_weak_exits=True))
+    assert small.config.exit_certificate["dtype"] == "int8"
+    assert small.config.exit_certificate["promise"]["num_rows"] == 240

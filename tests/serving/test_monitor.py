@@ -249,3 +249,51 @@ def test_rows_without_an_answer_are_not_counted(served):
     broken = [*ids[:10], {"input_ids": [10**6]}, *ids[10:20]]
     ee.predict(model, broken, errors="slot", monitor=monitor)
     assert monitor.state.num_rows == monitor.state.num_shadowed == 20
+
+
+# --- in pipelines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def piped(served, tokenizer, random_texts):
+    model, texts = served[0], random_texts(120)
+    scores = ee.collect_trace(model, texts, tokenizer=tokenizer, labelled=False, progress=False)
+    model.set_exit_policy(ee.calibrate(scores, "confidence", ee.LayerBudget(2.5), keep_weak_exits=True))
+    return model, tokenizer, texts
+
+
+@pytest.mark.parametrize("how", ["list", "generator", "batches", "one by one"])
+def test_pipelines_show_the_monitor_what_they_answer(piped, how):
+    model, tokenizer, texts = piped
+    monitor = Monitor(model, shadow=1.0)
+    pipe = ee.pipeline(model=model, tokenizer=tokenizer, monitor=monitor)
+    if how == "one by one":
+        answers = [pipe(text)[0] for text in texts]
+    else:
+        given = (text for text in texts) if how == "generator" else texts
+        answers = list(pipe(given, **({"batch_size": 7} if how == "batches" else {})))
+    early = ee.predict(model, texts, tokenizer=tokenizer)
+    full = ee.predict(model, texts, tokenizer=tokenizer, early_exit=False)
+    assert [answer["exit_layer"] for answer in answers] == early.exit_layer.tolist()
+    assert monitor.state.num_rows == monitor.state.num_shadowed == 120
+    assert monitor.state.layers == int(early.exit_layer.sum()) < 4 * 120
+    assert monitor.state.num_different == int((early.logits.argmax(-1) != full.logits.argmax(-1)).sum()) > 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_a_pipeline_falls_back_after_an_alarm(piped, batch_size):
+    model, tokenizer, texts = piped
+    monitor = Monitor(model, limit=1e-4, shadow=1.0, confidence=0.6, fall_back=True)
+    pipe = ee.pipeline(model=model, tokenizer=tokenizer)
+    early = list(pipe(texts, batch_size=batch_size, monitor=monitor))
+    assert min(answer["exit_layer"] for answer in early) < 4
+    assert monitor.falls_back
+    assert {answer["exit_layer"] for answer in pipe(texts, batch_size=batch_size, monitor=monitor)} == {4}
+    assert min(answer["exit_layer"] for answer in pipe(texts, batch_size=batch_size)) < 4  # it was of those calls
+
+
+def test_the_full_model_is_not_watched(piped):
+    model, tokenizer, texts = piped
+    monitor = Monitor(model, shadow=1.0)
+    ee.pipeline(model=model, tokenizer=tokenizer, monitor=monitor, batch_size=8, operating_point="exact")(texts)
+    assert monitor.state.num_rows == 0
