@@ -9,12 +9,15 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binom
 
-from hf_earlyexit.calibration import Certified
+from hf_earlyexit import ExitTrace
+from hf_earlyexit.calibration import Certified, calibrate
 from hf_earlyexit.calibration.certify import _Walk
 from hf_earlyexit.calibration.risks import Losses
 from hf_earlyexit.serving.monitor import Monitor
@@ -73,9 +76,24 @@ def validity(draws: int) -> list[dict[str, Any]]:
                             "broken": broken,
                             "most": int(binom.ppf(0.999, draws, delta)),
                             "used": float(used.mean()),
+                            "possible": possible(pool, limit, delta, count) if risk == "harm" else None,
                         }
                     )
     return rows
+
+
+def possible(pool: Pool, limit: float, delta: float, count: int) -> float:
+    """The most mean true risk that certifying by the number of harmful rows can use here, whatever the procedure.
+
+    A setting whose risk is above the limit may be certified with chance delta at most. The most powerful such test of a
+    count is binomial, with a coin at its edge (Neyman-Pearson; likelihood ratios of counts are monotone), and a setting of
+    risk r is then certified with the chance that the test has at r. Risks grow along the path, so that the mean risk of
+    what is chosen is at most the sum of these chances, each times the step in risk.
+    """
+    edge = int(binom.ppf(delta, count, limit))  # fewer losses are certified, so many by a coin
+    coin = (delta - binom.cdf(edge - 1, count, limit)) / binom.pmf(edge, count, limit)
+    chance = binom.cdf(edge - 1, count, pool.risks) + coin * binom.pmf(edge, count, pool.risks)
+    return float(np.diff(pool.risks, prepend=0.0) @ chance)
 
 
 EXITS = tuple(range(1, 13))
@@ -134,6 +152,70 @@ def detection(streams: int, rows: int = 20_000) -> list[dict[str, Any]]:
                 }
             )
     return tables
+
+
+def shifts(streams: int, before: int = 5_000, most: int = 10_000) -> list[dict[str, Any]]:
+    """Rows of SST-2, then rows of another set, drawn with replacement: rows until an alarm after the change.
+
+    The policy is confidence, certified at one point with 90 % confidence on half of SST-2's pool; the other half is streamed.
+    """
+    home = _loaded("sst2-0")
+    certified = calibrate(home.select(range(home.num_rows // 2)), "confidence", Certified(0.01, 0.9), metric="accuracy")
+    depth, tables = home.exit_layers[-1], []
+    reference = tuple(report.share for report in certified.exits)
+    usual = _stream_of(certified.policy, home.select(range(home.num_rows // 2, home.num_rows)))
+    for name in sorted(path.stem for path in TRACES.glob("shift-*.safetensors")):
+        other = _stream_of(certified.policy, _loaded(name))
+        for shadow in (0.01, 0.1):
+            found: dict[str, list[int | None]] = {"disagreement": [], "shift": []}
+            false = 0
+            for seed in range(streams):
+                draw = np.random.default_rng([3, seed])
+                monitor = Monitor(home.exit_layers, LIMIT, shadow=shadow, confidence=0.99, reference=reference, seed=seed)
+                for (layers, same), rows in ((usual, before), (other, most)):
+                    for _ in range(rows // 100):
+                        places, shadowed = draw.integers(0, len(layers), 100), monitor.draw(100)
+                        monitor.record(layers[places].tolist(), same[places[shadowed]].tolist())
+                alarms = {alarm.kind: alarm.num_rows - before for alarm in monitor.state.alarms}
+                false += any(place <= 0 for place in alarms.values())
+                for kind, places_ in found.items():
+                    places_.append(alarms.get(kind))
+            pairs = zip(*found.values(), strict=True)
+            earliest = [min((place for place in pair if place is not None), default=None) for pair in pairs]
+            tables.append(
+                {
+                    "to": name.removeprefix("shift-"),
+                    "shadow": shadow,
+                    "streams": streams,
+                    "false": false,
+                    "before": {"different": float(1 - usual[1].mean()), "layers": float(usual[0].mean())},
+                    "after": {"different": float(1 - other[1].mean()), "layers": float(other[0].mean())},
+                    "depth": depth,
+                    "within_5000": {
+                        kind: sum(place is not None and place <= 5000 for place in places)
+                        for kind, places in (*found.items(), ("either", earliest))
+                    },
+                    "median": float(np.median([most if place is None else place for place in earliest])),
+                }
+            )
+    return tables
+
+
+LIMIT = 0.02
+TRACES = Path(__file__).parent / "traces"
+
+
+def _loaded(name: str) -> ExitTrace:
+    trace = ExitTrace.load(TRACES / f"{name}.safetensors")
+    return replace(trace, logits=trace.logits.float(), gates=None)
+
+
+def _stream_of(policy: Any, trace: ExitTrace) -> tuple[np.ndarray, np.ndarray]:
+    """Layer each row leaves after, and whether its answer is the full model's."""
+    scores, answers = policy.scan(trace)
+    taken = policy.decide(scores).numpy()
+    same = answers[np.arange(trace.num_rows), taken].argmax(-1) == trace.logits[:, -1].argmax(-1)
+    return np.asarray(trace.exit_layers)[taken], same.numpy()
 
 
 SIZES = """

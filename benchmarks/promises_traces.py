@@ -31,6 +31,7 @@ TRACES = Path(__file__).parent / "traces"
 TASKS = ("trec", "mcid", "rte", "mrpc", "cola", "sst2", "stackoverflow", "banking77", "clinc150")
 MAX_LENGTH = 64
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 30, 32, 2e-3, 0.01
+SHIFTS = ("trec", "cola", "stackoverflow")
 GATE_SHARE, GATE_EPOCHS = 0.25, 60
 ONE_SEED, MOST_CLASSES = 2000, 20  # rows of a pool, and the one seed, of tasks with more classes: their traces are large
 
@@ -138,6 +139,22 @@ def signals_of(states: Tensor, labels: Tensor, train: Tensor, pool: Tensor, seed
         return logits[pool], gates(states[pool, :-1]).squeeze(-1)
 
 
+def save_shifts(states: Tensor, labels: Tensor, train: Tensor, count: int) -> None:
+    """What SST-2's heads say of sentences of other kinds, for the monitor."""
+    for name in SHIFTS:
+        others = states_of(read(name, count))
+        every, blank = torch.cat([states, others]), torch.zeros(len(others), dtype=torch.long)
+        places = torch.arange(len(states), len(every))
+        logits, _ = signals_of(every, torch.cat([labels, blank]), train, places, 0)
+        trace = ExitTrace(
+            logits=logits.half(),
+            labels=logits[:, -1].argmax(-1),
+            labelled=False,
+            exit_layers=tuple(range(1, logits.shape[1] + 1)),
+        )
+        trace.save(TRACES / f"shift-{name}.safetensors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="+", choices=TASKS)
@@ -166,6 +183,8 @@ def main() -> None:
             trace.save(TRACES / f"{task}-{seed}.safetensors")
             shares = " ".join(f"{share:.3f}" for share in right)
             print(f"{task} {seed}: {len(train)} train, {num_pool} pool, {shares}", flush=True)
+            if task == "sst2" and seed == 0:
+                save_shifts(states, labels, train, args.pool_rows)
         print(f"{task}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

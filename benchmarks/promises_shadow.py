@@ -1,0 +1,55 @@
+"""What a monitor costs: `predict` with one and without, in turns, in CPU time; called by benchmarks/promises.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from tasks import BACKBONE, DATA
+
+import hf_earlyexit as ee
+from hf_earlyexit.serving.monitor import Monitor
+
+ROWS, ROUNDS, SHADOW = 600, 7, 0.01
+SPEED_UPS = (1.5, 2.0, 3.0)
+
+
+def cost() -> list[dict[str, Any]]:
+    """Share of CPU time that a shadow of 1 % takes, at several layer speed-ups, with the real small encoder.
+
+    Exits are not trained: where rows leave is set by thresholds that spend the budget, which is all that time depends on.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = ee.EarlyExitBertForSequenceClassification.from_pretrained(
+        DATA / BACKBONE, num_labels=2, dtype=torch.float32, init_missing=True
+    ).eval()
+    draw, tables = np.random.default_rng(0), []
+    rows = [{"input_ids": [101, *draw.integers(1000, 20000, 8 + place % 25).tolist(), 102]} for place in range(ROWS)]
+    trace = ee.collect_trace(model, rows, labelled=False, progress=False)
+    for speed_up in SPEED_UPS:
+        target = ee.SpeedUp(speed_up)
+        model.set_exit_policy(ee.calibrate(trace, "confidence", target, keep_weak_exits=True, folds=0))
+        monitor = Monitor(model, limit=0.9, shadow=SHADOW)
+        ways = {"bare": None, "watched": monitor}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(ROUNDS):
+            for name in sorted(ways, reverse=bool(turn % 2)):
+                start = time.process_time()
+                answers = ee.predict(model, rows, monitor=ways[name])
+                seconds[name].append(time.process_time() - start)
+        ratios = np.array(seconds["watched"]) / np.array(seconds["bare"])
+        layers = float(answers.exit_layer.double().mean())
+        tables.append(
+            {
+                "shadow": SHADOW,
+                "rows": ROWS * ROUNDS,
+                "layer_speed_up": model.exit_layers[-1] / layers,
+                "shadowed": monitor.state.num_shadowed / monitor.state.num_rows,
+                "cost": float(np.median(ratios) - 1),
+                "middle_half": np.quantile(ratios - 1, [0.25, 0.75]).tolist(),
+            }
+        )
+    return tables

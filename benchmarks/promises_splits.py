@@ -1,0 +1,184 @@
+"""How often chosen settings keep their word on random splits of real traces; called by benchmarks/promises.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tasks import DATA
+from torch import Tensor
+
+from hf_earlyexit import ExitTrace, FinalLayerError, MaxDrop
+from hf_earlyexit.calibration import Certified
+from hf_earlyexit.calibration.certify import certify_setting
+from hf_earlyexit.calibration.cross_fit import expect
+from hf_earlyexit.calibration.quality_metrics import Accuracy
+from hf_earlyexit.calibration.settings import Pool, Recipe, choose, learns, make_policy, split_places
+from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.policies.base import ExitPolicy
+
+TRACES = Path(__file__).parent / "traces"
+POLICIES = ("confidence", "beem-a", "beem-calibrated", "gate", "reward")
+RULES: dict[str, tuple[Any, bool]] = {
+    "MaxDrop(0)": (MaxDrop(0.0), False),
+    "MaxDrop(0, sigmas=1)": (MaxDrop(0.0, sigmas=1.0), False),
+    "MaxDrop(0.01)": (MaxDrop(0.01), False),
+    "MaxDrop(0.01) per exit": (MaxDrop(0.01), True),
+    "FinalLayerError()": (FinalLayerError(), True),
+    "Certified(0.01, 0.9)": (Certified(0.01, 0.9), False),
+    "Certified(0.01, 0.9) harm": (Certified(0.01, 0.9, risk="harm"), False),
+}
+UNLABELLED = {
+    "MaxDrop(0.01)": (MaxDrop(0.01), False),
+    "Certified(0.01, 0.9) disagreement": (Certified(0.01, 0.9, risk="disagreement"), False),
+}
+EXPECTED = "MaxDrop(0.01)"
+LEARNING_SHARE, FOLDS = 0.2, 5
+DEAR, DEAR_SHARE = "MaxDrop(0.01) per exit", 0.25  # the rule that takes longest is tried on a share of the splits
+
+
+class Task(NamedTuple):
+    """Traces of one task, one for each seed of its heads, and how many rows of one choose."""
+
+    name: str
+    traces: list[ExitTrace]
+    num_choosing: int
+
+
+def tasks() -> Iterator[Task]:
+    """The fine-tuned SST-2 of the data folder, where it is, and the committed traces."""
+    path = DATA / "traces" / "sst2_bge-small_mean-pooled.safetensors"
+    if path.exists():
+        tensors = load_file(path)
+        logits, labels = (
+            torch.cat([tensors[f"{part}_{what}"] for part in ("heldback", "dev")]) for what in ("logits", "labels")
+        )
+        layers = tuple(range(1, logits.shape[1] + 1))
+        yield Task("sst2 fine-tuned", [ExitTrace(logits=logits.float(), labels=labels.long(), exit_layers=layers)], 3000)
+    for name in sorted({path.stem.rsplit("-", 1)[0] for path in TRACES.glob("*-?.safetensors")}):
+        loaded = [ExitTrace.load(path) for path in sorted(TRACES.glob(f"{name}-?.safetensors"))]
+        traces = [replace(trace, logits=trace.logits.float(), gates=trace.gates.float()) for trace in loaded]
+        yield Task(name, traces, traces[0].num_rows // 2)
+
+
+def without_labels(trace: ExitTrace) -> ExitTrace:
+    """The trace as `collect_trace(labelled=False)` makes it: the full model's answers stand in for labels."""
+    return replace(trace, labels=trace.logits[:, -1].argmax(-1), labelled=False)
+
+
+class _Split(NamedTuple):
+    pool: Pool
+    choosing: Tensor
+    judging: Tensor
+    seed: int
+
+
+def _recipe(policy: Any, rule: tuple[Any, bool], seed: int) -> Recipe:
+    return Recipe(
+        policy=policy,
+        target=rule[0],
+        metric=Accuracy(),
+        per_exit=rule[1],
+        options={},
+        keep_weak_exits=False,
+        min_leavers=10,
+        learning_share=LEARNING_SHARE,
+        seed=seed,
+    )
+
+
+def _taught(name: str, split: _Split, weak: tuple[int, ...], known: dict[tuple[int, ...], ExitPolicy]) -> ExitPolicy:
+    """What the policy of this name learns from the split's learning rows; the same for all rules, so learned once."""
+    if weak not in known:
+        first, _ = split_places(len(split.choosing), LEARNING_SHARE, split.seed)
+        rows = split.pool.trace.select(split.choosing[first])
+        known[weak] = make_policy(_recipe(name, (MaxDrop(0.0), False), split.seed), rows, weak)
+    return known[weak]
+
+
+def _chosen(name: str, rule: tuple[Any, bool], split: _Split, known: dict[tuple[int, ...], ExitPolicy]) -> ExitPolicy:
+    """The policy with thresholds, as `calibrate` makes it from the choosing rows."""
+    pool, places = split.pool, split.choosing
+    policy: Any = name
+    learned, others = split_places(len(places), LEARNING_SHARE, split.seed)
+    if isinstance(rule[0], Certified):
+        if learns(name):  # the rows that make the path are those that teach
+            policy = _taught(name, split, pool.weak_exits(places[learned]), known)
+        return certify_setting(_recipe(policy, rule, split.seed), rule[0], pool.trace.select(places))[0].policy
+    if learns(name):
+        policy, places = _taught(name, split, pool.weak_exits(places), known), places[others]
+    return choose(_recipe(policy, rule, split.seed), pool, places).policy
+
+
+def _outcome(policy: ExitPolicy, split: _Split) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of quality, harm and layers of every row of the pool."""
+    trace = split.pool.trace
+    scores, answers = split.pool.scan(policy)
+    taken = policy.decide(scores)
+    early = answers[torch.arange(trace.num_rows), taken].argmax(-1) == trace.labels
+    full = trace.logits[:, -1].argmax(-1) == trace.labels
+    return full.double() - early.double(), (full & ~early).double(), torch.tensor(trace.exit_layers)[taken].double()
+
+
+def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool]] | None = None) -> dict[str, Any]:
+    """What each rule promised and what rows got, over random splits that go round the task's traces.
+
+    Certified settings are judged on the whole pool, all others on the rows that did not choose.
+    """
+    rules = RULES if rules is None else rules
+    pools = [Pool(trace, Accuracy()) for trace in task.traces]
+    losses: dict[str, list[tuple[float, float]]] = {name: [] for name in rules}
+    gaps: list[float] = []
+    refused = dict.fromkeys(rules, 0)
+    for seed in range(splits):
+        pool = pools[seed % len(pools)]
+        order = torch.randperm(pool.trace.num_rows, generator=torch.Generator().manual_seed(seed))
+        split = _Split(pool, order[: task.num_choosing], order[task.num_choosing :], seed)
+        known: dict[tuple[int, ...], ExitPolicy] = {}
+        for name, rule in rules.items():
+            if name == DEAR and seed >= DEAR_SHARE * splits:
+                continue
+            try:
+                made = _chosen(policy, rule, split, known)
+            except CalibrationError:
+                refused[name] += 1  # nothing was promised
+                continue
+            drop, harm, layers = _outcome(made, split)
+            certified = isinstance(rule[0], Certified)
+            where = slice(None) if certified else split.judging
+            loss = harm if certified and rule[0].risk != "drop" else drop
+            losses[name].append((float(loss[where].mean()), float(layers[where].mean())))
+            if name == EXPECTED and policy == "confidence":
+                rows = Pool(pool.trace.select(split.choosing), Accuracy())
+                found = expect(_recipe(policy, rule, seed), rows, FOLDS)
+                gaps += [] if found is None else [found.difference + float(drop[split.judging].mean())]
+    tried = {name: round(DEAR_SHARE * splits) if name == DEAR else splits for name in rules}
+    return {
+        name: _cell(task, rules[name][0], tried[name], refused[name], losses[name], gaps if name == EXPECTED else [])
+        for name in rules
+    }
+
+
+def _cell(
+    task: Task, target: Any, splits: int, refused: int, losses: list[tuple[float, float]], gaps: list[float]
+) -> dict[str, Any]:
+    drops, layers = np.array(losses).reshape(-1, 2).T
+    depth = task.traces[0].exit_layers[-1]
+    return {
+        "rows": task.traces[0].num_rows,
+        "choosing": task.num_choosing,
+        "seeds": len(task.traces),
+        "splits": splits,
+        "refused": refused,
+        "broken": int((drops > getattr(target, "drop", 0.0) + 1e-9).sum()),
+        "drop": float(drops.mean()) if len(drops) else None,
+        "spread": float(drops.std()) if len(drops) else None,
+        "speed_up": float((depth / layers).mean()) if len(drops) else None,
+        "expected_gap": float(np.mean(gaps)) if gaps else None,
+        "expected_spread": float(np.std(gaps)) if gaps else None,
+    }
