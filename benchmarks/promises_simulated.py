@@ -9,11 +9,11 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from promises_splits import in_float32
 from scipy.stats import binom
 
 from hf_earlyexit import ExitTrace
@@ -157,7 +157,7 @@ def detection(streams: int, rows: int = 20_000) -> list[dict[str, Any]]:
 def shifts(streams: int, before: int = 5_000, most: int = 10_000) -> list[dict[str, Any]]:
     """Rows of SST-2, then rows of another set, drawn with replacement: rows until an alarm after the change.
 
-    The policy is confidence, certified at one point with 90 % confidence on half of SST-2's pool; the other half is streamed.
+    The policy is confidence, certified at one point with 90 % confidence on half of SST-2's pool; the rest is streamed.
     """
     home = _loaded("sst2-0")
     certified = calibrate(home.select(range(home.num_rows // 2)), "confidence", Certified(0.01, 0.9), metric="accuracy")
@@ -206,8 +206,7 @@ TRACES = Path(__file__).parent / "traces"
 
 
 def _loaded(name: str) -> ExitTrace:
-    trace = ExitTrace.load(TRACES / f"{name}.safetensors")
-    return replace(trace, logits=trace.logits.float(), gates=None)
+    return in_float32(ExitTrace.load(TRACES / f"{name}.safetensors"))
 
 
 def _stream_of(policy: Any, trace: ExitTrace) -> tuple[np.ndarray, np.ndarray]:

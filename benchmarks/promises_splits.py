@@ -62,8 +62,14 @@ def tasks() -> Iterator[Task]:
         yield Task("sst2 fine-tuned", [ExitTrace(logits=logits.float(), labels=labels.long(), exit_layers=layers)], 3000)
     for name in sorted({path.stem.rsplit("-", 1)[0] for path in TRACES.glob("*-?.safetensors")}):
         loaded = [ExitTrace.load(path) for path in sorted(TRACES.glob(f"{name}-?.safetensors"))]
-        traces = [replace(trace, logits=trace.logits.float(), gates=trace.gates.float()) for trace in loaded]
+        traces = [in_float32(trace) for trace in loaded]
         yield Task(name, traces, traces[0].num_rows // 2)
+
+
+def in_float32(trace: ExitTrace) -> ExitTrace:
+    """The trace as policies take it; files hold float16."""
+    scalars = {name: values.float() for name, values in trace.scalars.items()}
+    return replace(trace, logits=trace.logits.float(), scalars=scalars)
 
 
 def without_labels(trace: ExitTrace) -> ExitTrace:

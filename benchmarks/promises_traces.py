@@ -176,7 +176,7 @@ def main() -> None:
             trace = ExitTrace(
                 logits=logits.half(),
                 labels=labels[pool],
-                gates=gates.half(),
+                scalars={"gate": gates.half()},
                 exit_layers=tuple(range(1, logits.shape[1] + 1)),
             )
             right = (trace.logits.argmax(-1) == trace.labels[:, None]).float().mean(0)

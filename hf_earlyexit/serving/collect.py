@@ -17,7 +17,6 @@ from ..modeling.finite import check_finite
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .batching import sorted_batches
-from .int8 import computing_dtype
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
 from .tables import plain_rows
@@ -120,10 +119,17 @@ def make_trace(
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=model_fingerprint(model),
         meta={
-            "dtype": computing_dtype(model),
+            "dtype": _computing_dtype(model),
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         },
     )
+
+
+def _computing_dtype(model: Any) -> str:
+    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
+    modules = model.modules() if hasattr(model, "modules") else ()
+    rounded = (module.computes_in for module in modules if hasattr(module, "computes_in"))
+    return next(rounded, str(model.dtype).removeprefix("torch."))
 
 
 def _problem_type_of(model: Any) -> str:

@@ -30,6 +30,8 @@ class Int8Linear(nn.Module):
         linears: the maps to copy; all read the same input, and their outputs stand side by side.
     """
 
+    computes_in = "int8"  # what traces of a model with such maps say
+
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
         weight = torch.cat([linear.weight.detach().float() for linear in linears])  # [out, in]
@@ -121,12 +123,6 @@ def quantize_int8(model: Any) -> Any:
                 if (linear := _as_linear(child)) is not None:
                     setattr(parent, name, Int8Linear(linear))
     return small
-
-
-def computing_dtype(model: Any) -> str:
-    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
-    in_8_bits = any(isinstance(module, Int8Linear) for module in model.modules()) if hasattr(model, "modules") else False
-    return "int8" if in_8_bits else str(model.dtype).removeprefix("torch.")
 
 
 def _as_linear(module: nn.Module) -> nn.Linear | None:
