@@ -65,4 +65,6 @@ def run(folder, **fields):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}"))
+    cases = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {"": {}}
+    for name, fields in cases.items():  # one start of the processes for all
+        run(Path(sys.argv[1], name), **fields)

@@ -255,19 +255,28 @@ def test_a_damaged_phase_is_an_error(straight, tmp_path):
         script.run(target)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{"chosen_phase": "joint"}, {"chosen_phase": "joint", "estimator": "exact"}, {}], ids=repr
-)
-def test_two_ranks_end_with_equal_weights(tmp_path, settings):
+TWO_RANKS = {"sampled": {"chosen_phase": "joint"}, "exact": {"chosen_phase": "joint", "estimator": "exact"}, "parted": {}}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A folder with what two ranks wrote for every case; one launch for all, since starting takes longest."""
+    folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script.__file__]
-    fields = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False, **settings}
+    usual = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    cases = {f"{name}/run": {**usual, **settings} for name, settings in TWO_RANKS.items()}
     done = subprocess.run(
-        [*command, str(tmp_path / "run"), json.dumps(fields)], env=environment, capture_output=True, text=True, check=False
+        [*command, str(folder), json.dumps(cases)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks_end_with_equal_weights(two_ranks, case):
+    first, second = (load_file(two_ranks / case / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert same(first, second)
     assert not same(first, state(script.make_model()))
 
