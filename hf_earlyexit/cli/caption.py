@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..images import SUFFIXES
 from .answer import Answer
 from .arguments import DeviceArguments
 
@@ -84,6 +83,8 @@ def run(args: CaptionArguments) -> Answer:
 
 
 def _pictures(given: Sequence[str]) -> list[Path]:
+    from ..images import SUFFIXES
+
     pictures: list[Path] = []
     for name in map(Path, given):
         if name.is_dir():

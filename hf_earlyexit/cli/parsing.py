@@ -5,16 +5,40 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
 from ..errors import EarlyExitError, UsageError
+
+
+def _module_of_transformers(name: str) -> Any:
+    """A module of transformers alone, where it needs no other: the package takes a second to import, `--help` a fifth."""
+    package = find_spec("transformers")
+    if "transformers" not in sys.modules and package is not None and package.origin is not None:
+        spec = spec_from_file_location(f"hf_earlyexit.cli.{name}", Path(package.origin).with_name(f"{name}.py"))
+        if spec is not None and spec.loader is not None:
+            module = module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+                return module
+            except (ImportError, OSError):  # it imports others of its package, or stands elsewhere
+                pass
+    return import_module(f"transformers.{name}")
+
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
+else:
+    _argparser = _module_of_transformers("hf_argparser")
+    HfArgumentParser, string_to_bool = _argparser.HfArgumentParser, _argparser.string_to_bool
 
 
 class _Parser(HfArgumentParser):

@@ -1,5 +1,8 @@
 """Help texts list what is registered, so a new name appears in them by itself."""
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import fields
 
 import pytest
@@ -8,6 +11,7 @@ from hf_earlyexit.calibration import TARGETS, parse_target
 from hf_earlyexit.calibration.targets import target_forms
 from hf_earlyexit.cli.calibrate import CalibrateArguments
 from hf_earlyexit.cli.consistentee import GateArguments
+from hf_earlyexit.cli.main import COMMANDS
 from hf_earlyexit.cli.train import TrainArguments
 from hf_earlyexit.losses import ESTIMATORS, OBJECTIVES
 from hf_earlyexit.modeling.gates import GATES
@@ -45,3 +49,29 @@ def test_targets_are_shown_as_they_are_written():
     assert target_forms() == ("certified:DROP, final-layer-error, layer-budget:LAYERS, max-drop:DROP, speed-up:RATIO")
     for form in target_forms().split(", "):
         assert parse_target(form.split(":")[0] + ":0.5" * ("DROP" in form) + ":2" * ("LAYERS" in form or "RATIO" in form))
+
+
+def modules_of_help(*commands):
+    """Names of the modules that a new interpreter has loaded after showing the help of these commands."""
+    code = """
+        import sys
+        from hf_earlyexit.cli.main import main
+        for command in sys.argv[1:]:
+            try:
+                main([command, "--help"])
+            except SystemExit as end:
+                assert not end.code
+        print(" ".join(sys.modules), file=sys.stderr)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code), *commands]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.count("usage: hf-earlyexit") == len(commands)
+    return set(done.stderr.split())
+
+
+def test_help_of_every_command_loads_nothing_heavy():
+    loaded = modules_of_help(*COMMANDS.names())
+    heavy = {"torch", "transformers", "numpy", "datasets", "huggingface_hub", "accelerate", "PIL", "matplotlib", "sklearn"}
+    assert not loaded & heavy, loaded & heavy
+    assert len(loaded) < 300, "modules that a second would not suffice for"
