@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_earlyexit.doors import door_of
 from hf_earlyexit.families import FAMILIES
-from hf_earlyexit.families.base import LAST
+from hf_earlyexit.families.base import LAST, WRITING
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -12,15 +12,17 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 def table() -> str:
     lines = [
-        "| model type | model class | rows | answers from | `exit_head=linear` | int8 | ONNX |",
-        "|---|---|---|---|---|---|---|",
+        "| model type | model class | rows | answers from | `exit_head=linear` | int8 | ONNX | writes text |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for stock_type, family in FAMILIES.items():
         token = "last real token" if family.token == LAST else "first token" if family.one_token is True else "see config"
         token = "patches" if family.one_token is False and family.token != LAST else token
         rows = "end to end" if family.packed is not None else "padded" if family.task.startswith("text") else "of one size"
         pool, graph = "yes" if family.pool is not None else "no pooler", "no" if family.untraced else "yes"
-        lines.append(f"| `{stock_type}` | `{door_of(stock_type).model}` | {rows} | {token} | {pool} | yes | {graph} |")
+        writer = f"`{door_of(stock_type, WRITING).model}`" if family.writer else "no"
+        cells = (f"`{stock_type}`", f"`{door_of(stock_type).model}`", rows, token, pool, "yes", graph, writer)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ can be imported and pickled. Transformers' Auto classes know all of them from th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from threading import RLock
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from .errors import UsageError
 from .families import FAMILIES
-from .families.base import IMAGE, TEXT, Family
+from .families.base import IMAGE, TEXT, WRITING
 from .modeling.configuration import EarlyExitClassifierConfig
 from .modeling.tasks import TASKS
 
@@ -41,35 +42,53 @@ class Door(NamedTuple):
     model_type: str
 
 
-def door_of(stock_type: str) -> Door:
-    """The classes for a stock model type, such as "roberta"."""
+def door_of(stock_type: str, task: str | None = None) -> Door:
+    """The classes for a stock model type, such as "roberta".
+
+    Args:
+        stock_type: as transformers calls it.
+        task: "text-generation" for the language models of families that have them; by default what the family does first.
+    """
+    kind = f"early_exit_{stock_type.replace('-', '_')}"
     if stock_type == CAPTIONER:
         config, model, _ = CAPTIONS
-        return Door(config, model, f"early_exit_{stock_type.replace('-', '_')}")
+        return Door(config, model, kind)
     family = FAMILIES[stock_type]
     name = f"EarlyExit{family.name}"
-    return Door(f"{name}Config", f"{name}{TASKS[family.task].suffix}", f"early_exit_{stock_type.replace('-', '_')}")
+    if task == WRITING:
+        return Door(f"{name}LMConfig", f"{name}{family.writer}", f"{kind}_lm")
+    return Door(f"{name}Config", f"{name}{TASKS[family.task].suffix}", kind)
+
+
+def tasks_of(stock_type: str) -> tuple[str, ...]:
+    """What models of a stock type do here, as transformers names its pipelines; what they do by default comes first."""
+    if stock_type == CAPTIONER:
+        return (CAPTIONING,)
+    family = FAMILIES[stock_type]
+    return (family.task, WRITING) if family.writer else (family.task,)
+
+
+def _every_door() -> Iterator[tuple[str, str, Door]]:
+    """Stock types, tasks and classes, in the order of the families."""
+    for stock_type in (*FAMILIES, CAPTIONER):
+        for task in tasks_of(stock_type):
+            yield stock_type, task, door_of(stock_type, task)
 
 
 def door_names() -> list[str]:
     """Names of all classes, in the order of the families."""
-    return [name for stock_type in FAMILIES for name in door_of(stock_type)[:2]] + list(CAPTIONS)
-
-
-def stock_type_of(name: str) -> str | None:
-    """The stock model type whose classes have this name; `None` if there is none."""
-    if name in CAPTIONS:
-        return CAPTIONER
-    return next((stock_type for stock_type in FAMILIES if name in door_of(stock_type)[:2]), None)
+    names = [name for stock_type, _, door in _every_door() if stock_type != CAPTIONER for name in door[:2]]
+    return names + list(CAPTIONS)
 
 
 def __getattr__(name: str) -> Any:
-    stock_type = stock_type_of(name)
-    if stock_type is None:
+    at = (CAPTIONER, CAPTIONING) if name in CAPTIONS else None
+    at = at or next(((stock_type, task) for stock_type, task, door in _every_door() if name in door[:2]), None)
+    if at is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _MAKING:
         if name not in globals():
-            globals().update(_captions() if stock_type == CAPTIONER else _classes(stock_type, FAMILIES[stock_type]))
+            globals().update(_captions() if at[0] == CAPTIONER else _classes(*at))
     return globals()[name]
 
 
@@ -78,8 +97,8 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
 
     Args:
         name: folder or Hub id.
-        task: as transformers names its pipelines, "text-classification" or "image-classification"; by default what the
-            family does.
+        task: as transformers names its pipelines, "text-classification", "image-classification" or "text-generation"; by
+            default what the checkpoint was saved for, else what the family does first.
         kwargs: as for the class's own `from_pretrained`.
 
     Raises:
@@ -98,18 +117,23 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         'EarlyExitRobertaForSequenceClassification'
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
-    model_type = PreTrainedConfig.get_config_dict(name, **hub)[0].get("model_type")
-    stock_type = next((kind for kind in (*FAMILIES, CAPTIONER) if model_type in (kind, door_of(kind).model_type)), None)
-    if stock_type is None:
+    values = PreTrainedConfig.get_config_dict(name, **hub)[0]
+    kind = values.get("model_type")
+    at = next(((stock_type, able) for stock_type, able, door in _every_door() if kind == door.model_type), None)
+    if at is None and kind in (*FAMILIES, CAPTIONER):
+        tasks = tasks_of(kind)
+        writes = len(tasks) > 1 and values.get("architectures") == [f"{FAMILIES[kind].name}{FAMILIES[kind].writer}"]
+        at = kind, task if task in tasks else tasks[-1 if writes else 0]
+    if at is None:
         raise UsageError(
-            f"{name} is a model of type {model_type!r}; types that can have exits are {', '.join((*FAMILIES, CAPTIONER))}.",
+            f"{name} is a model of type {kind!r}; types that can have exits are {', '.join((*FAMILIES, CAPTIONER))}.",
             field="model",
-            value=model_type,
+            value=kind,
         )
-    able = CAPTIONING if stock_type == CAPTIONER else FAMILIES[stock_type].task
-    if task not in (None, able):
-        raise UsageError(f"task is {task!r}; models of type {stock_type!r} do {able!r} here.", field="task", value=task)
-    return __getattr__(door_of(stock_type).model).from_pretrained(name, **kwargs)
+    if task not in (None, at[1]):
+        able = " or ".join(map(repr, (at[1],) if kind not in (*FAMILIES, CAPTIONER) else tasks_of(kind)))
+        raise UsageError(f"task is {task!r}; models of type {kind!r} do {able} here.", field="task", value=task)
+    return __getattr__(door_of(*at).model).from_pretrained(name, **kwargs)
 
 
 # --- making classes -----------------------------------------------------------------------------------------------------
@@ -128,28 +152,34 @@ class _OwnBackbone:
         self.post_init()  # type: ignore[attr-defined]
 
 
-def _classes(stock_type: str, family: Family) -> dict[str, type]:
-    """A family's config and model classes, by name, known to the Auto classes."""
-    door, task = door_of(stock_type), TASKS[family.task]
-    stock_config, stock = (getattr(transformers, f"{family.name}{end}") for end in ("Config", task.suffix))
+def _classes(stock_type: str, task: str) -> dict[str, type]:
+    """A family's config and model classes for a task, by name, known to the Auto classes."""
+    door, family = door_of(stock_type, task), FAMILIES[stock_type]
+    if task == WRITING:
+        suffix, auto_model = family.writer, "AutoModelForCausalLM"
+        own_config = import_module("hf_earlyexit.generation.configuration").EarlyExitLanguageModelConfig
+        mixin = import_module("hf_earlyexit.generation.language_model").EarlyExitLanguageModel
+    else:
+        (suffix, auto_model, mixin), own_config = TASKS[task], EarlyExitClassifierConfig
+    stock_config, stock = (getattr(transformers, f"{family.name}{end}") for end in ("Config", suffix))
     config = strict(
         type(
             door.config,
-            (EarlyExitClassifierConfig, stock_config),
+            (own_config, stock_config),
             {
                 "__module__": __name__,
-                "__doc__": f"Fields of `{stock_config.__name__}` and of `EarlyExitConfig`, for `{door.model}`.",
+                "__doc__": f"Fields of `{stock_config.__name__}` and of `{own_config.__name__}`, for `{door.model}`.",
                 "model_type": door.model_type,
                 "stock_model_type": stock_type,
                 "door": door.model,
-                "auto_models": ("AutoModel", task.auto_model),
+                "auto_models": ("AutoModel", auto_model),
             },
         )
     )
     generic = issubclass(stock, GenericForSequenceClassification)
     model = type(
         door.model,
-        (task.mixin, *((_OwnBackbone,) if generic else ()), stock),
+        (mixin, *((_OwnBackbone,) if generic else ()), stock),
         {
             "__module__": __name__,
             "__doc__": f"`{stock.__name__}` with exits. It loads plain checkpoints and keeps their last answers to the bit; "
@@ -202,8 +232,7 @@ def _later(name: str) -> type:
 
 def register_auto_classes() -> None:
     """Make AutoConfig know every model type; harmless when repeated. The other Auto classes learn of a family with it."""
-    for stock_type in (*FAMILIES, CAPTIONER):
-        door = door_of(stock_type)
+    for _, _, door in _every_door():
         if door.config not in globals():
             AutoConfig.register(door.model_type, _later(door.config), exist_ok=True)
 
@@ -224,4 +253,4 @@ def register_pipelines() -> None:
     }
 
 
-__all__ = ["IMAGE", "TEXT", "door_names", "door_of", "from_pretrained"]
+__all__ = ["IMAGE", "TEXT", "WRITING", "door_names", "door_of", "from_pretrained"]

@@ -46,9 +46,9 @@ ALLOWED = {
     "captions": SERVE | {"generation", "training", "reports", "images"},
     "onnx": SERVE,
     "evaluation": BASE | {"serving"},
-    "doors": SERVE | {"captions"},
+    "doors": SERVE | {"generation", "captions"},
     "hub": SERVE | {"training", "plots", "measuring", "captions", "doors"},
-    "pipelines": SERVE | {"captions", "images", "doors"},
+    "pipelines": SERVE | {"generation", "captions", "images", "doors"},
     "cli": SERVE
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
     | {"__init__"},

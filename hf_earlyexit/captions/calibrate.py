@@ -18,11 +18,12 @@ from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
+from ..generation.checks import check_generation, generation_settings
 from ..modeling.fingerprint import model_fingerprint
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..signals import known_signals
-from .checks import check_generation, generation_settings
+from .checks import check_caption_tokens
 from .judge import CaptionMetric, Judge, listed_references
 from .result import FULL, CaptionCalibrationResult, curve_of
 from .token_trace import Captions, TokenLessons, TokenTrace, encoded_images, token_trace, write_captions
@@ -208,6 +209,7 @@ def _check(
     given = sorted({"decoder_input_ids", "pixel_values", "encoder_outputs", "early_exit"} & set(generation))
     if given:
         raise UsageError(f"{given[0]} cannot be given here; images come as `rows`, captions start afresh.", field=given[0])
+    check_caption_tokens(settings, generation)
     check_generation(settings, generation, early=True, wants_layers=True)
 
 

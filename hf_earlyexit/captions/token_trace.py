@@ -11,11 +11,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import CalibrationError
+from ..generation.checks import check_generation, generation_settings
 from ..generation.decoding import DecoderWalker, ExitRun, exit_layers_of
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL
 from .batches import image_batches
-from .checks import check_generation, generation_settings
+from .checks import check_caption_tokens
 
 
 class Captions(NamedTuple):
@@ -107,9 +108,10 @@ def write_captions(model: Any, states: Tensor, policy: ExitPolicy | None, option
     run = ExitRun(policy)
     options = {**options, "return_dict_in_generate": True}
     settings = generation_settings(model, options)
+    check_caption_tokens(settings, options)
     check_generation(settings, options, policy is not None and policy.may_leave, wants_layers=True)
     given = BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype))
-    output = GenerationMixin.generate(model, encoder_outputs=given, decoder_exits=run, **run.watching(options, settings))
+    output = GenerationMixin.generate(model, encoder_outputs=given, token_exits=run, **run.watching(options, settings))
     return Captions(output.sequences.cpu(), exit_layers_of(output, run).cpu())
 
 
@@ -147,7 +149,7 @@ def _trace_batch(model: Any, states: Tensor, captions: Captions, policy: ExitPol
     output = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype)),
         decoder_input_ids=ids.to(model.device),
-        decoder_exits=ExitRun(None),
+        token_exits=ExitRun(None),
         output_hidden_states=True,
         use_cache=False,
     )

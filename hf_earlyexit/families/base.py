@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .context import Context, Part, join_kept, row_lengths, widened
 
-TEXT, IMAGE = "text-classification", "image-classification"
+TEXT, IMAGE, WRITING = "text-classification", "image-classification", "text-generation"
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 FIRST, LAST = "first", "last"
 CAPTURING = "transformers.utils.output_capturing"
@@ -80,6 +80,7 @@ class Family:
         is_watched: whether transformers collects hidden states and attentions by itself where they are asked for.
         untraced: why the family cannot become a graph; empty where it can.
         task: what the stock classifier does.
+        writer: end of the name of the stock class that writes text, such as "ForCausalLM"; empty where there is none.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Family:
     is_watched: bool = True
     untraced: str = ""
     task: str = TEXT
+    writer: str = ""
 
     # --- what every family shares ---------------------------------------------------------------------------------
 

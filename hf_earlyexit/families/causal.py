@@ -1,4 +1,4 @@
-"""Decoders that classify: the last real token answers, and layers look backwards only."""
+"""Decoders, as they classify: the last real token answers, and layers look backwards only."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ LLAMA = Family(
     inputs=NO_SEGMENTS,
     packed=PackedView,
     untraced=NO_GRAPH,
+    writer="ForCausalLM",
 )
 QWEN2 = replace(LLAMA, name="Qwen2", frame=_frame_qwen, call=_call_qwen)
 FAMILIES = {
@@ -91,6 +92,7 @@ FAMILIES = {
         keeps_positions=True,
         dropout=("resid_pdrop",),
         inputs=TEXT_INPUTS,
+        writer="LMHeadModel",
     ),
     "llama": LLAMA,
     "qwen2": QWEN2,

@@ -5,20 +5,23 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as remembered
-from typing import Any
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from ..errors import EarlyExitConfigError, UsageError
 from .base import is_watched
+from .context import each
 
+SLIDING = "sliding_attention"
 CACHE_NAMES = ("cache", "past_key_values")  # what releases of transformers call the cache, the newest name first
 
 
@@ -57,25 +60,43 @@ def given_cache(cache: Any, options: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class TokenContext:
-    """What every layer needs for one new token of each row, besides its state `[B, 1, H]`.
+    """What every layer needs for N new tokens of each row, besides their states `[B, N, H]`.
 
     Attributes:
         cache: keys and values, as the layers take them.
-        mask: of earlier tokens, `[B, 1, 1, T]`, or `None` where nothing is masked.
-        positions: of the new token, `[B, 1]` or `[1, 1]`.
-        encoder: hidden states of the encoder; layers see that they are there and read the cache.
+        mask: of earlier tokens, `[B or 1, 1, N, T]`, or `None` where nothing is masked.
+        positions: of the new tokens, `[B or 1, N]`.
+        encoder: hidden states of the encoder, or `None` without one; layers see that they are there and read the cache.
+        windowed: the mask of layers that look back no further than a window; `None` as for `mask`.
+        rotary: cosines and sines of the positions `[B or 1, N, d]`, where the family turns by them.
         rows: places in the cache of the rows that run, where others of the batch rest.
     """
 
     cache: Any
     mask: Tensor | None
     positions: Tensor
-    encoder: Tensor
+    encoder: Tensor | None = None
+    windowed: Tensor | None = None
+    rotary: Any = None
     rows: tuple[int, ...] | None = None
+
+    def of(self, keep: Tensor, rows: tuple[int, ...]) -> TokenContext:
+        """The context of some of its rows, by their places in it; `rows` are their places in the cache.
+
+        What is the same for all rows has one row or none, and stays.
+        """
+
+        def kept(part: Tensor) -> Tensor:
+            return part if len(part) == 1 else part.index_select(0, keep)
+
+        named = {name: each(getattr(self, name), kept) for name in ("mask", "positions", "windowed", "rotary")}
+        return replace(self, rows=rows, **named)
 
 
 class DecoderBackbone(ABC):
-    """A family of decoders with cross attention, as the steps that decoding needs. Holds no state."""
+    """A family of decoders, as the steps that decoding needs. Holds no state."""
+
+    crosses: ClassVar[bool] = False  # whether its layers can look at an encoder's states
 
     @abstractmethod
     def layers(self, decoder: Any) -> nn.ModuleList:
@@ -83,37 +104,64 @@ class DecoderBackbone(ABC):
 
     @abstractmethod
     def embed(self, decoder: Any, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
-        """States of new tokens before the first layer, `[B, 1, H]`, from their ids `[B, 1]`."""
+        """States of new tokens before the first layer, `[B, N, H]`, from their ids `[B, N]`."""
 
     @abstractmethod
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
-        """States after one layer, `[B, 1, H]`; the layer adds its keys and values to the cache."""
+        """States after one layer, `[B, N, H]`; the layer adds its keys and values to the cache."""
 
     @abstractmethod
-    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """The keys and values `[B, heads, 1, d]` that a layer makes of states `[B, 1, H]`, without running it."""
 
     @abstractmethod
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
         """What the vocabulary layer reads."""
 
-    @abstractmethod
     def vocabulary(self, decoder: Any) -> nn.Linear:
         """The vocabulary layer."""
+        return decoder.lm_head
 
-    def mask(self, decoder: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Any, at: Tensor) -> Any:
-        """The mask over earlier tokens, for the attention in use."""
-        return create_causal_mask(
-            config=decoder.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            position_ids=at,
-            **{cache_name(create_causal_mask): cache},
-        )
+    def rotary(self, decoder: Any, hidden: Tensor, positions: Tensor) -> Any:
+        """Cosines and sines of positions `[B, N]`, for families that turn keys and queries by them."""
+        return None
+
+    def window(self, decoder: Any) -> int | None:
+        """How many tokens the layers with a window see, the token itself included; `None` where every layer sees all."""
+        return None
+
+    def context(
+        self, decoder: Any, hidden: Tensor, attention_mask: Any, cache: Any, positions: Tensor, encoder: Tensor | None
+    ) -> TokenContext:
+        """What the layers need for one new token of each row.
+
+        Args:
+            decoder: the stock decoder with its head.
+            hidden: states before the first layer `[B, 1, H]`.
+            attention_mask: of the tokens so far `[B, T]`, or `None`.
+            cache: of the tokens before.
+            positions: of the new tokens, `[B or 1, 1]`.
+            encoder: its states, or `None` without an encoder.
+        """
+
+        def masked(create: Callable[..., Any]) -> Any:
+            return create(
+                config=decoder.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                **{cache_name(create): cache},
+            )
+
+        windowed = masked(create_sliding_window_causal_mask) if self.window(decoder) is not None else None
+        rotary = self.rotary(decoder, hidden, positions)
+        return TokenContext(cache, masked(create_causal_mask), positions, encoder, windowed, rotary)
 
 
 class Gpt2Decoder(DecoderBackbone):
     """GPT-2: norms come first in a layer, and one more after the last."""
+
+    crosses = True
 
     def layers(self, decoder: Any) -> nn.ModuleList:
         return decoder.transformer.h
@@ -137,18 +185,20 @@ class Gpt2Decoder(DecoderBackbone):
 
     def _step_some(self, layer: Any, hidden: Tensor, context: TokenContext, rows: tuple[int, ...]) -> Tensor:
         """As the layer does it, but attention reads each row's entries where they lie; copying them out costs more."""
-        attention, cross = layer.attn, layer.crossattention
+        attention = layer.attn
         query, *new = (
             attention.c_attn(layer.ln_1(hidden)).view(len(rows), 1, 3, attention.num_heads, attention.head_dim).unbind(2)
         )
         entries = context.cache.append(attention.layer_idx, *(part.transpose(1, 2) for part in new))
         hidden = hidden + attention.c_proj(_attend(query, entries, rows, context.mask, attention.scaling))
-        query = cross.q_attn(layer.ln_cross_attn(hidden)).view(len(rows), 1, cross.num_heads, cross.head_dim)
-        entries = context.cache.of_images(attention.layer_idx)
-        hidden = hidden + cross.c_proj(_attend(query, entries, rows, None, cross.scaling))
+        if context.encoder is not None:
+            cross = layer.crossattention
+            query = cross.q_attn(layer.ln_cross_attn(hidden)).view(len(rows), 1, cross.num_heads, cross.head_dim)
+            entries = context.cache.of_images(attention.layer_idx)
+            hidden = hidden + cross.c_proj(_attend(query, entries, rows, None, cross.scaling))
         return hidden + layer.mlp(layer.ln_2(hidden))
 
-    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         attention, size = layer.attn, hidden.shape[-1]
         states = layer.ln_1(hidden).view(-1, size)
         both = torch.addmm(attention.c_attn.bias[size:], states, attention.c_attn.weight[:, size:])
@@ -158,14 +208,15 @@ class Gpt2Decoder(DecoderBackbone):
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
         return decoder.transformer.ln_f(hidden)
 
-    def vocabulary(self, decoder: Any) -> nn.Linear:
-        return decoder.lm_head
-
 
 def _is_plain(layer: Any) -> bool:
     """Whether a GPT-2 layer is the stock one with plain attention, and nobody watches it."""
     plain = layer.attn.config._attn_implementation == "sdpa" and not layer.training
-    return plain and type(layer) is GPT2Block and not is_watched((layer, layer.attn, layer.crossattention))
+    return (
+        plain
+        and type(layer) is GPT2Block
+        and not is_watched(part for part in (layer, layer.attn, getattr(layer, "crossattention", None)) if part is not None)
+    )
 
 
 def _attend(query: Tensor, entries: Any, rows: tuple[int, ...], mask: Tensor | None, scale: float) -> Tensor:
@@ -182,6 +233,8 @@ def _attend(query: Tensor, entries: Any, rows: tuple[int, ...], mask: Tensor | N
 class BertDecoder(DecoderBackbone):
     """BERT as a decoder: norms come last in a layer, and the head has a layer of its own before the vocabulary."""
 
+    crosses = True
+
     def layers(self, decoder: Any) -> nn.ModuleList:
         return decoder.bert.encoder.layer
 
@@ -191,7 +244,7 @@ class BertDecoder(DecoderBackbone):
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
         return layer(hidden, context.mask, context.encoder, **{cache_name(type(layer).forward): context.cache})
 
-    def project(self, layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         attention = layer.attention.self
         shape = (len(hidden), attention.num_attention_heads, 1, attention.attention_head_size)
         return attention.key(hidden).view(shape), attention.value(hidden).view(shape)
@@ -203,18 +256,67 @@ class BertDecoder(DecoderBackbone):
         return decoder.cls.predictions.decoder
 
 
-DECODERS: dict[str, DecoderBackbone] = {"gpt2": Gpt2Decoder(), "bert": BertDecoder()}
+class RotaryDecoder(DecoderBackbone):
+    """Llama and its kin: norms first, keys turned by their positions, and layers that may see a window only."""
+
+    def layers(self, decoder: Any) -> nn.ModuleList:
+        return decoder.model.layers
+
+    def embed(self, decoder: Any, ids: Tensor, positions: Tensor, options: dict[str, Any]) -> Tensor:
+        return decoder.model.embed_tokens(ids)
+
+    def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        slides = getattr(layer.self_attn, "layer_type", None) == SLIDING
+        return layer(
+            hidden,
+            attention_mask=context.windowed if slides else context.mask,
+            position_ids=context.positions,
+            position_embeddings=context.rotary,
+            use_cache=True,
+            **{cache_name(type(layer).forward): context.cache},
+        )
+
+    def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)
+        shape = (*hidden.shape[:2], -1, attention.head_dim)
+        keys, values = attention.k_proj(states).view(shape), attention.v_proj(states).view(shape)
+        if hasattr(attention, "k_norm"):
+            keys = attention.k_norm(keys)
+        turn = import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb  # that of all these families
+        keys = keys.transpose(1, 2)
+        return turn(keys, keys, *rotary)[1], values.transpose(1, 2)
+
+    def features(self, decoder: Any, hidden: Tensor) -> Tensor:
+        return decoder.model.norm(hidden)
+
+    def rotary(self, decoder: Any, hidden: Tensor, positions: Tensor) -> Any:
+        return decoder.model.rotary_emb(hidden, position_ids=positions)
+
+    def window(self, decoder: Any) -> int | None:
+        kinds = getattr(decoder.config, "layer_types", None) or ()
+        return decoder.config.sliding_window if SLIDING in kinds else None
 
 
-def decoder_backbone(model_type: str) -> DecoderBackbone:
-    """How to walk decoders of this type.
+ROTARY = RotaryDecoder()
+DECODERS: dict[str, DecoderBackbone] = {
+    "gpt2": Gpt2Decoder(),
+    "bert": BertDecoder(),
+    "llama": ROTARY,
+    "qwen2": ROTARY,
+    "qwen3": ROTARY,
+}
+
+
+def crossing_backbone(model_type: str) -> DecoderBackbone:
+    """How to walk the decoder of a captioner.
 
     Raises:
-        EarlyExitConfigError: for a type that is not known.
+        EarlyExitConfigError: for a type whose layers cannot look at an encoder's states.
     """
-    if model_type not in DECODERS:
+    if model_type not in DECODERS or not DECODERS[model_type].crosses:
+        able = [name for name, backbone in DECODERS.items() if backbone.crosses]
         raise EarlyExitConfigError(
-            f"decoder.model_type is {model_type!r}; decoders that can exit early are {', '.join(DECODERS)}.",
+            f"decoder.model_type is {model_type!r}; decoders that can exit early are {', '.join(able)}.",
             field="decoder.model_type",
             value=model_type,
         )

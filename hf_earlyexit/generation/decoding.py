@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from ..families.decoders import TokenContext, cache_name
-from ..modeling.outputs import EarlyExitCaptionerOutput
+from ..families.context import each
+from ..families.decoders import TokenContext
 from ..policies.base import ExitPolicy
 from ..policies.decay import decayed
 from ..signals import ExitPoint, ExitSignal, scalars_of
-from .token_cache import Entry, TokenCache
+from .token_cache import token_cache
 from .word_heads import WORD_HEADS, Shortlist
 
 
@@ -31,7 +31,7 @@ class ExitRun:
 
     Args:
         policy: says who leaves; `None` to run every layer.
-        images: how many there are, where rows may be several for each.
+        images: how many images or prompts there are, where rows may be several for each.
     """
 
     def __init__(self, policy: ExitPolicy | None, images: int | None = None) -> None:
@@ -39,6 +39,8 @@ class ExitRun:
         self.finished: Tensor | None = None  # [B], rows that write no more, where `EndWatch` looks
         self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
         self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
+        self.draft_layers: Tensor | None = None  # in the shape of the sequences, where a lossless run has been
+        self.draft_counts: Any = None  # of that run
 
     def under_way(self, batch: int, device: Any) -> Tensor:
         """Numbers of the rows that still write; of all, where none does and the answers go nowhere."""
@@ -47,7 +49,7 @@ class ExitRun:
         return (~self.finished).nonzero().flatten()
 
     def image_numbers(self, batch: int) -> list[int]:
-        """The number of the image of each of `batch` rows: beams and several captions of one image stand together."""
+        """The number of the image or prompt of each of `batch` rows: beams and several texts of one stand together."""
         each = batch // (self.images or batch)
         return [row // each for row in range(batch)]
 
@@ -96,21 +98,21 @@ class EndWatch(StoppingCriteriaList):
 
 
 class DecoderWalker:
-    """A captioner's decoder, as decoding walks it.
+    """A model that writes, as decoding walks its decoder.
 
     Args:
-        model: the captioner.
+        model: the captioner or language model.
         policy: for this token.
-        run: of the whole caption.
+        run: of the whole text.
     """
 
     def __init__(self, model: Any, policy: ExitPolicy, run: ExitRun) -> None:
         self.model, self.policy, self.backbone = model, policy, model.backbone
-        self.layers = self.backbone.layers(model.decoder)
+        self.layers = self.backbone.layers(model.token_decoder)
         self.exit_layers: tuple[int, ...] = model.exit_layers
         self.num_words = 0  # that the policy's signals are about
         if policy.reads_logits:
-            self.num_words = model.config.decoder.vocab_size
+            self.num_words = model.config.word_config.vocab_size
             if model.config.exit_signal == "shortlist":
                 run.shortlist = run.shortlist or Shortlist(model.exit_shortlist)
                 self.num_words = len(run.shortlist.words)
@@ -122,10 +124,6 @@ class DecoderWalker:
     def run_layer(self, layer: int, hidden: Tensor, context: TokenContext) -> Tensor:
         """States `[B, 1, H]` after layer `layer` (1-based)."""
         return self.backbone.step(self.layers[layer - 1], hidden, context)
-
-    def project(self, layer: int, hidden: Tensor) -> Entry:
-        """Keys and values that layer `layer` makes of states that do not run it."""
-        return Entry(*self.backbone.project(self.layers[layer - 1], hidden))
 
     def exit_signal(
         self,
@@ -179,7 +177,13 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         rows: numbers of the rows that run, at least one; the others get entries and no answer.
     """
     policy, batch, device = walker.policy, len(hidden), hidden.device
-    cache = TokenCache(context.cache, walker.project)
+    whole = context.rotary
+
+    def project(layer: int, states: Tensor, of: Tensor | None) -> tuple[Tensor, Tensor]:
+        rotary = each(whole, lambda part: part if of is None or len(part) == 1 else part.index_select(0, of))
+        return walker.backbone.project(walker.layers[layer - 1], states, rotary)
+
+    cache = token_cache(context.cache, project)
     context = replace(context, cache=cache)
     kept, final, exit_index = None, hidden.clone(), torch.full((batch,), -1, device=device)
     running = torch.zeros(batch, dtype=torch.bool, device=device).index_fill_(0, rows, True)
@@ -187,7 +191,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
     if len(rows) < batch:
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
-        hidden, context = hidden[rows], _of(context, rows, rows)
+        hidden, context = hidden[rows], context.of(rows, tuple(rows.tolist()))
     exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     last = walker.exit_layers[-1]
     for layer in range(1, last + 1):
@@ -214,7 +218,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         if not len(stay):
             break
         rows, hidden = rows[stay], hidden[stay]
-        context = _of(context, stay, rows)
+        context = context.of(stay, tuple(rows.tolist()))
         state = type(state)(*(part[stay] for part in state))
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
@@ -223,47 +227,33 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
     return walker.token(kept, exit_index)
 
 
-def _of(context: TokenContext, keep: Tensor, rows: Tensor) -> TokenContext:
-    """The context of some of its rows, which are these of the batch; what is the same for all rows has one row or none."""
-    mask, positions = (
-        part if part is None or len(part) == 1 else part.index_select(0, keep) for part in (context.mask, context.positions)
-    )
-    return replace(context, mask=mask, positions=positions, rows=tuple(rows.tolist()))
-
-
 def decode(
-    model: Any, ids: Tensor, mask: Tensor | None, encoder_outputs: Any, cache: Any, run: ExitRun, options: dict[str, Any]
-) -> EarlyExitCaptionerOutput:
-    """One new token of each row through a captioner's decoder.
+    model: Any, ids: Tensor, mask: Tensor | None, encoder: Tensor | None, cache: Any, run: ExitRun, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """One new token of each row through a decoder: its logits `[B, 1, V]` and the layer it left after `[B, 1]`.
 
     Args:
-        model: the captioner.
+        model: the captioner or language model.
         ids: the tokens to go on from `[B, 1]`.
         mask: of the tokens so far `[B, T]`, where some are padding.
-        encoder_outputs: of the images.
+        encoder: states of the encoder, or `None` without one.
         cache: of the tokens before; gets its next entry in every layer.
-        run: of the caption.
-        options: the stock model's other arguments; those of the decoder begin with `decoder_`.
+        run: of the text.
+        options: the stock decoder's other arguments.
     """
-    backbone, decoder = model.backbone, model.decoder
-    for_decoder = {name.removeprefix("decoder_"): value for name, value in options.items() if name.startswith("decoder_")}
-    positions = for_decoder.get("position_ids")
+    backbone, decoder = model.backbone, model.token_decoder
+    positions = options.get("position_ids")
     if positions is None:
         positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
-    hidden = backbone.embed(decoder, ids, positions, for_decoder)
-    context = TokenContext(cache, backbone.mask(decoder, hidden, mask, cache, positions), positions, encoder_outputs[0])
+    hidden = backbone.embed(decoder, ids, positions, options)
+    context = backbone.context(decoder, hidden, mask, cache, positions, encoder)
     policy = run.policy
     if policy is not None and model.config.exit_decay is not None:
         policy = decayed(policy, model.config.exit_decay, len(run.exit_layers))
     rows = run.under_way(len(ids), ids.device)
     token = decode_token(DecoderWalker(model, policy, run), hidden, context, rows)
     layers = torch.tensor((*model.exit_layers, 0), device=ids.device)  # index -1 is 0
-    return EarlyExitCaptionerOutput(
-        logits=token.logits[:, None],
-        encoder_last_hidden_state=encoder_outputs[0],
-        exit_layer=layers[token.exit_index][:, None],
-        **{cache_name(EarlyExitCaptionerOutput): cache},
-    )
+    return token.logits[:, None], layers[token.exit_index][:, None]
 
 
 def exit_layers_of(output: Any, run: ExitRun) -> Tensor:
@@ -273,6 +263,8 @@ def exit_layers_of(output: Any, run: ExitRun) -> Tensor:
         output: what `generate` returned, as a dict.
         run: of that call.
     """
+    if run.draft_layers is not None:
+        return run.draft_layers
     sequences, passes = output.sequences, torch.stack(run.exit_layers)  # [R, P + T], [T, rows]
     path = output.get("beam_indices")
     if path is None:

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UsageError
+
+Project = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class Entry(NamedTuple):
@@ -23,22 +26,20 @@ class Entry(NamedTuple):
         return Entry(self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
 
-class TokenCache(EncoderDecoderCache):
-    """The cache that the layers are given while one token per row is decoded.
+class OwnEntries:
+    """Self attention: each layer appends one entry for every row, run or not.
 
     Args:
-        cache: of all rows; grows by one entry per row and layer.
-        project: makes the entry that a layer (1-based) has of states `[B, 1, H]` that do not run it.
-
-    Raises:
-        UsageError: for a cache whose rows cannot be taken apart.
+        layers: of the cache of all rows.
+        project: makes the entry that a layer (1-based) has of states `[R, 1, H]` that do not run it, and that belong to
+            these rows of the batch; to all where that is `None`.
     """
 
-    def __init__(self, cache: EncoderDecoderCache, project: Callable[[int, Tensor], Entry]) -> None:
-        require_dynamic(cache)
-        self.is_updated = cache.is_updated
-        self.self_attention_cache = _OwnEntries(cache.self_attention_cache.layers, project)
-        self.cross_attention_cache = _CrossEntries(cache.cross_attention_cache.layers)
+    is_compileable = False
+
+    def __init__(self, layers: list[Any], project: Project) -> None:
+        self.layers, self.project = layers, project
+        self.rows: Tensor | None = None
 
     def keep(self, rows: Tensor, left: Tensor, states: Tensor) -> None:
         """Let the layers see some rows only.
@@ -48,9 +49,12 @@ class TokenCache(EncoderDecoderCache):
             left: numbers of the others.
             states: what the others left with `[left, 1, H]`.
         """
-        self_attention = self.self_attention_cache
-        self_attention.rows, self_attention.left, self_attention.states = rows, left, states
-        self.cross_attention_cache.rows = rows
+        self.rows, self.left, self.states = rows, left, states
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Entry:
+        """As a cache of transformers does it, for the rows that the layers see."""
+        entry = self.append(layer, keys, values)
+        return entry if self.rows is None else entry.of(self.rows)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Entry:
         """Append the entries of layer `layer` (0-based), as `update` does.
@@ -62,44 +66,43 @@ class TokenCache(EncoderDecoderCache):
         Returns:
             The entries of all rows of the batch so far.
         """
-        return self.self_attention_cache.append(keys, values, layer)
+        new = Entry(keys, values)
+        if self.rows is not None:
+            new = Entry(*map(self._together, new, self.project(layer + 1, self.states, self.left)))
+        return Entry(*self.layers[layer].update(*new))
+
+    def close(self, layer: int, states: Tensor) -> None:
+        """Append the entries of a layer (1-based) that no row runs, from the states of all rows `[B, 1, H]`."""
+        self.layers[layer - 1].update(*self.project(layer, states, None))
+
+    def _together(self, running: Tensor, others: Tensor) -> Tensor:
+        """What belongs to the rows that run and to the others, as one batch."""
+        whole = running.new_empty(len(self.rows) + len(self.left), *running.shape[1:])  # type: ignore[arg-type]
+        whole[self.rows], whole[self.left] = running, others
+        return whole
+
+
+class CrossedEntries(EncoderDecoderCache):
+    """The same, where the layers look at an encoder's states too."""
+
+    def __init__(self, cache: EncoderDecoderCache, project: Project) -> None:
+        self.is_updated = cache.is_updated
+        self.self_attention_cache = OwnEntries(cache.self_attention_cache.layers, project)
+        self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
+        self.append, self.close = self.self_attention_cache.append, self.self_attention_cache.close
+
+    def keep(self, rows: Tensor, left: Tensor, states: Tensor) -> None:
+        """As in `OwnEntries`."""
+        self.self_attention_cache.keep(rows, left, states)
+        self.cross_attention_cache.rows = rows
 
     def of_images(self, layer: int) -> Entry:
         """Entries of the images of all rows of the batch, in layer `layer` (0-based)."""
         entry = self.cross_attention_cache.all[layer]
         return Entry(entry.keys, entry.values)
 
-    def close(self, layer: int, states: Tensor) -> None:
-        """Append the entries of a layer (1-based) that no row runs, from the states of all rows `[B, 1, H]`."""
-        self_attention = self.self_attention_cache
-        self_attention.layers[layer - 1].update(*self_attention.project(layer, states))
 
-
-class _OwnEntries:
-    """Self attention: each layer appends one entry for every row, run or not."""
-
-    def __init__(self, layers: list[Any], project: Callable[[int, Tensor], Entry]) -> None:
-        self.layers, self.project = layers, project
-        self.rows: Tensor | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Entry:
-        entry = self.append(keys, values, layer)
-        return entry if self.rows is None else entry.of(self.rows)
-
-    def append(self, keys: Tensor, values: Tensor, layer: int) -> Entry:
-        new = Entry(keys, values)
-        if self.rows is not None:
-            new = Entry(*map(self._together, new, self.project(layer + 1, self.states)))
-        return Entry(*self.layers[layer].update(*new))
-
-    def _together(self, running: Tensor, others: Tensor) -> Tensor:
-        """What belongs to the rows that run and to the others, as one batch."""
-        whole = running.new_empty(len(self.rows) + len(self.left), *running.shape[1:])
-        whole[self.rows], whole[self.left] = running, others
-        return whole
-
-
-class _CrossEntries:
+class CrossEntries:
     """Cross attention: entries are there since the prompt; layers read those of the rows under way."""
 
     def __init__(self, layers: list[Any]) -> None:
@@ -107,7 +110,7 @@ class _CrossEntries:
         self.rows: Tensor | None = None
 
     @property
-    def layers(self) -> _CrossEntries:
+    def layers(self) -> CrossEntries:
         return self
 
     def __getitem__(self, layer: int) -> Any:
@@ -115,32 +118,57 @@ class _CrossEntries:
         return entry if self.rows is None else Entry(entry.keys, entry.values).of(self.rows)
 
 
+def token_cache(cache: Any, project: Project) -> OwnEntries | CrossedEntries:
+    """The cache that the layers are given while one token per row is decoded.
+
+    Args:
+        cache: of all rows; grows by one entry per row and layer.
+        project: as in `OwnEntries`.
+
+    Raises:
+        UsageError: for a cache whose rows cannot be taken apart.
+    """
+    require_dynamic(cache, isinstance(cache, EncoderDecoderCache))
+    return CrossedEntries(cache, project) if isinstance(cache, EncoderDecoderCache) else OwnEntries(cache.layers, project)
+
+
+def self_attention_of(cache: Any) -> Any:
+    """The cache of self attention."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def takes_apart(cache: Any) -> bool:
     """Whether the rows of a cache can be taken apart."""
-    if not isinstance(cache, EncoderDecoderCache):
+    attended = self_attention_of(cache)
+    if not isinstance(attended, DynamicCache):
         return False
-    entries = cache.self_attention_cache
-    return not entries.offloading and all(type(layer) is DynamicLayer for layer in entries.layers)
+    return not attended.offloading and all(type(layer) in GROWING for layer in attended.layers)
 
 
-def require_dynamic(cache: Any) -> None:
+def require_dynamic(cache: Any, crosses: bool) -> None:
     """Refuse a cache whose layers do not grow row by row.
+
+    Args:
+        cache: any.
+        crosses: whether the layers look at an encoder's states.
 
     Raises:
         UsageError: naming what came.
     """
-    if not isinstance(cache, EncoderDecoderCache):
+    wanted = EncoderDecoderCache if crosses else DynamicCache
+    if not isinstance(cache, wanted) and (crosses or not hasattr(cache, "layers")):
         raise UsageError(
-            f"The cache is {type(cache).__name__}; early exit decodes over an EncoderDecoderCache, which `generate` "
-            "makes by itself.",
+            f"The cache is {type(cache).__name__}; early exit decodes over {'an' if crosses else 'a'} {wanted.__name__}, "
+            "which `generate` makes by itself.",
             field="cache",
         )
     if not takes_apart(cache):
-        entries = cache.self_attention_cache
-        kinds = sorted({type(layer).__name__ for layer in entries.layers})
+        attended = self_attention_of(cache)
+        kinds = sorted({type(layer).__name__ for layer in attended.layers}) or [type(attended).__name__]
+        offloaded = ", offloaded" if getattr(attended, "offloading", False) else ""
         raise UsageError(
-            f"Early exit cannot decode over this cache ({', '.join(kinds)}{', offloaded' if entries.offloading else ''}): "
-            "rows leave at different layers, so each layer's entries are written row by row. Leave cache_implementation "
-            "out, or pass early_exit=False.",
+            f"Early exit cannot decode over this cache ({', '.join(kinds)}{offloaded}): rows "
+            "leave at different layers, so each layer's entries are written row by row. Leave cache_implementation out, or "
+            "pass early_exit=False.",
             field="cache_implementation",
         )

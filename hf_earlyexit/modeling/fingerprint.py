@@ -39,6 +39,7 @@ EXITS = (
     "exit_point_certificates",
     "exit_tokenizer",
     "exit_cost",
+    "exit_drafts",
     "early_exit_version",
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 
@@ -37,6 +37,22 @@ class EarlyExitClassifierOutput(ModelOutput):
 @dataclass
 class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
     """The stock output of a captioner, and what its exits say; what was not computed is `None`.
+
+    Attributes:
+        exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.
+        exit_scalars: learned signals by name, such as "gate", leave logits of every exit but the last `[B, T, E - 1]`; only
+            when all exits ran.
+        exit_layer: the layer each token left after `[B, T]`, 1 to L.
+    """
+
+    exit_logits: torch.FloatTensor | None = None
+    exit_scalars: dict[str, torch.FloatTensor] | None = None
+    exit_layer: torch.LongTensor | None = None
+
+
+@dataclass
+class EarlyExitCausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """The stock output of a language model, and what its exits say; what was not computed is `None`.
 
     Attributes:
         exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.

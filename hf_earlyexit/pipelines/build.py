@@ -11,7 +11,7 @@ from transformers import AutoConfig, Pipeline
 
 from ..doors import CAPTIONING
 from ..errors import CheckpointError, EarlyExitError, UsageError
-from ..families.base import IMAGE, TEXT
+from ..families.base import IMAGE, TEXT, WRITING
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..modeling.loading import check_config_file, check_input_parts
 from ..modeling.tasks import TASKS
@@ -21,6 +21,7 @@ from .captioning import EarlyExitCaptioningPipeline
 from .options import other_model, task_of
 from .pictures import EarlyExitImageClassificationPipeline
 from .texts import EarlyExitTextClassificationPipeline
+from .writing import EarlyExitTextGenerationPipeline
 
 LOADERS = {"tokenizer": "AutoTokenizer", "image_processor": "AutoImageProcessor"}
 
@@ -37,6 +38,7 @@ KINDS = {
     TEXT: Kind(EarlyExitTextClassificationPipeline, TASKS[TEXT].auto_model, ("tokenizer",)),
     IMAGE: Kind(EarlyExitImageClassificationPipeline, TASKS[IMAGE].auto_model, ("image_processor",)),
     CAPTIONING: Kind(EarlyExitCaptioningPipeline, "AutoModelForImageTextToText", ("tokenizer", "image_processor")),
+    WRITING: Kind(EarlyExitTextGenerationPipeline, "AutoModelForCausalLM", ("tokenizer",)),
 }
 
 
@@ -44,7 +46,7 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     """`transformers.pipeline` for models with exits: answers also tell where they left.
 
     Args:
-        task: "text-classification", "image-classification" or "early-exit-captioning".
+        task: "text-classification", "image-classification", "text-generation" or "early-exit-captioning".
         model: a model with exits, also within torch.compile, DataParallel or PEFT; or the folder or Hub id of one; or an
             `OnnxClassifier`, together with `tokenizer` or `image_processor`.
         kwargs: as in `transformers.pipeline`; `operating_point`, the name of the policy to use; and for

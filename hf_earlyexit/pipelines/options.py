@@ -8,7 +8,8 @@ from typing import Any
 from ..captions.model import EarlyExitVisionEncoderDecoder
 from ..doors import CAPTIONING
 from ..errors import UsageError
-from ..families.base import IMAGE, TEXT
+from ..families.base import IMAGE, TEXT, WRITING
+from ..generation.language_model import EarlyExitLanguageModel
 from ..modeling.operating import OperatingPoints
 from ..serving.reader import reads_images
 
@@ -19,6 +20,8 @@ def task_of(model: Any) -> str | None:
         return None
     if isinstance(model, EarlyExitVisionEncoderDecoder):
         return CAPTIONING
+    if isinstance(model, EarlyExitLanguageModel):
+        return WRITING
     return IMAGE if reads_images(model) else TEXT
 
 

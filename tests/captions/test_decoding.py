@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
@@ -101,7 +101,7 @@ def test_hooks_see_the_layers_that_are_reported(captioner, images, mixed, kind, 
         layer.register_forward_hook(lambda _, inputs, __, index=index: ran.__setitem__(index, ran[index] + len(inputs[0])))
     run = decoding.ExitRun(model.exit_policy)
     torch.manual_seed(0)
-    super(type(model), model).generate(images(4), max_new_tokens=NEW, decoder_exits=run, **mode)
+    GenerationMixin.generate(model, images(4), max_new_tokens=NEW, token_exits=run, **mode)
     left = torch.cat(run.exit_layers)
     assert ran == [int((left >= layer).sum()) for layer in range(1, LAYERS + 1)]
     assert ran[-1] < ran[0]
@@ -162,7 +162,7 @@ def reference_entries(model, image, ids, exits):
                 cache.cross_attention_cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), before)
             if entries[index] is not None:
                 cache.self_attention_cache.update(*entries[index], index)
-            if backbone is decoders.decoder_backbone("gpt2"):
+            if backbone is decoders.crossing_backbone("gpt2"):
                 after = layer(
                     state, encoder_hidden_states=encoder, use_cache=True, **{cache_name(type(layer).forward): cache}
                 )
@@ -284,7 +284,7 @@ def replayed_layers(model, image, ids):
             encoder_outputs=encoded,
             cache=cache,
             use_cache=True,
-            decoder_exits=run,
+            token_exits=run,
         )
     return torch.cat(run.exit_layers).tolist()
 
@@ -354,3 +354,29 @@ def test_state_lives_in_arguments(captioner, images, mixed):
     first = generated(model, images(3))
     assert (set(vars(model)), {name: set(vars(part)) for name, part in model.named_modules()}) == before
     assert torch.equal(generated(model, images(3)).exit_layers, first.exit_layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_without_loss_are_the_full_models(captioner, images, mixed, kind):
+    model = captioner(kind)
+    with torch.no_grad():  # upper layers that change little, so that some drafts are right
+        for layer in model.backbone.layers(model.decoder)[1:]:
+            for name, weight in layer.named_parameters():
+                if name.endswith(("c_proj.weight", "output.dense.weight")):
+                    weight *= 0.2 if kind == "gpt2" else 0.03
+    model.set_exit_policy(mixed(model, "confidence", share=0.6))
+    model, pixels = model.double(), images(5).double()
+    full = model.generate(pixels, max_new_tokens=NEW, early_exit=False, return_dict_in_generate=True)
+    drafted = model.generate(pixels, max_new_tokens=NEW, lossless=True, return_exit_layers=True)
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert 0 < sum(drafted.draft_counts.accepted) < sum(drafted.draft_counts.drafted)
+    mine, stock = (cache_of(output).self_attention_cache.layers for output in (drafted, full))
+    for row, end in enumerate((drafted.exit_layers > 0).int().flip(1).argmax(1).tolist()):
+        length = stock[0].keys.shape[2] - end
+        for one, two in zip(mine, stock, strict=True):
+            assert torch.allclose(one.keys[row, :, :length], two.keys[row, :, :length], atol=1e-10)
+            assert torch.allclose(one.values[row, :, :length], two.values[row, :, :length], atol=1e-10)
+    alone = model.generate(pixels[2:3], max_new_tokens=NEW, lossless=True)
+    assert torch.equal(alone[0], drafted.sequences[2, : alone.shape[1]])
+    with pytest.raises(UsageError, match="num_beams"):
+        model.generate(pixels, num_beams=2, lossless=True)

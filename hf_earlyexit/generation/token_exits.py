@@ -1,0 +1,260 @@
+"""What every model that writes has: exits whose heads know the vocabulary, and `generate` where tokens leave early."""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers import initialization as init
+
+from ..errors import UsageError
+from ..families.decoders import DecoderBackbone, cache_name, given_cache
+from ..losses import WeightedObjective
+from ..modeling.exits import ModelWithExits
+from ..modeling.gates import new_gates
+from ..problem_types import SINGLE_LABEL
+from .checks import check_generation, check_lossless, generation_settings
+from .decoding import EndWatch, ExitRun, exit_layers_of
+from .lossless import decode_lossless
+from .token_cache import require_dynamic, takes_apart
+from .word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
+
+
+class ModelThatWrites(ModelWithExits):
+    """Put before a stock class that generates; `token_decoder` is the part whose layers have the exits."""
+
+    backbone: DecoderBackbone
+    token_decoder: Any
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
+
+    def add_exits(self) -> None:
+        """Make the heads, gates and shortlist that the config asks for."""
+        config, words = self.config, self.config.word_config
+        self.exit_heads = nn.ModuleDict(
+            {str(layer): new_word_head(config.exit_head, words, config.exit_rank) for layer in config.exit_layers[:-1]}
+        )
+        self.exit_gates = new_gates(config, words.hidden_size, words.vocab_size)
+        if config.exit_shortlist is not None:
+            self.register_buffer("exit_shortlist", torch.arange(config.exit_shortlist))  # type: ignore[attr-defined]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Shift):
+            init.zeros_(module.weight)
+        elif module is self and self.config.exit_shortlist is not None:
+            init.copy_(self.exit_shortlist, torch.arange(self.config.exit_shortlist))
+
+    def set_exit_shortlist(self, ids: Tensor, size: int = 2000) -> None:
+        """Choose the words that "shortlist" signals look at: the most frequent of some texts.
+
+        Args:
+            ids: vocabulary ids of the texts, any shape.
+            size: words to keep, at least 2.
+        """
+        most = self.config.word_config.vocab_size
+        self.config.exit_shortlist = min(size, most)
+        self.config.check_labels()
+        words = frequent_words(ids, size, most)
+        self.register_buffer("exit_shortlist", words.to(self.device))  # type: ignore[attr-defined]
+
+    # --- heads ----------------------------------------------------------------------------------------------------
+
+    def features(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """What the vocabulary layer of exit `exit_index` (0-based) reads, `[..., F]`."""
+        return self._head(exit_index).features(hidden, self._stock_head)
+
+    def exit_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of exit `exit_index` (0-based) from the states after its layer `[..., H]`."""
+        return self._head(exit_index)(hidden, self._stock_head)
+
+    def words(self, features: Tensor) -> Tensor:
+        """Logits `[..., V]` from what the decoder's own vocabulary layer reads `[..., H]`."""
+        return self._stock_head.words(features)
+
+    def vocabulary(self, exit_index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, F]` and bias `[V]` of the vocabulary layer of exit `exit_index` (0-based)."""
+        return self._head(exit_index).matrix(self._stock_head)
+
+    def _head(self, exit_index: int) -> WordHead:
+        if exit_index == len(self.exit_layers) - 1:
+            return LAST
+        head: Any = self.exit_heads[str(self.exit_layers[exit_index])]
+        words = self.config.word_config.vocab_size
+        if not head.borrows and head.vocabulary.out_features != words:
+            raise UsageError(
+                f"The exits know {head.vocabulary.out_features} words, the decoder {words}: it was resized without them. "
+                "Call resize_token_embeddings of the model with exits, not of its decoder.",
+                field="vocab_size",
+                value=words,
+            )
+        return head
+
+    @property
+    def _stock_head(self) -> StockHead:
+        return StockHead(self.backbone, self.token_decoder)
+
+    def resize_exits(self, mean_resizing: bool) -> None:
+        """Give the exits' own vocabulary layers the decoder's size; a shortlist stays, but for words that are gone."""
+        words = self.config.word_config.vocab_size
+        for head in self.exit_heads.values():
+            if not head.borrows and head.vocabulary.out_features != words:
+                head.vocabulary = self._get_resized_lm_head(  # type: ignore[attr-defined]
+                    head.vocabulary, words, mean_resizing=mean_resizing
+                )
+        if self.config.exit_shortlist is not None:
+            self.exit_shortlist = self.exit_shortlist[self.exit_shortlist < words]
+            self.config.exit_shortlist = len(self.exit_shortlist)
+
+    # --- passes ---------------------------------------------------------------------------------------------------
+
+    def ask_every_exit(self, output: Any, states: Any, labels: Tensor | None, tokens: Tensor | None) -> None:
+        """Write what every exit says of every token, or of some, into the output of a full pass.
+
+        Args:
+            output: with `logits` `[B, T, V]`.
+            states: after every layer, `[B, T, H]` each, those before the first layer in front.
+            labels: what each token is to be followed by `[B, T]`, -100 where nothing is learned; or `None`.
+            tokens: booleans `[B, T]`, or `None` for all.
+        """
+
+        def chosen(values: Tensor) -> Tensor:
+            return values if tokens is None else values[tokens]
+
+        asked = [chosen(states[layer]) for layer in self.exit_layers[:-1]]
+        logits = [self.exit_logits(index, state) for index, state in enumerate(asked)]
+        output.exit_logits = torch.stack([*logits, chosen(output.logits)], -2)  # [B, T, E, V]
+        if self.exit_gates:
+            gates = zip(self.exit_layers, asked, strict=False)
+            leave_logits = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)
+            output.exit_scalars = {"gate": leave_logits}
+        if self.training and labels is not None:
+            wanted = chosen(labels).flatten()
+            flat = output.exit_logits.reshape(len(wanted), *output.exit_logits.shape[-2:])
+            output.loss = WeightedObjective()(flat, wanted, SINGLE_LABEL, self.exit_layers).loss
+
+    def decodes(self, run: ExitRun, one_token: bool, cache: Any) -> bool:
+        """Whether a pass decodes one token of each row and rows may leave.
+
+        Args:
+            run: of the text.
+            one_token: whether the call gives one token of each row and nothing that needs a whole text.
+            cache: of the call, or `None`.
+        """
+        return run.policy is not None and one_token and holds_prompt(cache, self.exit_layers[-1]) and takes_apart(cache)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        early_exit: bool | None = None,
+        operating_point: str | None = None,
+        return_exit_layers: bool = False,
+        lossless: bool = False,
+        max_drafts: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: greedy, beam search or sampling; with a policy, tokens leave where they are decided.
+
+        With `lossless=True` the text is the full model's own: a token that leaves is a draft, which the layers above check,
+        together with others that wait, before it is final. Greedy search gives the same ids, but for ties that rounding
+        decides; sampling the same distribution.
+
+        Args:
+            inputs: token ids of the prompts `[B, T]`, or images `[B, 3, H, W]` of a captioner.
+            early_exit: `None` exits early if a policy is set and the model is not training; `False` runs every layer;
+                `True` insists on early exit.
+            operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model.
+            return_exit_layers: give a dict-like output, whose `exit_layers` says, in the shape of `sequences`, which layer
+                each token left after (1 to L); 0 for the prompt and for padding. In lossless runs it is the layer that
+                drafted the token, L where the last layer wrote it, and `draft_counts` tells what was run (`DraftCounts`).
+            lossless: check what early exits say. Scores of rows that have ended are zeros, as is their part of the cache.
+            max_drafts: drafts of a row that may wait, in lossless runs; by default `config.exit_drafts`.
+            generation_config, args, kwargs: as in transformers.
+
+        Raises:
+            UsageError: for early exit without a policy or in training, without a cache, over a cache whose rows cannot be
+                taken apart, or with an assistant; for beams in lossless runs.
+            DataError: for images that the encoder does not take, tokens that generation needs and nobody set, or an answer
+                that is not finite, naming the row.
+        """
+        bound = signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args)
+        options = {**dict(list(bound.arguments.items())[2:]), **kwargs}  # all but self and inputs
+        cache = given_cache(None, options)
+        if cache is not None:
+            options[cache_name(super().forward)] = cache  # type: ignore[misc]
+        if return_exit_layers:
+            options["return_dict_in_generate"] = True
+        settings = generation_settings(self, options)
+        states = {flag: True for flag in ("output_hidden_states", "output_attentions") if getattr(settings, flag)}
+        policy = self.choose_policy(early_exit, operating_point, states)
+        count = self.check_inputs(inputs, settings, options)
+        check_generation(settings, options, policy is not None and policy.may_leave, return_exit_layers)
+        run = ExitRun(policy, count)
+        if lossless:
+            most = self.config.exit_drafts if max_drafts is None else max_drafts
+            check_lossless(policy, settings, options, most)
+            streamer = options.get("streamer")
+            loop = partial(decode_lossless, draft_run=run, most_drafts=most, draft_streamer=streamer)
+            output = super().generate(inputs, **options, custom_generate=loop)  # type: ignore[misc]
+        else:
+            output = super().generate(inputs, **run.watching(options, settings), token_exits=run)  # type: ignore[misc]
+        if return_exit_layers:
+            output["exit_layers"] = exit_layers_of(output, run)
+            if lossless:
+                output["draft_counts"] = run.draft_counts
+        return output
+
+    def check_inputs(self, inputs: Any, settings: GenerationConfig, options: dict[str, Any]) -> int:
+        """Refuse inputs of `generate` that the model cannot read; says how many images or prompts there are."""
+        given = (inputs, options.get("input_ids"), options.get("inputs_embeds"))
+        return next((len(rows) for rows in given if rows is not None), 1)
+
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)  # type: ignore[misc]
+        return EndWatch(criteria, stopping_criteria.run) if isinstance(stopping_criteria, EndWatch) else criteria
+
+
+def require_prompt(cache: Any, labels: Any, caches: bool, begun: bool, crosses: bool) -> None:
+    """Refuse passes that run in full although a policy lets tokens leave; only the prompt's may, before any token's.
+
+    Args:
+        cache: of the call, or `None`.
+        labels: of the call, or `None`.
+        caches: whether the pass leaves a cache to go on with.
+        begun: whether the prompt is over, or may not be what comes.
+        crosses: whether the layers look at an encoder's states.
+    """
+    if labels is not None:
+        raise _in_full("labels are compared with a whole text")
+    if not caches:
+        raise _in_full("use_cache is False")
+    if cache is not None and cache.get_seq_length() > 0:
+        require_dynamic(cache, crosses)
+        if crosses or begun:
+            missing = ", or one whose images are missing" if crosses else ""
+            raise _in_full(f"several tokens at once go on from a cache{missing}")
+    elif begun:
+        raise _in_full("there is no cache that holds a prompt")
+
+
+def holds_prompt(cache: Any, layers: int) -> bool:
+    """Whether a prompt has run through every layer, cross attention included."""
+    if cache is None or cache.get_seq_length() == 0:
+        return False
+    updated = getattr(cache, "is_updated", None)
+    return updated is None or all(updated.get(layer) for layer in range(layers))
+
+
+def _in_full(why: str) -> UsageError:
+    return UsageError(
+        f"No token can leave early here: {why}. Tokens leave where they are decoded one by one over a cache that holds the "
+        "prompt, as `generate` does it; pass early_exit=False to run in full.",
+        field="early_exit",
+    )

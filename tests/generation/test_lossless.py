@@ -1,0 +1,356 @@
+"""Lossless early exit: the full model's own text, nothing computed twice, nothing of a rejected draft left."""
+
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.families.decoders import cache_name
+from hf_earlyexit.generation.drafts import Row, Speaker
+from hf_earlyexit.generation.token_cache import self_attention_of
+from tests.generation.conftest import LAYERS, PAD, WORDS, WRITERS, prompts
+
+NEW = 14
+EXACT = torch.float64  # rounding is far below any gap between two tokens' logits here
+every = pytest.mark.parametrize("name", WRITERS)
+
+
+def both(model, ids, mask, **options):
+    """What the full model writes, and what it writes without loss."""
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": PAD, **options}
+    full = model.generate(ids, early_exit=False, return_dict_in_generate=True, **options)
+    return full, model.generate(ids, lossless=True, return_exit_layers=True, **options)
+
+
+def cache_of(output):
+    return self_attention_of(output[cache_name(type(output))])
+
+
+@pytest.fixture
+def drafter(writer):
+    """`drafter(name, **fields)`: a model of which about half of the drafts are right: the upper layers change little."""
+
+    def make(name="llama", share=0.7, dtype=EXACT, **fields):
+        model = writer(name, dtype=dtype, **fields)
+        with torch.no_grad():
+            for layer in model.backbone.layers(model)[1:]:
+                for parameter, weight in layer.named_parameters():
+                    if weight.ndim > 1 and any(part in parameter for part in ("o_proj", "down_proj", "c_proj")):
+                        weight *= 0.15
+        logits = model(prompts(20, 12, seed=3)[0], early_exit=False).exit_logits
+        sure = logits.softmax(-1).amax(-1).flatten(0, 1)[:, :-1]
+        model.set_exit_policy(ee.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist()))
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every
+def test_ids_and_cache_are_the_full_models(drafter, name, attention):
+    """The keys and values of every layer, too: entries of rejected drafts are gone, those of accepted ones exact."""
+    dtype = EXACT if attention == "sdpa" else torch.float32  # eager attention has no float64 for padded rows
+    model = drafter(name, attn_implementation=attention, dtype=dtype)
+    ids, mask = prompts(5, 6, padding=(4, 2))
+    full, drafted = both(model, ids, mask)
+    counts = drafted.draft_counts
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert 0 < sum(counts.accepted) < sum(counts.drafted), "some drafts must be right and some wrong"
+    close = 1e-10 if dtype == EXACT else 1e-5
+    ends = (drafted.exit_layers > 0).int().flip(1).argmax(1)  # padding at the end
+    for mine, stock in zip(cache_of(drafted).layers, cache_of(full).layers, strict=True):
+        assert mine.get_seq_length() == stock.get_seq_length()
+        for row, end in enumerate(ends.tolist()):
+            for name_of_part in ("keys", "values"):
+                kept, expected = (getattr(layer, name_of_part)[row] for layer in (mine, stock))
+                length = expected.shape[1] - end
+                assert torch.allclose(kept[:, :length][mask_of(mask[row], mine, length)],
+                                      expected[:, :length][mask_of(mask[row], mine, length)], atol=close)  # fmt: skip
+                assert not kept[:, length:].any()
+
+
+def mask_of(mask, layer, length):
+    """Columns `[heads, length]` whose entries are read: padding's are not, and differ between forms of attention."""
+    heads = layer.keys.shape[1]
+    dropped = layer.get_seq_length() - layer.keys.shape[2]
+    real = torch.cat([mask.bool(), torch.ones(length + dropped, dtype=torch.bool)])[dropped : dropped + length]
+    return real.expand(heads, -1)
+
+
+@every
+def test_nothing_is_computed_twice(drafter, name):
+    """Every token that is embedded runs each layer once: drafts in the lower layers, with all that wait in the upper."""
+    model, ran = drafter(name), [0] * LAYERS
+    calls, ids = [0] * LAYERS, prompts(1, 5)[0]
+    for index, layer in enumerate(model.backbone.layers(model)):
+
+        def count(_, args, __, index=index):
+            calls[index] += 1
+            ran[index] += args[0].shape[0] * args[0].shape[1]
+
+        layer.register_forward_hook(count)
+    output = model.generate(ids, lossless=True, return_exit_layers=True, max_new_tokens=NEW, eos_token_id=None)
+    counts = output.draft_counts
+    assert [count - 5 for count in ran] == counts.layer_tokens, "the prompt runs once"
+    assert sum(calls) - LAYERS == counts.layer_calls
+    steps, rejected = NEW - 1, sum(counts.drafted) - sum(counts.accepted)
+    assert len(set(counts.layer_tokens)) == 1
+    assert counts.layer_tokens[0] == counts.checks + sum(counts.drafted)
+    assert counts.checks + sum(counts.accepted) == steps, "a check writes its drafts and one token more"
+    assert calls[-1] - 1 == counts.checks < steps < calls[0] - 1 <= steps + rejected
+    assert sum(counts.accepted) == int(((output.exit_layers > 0) & (output.exit_layers < LAYERS)).sum())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_eight_rows_are_eight_batches_of_one(drafter, name):
+    model = drafter(name)
+    padding = (4, 3, 2, 1, 0, 0, 0, 0)
+    ids, mask = prompts(8, 5, padding=padding)
+    together = both(model, ids, mask)[1]
+    for row, left in enumerate(padding):
+        alone = both(model, ids[row : row + 1, left:], mask[row : row + 1, left:])[1]
+        length = left + alone.sequences.shape[1]
+        assert torch.equal(alone.sequences[0], together.sequences[row, left:length])
+        assert torch.equal(alone.exit_layers[0], together.exit_layers[row, left:length])
+        assert not together.exit_layers[row, length:].any()
+
+
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_any_number_of_drafts_may_wait(drafter, most):
+    model = drafter("qwen3")
+    ids, mask = prompts(3, 1)  # prompts of one token
+    full, drafted = both(model, ids, mask, max_drafts=most, eos_token_id=None)
+    assert torch.equal(drafted.sequences, full.sequences)
+    counts = drafted.draft_counts
+    assert sum(counts.drafted) <= most * counts.checks
+    with pytest.raises(UsageError, match="max_drafts"):
+        both(model, ids, mask, max_drafts=0)
+
+
+@pytest.mark.parametrize("rule", ["entropy", "margin", "patience", "beem-c", "gate", "saturation", "static"])
+def test_every_rule_drafts(writer, rule):
+    model = writer("llama", dtype=EXACT, exit_gate="linear", exit_head="linear")
+    cls = ee.policies.POLICIES.get(rule)
+    if rule == "static":
+        policy = cls.at(1, LAYERS)
+    else:
+        level = {"patience": 1, "entropy": 0.05, "margin": 0.05, "saturation": 0.5, "gate": 0.5, "beem-c": 0.2}[rule]
+        policy = cls(thresholds=(level,) * (LAYERS - 1), **({"weights": (1.0,) * LAYERS} if rule == "beem-c" else {}))
+    model.set_exit_policy(policy)
+    full, drafted = both(model, *prompts(3, 4))
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert sum(drafted.draft_counts.drafted) > 0
+
+
+def test_drafts_from_a_shortlist(drafter):
+    model = drafter("gpt2", exit_head="tied")
+    ids, mask = prompts(3, 4)
+    plain = both(model, ids, mask)[1].draft_counts
+    model.set_exit_shortlist(torch.arange(0, WORDS, 2), 45)
+    for signal in ("shortlist", "vocabulary"):
+        model.config.exit_signal = signal
+        full, drafted = both(model, ids, mask)
+        assert torch.equal(drafted.sequences, full.sequences)
+    model.set_exit_policy(ee.SaturationPolicy(thresholds=(0.0,) * 3))
+    full, drafted = both(model, ids, mask)
+    written = drafted.sequences[(drafted.exit_layers > 0) & (drafted.exit_layers < LAYERS)]
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert len(written)
+    assert not (written % 2).any(), "drafts are words of the list"
+    assert plain.drafted != drafted.draft_counts.drafted
+
+
+class Written(BaseStreamer):
+    def __init__(self):
+        self.ids, self.ended = [], 0
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
+PROCESSING = {
+    "repetition": {"repetition_penalty": 3.0},
+    "ngrams": {"no_repeat_ngram_size": 2},
+    "least": {"min_new_tokens": 9, "eos_token_id": list(range(2, WORDS, 3))},
+    "bias": {"sequence_bias": {(5,): 6.0, (7, 8): -4.0}},
+    "by number": {"prefix_allowed_tokens_fn": lambda row, ids: [5 + row, 17, 20 + row, int(ids[-1]) // 2]},
+    "own": {
+        "logits_processor": LogitsProcessorList([lambda ids, scores: scores.scatter_add(1, ids[:, -2:], scores[:, 9:11])])
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSING)
+def test_processors_see_the_text_so_far(drafter, kind):
+    model = drafter("llama")
+    ids, mask = prompts(4, 5, padding=(2,))
+    full, drafted = both(model, ids, mask, **PROCESSING[kind])
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert sum(drafted.draft_counts.drafted) > 0
+    plain = both(model, ids, mask)[0]
+    assert not torch.equal(plain.sequences, full.sequences), "the processor must change something here"
+
+
+def test_scores_and_logits_are_the_full_models(drafter):
+    model = drafter("llama")
+    options = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.5}
+    full, drafted = both(model, *prompts(2, 5), eos_token_id=None, **options)
+    for name in ("scores", "logits"):
+        mine, stock = (torch.stack(output[name]) for output in (drafted, full))
+        assert mine.shape == stock.shape
+        assert torch.allclose(mine, stock, atol=1e-5)
+    assert drafted.logits[0].dtype == full.logits[0].dtype
+
+
+def test_texts_end_inside_drafts(drafter):
+    """At an end token, at a length, and where a caller's criterion says so; what was drafted beyond is gone."""
+    model = drafter("llama")
+    ids, mask = prompts(1, 5)
+    free = both(model, ids, mask, eos_token_id=None)[1]
+    inside = [place for place in range(6, len(free.sequences[0]) - 1) if free.exit_layers[0, place] < LAYERS]
+    assert inside
+    for place in inside[:2]:
+        end = int(free.sequences[0, place])
+        for options in (
+            {"eos_token_id": [end, WORDS - 1]},
+            {"eos_token_id": None, "max_new_tokens": place - 4},
+            {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([_at(place + 1)])},
+        ):
+            full, drafted = both(model, ids, mask, **options)
+            assert torch.equal(drafted.sequences, full.sequences)
+            assert cache_of(drafted).get_seq_length() == full.sequences.shape[1] - 1
+    first = int(free.sequences[0, 5])
+    assert both(model, ids, mask, eos_token_id=first)[1].sequences.shape == (1, 6), "the first token may be the last"
+
+
+def _at(length):
+    return lambda ids, scores, **_: torch.full((len(ids),), ids.shape[1] >= length)
+
+
+def test_rows_that_have_ended_write_on_where_nothing_pads_them(drafter):
+    model = drafter("llama")
+
+    def criterion(ids, scores, **_):
+        return ids[:, -1] % (4 + torch.arange(len(ids))) == 0
+
+    options = {"eos_token_id": None, "stopping_criteria": StoppingCriteriaList([criterion]), "max_new_tokens": 25}
+    full, drafted = both(model, *prompts(4, 5), **options)
+    assert torch.equal(drafted.sequences, full.sequences)
+
+
+def test_streamers_get_every_token_once(drafter):
+    model = drafter("llama")
+    ids, _ = prompts(1, 5)
+    written = [Written(), Written()]
+    for streamer, options in zip(written, ({"early_exit": False}, {"lossless": True}), strict=True):
+        model.generate(ids, streamer=streamer, max_new_tokens=NEW, **options)
+    assert written[0].ids == written[1].ids
+    assert written[1].ended == 1
+
+
+def test_a_chat_goes_on_without_loss(drafter):
+    model = drafter("qwen2")
+    ids, mask = prompts(1, 7)
+    caches = [cache_of(output) for output in both(model, ids, mask, eos_token_id=None)]
+    text = both(model, ids, mask, eos_token_id=None)[0].sequences
+    longer = torch.cat([text, prompts(1, 3, seed=8)[0]], 1)
+    options = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": PAD}
+    expected = model.generate(longer, early_exit=False, **options)
+    for cache in caches:
+        assert torch.equal(model.generate(longer, cache=cache, lossless=True, **options), expected)
+
+
+def test_entries_of_rejected_drafts_that_stay_are_noticed(drafter, monkeypatch):
+    """A mutant: rows do not go back to where the first wrong draft stood."""
+    model = drafter("llama")
+    ids, mask = prompts(3, 5)
+    assert torch.equal(*(output.sequences for output in both(model, ids, mask)))
+    kept = Speaker.check
+
+    def keeps_rejected(self, row, logits, exit_layers):
+        waited = len(row.drafts)
+        right = kept(self, row, logits, exit_layers)
+        if right < waited:
+            row.shift += waited - right  # their columns are not written over
+            row.offset += waited - right
+        return right
+
+    monkeypatch.setattr(Speaker, "check", keeps_rejected)
+    full, drafted = both(model, ids, mask)
+    assert not torch.equal(full.sequences, drafted.sequences)
+
+
+def test_sampling_has_the_full_models_distribution(drafter):
+    """Three tokens drawn 1,500 times with and without drafts: two samples of one distribution, by a chi-square test."""
+    model, rows = drafter("llama", exit_layers=[1, 4]).float(), 1500
+    ids = prompts(1, 4)[0].expand(rows, -1)
+    options = {"do_sample": True, "top_k": 5, "temperature": 0.9, "max_new_tokens": 3, "pad_token_id": PAD}
+    torch.manual_seed(0)
+    full = model.generate(ids, early_exit=False, eos_token_id=None, **options)[:, 4:]
+    drafted = model.generate(ids, lossless=True, return_exit_layers=True, eos_token_id=None, **options)
+    counts, mine = drafted.draft_counts, drafted.sequences[:, 4:]
+    assert rows / 5 < sum(counts.accepted) < sum(counts.drafted) - rows / 10
+    base = torch.tensor([WORDS**2, WORDS, 1])
+    _, kinds = torch.cat([full @ base, mine @ base]).unique(return_inverse=True)
+    one, two = (torch.bincount(part, minlength=int(kinds.max()) + 1).double() for part in kinds.split(rows))
+    common = one + two >= 10
+    one, two = (torch.cat([part[common], part[~common].sum()[None]]) for part in (one, two))
+    statistic = float(((one - two) ** 2 / (one + two).clamp_min(1)).sum())
+    degrees = len(one) - 1
+    assert degrees > 8
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees), f"{statistic:.0f} with {degrees} degrees of freedom"
+
+
+def test_the_rule_of_drawing_is_exact():
+    """Drafts from one distribution, checked by another: the second comes out, even where the first lacks words."""
+    wanted = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    offered = torch.tensor([0.05, 0.55, 0.4, 0.0])
+    torch.manual_seed(0)
+    speaker = Speaker(1, LogitsProcessorList(), StoppingCriteriaList(), samples=True)
+    draws = torch.zeros(4)
+    for _ in range(6000):
+        row = Row(0, torch.zeros(4, dtype=torch.long), 1, 0, 0)
+        speaker.draft([row], 0, offered.log()[None], None, 4)
+        draft = row.drafts[0].token
+        speaker.check(row, wanted.log()[None], (1, 2))
+        draws[row.text[1]] += 1
+        assert row.exit_layers == [1 if draft == row.text[1] else 2]
+    expected = wanted * draws.sum()
+    assert float(((draws - expected) ** 2 / expected).sum()) < 16.3  # 0.1 % of a chi-square with 3 degrees of freedom
+
+
+def test_what_cannot_be_lossless_is_refused(drafter, writer):
+    model = drafter("llama")
+    ids, mask = prompts(2, 5)
+    for options, words in (
+        ({"num_beams": 2}, "num_beams"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            model.generate(ids, attention_mask=mask, lossless=True, max_new_tokens=3, pad_token_id=PAD, **options)
+    with pytest.raises(UsageError, match="no policy makes drafts"):
+        writer("llama").generate(ids, lossless=True)
+    with pytest.raises(UsageError, match="no policy makes drafts"):
+        model.generate(ids, lossless=True, early_exit=False)
+
+
+def test_in_half_precision_ties_may_fall_otherwise_and_are_counted(drafter):
+    """In bfloat16 a batch of another shape rounds otherwise, so the second-best token may win: seen in how few places."""
+    model = drafter("llama").to(torch.bfloat16)
+    full, drafted = both(model, *prompts(8, 5), eos_token_id=None)
+    first = [int((one != two).int().argmax()) for one, two in zip(full.sequences, drafted.sequences, strict=True)]
+    for row, place in enumerate(first):
+        if place:  # what the full model thinks of both, where they part
+            with torch.no_grad():
+                logits = model(full.sequences[row : row + 1, :place], early_exit=False).logits[0, -1].float()
+            one, two = logits[full.sequences[row, place]], logits[drafted.sequences[row, place]]
+            assert abs(float(one - two)) < 0.02 * float(logits.abs().max()), "no tie"
