@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertTokenizer, pipelin
 from transformers.cache_utils import StaticCache
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import EarlyExitConfigError, UsageError
+from hf_earlyexit.errors import DataError, EarlyExitConfigError, UsageError
 from hf_earlyexit.families.decoders import TokenContext, cache_name
 from tests.captions.toy import VOCABULARY
 from tests.generation.conftest import LAYERS, PAD, WORDS, WRITERS, confidence, door, prompts, stock_class
@@ -202,3 +202,14 @@ def test_new_words_reach_the_exits(writer):
     model = writer("llama", exit_head="linear")
     model.resize_token_embeddings(WORDS + 3)
     assert model(prompts(1, 3)[0], early_exit=False).exit_logits.shape[-1] == WORDS + 3
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_an_answer_that_is_not_finite_is_an_error_of_its_row(writer, lossless):
+    model = writer("llama", share=0.5, exit_layers=[2, 4])
+    ids, mask = prompts(3, 5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[89] = float("inf")
+    ids[1, 2] = 89
+    with pytest.raises(DataError, match="Row 1 "):
+        generated(model, ids, mask, lossless=lossless)
