@@ -40,7 +40,7 @@ ALLOWED = {
     "serving": WALK | {"images", "modeling"},
     "measuring": SERVE | {"onnx"},
     "generation": WALK | {"modeling"},
-    "training": SERVE | {"data"},
+    "training": SERVE | {"data", "generation"},
     "plots": PURE,
     "reports": PURE | {"plots", "images"},
     "captions": SERVE | {"generation", "training", "reports", "images"},

@@ -107,7 +107,7 @@ class DecoderWalker:
     """
 
     def __init__(self, model: Any, policy: ExitPolicy, run: ExitRun) -> None:
-        self.model, self.policy, self.backbone = model, policy, model.backbone
+        self.model, self.policy, self.run, self.backbone = model, policy, run, model.backbone
         self.layers = self.backbone.layers(model.token_decoder)
         self.exit_layers: tuple[int, ...] = model.exit_layers
         self.num_words = 0  # that the policy's signals are about
@@ -155,6 +155,21 @@ class DecoderWalker:
     def word_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
         """The exit's logits over the whole vocabulary, `[B, V]`."""
         return self.model.exit_logits(exit_index, hidden)
+
+    def draft_logits(self, exit_index: int, states: Tensor, answer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What an exit drafts from, over a shortlist where there is one: `[R, K]` and its words, or `[R, V]`.
+
+        Args:
+            exit_index: of the exit, 0-based.
+            states: after its layer `[R, H]`.
+            answer: the policy's, where it was asked.
+        """
+        if answer is not None and self.policy.reads_logits:
+            return answer, None if self.shortlist is None else self.shortlist.words
+        if self.model.config.exit_shortlist is None:
+            return self.word_logits(exit_index, states), None
+        words = self.run.shortlist = self.run.shortlist or Shortlist(self.model.exit_shortlist)
+        return words.logits(self.model.features(exit_index, states), self.model.vocabulary(exit_index)), words.words
 
     def answers(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
         """What is kept of rows that leave: their logits `[B, V]`, or with `words_last` what those are made of `[B, H]`."""

@@ -30,7 +30,6 @@ from .decoding import DecoderWalker, ExitRun
 from .draft_cache import draft_cache
 from .drafts import Row, Speaker, Waiting
 from .token_cache import self_attention_of
-from .word_heads import Shortlist
 
 
 @dataclass
@@ -86,9 +85,6 @@ class LosslessWalker(DecoderWalker):
         self.last = self.exit_layers[-1]
         early = len(self.exit_layers) - 1
         self.counts = DraftCounts(0, [0] * self.last, [0] * early, [0] * early)
-        if run.shortlist is None and model.config.exit_shortlist is not None:
-            run.shortlist = Shortlist(model.exit_shortlist)
-        self.draft_words = run.shortlist
 
     def advance(self, rows: Sequence[Row], longest: int | None) -> None:
         """One more token of each row, as far as its policy says; rows whose tokens have run every layer are checked.
@@ -115,7 +111,7 @@ class LosslessWalker(DecoderWalker):
             if not any(leave.tolist()):  # the one wait for the device
                 continue
             leaving = [row for row, leaves in zip(asking, leave.tolist(), strict=True) if leaves]
-            logits, words = self._draft_logits(index, states[leave], answer[leave])
+            logits, words = self.draft_logits(index, states[leave], answer[leave])
             made = self.speaker.draft(leaving, index, logits, words, self.model.config.word_config.vocab_size)
             drafted = {row.number for row, did in zip(leaving, made, strict=True) if did}
             self.counts.drafted[index] += len(drafted)
@@ -191,15 +187,6 @@ class LosslessWalker(DecoderWalker):
             return allowed[:, None]
         lowest = torch.finfo(hidden.dtype).min
         return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, lowest)[:, None]
-
-    def _draft_logits(self, index: int, states: Tensor, answer: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What exit `index` says comes next, over a shortlist where there is one: `[R, K]` and its words, or `[R, V]`."""
-        if self.policy.reads_logits:
-            return answer, None if self.shortlist is None else self.shortlist.words
-        if self.draft_words is None:
-            return self.word_logits(index, states), None
-        logits = self.draft_words.logits(self.model.features(index, states), self.model.vocabulary(index))
-        return logits, self.draft_words.words
 
     def _check(self, rows: Sequence[Row]) -> None:
         """The last layer's word on all that waited."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers import TrainerCallback, ViTImageProcessorPil
 
 import hf_earlyexit as ee
-from hf_earlyexit.captions.trainer import row_sums
 from hf_earlyexit.errors import DataError, TrainingError
+from hf_earlyexit.training.token_metrics import row_sums
 from hf_earlyexit.training.weights import load_weights
 from tests.captions.conftest import END, LAYERS, PAD, START, WORDS
 from tests.captions.toy import make_captioner
@@ -178,7 +178,7 @@ def test_gate_figures_are_those_of_leaving_at_one_half(captioner, rows):
     words = output.exit_logits.argmax(-1)
     sums = row_sums(output, batch["labels"]).sum(0)
     assert len(set(taken)) > 2
-    assert sums[1 + 2 * LAYERS : -1].tolist() == [taken.count(exit_) for exit_ in range(LAYERS)]
+    assert sums[1 + 3 * LAYERS : -1].tolist() == [taken.count(exit_) for exit_ in range(LAYERS)]
     assert sums[-1] == sum(bool(words[n, e] == words[n, -1]) for n, e in enumerate(taken))
 
 

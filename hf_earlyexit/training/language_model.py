@@ -1,0 +1,235 @@
+"""Trainer that teaches the exits of a language model from text, its own or any other, and reports on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..errors import DataError, TrainingError
+from ..generation.language_model import EarlyExitLanguageModel
+from ..labels import LEFT_OUT
+from ..problem_types import SINGLE_LABEL
+from ..values import is_whole, shown
+from .arguments import EarlyExitTrainingArguments
+from .settings import refused
+from .token_metrics import gate_value, row_sums, token_metrics
+from .trainer import EarlyExitTrainer
+
+IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
+
+
+class EarlyExitLanguageModelTrainer(EarlyExitTrainer):
+    """`Trainer` for language models with exits: every exit learns what follows every token.
+
+    The objectives are those of `EarlyExitTrainer`, over the tokens whose label is not -100. "two-stage" trains the exits
+    alone, on a network that stays as it is to the bit: with `strength` and `direction="last-to-exit"` they learn the full
+    model's own distribution, so that any text will do, above all what the model itself writes (`write_samples`). "weighted"
+    and "distillation" train all weights together. What does not learn has no dropout. Evaluations log
+    `exit_<layer>_token_accuracy`, `exit_<layer>_agreement` (with the full model's first word) and `exit_<layer>_loss`, and
+    with gates `gate_agreement`, `gate_layers` and `exit_<layer>_share`.
+
+    Args:
+        model: a language model with exits.
+        args: `EarlyExitTrainingArguments`.
+        learn_gates: teach the gates, and them alone, whether an exit's first word is the full model's; the objective is not
+            used.
+        data_collator: `TokenCollator` by default.
+        train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids` and may hold `labels`, as
+            long, -100 where nothing is learned; without them all tokens are learned. `pack_texts` makes such rows.
+
+    Raises:
+        DataError: before the first step, for rows that cannot be learned; with the batch, where rows cannot be looked
+            through.
+        TrainingError: for what cannot be trained, or if one exit's loss is not finite.
+
+    Papers: tuned lens (https://arxiv.org/abs/2303.08112) for exits on a frozen network; LayerSkip
+    (https://arxiv.org/abs/2404.16710) trains exits jointly through the shared head, as "weighted" with `exit_head="tied"`
+    does, but drops layers besides, which is not done here.
+    """
+
+    trains: ClassVar[type] = EarlyExitLanguageModel
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: EarlyExitTrainingArguments | None = None,
+        *,
+        learn_gates: bool = False,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("compute_metrics") is not None:
+            raise TrainingError(
+                "compute_metrics gets logits, and those of whole texts are not kept: write texts with `generate` in a "
+                "callback instead.",
+                field="compute_metrics",
+            )
+        if learn_gates and kwargs.get("compute_loss_func") is not None:
+            raise refused("compute_loss_func", None, "gates learn whether an exit's first word is the full model's")
+        self.learn_gates = learn_gates
+        super().__init__(model, args, data_collator=data_collator or TokenCollator(), **kwargs)
+
+    def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
+        check_token_rows(rows, name, self.exit_model.config.vocab_size)
+
+    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
+        super()._take(model, args)
+        if list(args.label_names or [LABELS]) != [LABELS]:
+            raise refused("label_names", args.label_names, "the collator of texts makes the labels")
+        if self.learn_gates and args.label_smoothing_factor:
+            raise refused("label_smoothing_factor", args.label_smoothing_factor, "gates do not learn from labels")
+
+    def _test_rows(self, rows: Any) -> Any:
+        return rows
+
+    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        return inputs, inputs.get(LABELS)
+
+    def _choose_what_learns(self, model: nn.Module) -> None:
+        if self.learn_gates:
+            if not len(model.exit_gates):
+                raise TrainingError(
+                    "The model has no gates to teach; load it with exit_gate='linear' and at least two exits, and with "
+                    "init_missing_exits=True if its exits are trained already.",
+                    field="exit_gate",
+                )
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("exit_gates."))
+            return
+        super()._choose_what_learns(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TrainingError(
+                f"Nothing learns: {model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
+                "Load the model with exit_head='tuned', 'linear' or 'low-rank', or train with another objective.",
+                field="exit_head",
+            )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective over all exits and labelled tokens, or the gates' loss; see `Trainer.compute_loss`."""
+        if self.learn_gates or self.objective.freezes_backbone:
+            self._rest_frozen_parts()
+        following = _following(inputs.get(LABELS))
+        learned = following != LEFT_OUT
+        if not bool(learned.any()):
+            raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field=LABELS)
+        given = {name: value for name, value in inputs.items() if name != LABELS}
+        outputs = model(**given, use_cache=False, early_exit=False, exit_tokens=learned)
+        if self.learn_gates:
+            value = gate_value(outputs)
+        else:
+            truth = following[learned]
+            losses = self._label_losses(model, outputs, truth, num_items_in_batch)
+            value = self.objective(outputs.exit_logits, truth, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
+        self._require_finite(value)
+        return (value.loss, outputs) if return_outputs else value.loss
+
+    def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
+        return row_sums(outputs, _following(labels)), None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, accuracy, agreement and loss for every exit, and what the gates do; no predictions are kept."""
+        only_loss = self.args.prediction_loss_only
+        output = Trainer.evaluation_loop(self, dataloader, description, only_loss, ignore_keys, metric_key_prefix)
+        metrics = dict(output.metrics)
+        if output.predictions is not None:
+            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.exit_model.config.exit_layers)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(None, None, metrics, output.num_samples)
+
+
+class TokenCollator:
+    """Batches of texts: ids padded on the right, a mask, and labels that are the ids where rows have none of their own."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row[IDS]) for row in rows)
+        shape = (len(rows), width)
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, LEFT_OUT)
+        for place, row in enumerate(rows):
+            length = len(row[IDS])
+            ids[place, :length] = torch.as_tensor(row[IDS])
+            mask[place, :length] = 1
+            labels[place, :length] = torch.as_tensor(row.get(LABELS, row[IDS]))
+        return {IDS: ids, MASK: mask, LABELS: labels}
+
+
+def check_token_rows(rows: Any, name: str, words: int) -> None:
+    """Refuse rows that cannot be learned; those that cannot be looked through are let through.
+
+    Raises:
+        DataError: naming row and column.
+    """
+    if not hasattr(rows, "__len__"):
+        return
+    if len(rows) == 0:
+        raise DataError(f"{name} has no rows.", field=name)
+    learned = 0
+    for place in range(len(rows)):
+        row = rows[place]
+        ids = row.get(IDS) if hasattr(row, "get") else None
+        if ids is None or len(ids) == 0:
+            raise DataError(
+                f"{name} has no {IDS} in row {place}; expected token ids, as `pack_texts` makes them.", field=IDS, value=ids
+            )
+        labels = row.get(LABELS, ids)
+        for column, values in ((IDS, ids), (LABELS, labels)):
+            for value in values:
+                if not is_whole(int(value), 0, words - 1) and not (column == LABELS and value == LEFT_OUT):
+                    raise DataError(
+                        f"{column} of row {place} of {name} has {shown(int(value))}; expected ids from 0 to {words - 1}.",
+                        field=column,
+                        value=int(value),
+                    )
+        if len(labels) != len(ids):
+            raise DataError(
+                f"Row {place} of {name} has {len(ids)} ids and {len(labels)} labels; expected as many.", field=LABELS
+            )
+        learned += sum(1 for label in labels[1:] if label != LEFT_OUT)
+    if not learned:
+        raise DataError(f"{name} has nothing to learn: no token with a label follows another.", field=name)
+
+
+def pack_texts(texts: Iterable[str], tokenizer: Any, length: int = 256) -> list[dict[str, list[int]]]:
+    """Texts end to end, each closed by the tokenizer's end token, cut into rows of `length` ids; the rest makes a last row.
+
+    Args:
+        texts: any.
+        tokenizer: with an end token.
+        length: ids of a row, at least 2.
+
+    Raises:
+        DataError: for no text, or a tokenizer without an end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("The tokenizer has no eos token to close texts with; set tokenizer.eos_token.", field="tokenizer")
+    if not is_whole(length, 2, 1 << 20):
+        raise DataError(f"length is {shown(length)}; expected a whole number from 2.", field="length", value=length)
+    ids = [token for text in texts for token in (*tokenizer(text, add_special_tokens=False)[IDS], tokenizer.eos_token_id)]
+    rows = [{IDS: ids[start : start + length]} for start in range(0, len(ids), length)]
+    rows = [row for row in rows if len(row[IDS]) > 1]
+    if not rows:
+        raise DataError("There is no text to pack.", field="texts")
+    return rows
+
+
+def _following(labels: Tensor | None) -> Tensor:
+    """What each token is to be followed by `[B, T]`."""
+    if labels is None:
+        raise DataError("The batch has no labels; the collator must give them.", field=LABELS)
+    return functional.pad(labels, (0, 1), value=LEFT_OUT)[:, 1:]

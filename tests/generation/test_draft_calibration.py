@@ -1,0 +1,99 @@
+"""Traces tell what lossless runs cost, and the fastest setting is found."""
+
+import pytest
+import torch
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.generation.draft_trace import DraftCosts, DraftTrace, replay_drafts, trace_drafts
+from tests.generation.conftest import LAYERS, PAD, prompts
+from tests.generation.test_lossless import drafter  # noqa: F401
+
+UNIT = DraftCosts(layer=1, more=0.25, ask=0.1, words=2, more_words=0.5)
+WRITING = {"max_new_tokens": 16, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def test_a_replay_by_hand():
+    """Exits after layers 1 and 3 of 4; tokens leave at exit 0, at exit 1, not at all; then one more text of one token."""
+    scores = torch.tensor([[0.9, 0.0], [0.1, 0.8], [0.2, 0.3], [0.0, 0.0]])
+    right = torch.tensor([[True, True], [True, False], [False, False], [False, False]])
+    trace = DraftTrace(scores, right, (3, 1))
+    policy = ee.ConfidencePolicy(thresholds=(0.5, 0.5))
+    found = replay_drafts(trace, policy, 4, (1, 3, 4), UNIT)
+    # Token 0 runs layer 1 and waits. Token 1 runs layer 1; both run layers 2 and 3 and wait: 1 + 2 * 1.25.
+    # Token 2, the last, asks nobody: layers 1 to 3 alone, layer 4 with all three: 3 + 1.5; words 2 + 2 * 0.5.
+    # Asks: token 0 once, token 1 twice. Draft 1 is wrong, so tokens 0 and 1 come out, and token 2 runs again: 4 + 2.
+    first = 1 + 1 + 2 * 1.25 + 3 + 1.5 + 3 + 3 * 0.1
+    again, alone = 4 + 2, 4 + 2
+    assert found.cost == pytest.approx((first + again + alone) / 4)
+    assert found.layer_calls == pytest.approx((1 + 3 + 4 + 4 + 4) / 4)
+    assert (found.drafted, found.accepted) == (pytest.approx(2 / 4), pytest.approx(1 / 2))
+    assert found.plain == 6
+    closed = replay_drafts(trace, policy.with_thresholds((None, None)), 4, (1, 3, 4), UNIT)
+    assert closed.cost == closed.plain
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_replays_expect_what_real_runs_do(drafter, most):  # noqa: F811
+    """With one draft at a time nothing that is taken back is guessed: every call and draft is as in the run."""
+    model = drafter("llama", dtype=torch.float32)
+    ids = [row.tolist() for row in prompts(10, 5)[0]]
+    rows = ee.write_samples(model, ids, **WRITING)
+    trace = trace_drafts(model, rows, model.exit_policy)
+    expected = replay_drafts(trace, model.exit_policy, most, model.exit_layers, UNIT)
+    calls = drafted = accepted = 0
+    for prompt in ids:
+        output = model.generate(torch.tensor([prompt]), lossless=True, max_drafts=most, return_exit_layers=True, **WRITING)
+        counts = output.draft_counts
+        calls, drafted = calls + counts.layer_calls, drafted + sum(counts.drafted)
+        accepted += sum(counts.accepted)
+    tokens = len(trace.scores)
+    assert tokens == 10 * 15
+    apart = 1e-9 if most == 1 else 0.05
+    assert expected.layer_calls == pytest.approx(calls / tokens, rel=apart)
+    assert expected.drafted == pytest.approx(drafted / tokens, rel=apart)
+    assert expected.accepted == pytest.approx(accepted / drafted, rel=apart)
+
+
+def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa: F811
+    model = drafter("qwen3", dtype=torch.float32)
+    ids = [row.tolist() for row in prompts(8, 5)[0]]
+    monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: UNIT)
+    before = model.config.to_dict()
+    found = ee.calibrate_drafts(model, ids, drafts=(1, 3), levels=4, **WRITING)
+    assert model.config.to_dict() == before, "nothing is written on the model"
+    costs = [one.expected.cost for one in found.settings]
+    assert costs == sorted(costs)
+    assert found.expected == found.settings[0].expected
+    assert found.expected.speed_up > 1
+    assert found.measured_speed_up > 0
+    assert f"{found.expected.speed_up:.2f}x" in str(found)
+    found.serve(model)
+    assert (model.exit_policy, model.config.exit_drafts) == (found.policy, found.drafts)
+    dear = DraftCosts(layer=1, more=5, ask=9, words=2, more_words=0)
+    monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: dear)
+    plain = ee.calibrate_drafts(model, ids, drafts=(1,), levels=4, confirm=False, **WRITING)
+    assert not plain.policy.may_leave, "where drafts cost more than they save, none are made"
+
+
+def test_costs_are_measured(drafter):  # noqa: F811
+    from hf_earlyexit.generation.draft_calibration import measure_costs
+
+    model = drafter("gpt2", dtype=torch.float32)
+    costs = measure_costs(model, model.exit_policy, context=12)
+    assert min(costs.layer, costs.ask, costs.words) > 0
+    assert min(costs.more, costs.more_words) >= 0
+
+
+def test_what_cannot_be_chosen_is_refused(drafter, writer):  # noqa: F811
+    model, ids = drafter("llama"), [[5, 6]]
+    for options, words in (
+        ({"drafts": (0,)}, "whole numbers"),
+        ({"levels": 1}, "whole numbers"),
+        ({"do_sample": True}, "greedily"),
+        ({"max_new_tokens": 1}, "No text has a token"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            ee.calibrate_drafts(model, ids, **{**WRITING, **options})
+    with pytest.raises(CalibrationError, match="no early exit"):
+        ee.calibrate_drafts(writer("llama", exit_layers=[LAYERS]), ids)
