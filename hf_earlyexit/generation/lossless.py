@@ -76,7 +76,6 @@ class LosslessWalker(DecoderWalker):
         types: Tensor | None,
     ) -> None:
         super().__init__(model, run.policy, run)  # type: ignore[arg-type]
-        self.run = run
         self.speaker, self.most, self.encoder, self.types = speaker, most, encoder, types
         self.cache = draft_cache(cache)
         self.visible = None if prompt_mask is None or prompt_mask.all() else prompt_mask.bool()
