@@ -3,8 +3,9 @@
     python benchmarks/lossless.py --model EXITS --minutes 12
 
 EXITS is a folder that `benchmarks/lossless_exits.py` wrote. Thresholds and the number of waiting drafts are chosen by
-`calibrate_drafts` on prompts of wikitext-2's validation part, then texts are written from prompts of its test part, plain and
-without loss in turns, until the minutes are over. Times are processor seconds of one thread.
+`calibrate_drafts` on prompts of wikitext-2's validation part that the exits were not trained on, then texts are written
+from prompts of its test part, plain and without loss in turns, until the minutes are over. Times are processor seconds of
+one thread.
 """
 
 from __future__ import annotations

@@ -113,11 +113,11 @@ def test_rows_that_cannot_be_learned_are_refused(writer, arguments, rows, words)
 
 def test_what_cannot_train_is_refused(writer, arguments, tiny_model):
     model, rows = writer("llama"), [{"input_ids": [4, 5, 6]}]
-    for make, words in (
-        (lambda: ee.EarlyExitLanguageModelTrainer(model, arguments(objective="two-stage"), train_dataset=rows), "Nothing learns"),
-        (lambda: ee.EarlyExitLanguageModelTrainer(model, arguments(), learn_gates=True, train_dataset=rows), "no gates"),
-        (lambda: ee.EarlyExitLanguageModelTrainer(tiny_model(), arguments(), train_dataset=rows), "a trainer of its own"),
-        (lambda: ee.EarlyExitLanguageModelTrainer(model, arguments(), compute_metrics=len), "compute_metrics"),
+    for taught, settings, options, words in (
+        (model, {"objective": "two-stage"}, {}, "Nothing learns"),
+        (model, {}, {"learn_gates": True}, "no gates"),
+        (tiny_model(), {}, {}, "a trainer of its own"),
+        (model, {}, {"compute_metrics": len}, "compute_metrics"),
     ):
         with pytest.raises(TrainingError, match=words):
-            make()
+            ee.EarlyExitLanguageModelTrainer(taught, arguments(**settings), train_dataset=rows, **options)
