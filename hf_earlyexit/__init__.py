@@ -57,7 +57,7 @@ _HOMES = {
     "GatePolicy": "policies.gate",
     "SaturationPolicy": "policies.saturation",
     "StaticPolicy": "policies.static",
-    "check_exit_policy": "policies.laws",
+    "check_exit_policy": "walking.laws",
     "pipeline": "pipelines",
     "save": "hub.save",
     "push_to_hub": "hub.push",

@@ -133,7 +133,7 @@ class DecoderWalker:
         asks: Sequence[str] = (),
         before: Tensor | None = None,
     ) -> ExitSignal:
-        """What exit `exit_index` tells of the states after its layer, `[B, 1, H]`: see `walking.loop.Walker`."""
+        """What exit `exit_index` tells of the states after its layer, `[B, 1, H]`: see `walking.step.Walker`."""
         hidden = hidden[:, 0]
         if self.shortlist is not None:
             features = self.model.features(exit_index, hidden)

@@ -20,6 +20,7 @@ from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy
 from ..signals import SIGNALS, ExitPoint, ExitSignal, scalars_of
 from ..walking.loop import run_all, run_early
+from ..walking.step import Walks
 from .exits import ModelWithExits
 from .gates import new_gates
 from .heads import HEADS
@@ -28,7 +29,7 @@ from .outputs import EarlyExitClassifierOutput
 UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing to layers that exit early
 
 
-class EarlyExitClassifier(ModelWithExits):
+class EarlyExitClassifier(Walks, ModelWithExits):
     """Put before a stock sequence classifier, adds exits to it.
 
     The last exit is the stock head; `exit_heads` and `exit_gates` hold only what is new. A door fills in `family`.

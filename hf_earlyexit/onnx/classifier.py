@@ -82,7 +82,7 @@ class OnnxWalker(BatchWalker):
     def exit_signal(
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
     ) -> ExitSignal:
-        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
+        """What exit `exit_index` (0-based) tells: see `walking.step.Walker`."""
         session, layer = self._exits[exit_index], self.exit_layers[exit_index]
         states = {hidden_after(layer): hidden}
         if before is not None and hidden_after(layer - 1) in {info.name for info in session.get_inputs()}:

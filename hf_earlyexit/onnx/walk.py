@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
-from ..signals import SIGNALS, known_signals, names_at
+from ..signals import SIGNALS, known_signals
+from ..walking.step import every_exit
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SIGNAL = "signal_"
@@ -56,13 +57,9 @@ class _Walk(nn.Module):
         hidden = model.family.embedded(model.base_model, inputs)
         context = model.family.context(model.base_model, hidden, tokens, {}, {}, traced=True)
         named = {TOKENS: tokens, EMBEDDED: hidden}
-        exit_at = {layer: index for index, layer in enumerate(model.exit_layers)}
-        for layer in range(1, model.exit_layers[-1] + 1):
-            before, hidden = hidden, model.run_layer(layer, hidden, context)
-            named[hidden_after(layer)] = hidden
-            if layer in exit_at:
-                index, asks = exit_at[layer], names_at(self.signals, last=layer == model.exit_layers[-1])
-                signal = model.exit_signal(index, hidden, context, asks, before)
+        for layer, after, index, signal in every_exit(model, hidden, context, self.signals):
+            named[hidden_after(layer)] = after
+            if index is not None and signal is not None:
                 named[logits_of(index)] = signal.logits
                 named |= {scalar_of(name, index): values for name, values in signal.scalars.items()}
         return named

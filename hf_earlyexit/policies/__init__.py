@@ -6,7 +6,6 @@ from .beem import BeemAccuracyPolicy, BeemCostPolicy, BeemPolicy
 from .calibrated import CalibratedBeemPolicy
 from .confidence import ConfidencePolicy, EntropyPolicy, MarginPolicy
 from .gate import GatePolicy
-from .laws import check_exit_policy
 from .patience import PatiencePolicy
 from .reward import RewardPolicy
 from .saturation import SaturationPolicy
@@ -30,6 +29,5 @@ __all__ = [
     "SaturationPolicy",
     "Scan",
     "StaticPolicy",
-    "check_exit_policy",
     "register_policy",
 ]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..families.context import Context
+from ..walking.step import Standing, joined_rows
 from .answers import Leaving
 from .transfer import placed
 from .walker import BatchWalker
@@ -30,27 +30,30 @@ class Passed(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Rows of one depth: their places, what the layers need, what the policy remembers, and the last exit for a deadline.
+    """Rows of one depth: their places, how they stand there, and the last exit they passed, for a deadline.
 
     A place is whatever names a row to the one who let it in.
     """
 
     depth: int
     places: list[Any]
-    hidden: Tensor
-    context: Context
-    state: Any
+    standing: Standing
     passed: Passed | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.standing.hidden.device
 
     @property
     def tokens(self) -> int:
         """Tokens, padding included."""
-        return math.prod(self.hidden.shape[:-1])
+        return math.prod(self.standing.hidden.shape[:-1])
 
     @property
     def width(self) -> int:
         """Tokens of the widest row where rows are padded; 1 where they stand end to end."""
-        return math.prod(self.hidden.shape[1:-1])
+        return math.prod(self.standing.hidden.shape[1:-1])
 
 
 class Flight(NamedTuple):
@@ -69,11 +72,9 @@ class Flight(NamedTuple):
 
 def some_rows(chunk: Chunk, staying: Sequence[int]) -> Chunk:
     """The rows of a chunk at some positions, at least one."""
-    keep = placed(torch.tensor(staying), chunk.hidden.device)
-    hidden, context = chunk.context.take(chunk.hidden, staying, keep)
+    keep = placed(torch.tensor(staying), chunk.device)
     passed = chunk.passed and chunk.passed._replace(answer=chunk.passed.answer[keep], score=chunk.passed.score[keep])
-    state = None if chunk.state is None else type(chunk.state)(*(part[keep] for part in chunk.state))
-    return Chunk(chunk.depth, [chunk.places[row] for row in staying], hidden, context, state, passed)
+    return Chunk(chunk.depth, [chunk.places[row] for row in staying], chunk.standing.keep(staying, keep), passed)
 
 
 def joined(walker: BatchWalker, parts: Sequence[Chunk]) -> Chunk:
@@ -81,13 +82,13 @@ def joined(walker: BatchWalker, parts: Sequence[Chunk]) -> Chunk:
     first = parts[0]
     if len(parts) == 1:
         return first
-    hidden, context = walker.join([(part.hidden, part.context) for part in parts])
+    hidden, context = walker.join([(part.standing.hidden, part.standing.context) for part in parts])
     passed = first.passed
     if passed is not None:  # rows of one depth have passed the same exit
         before = [part.passed for part in parts if part.passed is not None]
         passed = Passed(torch.cat([p.answer for p in before]), passed.exit_index, torch.cat([p.score for p in before]))
-    state = first.state and type(first.state)(*map(torch.cat, zip(*(part.state for part in parts), strict=True)))
-    return Chunk(first.depth, [place for part in parts for place in part.places], hidden, context, state, passed)
+    standing = Standing(hidden, context, joined_rows([part.standing.state for part in parts]))
+    return Chunk(first.depth, [place for part in parts for place in part.places], standing, passed)
 
 
 def called_off(chunk: Chunk, reasons: Sequence[str | None], num_classes: int) -> tuple[Leaving, Chunk | None]:
@@ -99,8 +100,8 @@ def called_off(chunk: Chunk, reasons: Sequence[str | None], num_classes: int) ->
         num_classes: C.
     """
     out = [row for row, reason in enumerate(reasons) if reason is not None]
-    passed = chunk.passed or Passed.nothing(len(chunk.places), num_classes, chunk.hidden.device)
-    index = placed(torch.tensor(out), chunk.hidden.device)
+    passed = chunk.passed or Passed.nothing(len(chunk.places), num_classes, chunk.device)
+    index = placed(torch.tensor(out), chunk.device)
     places, why = [chunk.places[row] for row in out], [reason for reason in reasons if reason is not None]
     leaving = Leaving(places, passed.answer[index], passed.exit_index, passed.score[index], why)
     staying = [row for row, reason in enumerate(reasons) if reason is None]

@@ -129,7 +129,7 @@ class Course:
             self.since[chunk.depth] = now
         pile.append(chunk)
         widest = max(part.width for part in pile)  # 1 where rows stand end to end
-        together = widest * sum(part.hidden.shape[0] for part in pile)
+        together = widest * sum(part.standing.hidden.shape[0] for part in pile)
         if 2 * together < most:
             return None
         ready = pile[:-1] if together > most else list(pile)

@@ -19,6 +19,7 @@ import torch
 
 from ..errors import EarlyExitError, UsageError
 from ..policies.base import ExitPolicy
+from ..walking.step import Standing, parted, step_to_exit
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import cut
 from .chunks import Chunk, Flight, Passed, some_rows
@@ -131,11 +132,11 @@ class Scheduler:
         size, classes, device = len(rows), self.walker.num_classes, hidden.device
         state = None if self.policy is None else self.policy.init_state(size, classes, device)
         passed = None if self.ends_at is None else Passed.nothing(size, classes, device)
-        return Chunk(0, [place for place, _ in rows], hidden, context, state, passed)
+        return Chunk(0, [place for place, _ in rows], Standing(hidden, context, state), passed)
 
     def launch(self, chunk: Chunk, let_go: Callable[[Leaving], Any]) -> Flight | None:
         """Layers up to where the chunk can wait, and the exit there; looks at no value, so it waits for no device."""
-        rows, device = len(chunk.places), chunk.hidden.device
+        rows = len(chunk.places)
         if self._late():
             if chunk.passed is not None:
                 let_go(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
@@ -143,19 +144,15 @@ class Scheduler:
             return None
         depth = next(stop for stop in self.stops if stop > chunk.depth)
         layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
-        asks = () if self.policy is None or index is None else self.policy.asks_at(index)
-        hidden, signal = self.walker.run(layers, chunk.hidden, chunk.context, index, asks)
-        state, judged, leave = chunk.state, None, None
-        if index is not None and signal is not None and self.policy is not None:
-            state, score, answer, leave = self.policy.step(state, signal, index)
-            judged = Passed(answer, index, score)
-        elif index is not None and signal is not None:
-            judged = Passed(signal.logits, index, torch.full((rows,), torch.nan, device=device))
+        standing, outcome = step_to_exit(self.walker, layers, chunk.standing, self.policy, index)
+        judged = None if outcome is None or index is None else Passed(outcome.answer, index, outcome.score)
         passed = chunk.passed if chunk.passed is None or judged is None else judged
-        if leave is None and self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
-            leave = torch.zeros(rows, dtype=torch.bool, device=device)
-        chunk = chunk._replace(depth=depth, hidden=hidden, state=state, passed=passed)
-        return Flight(chunk, judged, (lambda: [False] * rows) if leave is None else sent(leave))
+        chunk = chunk._replace(depth=depth, standing=standing, passed=passed)
+        if outcome is not None and self.policy is not None:
+            return Flight(chunk, judged, sent(outcome.leave))
+        if self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
+            return Flight(chunk, judged, sent(torch.zeros(rows, dtype=torch.bool, device=chunk.device)))
+        return Flight(chunk, judged, lambda: [False] * rows)
 
     def settle(self, flight: Flight, let_go: Callable[[Leaving], Any]) -> Chunk | None:
         """Let go who leaves; `None` if nobody is left."""
@@ -169,18 +166,14 @@ class Scheduler:
             let_go(Leaving(chunk.places, answer, index, score, reasons))
             self.on_done(len(chunk.places))
             return None
-        if not any(decided):
+        leaving, staying = parted(decided)
+        if not leaving:
             return chunk
-        leaving = [row for row, leaves in enumerate(decided) if leaves]
         out = placed(torch.tensor(leaving), answer.device)
         places = [chunk.places[row] for row in leaving]
         let_go(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
         self.on_done(len(leaving))
-        return (
-            None
-            if len(leaving) == len(decided)
-            else some_rows(chunk, [row for row, leaves in enumerate(decided) if not leaves])
-        )
+        return some_rows(chunk, staying) if staying else None
 
     def _late(self) -> bool:
         return self.ends_at is not None and time.monotonic() >= self.ends_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..families.base import IMAGE, Family
 from ..families.context import Context
 from ..families.packed import join as join_packed
 from ..signals import ExitSignal
+from ..walking.step import Walks
 from .batching import pad_batch
 from .rows import TokenIds, check_ids
 from .tables import PIXELS
@@ -21,8 +22,8 @@ from .tables import PIXELS
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
 
 
-class BatchWalker(Protocol):
-    """A model whose rows can be put together anew at every depth. Subclass it, and `run` and `lanes` are there.
+class BatchWalker(Walks):
+    """A model whose rows can be put together anew at every depth.
 
     Attributes:
         exit_layers: layers (1-based) after which rows may leave.
@@ -60,21 +61,12 @@ class BatchWalker(Protocol):
     def exit_signal(
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
     ) -> ExitSignal:
-        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
+        """What exit `exit_index` (0-based) tells: see `walking.step.Walker`."""
         raise NotImplementedError
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one."""
         raise NotImplementedError
-
-    def run(
-        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, asks: Sequence[str] = ()
-    ) -> tuple[Tensor, ExitSignal | None]:
-        """Hidden states after some layers (1-based), and what the exit there tells; `None` if none is asked."""
-        before = hidden
-        for layer in layers:
-            before, hidden = hidden, self.run_layer(layer, hidden, context)
-        return hidden, None if exit_index is None else self.exit_signal(exit_index, hidden, context, asks, before)
 
 
 class ModelWalker(BatchWalker):
@@ -143,7 +135,7 @@ class ModelWalker(BatchWalker):
     def exit_signal(
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
     ) -> ExitSignal:
-        """What exit `exit_index` (0-based) tells: see `walking.loop.Walker`."""
+        """What exit `exit_index` (0-based) tells: see `walking.step.Walker`."""
         return self.model.exit_signal(exit_index, hidden, context, asks, before)
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:

@@ -1,38 +1,19 @@
-"""The loop: run a layer, ask the exit, let the decided rows go, carry on with the others."""
+"""The loop: from exit to exit until every row is decided, or through all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..families.context import Context
-from ..policies.base import ExitPolicy
-from ..signals import ExitSignal, names_at
+from ..policies.base import ExitPolicy, ExitStep
+from ..signals import names_at
+from .step import Standing, Walker, every_exit, parted, step_to_exit, stretches
 
-
-class Walker(Protocol):
-    """A model that can be walked: what the loop needs to know of it."""
-
-    @property
-    def exit_layers(self) -> tuple[int, ...]: ...
-
-    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
-        """Hidden states after layer `layer` (1-based)."""
-
-    def exit_signal(
-        self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
-    ) -> ExitSignal:
-        """What exit `exit_index` (0-based) tells of the hidden states after its layer.
-
-        Args:
-            exit_index: of the exit.
-            hidden, context: after its layer.
-            asks: names of the signals that are wanted beside the logits; those that the exit gives.
-            before: hidden states before the layer; needed where a signal reads them.
-        """
+if TYPE_CHECKING:
+    from ..families.context import Context
 
 
 class Early(NamedTuple):
@@ -43,12 +24,12 @@ class Early(NamedTuple):
     score: Tensor
 
 
-def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPolicy, num_classes: int) -> Early:
+def run_early(walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, num_classes: int) -> Early:
     """Run until every row is decided; decided rows are dropped from hidden states, masks and policy state.
 
     Args:
         walker: the model.
-        hidden, context: before the first layer.
+        hidden, context: before the first layer; the context as `families.Context`.
         policy: says who leaves.
         num_classes: C.
 
@@ -58,38 +39,32 @@ def run_early(walker: Walker, hidden: Tensor, context: Context, policy: ExitPoli
     batch, device = context.count(hidden), hidden.device
     result = Early(
         hidden.new_zeros(batch, num_classes),
-        torch.zeros(batch, dtype=torch.long, device=device),
+        torch.full((batch,), -1, device=device),
         torch.zeros(batch, device=device),
     )
-    state = policy.init_state(batch, num_classes, device)
-    rows = torch.arange(batch, device=device)
-    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
-    for layer in range(1, walker.exit_layers[-1] + 1):
-        if not len(rows):
+    if not batch:
+        return result
+    places = torch.arange(batch, device=device)
+    rows = Standing(hidden, context, policy.init_state(batch, num_classes, device))
+    for layers, index in stretches(walker, policy.wants):
+        rows, outcome = step_to_exit(walker, layers, rows, policy, index)
+        assert outcome is not None  # an exit was asked
+        leaving, staying = parted(outcome.leave.tolist())  # the one wait for the device
+        if not leaving:
+            continue
+        _write(result, places, outcome, index)
+        if not staying:
             break
-        before, hidden = hidden, walker.run_layer(layer, hidden, context)
-        index = exit_at.get(layer)
-        if index is None or not policy.wants(index):
-            continue
-        signal = walker.exit_signal(index, hidden, context, policy.asks_at(index), before)
-        state, score, answer, leave = policy.step(state, signal, index)
-        decided = leave.tolist()  # the one wait for the device
-        if not any(decided):
-            continue
-        _write(result, rows, leave, answer, score, index)
-        staying = [row for row, left in enumerate(decided) if not left]
         keep = torch.tensor(staying, dtype=torch.long, device=device)
-        rows, state = rows[keep], type(state)(*(part[keep] for part in state))
-        if staying:
-            hidden, context = context.take(hidden, staying, keep)
+        places, rows = places[keep], rows.keep(staying, keep)
     return result
 
 
-def _write(result: Early, rows: Tensor, leave: Tensor, answer: Tensor, score: Tensor, index: int) -> None:
-    leaving = rows[leave]
-    result.logits[leaving] = answer[leave].to(result.logits.dtype)
+def _write(result: Early, places: Tensor, outcome: ExitStep, index: int) -> None:
+    leaving = places[outcome.leave]
+    result.logits[leaving] = outcome.answer[outcome.leave].to(result.logits.dtype)
     result.exit_index[leaving] = index
-    result.score[leaving] = score[leave]
+    result.score[leaving] = outcome.score[outcome.leave]
 
 
 def run_all(
@@ -120,19 +95,12 @@ def run_all(
         return hidden.new_zeros(0, exits, num_classes), empty
     logits: list[Tensor] = []
     scalars: dict[str, list[Tensor]] = {name: [] for name in asks}
-    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
-    for layer in range(1, walker.exit_layers[-1] + 1):
-        before, hidden = hidden, walker.run_layer(layer, hidden, context)
+    for _, after, _, signal in every_exit(walker, hidden, context, asks):
         if states is not None:
-            states.append(hidden)
-        index = exit_at.get(layer)
-        if index is not None:
-            signal = walker.exit_signal(index, hidden, context, names_at(asks, last=index == exits - 1), before)
+            states.append(after)
+        if signal is not None:
             logits.append(signal.logits)
             for name, values in signal.scalars.items():
                 scalars[name].append(values)
-    together = {
-        name: torch.stack(values, 1) if values else logits[0].new_zeros(len(logits[0]), 0)
-        for name, values in scalars.items()
-    }
-    return torch.stack(logits, 1), together
+    none = logits[0].new_zeros(len(logits[0]), 0)
+    return torch.stack(logits, 1), {name: torch.stack(parts, 1) if parts else none for name, parts in scalars.items()}

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_earlyexit.errors import PolicyError
-from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, PatiencePolicy, check_exit_policy, laws
+from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, PatiencePolicy
+from hf_earlyexit.walking import laws
+from hf_earlyexit.walking.laws import check_exit_policy
 
 OPEN = {"thresholds": (0.6, 0.7, 0.8)}
 mutants: list = []

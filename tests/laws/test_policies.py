@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_earlyexit.errors import PolicyError
-from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy, check_exit_policy
-from hf_earlyexit.policies.laws import LAWS
+from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy
 from hf_earlyexit.policies.reward import NUM_WEIGHTS
 from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
+from hf_earlyexit.walking.laws import LAWS, check_exit_policy
 from tests.samples import learned_trace, scan
 
 MUTED = {"muted": [0, 2]}

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,11 +14,39 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
+from ..policies.base import ExitPolicy, Scan
 from ..problem_types import REGRESSION
 from ..signals import SIGNALS, ExitSignal, known_signals
-from .base import ExitPolicy, Scan
+from .loop import run_early
+from .step import Standing, Walks, step_to_exit, stretches
 
 ROWS = 64
+
+
+class _Rows(NamedTuple):
+    """The rows that still run, as the context of hidden states that are nothing but their numbers `[B]`."""
+
+    def count(self, hidden: Tensor) -> int:
+        return len(hidden)
+
+    def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, _Rows]:
+        return hidden[index], self
+
+
+class _Walker(Walks):
+    """Walks random exits, a layer each, as the loop walks a model; what it tells of a row hangs on its number."""
+
+    def __init__(self, signals: _Signals) -> None:
+        self.signals, self.exit_layers = signals, tuple(range(1, signals.num_exits + 1))
+
+    def run_layer(self, layer: int, hidden: Tensor, context: _Rows) -> Tensor:
+        return hidden
+
+    def exit_signal(
+        self, exit_index: int, hidden: Tensor, context: _Rows, asks: Sequence[str] = (), before: Tensor | None = None
+    ) -> ExitSignal:
+        logits, scalars = self.signals.rows(hidden).signal(exit_index)
+        return ExitSignal(logits, {name: scalars[name] for name in asks})
 
 
 class _Signals(NamedTuple):
@@ -71,18 +99,18 @@ def serve(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tupl
     Returns:
         Exit index `[N]` and the score each row left with `[N]`.
     """
-    rows = torch.arange(signals.logits.shape[0])
-    exits, scores = torch.full_like(rows, -1), torch.zeros(len(rows))
-    state = policy.init_state(len(rows), signals.logits.shape[-1], signals.logits.device)
-    for index in range(policy.num_exits):
-        if not policy.wants(index):
-            continue
-        state, score, _, leave = policy.step(state, signals.rows(rows).signal(index), index)
-        fresh = leave & (exits[rows] < 0)
-        exits[rows[fresh]], scores[rows[fresh]] = index, score[fresh]
-        if drop_rows:
-            rows = rows[~leave]
-            state = type(state)(*(part[~leave] for part in state))
+    walker, (count, _, classes) = _Walker(signals), signals.logits.shape
+    numbers = torch.arange(count)
+    if drop_rows:
+        early = run_early(walker, numbers, _Rows(), policy, classes)
+        return early.exit_index, early.score
+    exits, scores = torch.full((count,), -1), torch.zeros(count)
+    rows = Standing(numbers, _Rows(), policy.init_state(count, classes, signals.logits.device))
+    for layers, index in stretches(walker, policy.wants):
+        rows, outcome = step_to_exit(walker, layers, rows, policy, index)
+        assert outcome is not None  # an exit was asked
+        fresh = outcome.leave & (exits < 0)
+        exits[fresh], scores[fresh] = index, outcome.score[fresh]
     return exits, scores
 
 
