@@ -15,6 +15,7 @@ from ..families.decoders import TokenContext
 from ..policies.base import ExitPolicy
 from ..policies.decay import decayed
 from ..signals import ExitPoint, ExitSignal, scalars_of
+from ..walking.step import Standing, Walks, parted, rows_of, step_to_exit, stretches
 from .token_cache import token_cache
 from .word_heads import WORD_HEADS, Shortlist
 
@@ -97,7 +98,7 @@ class EndWatch(StoppingCriteriaList):
         return done
 
 
-class DecoderWalker:
+class DecoderWalker(Walks):
     """A model that writes, as decoding walks its decoder.
 
     Args:
@@ -107,7 +108,7 @@ class DecoderWalker:
     """
 
     def __init__(self, model: Any, policy: ExitPolicy, run: ExitRun) -> None:
-        self.model, self.policy, self.run, self.backbone = model, policy, run, model.backbone
+        self.model, self.policy, self.exit_run, self.backbone = model, policy, run, model.backbone
         self.layers = self.backbone.layers(model.token_decoder)
         self.exit_layers: tuple[int, ...] = model.exit_layers
         self.num_words = 0  # that the policy's signals are about
@@ -168,7 +169,7 @@ class DecoderWalker:
             return answer, None if self.shortlist is None else self.shortlist.words
         if self.model.config.exit_shortlist is None:
             return self.word_logits(exit_index, states), None
-        words = self.run.shortlist = self.run.shortlist or Shortlist(self.model.exit_shortlist)
+        words = self.exit_run.shortlist = self.exit_run.shortlist or Shortlist(self.model.exit_shortlist)
         return words.logits(self.model.features(exit_index, states), self.model.vocabulary(exit_index)), words.words
 
     def answers(self, exit_index: int, hidden: Tensor, answer: Tensor | None) -> Tensor:
@@ -207,24 +208,16 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
         hidden, context = hidden[rows], context.of(rows, tuple(rows.tolist()))
-    exit_at = {layer: index for index, layer in enumerate(walker.exit_layers)}
     last = walker.exit_layers[-1]
-    for layer in range(1, last + 1):
-        before, hidden = hidden, walker.run_layer(layer, hidden, context)
-        index = exit_at.get(layer)
-        if index is None or not policy.wants(index):
+    for layers, index in stretches(walker, policy.wants):
+        layer = layers[-1]
+        asked = index if layer < last or walker.policy_answers else None  # at the last, others answer without the policy
+        (hidden, _, state), outcome = step_to_exit(walker, layers, Standing(hidden, context, state), policy, asked)
+        answer = None if outcome is None else outcome.answer
+        parts = parted([True] * len(rows) if outcome is None else outcome.leave.tolist())  # the one wait for the device
+        if not parts.leaving:
             continue
-        answer, decided = None, [True] * len(rows)
-        if layer < last or walker.policy_answers:
-            signal = walker.exit_signal(index, hidden, context, policy.asks_at(index), before)
-            state, _, answer, leave = policy.step(state, signal, index)
-            decided = leave.tolist()  # the one wait for the device
-        if not any(decided):
-            continue
-        gone, stay = (
-            torch.tensor([row for row, left in enumerate(decided) if left == wanted], dtype=torch.long, device=device)
-            for wanted in (True, False)
-        )
+        gone, stay = (torch.tensor(part, dtype=torch.long, device=device) for part in parts)
         leaving, last_states = rows[gone], hidden[gone]
         answers = walker.answers(index, last_states, None if answer is None else answer[gone])
         kept = answers.new_zeros(batch, answers.shape[-1]) if kept is None else kept
@@ -234,7 +227,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
             break
         rows, hidden = rows[stay], hidden[stay]
         context = context.of(stay, tuple(rows.tolist()))
-        state = type(state)(*(part[stay] for part in state))
+        state = rows_of(state, stay)
         left = (~running).nonzero().flatten()
         cache.keep(rows, left, final[left])
     for above in range(layer + 1, last + 1):

@@ -191,7 +191,7 @@ class LosslessWalker(DecoderWalker):
         """The last layer's word on all that waited."""
         states = [row.waits[-1].states for row in rows]
         logits = self.model.exit_logits(len(self.exit_layers) - 1, torch.cat(states))
-        numbers = self.run.image_numbers(len(self.cache.entries[0].keys))
+        numbers = self.exit_run.image_numbers(len(self.cache.entries[0].keys))
         for row, given in zip(rows, logits.split([len(part) for part in states]), strict=True):
             check_finite(given.flatten()[None], [numbers[row.number]])
             drafts = list(row.drafts)

@@ -19,6 +19,7 @@ from hf_earlyexit.serving.course import Course
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.walking.step import Standing
 
 NEAR = 1e-5
 NAMES = [name for name in POLICIES.names() if "gate" not in POLICIES.get(name).asks]
@@ -201,7 +202,7 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
             tokens = torch.ones(5, 7, dtype=torch.bool, device="meta")
             context = Context({"attention_mask": None}, tokens=tokens, lengths=(7,) * 5)
             hidden = torch.empty(5, 7, 32, device="meta")
-            flight = scheduler.launch(Chunk(0, [0, 1, 2, 3, 4], hidden, context, state, None), [].append)
+            flight = scheduler.launch(Chunk(0, [0, 1, 2, 3, 4], Standing(hidden, context, state), None), [].append)
             assert (flight.chunk.depth, flight.judged.answer.shape) == (1, (5, 3))
             with pytest.raises(NotImplementedError):
                 flight.decided()
@@ -210,7 +211,7 @@ def test_the_launching_half_looks_at_no_value(tiny_model, open_policy, rows):
 @pytest.mark.parametrize(("flying", "goes"), [([], True), ([3, 2], True), ([1, 2], False), ([0], False)])
 def test_who_waits_goes_on_when_nobody_can_join_any_more(model, flying, goes):
     course = Course(Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=3), lambda: None, [].append)
-    few = Chunk(1, [0], torch.zeros(2, 32), Context(), None, None)
+    few = Chunk(1, [0], Standing(torch.zeros(2, 32), Context(), None), None)
     course.flying.extend(Flight(few._replace(depth=depth), None, list) for depth in flying)
     course.waiting[1].append(few)
     assert (course._next() is few) is goes
