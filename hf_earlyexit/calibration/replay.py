@@ -11,6 +11,7 @@ from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..problem_types import row_quality
 from ..trace import ExitTrace
+from .by_class import ClassReport, class_reports
 from .quality import Metric, find_metric
 
 
@@ -44,6 +45,7 @@ class Replay:
         standard_error: of the difference of the two.
         mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
         exits: one report per exit.
+        classes: one report per class, of the early answers; none for values.
         exit_layer: layer each row left after, `[N]`.
     """
 
@@ -54,6 +56,7 @@ class Replay:
     mean_cost: float
     layer_speed_up: float
     exits: tuple[ExitReport, ...]
+    classes: tuple[ClassReport, ...] = ()
     exit_layer: np.ndarray
 
 
@@ -95,6 +98,7 @@ def replay(policy: ExitPolicy, trace: ExitTrace, metric: str | Metric | None = N
         mean_cost=float(np.asarray(trace.costs)[taken].mean()),
         layer_speed_up=float(trace.exit_layers[-1] / layers.mean()),
         exits=tuple(_exit_report(policy, trace, quality, full, taken, index) for index in range(trace.num_exits)),
+        classes=class_reports(given, trace.logits[:, -1], trace.labels, trace.problem_type),
         exit_layer=layers,
     )
 

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, EarlyExitError
 from ..files import read_json, write_json
 from ..policies.base import ExitPolicy
 from ..values import json_sum
+from .by_class import ClassReport, class_lines
 from .cross_fit import Expectation
 from .promise import Promise
 from .replay import ExitReport
@@ -29,7 +30,7 @@ class CalibrationResult:
         quality: of the early answers; full_quality: of the last exit; both on `num_rows` rows.
         standard_error: of the difference of the two.
         mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
-        exits: one report per exit.
+        exits: one report per exit; classes: one per class, of the early answers on the same rows, none for values.
         curve: points (mean cost, quality, thresholds) from the full model to the cheapest setting.
         num_rows: rows that chose the thresholds; num_learning_rows: other rows, that the policy's own numbers came from.
         seed: of the split of the two; split, dtype, fingerprint, versions: where the rows and the model came from.
@@ -60,6 +61,7 @@ class CalibrationResult:
     versions: dict[str, str]
     expected: Expectation | None = None
     promise: Promise | None = None
+    classes: tuple[ClassReport, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class CalibrationResult:
     def _values(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["exits"] = [dataclasses.asdict(report) for report in self.exits]
+        fields["classes"] = [dataclasses.asdict(report) for report in self.classes]
         fields["curve"] = [[cost, quality, list(thresholds)] for cost, quality, thresholds in self.curve]
         fields["expected"] = None if self.expected is None else dataclasses.asdict(self.expected)
         fields["promise"] = None if self.promise is None else self.promise.to_dict()
@@ -107,6 +110,7 @@ class CalibrationResult:
         check_calibration(values, policy)
         given = {**values, "policy": policy, "notes": tuple(values["notes"])}
         given["exits"] = tuple(ExitReport(**report) for report in values["exits"])
+        given["classes"] = tuple(ClassReport(**report) for report in values.get("classes", ()))
         given["curve"] = tuple((cost, quality, tuple(thresholds)) for cost, quality, thresholds in values["curve"])
         for name, kind in (("expected", Expectation), ("promise", Promise)):
             given[name] = None if values.get(name) is None else kind.from_dict(values[name])
@@ -142,7 +146,9 @@ class CalibrationResult:
             "",
             "layer  threshold   share  quality  of leavers  last exit on them",
         ]
-        return "\n".join(head + [_line(report) for report in self.exits] + [f"note: {note}" for note in self.notes])
+        exits, classes = [_line(report) for report in self.exits], class_lines(self.classes)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([*head, *exits, *([""] if classes else []), *classes, *notes])
 
 
 @contextmanager

@@ -32,6 +32,7 @@ WORDS: dict[str, tuple[Check, str]] = {
     "error": (lambda value: is_real(value, 0), "a number of at least 0"),
     "error or null": (lambda value: value is None or is_real(value, 0), "a number of at least 0, or null"),
     "share": (lambda value: is_real(value, 0, 1), "a number from 0 to 1"),
+    "share or null": (lambda value: value is None or is_real(value, 0, 1), "a number from 0 to 1, or null"),
     "count": (lambda value: is_whole(value), "a whole number of at least 0"),
     "rows": (lambda value: is_whole(value, 1), "a whole number above 0"),
     "layer": (lambda value: is_whole(value, 1, MOST_LAYERS), f"a whole number from 1 to {MOST_LAYERS}"),
@@ -65,6 +66,15 @@ EXIT_FIELDS = {
     "quality": "number",
     "quality_of_leavers": "number or null",
     "last_quality_of_leavers": "number or null",
+}
+
+CLASS_FIELDS = {
+    "label": "count",
+    "num_rows": "count",
+    "f1": "share",
+    "full_f1": "share",
+    "recall": "share or null",
+    "full_recall": "share or null",
 }
 
 
@@ -117,6 +127,8 @@ def check_calibration(values: dict[str, Any], policy: ExitPolicy) -> None:
         check_fields(report, EXIT_FIELDS, place)
         if report["threshold"] != threshold:
             raise wrong(f"{place}threshold", report["threshold"], f"{threshold!r}, the policy's threshold there")
+    if "classes" in values:
+        _check_classes(values)
     layers = [report["layer"] for report in exits]
     if layers != sorted(set(layers)) or (policy.exit_layers is not None and layers != list(policy.exit_layers)):
         expected = "numbers that ascend" if policy.exit_layers is None else f"{list(policy.exit_layers)}, as in the policy"
@@ -126,6 +138,16 @@ def check_calibration(values: dict[str, Any], policy: ExitPolicy) -> None:
     _close("mean_layers", values["mean_layers"], mean, "the mean of the exits' layers by their shares")
     _close("layer_speed_up", values["layer_speed_up"], layers[-1] / mean, "the number of layers over their mean")
     check_curve(values.get("curve"), policy.num_exits - 1)
+
+
+def _check_classes(values: dict[str, Any]) -> None:
+    check_fields(values, {"classes": "objects"})
+    for index, report in enumerate(values["classes"]):
+        place = f"classes[{index}]."
+        check_known(report, CLASS_FIELDS, place)
+        check_fields(report, CLASS_FIELDS, place)
+        if report["label"] != index:
+            raise wrong(f"{place}label", report["label"], f"{index}: every class in its place")
 
 
 def check_curve(curve: Any, count: int) -> None:

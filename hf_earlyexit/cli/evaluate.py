@@ -68,13 +68,15 @@ def run(args: EvaluateArguments) -> Answer:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encoded = encode_rows(rows, tokenizer)  # once, so that measuring does not tokenize
     values = figures(model, encoded, rows["label"][:], tokenizer, args)
-    return Answer(values, _sentences(values))
+    names = [str(name) for _, name in sorted(model.config.id2label.items())]
+    return Answer(values, _sentences(values, names))
 
 
 def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: EvaluateArguments) -> dict[str, Any]:
     """What early exit does to the rows, as plain numbers."""
     import torch
 
+    from ..calibration.by_class import class_reports
     from ..calibration.quality import find_metric
     from ..measuring.timing import compare_speed
     from ..modeling.configuration import EXACT
@@ -93,6 +95,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     compared = metric.compare(early.logits, answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
     trace = collect_trace(model, rows, labels=labels, tokenizer=tokenizer, split="evaluated", progress=False)
+    classes = class_reports(early.logits, trace.logits[:, -1], truth, problem)
     values = {
         "policy": model.policy_at(args.operating_point).name,
         "measure": metric.title(problem),
@@ -103,6 +106,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
         "num_layers": depth,
         "layer_speed_up": float(depth / layers.mean()),
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
+        "classes": [asdict(report) for report in classes],
         "static": _static(trace, metric, early.logits, float(layers.mean())),
         "target": _verdict(chosen, compared, layers, depth),
     }
@@ -171,7 +175,9 @@ def _verdict(chosen: CalibrationResult | None, compared: Comparison, layers: Ten
     return {"target": chosen.target, "kept": margin >= -1e-12, "margin": margin, "standard_error": error, "unit": unit}
 
 
-def _sentences(values: dict[str, Any]) -> str:
+def _sentences(values: dict[str, Any], names: list[str]) -> str:
+    from ..calibration.by_class import ClassReport, class_lines
+
     static = values["static"]
     lines = [
         f"{values['policy']} on {values['rows']} rows",
@@ -184,6 +190,7 @@ def _sentences(values: dict[str, Any]) -> str:
         f"{abs(static['gain']):.4f} {'above' if static['gain'] >= 0 else 'below'} it (standard error "
         f"{static['standard_error']:.4f})",
         "leaving after layer " + ", ".join(f"{layer}: {share:.1%}" for layer, share in values["exit_shares"].items()),
+        *class_lines([ClassReport(**report) for report in values["classes"]], names),
     ]
     if "time" in values:
         time = values["time"]

@@ -15,6 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from transformers.utils import logging
 
+from ..calibration.by_class import MOST as MOST_CLASSES
+from ..calibration.by_class import to_show
 from ..calibration.replay import Replay
 from ..calibration.result import CalibrationResult
 from ..doors import CAPTIONING
@@ -130,6 +132,7 @@ def model_card_files(
     )
     files = _plots(model, calibration, evaluations, measure)
     labels = [str(name) for _, name in sorted(model.config.id2label.items())] if kind is CLASSIFIER else []
+    judged = {name: evaluations.get(name, result) for name, result in calibration.items()}
     files["README.md"] = _render(
         meta=Markup(meta.to_yaml()),
         title=(hub_id(repo_id) or kind.title).split("/")[-1],
@@ -153,6 +156,10 @@ def model_card_files(
         timings=timings,
         f1s=f1s,
         f1_name=f1_name(problem),
+        classes={name: to_show(done.classes) for name, done in judged.items() if done.classes},
+        class_names=labels,
+        all_classes=len(labels),
+        most_classes=MOST_CLASSES,
         plain_metrics=("accuracy", "mse"),  # named by the heading already
         timed_on=None if timed_on is None else without_private(timed_on),
         has_plots=bool(files),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ..calibration.by_class import to_show
 from ..calibration.rare_classes import early_and_full_f1
 from ..calibration.replay import Replay, replay
 from ..errors import DataError
@@ -91,6 +92,9 @@ def write_report(
         always=ALWAYS,
         mistakes=mistakes,
         dead_layers=[comparison.judging.exit_layers[index] for index in comparison.judging.dead_exits()],
+        classes=to_show(judged.classes),
+        all_classes=len(judged.classes),
+        class_names=label_names or [str(label) for label in range(trace.logits.shape[-1])],
         uneven=_rare_classes(rule, comparison.judging),
         texts=None if texts is None else [_text(texts[row]) for row in comparison.judging_rows.tolist()],
         places=comparison.judging_rows.tolist(),

@@ -48,6 +48,14 @@ def test_evaluate_tells_what_predict_does(places, capsys, tokenizer, random_text
     assert found["exit_shares"] == {str(layer): float((layers == layer).double().mean()) for layer in (1, 2, 3, 4)}
     assert sum(found["exit_shares"].values()) == pytest.approx(1)
     assert "time" not in found
+    for label, report in enumerate(found["classes"]):
+        own = labels == label
+        assert report["num_rows"] == int(own.sum())
+        assert report["recall"] == pytest.approx(float((early.logits.argmax(-1)[own] == label).double().mean()))
+        assert report["full_recall"] == pytest.approx(float((full.logits.argmax(-1)[own] == label).double().mean()))
+    told = run(capsys, "evaluate", "--model", places / "model", "--dataset", places / "data")
+    assert "by class" in told
+    assert any(line.startswith(model.config.id2label[2]) for line in told.splitlines())
 
 
 def test_evaluate_measures_on_request(places, capsys):

@@ -343,6 +343,20 @@ def test_f1_stands_on_the_card_where_classes_are_uneven(model, calibration, eval
         model_card_files(model, calibration, f1s={"slow": (0.5, 0.5)})
 
 
+def test_every_class_stands_on_the_card(model, calibration, evaluations):
+    text = model_card_files(model, calibration, evaluations=evaluations)["README.md"].decode()
+    part = text[text.index("### By class") :]
+    names = [model.config.id2label[label] for label in range(3)]
+    assert [row[:5] for row in table(part, "operating point")] == [
+        [point, name, str(report.num_rows), f"{report.recall:.4f}", f"{report.full_recall:.4f}"]
+        for point, done in evaluations.items()
+        for name, report in zip(names, done.classes, strict=True)
+    ]
+    uneven = model_card_files(model, calibration, evaluations=evaluations, f1s={"fast": (0.8, 0.9)})["README.md"].decode()
+    first = table(uneven[uneven.index("### By class") :], "operating point")[0]
+    assert first[5:] == [f"{evaluations['fast'].classes[0].f1:.4f}", f"{evaluations['fast'].classes[0].full_f1:.4f}"]
+
+
 @pytest.mark.parametrize("uneven", [False, True])
 def test_card_figures_measure_f1_where_classes_are_uneven(uneven):
     model, tokenizer, results = make_all()
