@@ -51,8 +51,8 @@ def train(out, steps):
     right = [value for name, value in trainer.evaluate().items() if name.endswith("token_accuracy")]
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
     held_back, inputs = rows(150), {"image_processor": processor, "tokenizer": tokenizer}
-    said = [row["captions"] for row in held_back]
-    result = ee.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=said, **inputs)
+    captions = [row["captions"] for row in held_back]
+    result = ee.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs)
     print(result)
     model.set_exit_policy(result)
     ee.save(model, out, calibration=result, **inputs)

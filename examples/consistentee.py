@@ -54,10 +54,10 @@ def main():
     log = trainer.train(resume_from_checkpoint=True)  # begins, or goes on where a run in this folder was stopped
     print("\nphase         last exit  gates at one half   leaving after layer 1, 2, ...")
     for phase in trainer.phases:
-        told = [entry for entry in log if entry["phase"] == phase.folder][-1]
-        shares = " ".join(f"{told[f'exit_{layer}_share']:6.1%}" for layer in model.exit_layers)
-        print(f"{phase.folder:13s} {told[f'exit_{model.exit_layers[-1]}_quality']:9.3f} {told['gate_quality']:10.3f}"
-              f" at {told['gate_layers']:.2f}  {shares}")  # fmt: skip
+        last = [entry for entry in log if entry["phase"] == phase.folder][-1]
+        shares = " ".join(f"{last[f'exit_{layer}_share']:6.1%}" for layer in model.exit_layers)
+        print(f"{phase.folder:13s} {last[f'exit_{model.exit_layers[-1]}_quality']:9.3f} {last['gate_quality']:10.3f}"
+              f" at {last['gate_layers']:.2f}  {shares}")  # fmt: skip
     print(
         "\nhardness of the training rows, by layer:", {k: round(v, 3) for k, v in trainer.hardness_table.histogram().items()}
     )

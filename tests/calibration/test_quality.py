@@ -36,12 +36,18 @@ def uneven_trace(rows=600, share=0.15, seed=0, **fields):
     return type(learned_trace())(logits=logits, labels=labels, exit_layers=(1, 2, 3, 4), **fields)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in ORACLES])
-@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        (name, classes)
+        for name in NAMES
+        if name in ORACLES
+        for classes in (2, 4)
+        if classes == 2 or not name.startswith("f1:")
+    ],
+)  # scikit-learn's binary F1 is for two classes
 def test_values_are_those_of_scikit_learn(name, classes):
     trace = learned_trace(300, classes=classes, seed=3)
-    if classes > 2 and name.startswith("f1:"):
-        pytest.skip("scikit-learn's binary F1 is for two classes")
     logits, truth = trace.logits[:, 1], trace.labels
     metric = find_metric(name, SINGLE_LABEL)
     assert metric.value(logits, truth, SINGLE_LABEL) == pytest.approx(ORACLES[name](truth, logits.argmax(-1)))

@@ -81,7 +81,7 @@ def test_a_reader_that_has_gone_is_no_mistake(monkeypatch):
 def test_settings_that_this_machine_has_not_are_refused_in_words(capsys):
     words = ["train", "x", "--dataset", "y", "--output_dir", "z", "--tf32", "true"]
     if torch.cuda.is_available():
-        pytest.skip("a GPU takes it")
+        pytest.skip("there is a GPU, which takes tf32 and bf16; what is shown are the words of a machine without")
     assert main(words) == 2
     assert "tf32 requires" in capsys.readouterr().err
     assert main([*words[:-2], "--bf16"]) == 2

@@ -9,7 +9,7 @@ from hf_earlyexit.families import FAMILIES
 
 from .tiny import TEXTS, batch_of, new_model, rows_of, stock_of, tiny
 
-ort = pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing, which runs the exported graphs (extra: onnx)")
 TRACED = [name for name in TEXTS if not FAMILIES[name].untraced]
 SHALLOW = {"distilbert": {"n_layers": 2}}
 

@@ -138,7 +138,6 @@ def test_models_travel_through_the_hub(hub: HubServer, client: Client) -> None:
 
 
 def test_data_sets_travel_through_the_hub(hub: HubServer, client: Client) -> None:
-    pytest.importorskip("datasets")
     found = client(
         """
     from datasets import Dataset, load_dataset

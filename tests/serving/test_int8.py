@@ -182,7 +182,7 @@ def test_without_8_bit_kernels_the_numbers_are_the_same(model, random_batch, mon
 
 @pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or platform.machine() != "x86_64",
-    reason="only x86 has the older 8-bit instructions, and only oneDNN can be told to use them",
+    reason="no x86 processor or no oneDNN: only the former has the older 8-bit instructions, only the latter chooses them",
 )
 def test_smaller_weights_keep_older_instructions_from_overflowing():
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])

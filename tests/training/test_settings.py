@@ -335,7 +335,7 @@ def test_options_of_the_step_work(trainer, arguments, tiny_model, fields):
     assert all(torch.isfinite(value).all() for value in state(run.model).values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers takes fp16 on a GPU only")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, and transformers takes fp16 on one only")
 def test_half_precision_works_on_a_gpu(trainer, arguments, tiny_model):
     run = trainer(tiny_model(), arguments(fp16=True, use_cpu=False))
     before = state(run.model)
