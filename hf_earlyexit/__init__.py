@@ -64,6 +64,7 @@ _HOMES = {
     "card_figures": "hub.figures",
     "predict": "serving.predict",
     "stream": "serving.predict",
+    "Engine": "serving.online",
     "Monitor": "serving.monitor",
     "quantize_int8": "serving.int8",
     "export_onnx": "onnx.export",
@@ -73,6 +74,7 @@ _HOMES = {
     "caption_page": "captions.page",
     "EarlyExitMetric": "evaluation",
     "EarlyExitError": "errors",
+    "EngineError": "errors",
 }
 
 __all__ = ["__version__", *_HOMES]

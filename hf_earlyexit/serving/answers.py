@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ POLICY, LAST_LAYER, LAYER_BUDGET, DEADLINE, ERROR = "policy", "last layer", "lay
 class Leaving(NamedTuple):
     """Rows that leave together: their places, the answer `[B, C]`, exit index and score `[B]` they leave with, and why."""
 
-    places: list[int]
+    places: list[Any]
     answer: Tensor
     exit_index: int
     score: Tensor

@@ -44,6 +44,7 @@ class Course:
         self.waiting: dict[int, list[Chunk]] = {depth: [] for depth in scheduler.stops}
         self.since: dict[int, float] = {}  # when the first chunk came to a depth where some wait
         self.flying: deque[Flight] = deque()
+        self.batches = self.batch_tokens = 0  # that have been launched
 
     @property
     def busy(self) -> bool:
@@ -99,6 +100,8 @@ class Course:
             self._find_whose(going, error)
             return
         if flight is not None:
+            self.batches += 1
+            self.batch_tokens += going.tokens
             self.flying.append(flight)
 
     def _settle(self, flight: Flight) -> Chunk | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,9 +46,16 @@ class BatchWalker(Walks):
         """Tokens of a row."""
         return len(row["input_ids"])
 
+    def shape_of(self, row: TokenIds) -> Hashable:
+        """Rows of one shape may stand in one batch; texts all may."""
+        return None
+
     def apart(self, rows: Sequence[TokenIds]) -> list[list[int]]:
         """Places of the rows that may stand in one batch, group by group."""
-        return [list(range(len(rows)))]
+        shapes: dict[Hashable, list[int]] = {}
+        for place, row in enumerate(rows):
+            shapes.setdefault(self.shape_of(row), []).append(place)
+        return list(shapes.values())
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states before the first layer, and their context."""
@@ -112,14 +119,9 @@ class ModelWalker(BatchWalker):
         down, across = size if isinstance(size, (list, tuple)) else (size, size)
         return 1 + (height // down) * (width // across)
 
-    def apart(self, rows: Sequence[Any]) -> list[list[int]]:
-        """Places of the rows that may stand in one batch: of pictures, those of one size."""
-        if self.family.task != IMAGE:
-            return super().apart(rows)
-        sizes: dict[Any, list[int]] = {}
-        for place, row in enumerate(rows):
-            sizes.setdefault(tuple(row[PIXELS].shape), []).append(place)
-        return list(sizes.values())
+    def shape_of(self, row: Any) -> Hashable:
+        """Texts all may stand in one batch; pictures with those of their size."""
+        return tuple(row[PIXELS].shape) if self.family.task == IMAGE else None
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""

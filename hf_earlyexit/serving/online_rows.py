@@ -1,0 +1,276 @@
+"""One row that is to be answered, and a line of such rows: those who wait for one model at one operating point."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import EarlyExitError, EngineError
+from ..modeling.finite import not_finite
+from .answers import DEADLINE, Leaving
+from .batching import cut
+from .chunks import Chunk
+from .course import Course
+from .predict import Answer
+from .reader import RowReader
+from .scheduler import Scheduler
+
+CANCELLED = "cancelled"
+TOKENS_OF_A_ROW = 8  # few; rows are read together, so that those of similar length can run together
+PICTURES_AT_ONCE = 4  # opening one takes as long as many texts
+_NUMBERS = itertools.count()
+
+
+class RowFuture(Future[Answer]):
+    """The answer of one row, to come: `result()` waits for it in a thread, `await` in a coroutine.
+
+    Cancelled, its row runs no further layer and its place in the queue is free at once.
+
+    Args:
+        row: as it was given.
+        priority: bigger goes first.
+        ends_at: `time.monotonic()` from which on it runs no layer; `inf` without a deadline.
+    """
+
+    def __init__(self, row: Any, priority: float = 0, ends_at: float = math.inf) -> None:
+        super().__init__()
+        self.row, self.ends_at = row, ends_at
+        self.order = (-priority, next(_NUMBERS))
+        self.called_off = self.finished = self.queued = False
+        self.leave_queue: Callable[[RowFuture], Any] | None = None
+
+    def __lt__(self, other: RowFuture) -> bool:
+        return self.order < other.order
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        return asyncio.wrap_future(self).__await__()
+
+    def cancel(self) -> bool:
+        """Drop the row, unless it is answered already; whether it is dropped."""
+        dropped = super().cancel()
+        if dropped:
+            self.called_off, self.row = True, None
+            self.left_queue()
+        return dropped
+
+    def left_queue(self) -> None:
+        """Make room for another in the queue, once."""
+        leave, self.leave_queue = self.leave_queue, None
+        if leave is not None:
+            leave(self)
+
+    def finish(self, answer: Answer | None = None, error: BaseException | None = None) -> bool:
+        """Hand over an answer or an error, once; whether anybody still wants it."""
+        if self.finished:
+            return False
+        self.finished, self.row, self.leave_queue = True, None, None
+        if not self.set_running_or_notify_cancel():
+            return False
+        if error is not None:
+            self.set_exception(error)
+        elif answer is not None:
+            self.set_result(answer)
+        return True
+
+
+class Line:
+    """The rows that wait for, or are on their way through, one model at one operating point; run by one thread.
+
+    Args:
+        scheduler: of that model and operating point.
+        reader: of its rows.
+        lock: held while the queue is looked at.
+        max_wait: as for `Course`.
+        answered: told of the rows that have been answered, a group at a time: what the model read of each, and its answer.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        reader: RowReader,
+        lock: AbstractContextManager[Any],
+        max_wait: float,
+        answered: Callable[[list[tuple[Any, Answer]]], Any],
+    ) -> None:
+        self.scheduler, self.reader, self.lock, self.max_wait, self.answered = scheduler, reader, lock, max_wait, answered
+        self.queue: list[RowFuture] = []  # a heap; those called off stay until they are met
+        self.inside: dict[RowFuture, Any] = {}  # under way, with what the model reads of them
+        self.groups: dict[Hashable, deque[list[RowFuture]]] = {}  # by shape, those that make a chunk
+        self.courses: dict[Hashable, Course] = {}
+        most = scheduler.max_batch_tokens // TOKENS_OF_A_ROW
+        self.at_once = PICTURES_AT_ONCE if reader.images else max(most, 1)
+        self.batches = self.batch_tokens = self.failed = self.num_answered = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row waits or is under way."""
+        return bool(self.queue or self.inside or self.courses)
+
+    def put(self, future: RowFuture) -> None:
+        """Add a row; the caller holds the lock."""
+        heapq.heappush(self.queue, future)
+
+    def forget_called_off(self) -> None:
+        """Drop those from the queue who have been called off; the caller holds the lock."""
+        staying = [future for future in self.queue if not future.called_off]
+        for future in self.queue:
+            if future.called_off:
+                future.finish()
+        heapq.heapify(staying)
+        self.queue = staying
+
+    def step(self) -> None:
+        """Run one chunk of each shape to its next exit."""
+        if not self.courses:
+            self._admit()
+        for shape, course in list(self.courses.items()):
+            batches, tokens = course.batches, course.batch_tokens
+            if not course.step() and not self.groups.get(shape):
+                del self.courses[shape]
+                self.groups.pop(shape, None)
+            self.batches += course.batches - batches
+            self.batch_tokens += course.batch_tokens - tokens
+
+    def fail_all(self, error: Callable[[], BaseException]) -> None:
+        """Give every row an error of its own, and forget what was under way; nobody else knows the line any more."""
+        with self.lock:
+            futures, self.queue = [*self.inside, *self.queue], []
+            for future in futures:
+                future.left_queue()
+        self.inside, self.groups, self.courses = {}, {}, {}
+        for future in futures:
+            self.failed += future.finish(error=error())
+
+    # --- in ---------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let rows in from the queue: read them, and sort those that can be read into chunks."""
+        with self.lock:
+            futures = [heapq.heappop(self.queue) for _ in range(min(self.at_once, len(self.queue)))]
+            rows = [future.row for future in futures]
+            for future in futures:
+                future.left_queue()
+        now, shapes = time.monotonic(), dict[Hashable, list[RowFuture]]()
+        wanted: list[tuple[RowFuture, Any]] = []
+        for future, row in zip(futures, rows, strict=True):
+            if future.called_off:
+                future.finish()
+            elif future.ends_at <= now:
+                nothing = torch.full((self.scheduler.walker.num_classes,), torch.nan)
+                self.num_answered += future.finish(Answer(nothing, 0, math.nan, DEADLINE, None))
+            else:
+                wanted.append((future, row))
+        self.inside.update(wanted)
+        for (future, _), encoded in zip(wanted, self._read([row for _, row in wanted]), strict=True):
+            if isinstance(encoded, BaseException):
+                self._fail(future, encoded)
+            else:
+                self.inside[future] = encoded
+                shapes.setdefault(self.scheduler.walker.shape_of(encoded), []).append(future)
+        for shape, members in shapes.items():
+            lengths = [self.scheduler.walker.length(self.inside[future]) for future in members]
+            groups = self.groups.setdefault(shape, deque())
+            for places in cut(lengths, self.scheduler.max_batch_tokens):
+                groups.append([members[place] for place in places])
+            if shape not in self.courses:
+                self.courses[shape] = self._course(shape)
+
+    def _read(self, rows: list[Any]) -> list[Any]:
+        """What the model reads of rows; an error in the place of those that cannot be read."""
+        try:
+            encoded: list[Any] = self.reader.encode(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                return [error if isinstance(error, EarlyExitError) else _failed("It cannot be read", error)]
+            return [self._read([row])[0] for row in rows]
+        if len(rows) > 1:  # an error tells the number of its row: of one row, 0
+            encoded = [
+                self._read([row])[0] if isinstance(one, EarlyExitError) else one
+                for row, one in zip(rows, encoded, strict=True)
+            ]
+        return [self._checked(one) for one in encoded]
+
+    def _checked(self, encoded: Any) -> Any:
+        """The same, or what keeps the model from reading it."""
+        if isinstance(encoded, BaseException):
+            return encoded
+        try:
+            return self.scheduler.walker.check(encoded, 0) or encoded
+        except Exception as error:
+            return _failed("It cannot be checked", error)
+
+    def _course(self, shape: Hashable) -> Course:
+        return Course(self.scheduler, partial(self._arriving, shape), self._let_go, self.max_wait, self._off, self._broken)
+
+    def _arriving(self, shape: Hashable) -> Chunk | None:
+        """A chunk of new rows of a shape, if there are any."""
+        if not self.groups.get(shape):
+            self._admit()
+        groups = self.groups.get(shape)
+        while groups:
+            group = groups.popleft()
+            try:
+                return self.scheduler.begin([(future, self.inside[future]) for future in group])
+            except Exception as error:
+                if len(group) == 1:
+                    self._broken(group, error)
+                else:
+                    groups.extendleft([future] for future in reversed(group))
+        return None
+
+    # --- out --------------------------------------------------------------------------------------------------------
+
+    def _off(self, futures: Sequence[RowFuture]) -> list[str | None]:
+        now = time.monotonic()
+        return [
+            CANCELLED if future.called_off else DEADLINE if future.ends_at <= now else None for future in futures
+        ]  # fmt: skip
+
+    def _let_go(self, leaving: Leaving) -> None:
+        """Hand answers over; nobody waits for those who have none."""
+        logits, scores = leaving.answer.float().cpu(), leaving.score.float().tolist()
+        finite, index = logits.isfinite().all(1).tolist(), leaving.exit_index
+        layer = self.scheduler.walker.exit_layers[index] if index >= 0 else 0
+        done: list[tuple[Any, Answer]] = []
+        for row, (future, reason) in enumerate(zip(leaving.places, leaving.reasons, strict=True)):
+            if reason == CANCELLED:
+                future.finish()
+                self.inside.pop(future, None)
+            elif not finite[row] and index >= 0:
+                self._fail(future, not_finite(0))
+            else:
+                answer = Answer(logits[row].clone(), layer, scores[row], reason, None)
+                encoded = self.inside.get(future)
+                wanted = future.finish(answer)
+                self.num_answered += wanted
+                if wanted and index >= 0:
+                    done.append((encoded, answer))
+                self.inside.pop(future, None)
+        if done:
+            self.answered(done)
+
+    def _broken(self, futures: Sequence[RowFuture], error: Exception) -> None:
+        for future in futures:
+            self._fail(future, _failed("Its layers failed", error))
+
+    def _fail(self, future: RowFuture, error: BaseException) -> None:
+        self.failed += future.finish(error=error)
+        self.inside.pop(future, None)
+
+
+def _failed(what: str, error: Exception) -> EngineError:
+    """An error of ours around another, without the frames that would keep tensors alive."""
+    ours = EngineError(f"The row has no answer. {what}: {type(error).__name__}: {error}", field="row")
+    ours.__cause__ = error.with_traceback(None)
+    return ours
