@@ -117,6 +117,29 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         'EarlyExitRobertaForSequenceClassification'
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
+    stock_type, able = _door_in(name, task, **hub)
+    return __getattr__(door_of(stock_type, able).model).from_pretrained(name, **kwargs)
+
+
+def checkpoint_task(name: Any, **hub: Any) -> str:
+    """What `from_pretrained` makes of a checkpoint where no task is named, as transformers names its pipelines.
+
+    Args:
+        name: folder or Hub id.
+        hub: as for `from_pretrained`.
+
+    Raises:
+        UsageError: for a model type without exits.
+    """
+    return _door_in(name, None, **hub)[1]
+
+
+def _door_in(name: Any, task: str | None, **hub: Any) -> tuple[str, str]:
+    """The stock model type that a checkpoint's config tells, and the task.
+
+    Raises:
+        UsageError: for a type or task without exits; with the list of those that have them.
+    """
     values = PreTrainedConfig.get_config_dict(name, **hub)[0]
     kind = values.get("model_type")
     at = next(((stock_type, able) for stock_type, able, door in _every_door() if kind == door.model_type), None)
@@ -133,7 +156,7 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
     if task not in (None, at[1]):
         able = " or ".join(map(repr, (at[1],) if kind not in (*FAMILIES, CAPTIONER) else tasks_of(kind)))
         raise UsageError(f"task is {task!r}; models of type {kind!r} do {able} here.", field="task", value=task)
-    return __getattr__(door_of(*at).model).from_pretrained(name, **kwargs)
+    return at
 
 
 # --- making classes -----------------------------------------------------------------------------------------------------
@@ -253,4 +276,4 @@ def register_pipelines() -> None:
     }
 
 
-__all__ = ["IMAGE", "TEXT", "WRITING", "door_names", "door_of", "from_pretrained"]
+__all__ = ["IMAGE", "TEXT", "WRITING", "checkpoint_task", "door_names", "door_of", "from_pretrained"]

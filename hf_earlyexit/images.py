@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -77,6 +78,20 @@ def _in_bytes(image: Image) -> Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no range of its own; convert it to 8 bits a colour first")
     return image
+
+
+def embedded(image: Any, longest_side: int) -> str:
+    """A picture as the address of an `<img>`, small and written anew: no place or camera that a photo names goes along.
+
+    Args:
+        image: as for `open_image`.
+        longest_side: in pixels, at most.
+    """
+    small = open_image(image)
+    small.thumbnail((longest_side, longest_side))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def picture_name(picture: Any) -> str | None:

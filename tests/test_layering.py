@@ -27,7 +27,7 @@ ALLOWED = {
     "problem_types": {"errors"},
     "labels": {"errors", "problem_types"},
     "images": {"errors"},
-    "data": BASE,
+    "data": BASE | {"images"},
     "losses": BASE,
     "signals": BASE,
     "policies": BASE | {"losses", "signals"},

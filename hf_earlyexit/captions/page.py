@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from ..images import open_image, picture_name
+from ..images import embedded, picture_name
 from ..reports.page import write_page
 
 LONGEST_SIDE = 560  # of a picture on the page, in pixels
@@ -70,7 +68,7 @@ def caption_page(
     for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
         whole = None if full is None else full[place]["generated_text"]
         differs = whole is not None and whole != caption["generated_text"]
-        items.append(Item(_embedded(image), picture_name(image), caption, whole if differs else None))
+        items.append(Item(embedded(image, LONGEST_SIDE), picture_name(image), caption, whole if differs else None))
     write_page(
         "captions.html",
         path,
@@ -110,11 +108,3 @@ def _shade(layer: int, num_layers: int) -> Shade:
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     front = "#000000" if luminance > MIDDLE else "#ffffff"
     return Shade(layer, "#{:02x}{:02x}{:02x}".format(*back), front)
-
-
-def _embedded(image: Any) -> str:
-    small = open_image(image)
-    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

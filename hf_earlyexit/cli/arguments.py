@@ -21,6 +21,9 @@ class FileArguments:
     text_column: list[str] | None = field(
         default=None, metadata={"help": "column of the texts, or two columns of pairs; by default the usual names"}
     )
+    image_column: str | None = field(
+        default=None, metadata={"help": "column of the pictures, or of their files; by default the usual names"}
+    )
     max_rows: int | None = field(default=None, metadata={"help": "take so many rows from the beginning"})
     dataset_config: str | None = field(default=None, metadata={"help": "name of a configuration of the data set"})
     encoding: str | None = field(default=None, metadata={"help": "of text files, such as latin-1; UTF-8 by default"})
@@ -42,5 +45,5 @@ class RowArguments(FileArguments):
 
 
 TRACE_FILE = "held-back.safetensors"
-SPLITS = "folder with one file per split, a file, '-' for standard input, or a Hub id"
+SPLITS = "folder with one file per split or with pictures in a folder per class, a file, '-' for standard input, or a Hub id"
 SLICES = "or a slice such as 'test[:100]'"

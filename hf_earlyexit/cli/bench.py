@@ -1,4 +1,4 @@
-"""Measure what early exit brings in time for a model and its texts, beside the full model and one that is simply cut off."""
+"""Measure what early exit brings in time for a model and its rows, beside the full model and one that is simply cut off."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .arguments import DeviceArguments, FileArguments
 
 @dataclass
 class BenchArguments(FileArguments, DeviceArguments):
-    """Which model on which texts."""
+    """Which model on which texts or pictures."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
-    input: str = field(metadata={"help": "text file with one text a line, or a data set"})
+    input: str = field(metadata={"help": "text file with one text, or name of a picture, a line, or a data set"})
     split: str | None = field(default=None, metadata={"help": "split of the data set; test by default"})
     rows: int = field(default=500, metadata={"help": "rows to measure with, drawn from the file"})
     batch_size: int = field(default=32, metadata={"help": "rows of a batch in arrival order"})
@@ -36,21 +36,20 @@ ARGUMENTS = (BenchArguments,)
 
 def run(args: BenchArguments) -> Answer:
     """Read, measure, tell."""
-    from transformers import AutoTokenizer
-
     from ..measuring.bench import as_table, bench
     from ..measuring.forms import make_forms
-    from ..serving.rows import encode_rows
+    from ..serving.reader import reader_for, reads_images
     from .incoming import incoming
-    from .loading import load_model
+    from .loading import load_model, reading_parts
 
-    source = incoming(args, args.input, args.split)
+    model = load_model(args.model, args.device)
+    source = incoming(args, args.input, args.split, reads_images(model))
     texts = [source.text(row) for row in source.rows]
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
-    forms = make_forms(load_model(args.model, args.device), args.forms)
+    forms = make_forms(model, args.forms)
     result = bench(
         forms.models,
-        encode_rows(chosen, AutoTokenizer.from_pretrained(args.model)),
+        reader_for(model, **reading_parts(args.model, model)).encode_all(chosen)[:],
         batch_size=args.batch_size,
         static_layer=args.static_layer,
         repeats=args.repeats,

@@ -55,8 +55,6 @@ ARGUMENTS = (CalibrateArguments,)
 
 def run(args: CalibrateArguments) -> Answer:
     """Calibrate and save."""
-    from transformers import AutoTokenizer
-
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
     from ..trace import ExitTrace
@@ -71,9 +69,10 @@ def run(args: CalibrateArguments) -> Answer:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
     model = load_model(folder, args.device)
     if args.dataset is not None:
+        from .loading import reading_parts
         from .rows import collected
 
-        trace = collected(args, model, AutoTokenizer.from_pretrained(folder), labelled=not args.unlabelled)
+        trace = collected(args, model, reading_parts(folder, model), labelled=not args.unlabelled)
     elif (folder / TRACE_FILE).is_file():
         trace = ExitTrace.load(folder / TRACE_FILE)
     else:

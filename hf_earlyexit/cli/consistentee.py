@@ -45,15 +45,16 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     from ..serving.collect import collect_trace
     from ..training import ConsistentTrainer
 
-    model, tokenizer, train, held = prepare(
+    model, parts, train, held = prepare(
         args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
     )
+    (processing,) = parts.values()
     with settings():
-        trainer = ConsistentTrainer(model, training, train, held, processing_class=tokenizer)
+        trainer = ConsistentTrainer(model, training, train, held, processing_class=processing)
     log = trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint) is True)
     trainer.save_model()
     trace = Path(training.output_dir) / TRACE_FILE
-    collect_trace(model, held, tokenizer=tokenizer).save(trace)
+    collect_trace(model, held, **parts).save(trace)
     lines, phases = [], []
     for phase in trainer.phases:
         log_entry = [entry for entry in log if entry["phase"] == phase.folder][-1]

@@ -46,12 +46,10 @@ ARGUMENTS = (EvaluateArguments,)
 
 def run(args: EvaluateArguments) -> Answer:
     """Predict early and in full, compare."""
-    from transformers import AutoTokenizer
-
     from ..data.labels import Labelling
     from ..modeling.configuration import EXACT
-    from ..serving.rows import encode_rows
-    from .loading import load_model
+    from ..serving.reader import reader_for, reads_images
+    from .loading import load_model, reading_parts
     from .rows import labelled_rows, read_rows
 
     if args.repeats < 1:
@@ -63,16 +61,17 @@ def run(args: EvaluateArguments) -> Answer:
         )
     if model.policy_at(args.operating_point) is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")
-    rows = read_rows(args, args.dataset, args.split, "test")
+    rows = read_rows(args, args.dataset, args.split, "test", reads_images(model))
     rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    encoded = encode_rows(rows, tokenizer)  # once, so that measuring does not tokenize
-    values = figures(model, encoded, rows["label"][:], tokenizer, args)
+    parts = reading_parts(args.model, model)
+    encoded = reader_for(model, **parts).encode_all(rows)  # once, so that measuring does not tokenize
+    encoded = encoded[:] if args.time else encoded  # pictures are opened again and again otherwise: they take much room
+    values = figures(model, encoded, rows["label"][:], parts, args)
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
     return Answer(values, _sentences(values, names))
 
 
-def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: EvaluateArguments) -> dict[str, Any]:
+def figures(model: Any, rows: Any, labels: list[Any], parts: dict[str, Any], args: EvaluateArguments) -> dict[str, Any]:
     """What early exit does to the rows, as plain numbers."""
     import torch
 
@@ -94,7 +93,7 @@ def figures(model: Any, rows: Any, labels: list[Any], tokenizer: Any, args: Eval
     metric = find_metric(args.metric or (None if chosen is None else chosen.metric), problem)
     compared = metric.compare(early.logits, answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
-    trace = collect_trace(model, rows, labels=labels, tokenizer=tokenizer, split="evaluated", progress=False)
+    trace = collect_trace(model, rows, labels=labels, **parts, split="evaluated", progress=False)
     classes = class_reports(early.logits, trace.logits[:, -1], truth, problem)
     values = {
         "policy": model.policy_at(args.operating_point).name,

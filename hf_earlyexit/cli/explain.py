@@ -1,6 +1,7 @@
-"""Tell why a text leaves where it does: a few sentences, and every exit's prediction, score and threshold.
+"""Tell why a text or a picture leaves where it does: a few sentences, and every exit's prediction, score and threshold.
 
     hf-earlyexit explain --model bert-with-exits --text "not bad at all"
+    hf-earlyexit explain --model vit-with-exits --image cat.jpg
 
 All layers are run for it, also those that serving skips.
 """
@@ -10,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from ..errors import UsageError
 from .answer import Answer
 from .arguments import DeviceArguments
 
 
 @dataclass
 class ExplainArguments(DeviceArguments):
-    """Which model on which text."""
+    """Which model on which text or picture."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
-    text: str = field(metadata={"help": "the text"})
+    text: str | None = field(default=None, metadata={"help": "the text"})
     text_pair: str | None = field(default=None, metadata={"help": "second text, for models of pairs"})
+    image: str | None = field(default=None, metadata={"help": "the picture's file, for models of pictures"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to explain"})
 
 
@@ -28,14 +31,18 @@ ARGUMENTS = (ExplainArguments,)
 
 
 def run(args: ExplainArguments) -> Answer:
-    """Explain one text."""
-    from transformers import AutoTokenizer
-
+    """Explain one row."""
     from ..serving.explain import explain
-    from .loading import load_model
+    from ..serving.reader import reads_images
+    from .loading import load_model, reading_parts
 
     model = load_model(args.model, args.device)
-    text = args.text if args.text_pair is None else (args.text, args.text_pair)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    explanation = explain(model, text, tokenizer=tokenizer, operating_point=args.operating_point)
+    needed, others = ("image", ("text", "text_pair")) if reads_images(model) else ("text", ("image",))
+    for name in others:
+        if getattr(args, name) is not None:
+            raise UsageError(f"{args.model} reads one {needed}: give it with --{needed}, not --{name}.", field=name)
+    if getattr(args, needed) is None:
+        raise UsageError(f"There is nothing to explain: give the {needed} with --{needed}.", field=needed)
+    row = getattr(args, needed) if args.text_pair is None else (args.text, args.text_pair)
+    explanation = explain(model, row, **reading_parts(args.model, model), operating_point=args.operating_point)
     return Answer(dataclasses.asdict(explanation), str(explanation))

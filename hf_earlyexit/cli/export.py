@@ -50,6 +50,7 @@ def run(args: ExportArguments) -> Answer:
     if args.format not in FORMATS:
         raise UsageError(f"format is {args.format!r}; expected {', '.join(FORMATS)}.", field="format", value=args.format)
     model = load_model(args.model)
+    model.family.require_traceable()
     if args.operating_point is not None:
         points = model.config
         model.set_exit_policy(model.policy_at(args.operating_point))

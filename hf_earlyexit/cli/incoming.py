@@ -11,8 +11,10 @@ from typing import Any
 
 from ..data.forms import STDIN, open_text, unreadable
 from ..errors import DataError
-from ..serving.tables import text_columns
+from ..images import SUFFIXES
+from ..serving.tables import PIXELS, text_columns
 from .arguments import FileArguments
+from .pictures import COLUMN, check_columns, folder_of, located, picture_column, shown, undecoded
 from .rows import reading
 
 Row = dict[str, Any]
@@ -25,50 +27,72 @@ class Incoming:
 
     Attributes:
         rows: each by column name, in order.
-        text_columns: the column of the texts, or two of pairs.
+        text_columns: the column of the texts, or two of pairs; or that of the pictures.
+        folder: where names of pictures start; `None` for texts.
         total: how many rows, where that is known.
     """
 
     rows: Iterator[Row]
     text_columns: tuple[str, ...]
     total: int | None = None
+    folder: Path | None = None
 
     def text(self, row: Row) -> Any:
-        """What is to be answered of a row: a text or a pair; `None` in place of one that is missing."""
+        """What is to be answered of a row: a text, a pair or a picture; `None` in place of one that is missing."""
         texts = [row.get(name) for name in self.text_columns]
+        if self.folder is not None:
+            name = PIXELS if self.text_columns == (PIXELS,) else COLUMN
+            return {name: located(texts[0], self.folder)}
         return texts[0] if len(texts) == 1 else tuple(texts)
 
+    def kept(self, row: Row) -> Row:
+        """What an answer keeps of its row: of a picture the name."""
+        if self.folder is None:
+            return row
+        return {name: shown(value) if name in self.text_columns else value for name, value in row.items()}
 
-def incoming(args: FileArguments, place: str, split: str | None) -> Incoming:
+
+def incoming(args: FileArguments, place: str, split: str | None, images: bool = False) -> Incoming:
     """Open what is to be answered.
 
     Args:
         args: flags.
         place: a text file with one text a line, or whatever `Source` reads; "-" is standard input, of texts unless told.
         split: of a data set; "test" by default.
+        images: whether the model reads pictures. A file may then be a picture, and a text file has the name of one a line.
 
     Raises:
         DataError: for what cannot be read, now or, by row or file, when it is met.
     """
+    check_columns(args, images)
     how = reading(args)
     is_file = place == STDIN or Path(place).is_file()
     form = (how.form_of(place) or "text") if is_file else None
     total = None
+    if images and is_file and Path(place).suffix.lower() in SUFFIXES:
+        return Incoming(iter([{COLUMN: Path(place).name}]), (COLUMN,), 1, folder_of(place))
     if form in READERS and split is None:
         rows = _guarded(place, how, READERS[form](place, how))
     else:
         from ..data.sources import Source
 
-        split_rows = Source(place, how).read(split, "test")
+        source = Source(place, how)
+        default = source.splits[0] if images and len(source.splits) == 1 else "test"
+        split_rows = source.read(split, default)
         total = len(split_rows)
-        rows = _of_data_set(split_rows)
+        rows = _of_data_set(undecoded(split_rows) if images else split_rows)
     if args.max_rows is not None:
         rows = islice(rows, args.max_rows)
         total = None if total is None else min(total, args.max_rows)
     first = next(rows, None)
     if first is None:
         return Incoming(iter(()), ("text",), 0)
-    return Incoming(chain([first], rows), _columns_of_texts(args, first, place), total)
+    rows = chain([first], rows)
+    if not images:
+        return Incoming(rows, _columns_of_texts(args, first, place), total)
+    if form == "text":
+        rows, first = ({COLUMN: row["text"]} for row in rows), {COLUMN: None}
+    return Incoming(rows, (picture_column(args, list(first), place),), total, folder_of(place))
 
 
 def _columns_of_texts(args: FileArguments, first: Row, place: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,7 +20,10 @@ from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
+from ..serving.reader import reads_images
 from .arguments import AUTO
+
+CLASSIFIERS = (AutoModelForSequenceClassification, AutoModelForImageClassification)
 
 
 def load_model(name: Any, device: str = "cpu") -> Any:
@@ -33,14 +37,30 @@ def load_model(name: Any, device: str = "cpu") -> Any:
         CheckpointError: if it is damaged.
         UsageError: if it has no exits, or is no classifier.
     """
-    model = _load(AutoModelForSequenceClassification, name, f"run `hf-earlyexit train --model {name}` first")
+    model = _load(CLASSIFIERS, name, f"run `hf-earlyexit train --model {name}` first")
     return on_device(model.eval(), device)
+
+
+def reading_parts(name: Any, model: Any) -> dict[str, Any]:
+    """What makes a classifier's inputs, by the name of the argument that takes it: its tokenizer or its image processor.
+
+    Args:
+        name: folder or Hub id that holds it.
+        model: which reads texts or pictures.
+
+    Raises:
+        CheckpointError: if an image processor is missing or damaged.
+    """
+    if not reads_images(model):
+        return {"tokenizer": AutoTokenizer.from_pretrained(name)}
+    check_input_parts(name, {}, ("image_processor",))
+    return {"image_processor": _load_part("image_processor", name)}
 
 
 def load_captioner(name: Any, device: str = "cpu") -> Any:
     """A captioner with exits; otherwise as `load_model`."""
     remedy = "load it as EarlyExitVisionEncoderDecoder and train its exits first"
-    return on_device(_load(AutoModelForImageTextToText, name, remedy).eval(), device)
+    return on_device(_load((AutoModelForImageTextToText,), name, remedy).eval(), device)
 
 
 def on_device(model: Any, device: str, dtype: torch.dtype | None = None) -> Any:
@@ -70,7 +90,7 @@ def on_device(model: Any, device: str, dtype: torch.dtype | None = None) -> Any:
 
 def load_any(name: Any) -> Any:
     """Whatever model with exits it is; otherwise as `load_model`."""
-    return _load(AutoModel, name, "train its exits first")
+    return _load((AutoModel,), name, "train its exits first")
 
 
 def load_input_parts(name: Any) -> dict[str, Any]:
@@ -100,14 +120,19 @@ def _load_part(part: str, name: Any) -> Any:
         raise CheckpointError(f"{name}: the {part.replace('_', ' ')} cannot be loaded: {error}", path=name) from error
 
 
-def _load(auto: Any, name: Any, remedy: str) -> Any:
+def _load(autos: tuple[Any, ...], name: Any, remedy: str) -> Any:
+    """A model with exits, through the first of the Auto classes that knows its config."""
     check_config_file(name)
     trust = {"trust_remote_code": False}  # never asks
     try:
         config = AutoConfig.from_pretrained(name, **trust)
-        if isinstance(config, EarlyExitConfig) and auto.__name__ not in config.auto_models:
+        if isinstance(config, EarlyExitConfig):
+            able = [auto for auto in autos if auto.__name__ in config.auto_models]
+        else:
+            able = [auto for auto in autos if type(config) in auto._model_mapping] or list(autos)
+        if not able:
             raise UsageError(f"{name} is an {config.door}, which this command is not for.", field="model", value=config.door)
-        model = auto.from_pretrained(name, **trust)
+        model = able[0].from_pretrained(name, **trust)
     except EarlyExitError:
         raise
     except ValueError as error:  # such as a model type that transformers does not know

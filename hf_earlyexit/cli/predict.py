@@ -1,7 +1,8 @@
-"""Classify the lines of a file, or the rows of a data set, each with the layer it left after.
+"""Classify the lines of a file, the rows of a data set or a folder of pictures, each with the layer it left after.
 
     hf-earlyexit predict --model bert-with-exits --input texts.txt --output answers.jsonl
     hf-earlyexit predict bert-with-exits --input reviews.csv --text_column body --output answers.csv
+    hf-earlyexit predict vit-with-exits --input photos --output answers.csv
     cat rows.jsonl | hf-earlyexit predict bert-with-exits --input - --input_format jsonl | head
 
 Every answer keeps the columns of its row. Rows are read, answered and written as they come, whatever their number.
@@ -29,10 +30,14 @@ CHANGES_NO_ANSWER = ("output", "resume", "max_rows", "max_batch_tokens", "device
 
 @dataclass
 class PredictArguments(FileArguments, DeviceArguments):
-    """Which model on which texts."""
+    """Which model on which texts or pictures."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
-    input: str = field(metadata={"help": "text file with one text a line, '-' for standard input, or a data set"})
+    input: str = field(
+        metadata={
+            "help": "text file with one text, or name of a picture, a line, a picture, '-' for standard input, or a data set"
+        }
+    )
     split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; test by default"})
     output: str = field(
         default=STDOUT,
@@ -54,28 +59,28 @@ ARGUMENTS = (PredictArguments,)
 
 def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
-    from transformers import AutoTokenizer
-
     from ..modeling.certificate import warn_of_other_tokenizer
+    from ..serving.reader import reads_images
     from .incoming import incoming
+    from .loading import reading_parts
     from .outgoing import OutputFile, check_output, skipped
 
     if args.output != STDOUT:
         check_output(args.output)
     elif args.resume:
         raise UsageError("Standard output cannot be gone on with; name an --output.", field="resume")
-    source = incoming(args, args.input, args.split)
     model = _load(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    warn_of_other_tokenizer(model, tokenizer)
+    source = incoming(args, args.input, args.split, reads_images(model))
+    parts = reading_parts(args.model, model)
+    warn_of_other_tokenizer(model, parts.get("tokenizer"))
     tally: dict[str, Any] = {"rows": 0, "mean_layers": None, "num_layers": model.exit_layers[-1]}
     if args.output == STDOUT:
-        return Answer(tally, lines=_answered(args, model, tokenizer, source, source.rows, 0, tally))
+        return Answer(tally, lines=_answered(args, model, parts, source, source.rows, 0, tally))
     file = OutputFile(args.output, _run_of(args, model), args.resume)
-    rows = _answered(args, model, tokenizer, source, skipped(source.rows, file.done), file.done, tally)
+    rows = _answered(args, model, parts, source, skipped(source.rows, file.done), file.done, tally)
     file.write_all(rows)
     tally["output"] = args.output
-    text = f"saved {args.output}: {file.done + tally['rows']} texts"
+    text = f"saved {args.output}: {file.done + tally['rows']} {'pictures' if reads_images(model) else 'texts'}"
     if file.done:
         text += f", {file.done} of them by the run that was stopped"
         tally["rows_before"] = file.done
@@ -107,7 +112,7 @@ def _run_of(args: PredictArguments, model: Any) -> dict[str, Any]:
 
 
 def _answered(
-    args: PredictArguments, model: Any, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]], first: int,
+    args: PredictArguments, model: Any, parts: dict[str, Any], source: Incoming, rows: Iterator[dict[str, Any]], first: int,
     tally: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Each row with its answer; `tally` counts along."""
@@ -115,6 +120,7 @@ def _answered(
 
     from ..problem_types import SINGLE_LABEL
     from ..serving.predict import WINDOW, stream
+    from ..serving.reader import PICTURES
 
     waiting: deque[dict[str, Any]] = deque()
     layers = failed = 0
@@ -127,8 +133,12 @@ def _answered(
     answers = stream(
         model,
         texts(),
-        tokenizer=tokenizer,
-        window=WINDOW if args.input != "-" else 256,  # whoever writes into a pipe wants to see answers come
+        **parts,
+        window=PICTURES
+        if source.folder is not None
+        else WINDOW
+        if args.input != "-"
+        else 256,  # whoever writes into a pipe wants to see answers come
         max_batch_tokens=args.max_batch_tokens,
         early_exit=args.early_exit,
         operating_point=args.operating_point,
@@ -139,7 +149,7 @@ def _answered(
     bar = tqdm(answers, total=source.total, initial=first, disable=args.output == STDOUT, unit="row")
     for answer in bar:
         row = waiting.popleft()
-        known = {f"input_{name}" if name in ANSWERS else name: value for name, value in row.items()}
+        known = {f"input_{name}" if name in ANSWERS else name: value for name, value in source.kept(row).items()}
         columns: dict[str, Any]
         if single:
             score, index = (None, None) if answer.error is not None else answer.logits.softmax(-1).max(-1)

@@ -60,12 +60,13 @@ def run(args: PushArguments) -> Answer:
     if args.test_rows is not None and args.card:
         from ..data.labels import Labelling
         from ..hub.figures import card_figures
+        from ..serving.reader import reads_images
         from .rows import labelled_rows, read_rows
 
-        rows = read_rows(args, args.test_rows, args.test_split, "test")
+        rows = read_rows(args, args.test_rows, args.test_split, "test", reads_images(model))
         rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
         model = on_device(model, args.device)
-        card |= card_figures(model, calibration, rows, tokenizer=parts["tokenizer"], repeats=args.repeats)
+        card |= card_figures(model, calibration, rows, **parts, repeats=args.repeats)
     commit = push_to_hub(
         model,
         args.repo_id,

@@ -43,11 +43,9 @@ ARGUMENTS = (RecalibrateArguments,)
 
 def run(args: RecalibrateArguments) -> Answer:
     """Calibrate, compare, save."""
-    from transformers import AutoTokenizer
-
     from ..calibration import calibrate, replay
     from ..hub.save import save_calibrated
-    from .loading import load_model
+    from .loading import load_model, reading_parts
     from .rows import collected
 
     folder = Path(args.model)
@@ -64,7 +62,7 @@ def run(args: RecalibrateArguments) -> Answer:
             value=args.operating_point,
         )
     target = args.target or _former_target(model, args.former)
-    trace = collected(args, model, AutoTokenizer.from_pretrained(folder), labelled=not args.unlabelled)
+    trace = collected(args, model, reading_parts(folder, model), labelled=not args.unlabelled)
     policy: Any = former.name if former.learns else former
     result = calibrate(trace, policy, target, metric=args.metric, seed=args.seed)
     old, new = (replay(one, trace, result.metric) for one in (former, result.policy))

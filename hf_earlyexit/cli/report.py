@@ -40,12 +40,11 @@ ARGUMENTS = (ReportArguments,)
 
 def run(args: ReportArguments) -> Answer:
     """Collect or load a trace, write the report."""
-    from transformers import AutoTokenizer
-
     from ..modeling.configuration import EXACT
     from ..reports.write import write_report
     from ..serving.collect import collect_trace
-    from .loading import load_model
+    from ..serving.reader import reads_images
+    from .loading import load_model, reading_parts
 
     if args.dataset is None and args.trace is None:
         raise UsageError("No rows: name them with --dataset and --split, or give a --trace.", field="dataset")
@@ -53,16 +52,18 @@ def run(args: ReportArguments) -> Answer:
         raise UsageError(f"At {EXACT!r} every row runs through all layers; name another.", field="operating_point")
     model = load_model(args.model, args.device)
     policy = model.policy_at(args.operating_point)
-    rows, texts, split = None, None, args.split or "validation"
+    rows, texts, pictures, split = None, None, None, args.split or "validation"
     if args.dataset is not None:
         from ..data.labels import Labelling
+        from .pictures import named_pictures
         from .rows import labelled_rows, read_rows, texts_of
 
-        rows = read_rows(args, args.dataset, args.split, "validation")
+        images = reads_images(model)
+        rows = read_rows(args, args.dataset, args.split, "validation", images)
         rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
-        texts = texts_of(rows)
+        texts, pictures = (None, named_pictures(rows)) if images else (texts_of(rows), None)
     if args.trace is None:
-        trace = collect_trace(model, rows, tokenizer=AutoTokenizer.from_pretrained(args.model), split=split)
+        trace = collect_trace(model, rows, **reading_parts(args.model, model), split=split)
     else:
         trace = _load_trace(args.trace, model)
     names = model.config.id2label
@@ -72,6 +73,7 @@ def run(args: ReportArguments) -> Answer:
         policy=policy,
         label_names=[str(names[index]) for index in range(len(names))],
         texts=texts,
+        pictures=pictures,
         title=Path(args.model).name,
         rows_name=None if args.dataset is None else f"{Path(args.dataset).name}, {split}",
         max_drop=args.max_drop,

@@ -13,9 +13,11 @@ from ..data.labels import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError
 from ..serving.collect import collect_trace
+from ..serving.reader import reads_images
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
 from ..trace import ExitTrace
 from .arguments import FileArguments, RowArguments
+from .pictures import check_columns, with_pictures
 
 LABEL, LABEL_TEXT = "label", "label_text"
 USUAL = {name for names in TEXT_COLUMNS for name in names}
@@ -32,23 +34,25 @@ def reading(args: FileArguments) -> Reading:
     return Reading(args.input_format, args.encoding, args.separator, args.quotes, args.dataset_config)
 
 
-def read_rows(args: FileArguments, place: str, split: str | None, default: str = "train") -> Dataset:
-    """One split with its texts, of which none is missing.
+def read_rows(args: FileArguments, place: str, split: str | None, default: str = "train", images: bool = False) -> Dataset:
+    """One split with its texts, of which none is missing; or with its pictures, which are not opened yet.
 
     Args:
         args: flags.
         place: a folder, a file, "-", or a Hub id.
         split: as in `Source.read`; `default` if it is `None`.
+        images: whether the model reads pictures.
 
     Raises:
         DataError: for rows that cannot be read, naming the first.
     """
+    check_columns(args, images)
     rows = Source(place, reading(args)).read(split, default)
     if args.max_rows is not None:
         rows = rows.select(range(min(args.max_rows, len(rows))))
     if not len(rows):
         raise DataError(f"{place} has no rows here; expected at least one.", path=place)
-    return _with_texts(rows, args.text_column, place)
+    return with_pictures(rows, args, place) if images else _with_texts(rows, args.text_column, place)
 
 
 def labelled_rows(
@@ -133,19 +137,19 @@ def _with_texts(rows: Dataset, chosen: Sequence[str] | None, place: str) -> Data
     return rows
 
 
-def collected(args: Any, model: Any, tokenizer: Any, labelled: bool = True) -> ExitTrace:
+def collected(args: Any, model: Any, parts: dict[str, Any], labelled: bool = True) -> ExitTrace:
     """The trace of the rows that `dataset` and `split` name, validation rows by default.
 
     Args:
         args: flags of a command that reads labelled rows.
         model: a model with exits.
-        tokenizer: the model's.
+        parts: the model's tokenizer or image processor, from `reading_parts`.
         labelled: False leaves labels out, whether they are there or not.
     """
-    rows = read_rows(args, args.dataset, args.split, "validation")
+    rows = read_rows(args, args.dataset, args.split, "validation", reads_images(model))
     if labelled:
         rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
-    return collect_trace(model, rows, tokenizer=tokenizer, labelled=labelled, split=args.split or "validation")
+    return collect_trace(model, rows, **parts, labelled=labelled, split=args.split or "validation")
 
 
 def texts_of(rows: Dataset) -> list[Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..training import EarlyExitTrainingArguments
 
+LONGEST = 128
 MORE = """Every setting of hf_earlyexit.EarlyExitTrainingArguments is a flag as well, and so is every one of transformers'
 TrainingArguments: --output_dir, --objective, --objective_options, --exit_metric, --num_train_epochs, --learning_rate,
 --resume_from_checkpoint, --seed, --use_cpu, ...; --help_all lists them all."""
@@ -44,7 +45,9 @@ class TrainArguments(RowArguments):
     )
     exit_layers: list[int] | None = field(default=None, metadata={"help": "layers with an exit; all by default"})
     exit_head: str = field(default="linear-mean", metadata={"help": "linear, linear-cls, linear-mean or pooler"})
-    max_length: int = field(default=128, metadata={"help": "tokens of a text, in training and when the model is used"})
+    max_length: int | None = field(
+        default=None, metadata={"help": f"tokens of a text, in training and when the model is used; {LONGEST} by default"}
+    )
 
 
 ARGUMENTS = (TrainArguments,)
@@ -62,13 +65,14 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     from ..serving.collect import collect_trace
     from ..training import EarlyExitTrainer
 
-    model, tokenizer, train, held = prepare(args, training.seed)
+    model, parts, train, held = prepare(args, training.seed)
+    (processing,) = parts.values()
     with settings():
-        trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=tokenizer)
+        trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=processing)
     trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint))
     trainer.save_model()
     trace = Path(training.output_dir) / TRACE_FILE
-    collect_trace(model, held, tokenizer=tokenizer).save(trace)
+    collect_trace(model, held, **parts).save(trace)
     metrics = trainer.evaluate()
     by_layer = sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2]))
     lines = [f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}" for name in by_layer]
@@ -96,8 +100,8 @@ def checkpoint(given: str | bool | None) -> str | bool | None:
 
 def prepare(
     args: TrainArguments, seed: int, id_column: str | None = None, **fields: Any
-) -> tuple[Any, Any, Dataset, Dataset]:
-    """Model, tokenizer, encoded training rows and encoded held-back rows.
+) -> tuple[Any, dict[str, Any], Dataset, Dataset]:
+    """Model, its tokenizer or image processor by name, training rows and held-back rows: token ids, or pictures.
 
     Args:
         args: which.
@@ -106,25 +110,27 @@ def prepare(
         fields: given to `from_pretrained`.
     """
     import torch
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
-    from ..doors import from_pretrained
+    from ..doors import IMAGE, checkpoint_task, from_pretrained
     from ..problem_types import MULTI_LABEL
     from ..training.data import encode, hold_back, with_ids
+    from .loading import reading_parts
     from .rows import labelled_rows, read_rows
 
-    train = read_rows(args, args.dataset, args.train_split)
+    images = checkpoint_task(args.model) == IMAGE
+    if images and args.max_length is not None:
+        raise UsageError("The model reads pictures, which have no max_length; leave it out.", field="max_length")
+    train = read_rows(args, args.dataset, args.train_split, images=images)
     if id_column is not None:
         train = with_ids(train, id_column)
     train, labelling = labelled_rows(args, train, problem_type=args.problem_type)
     if args.held_back.replace(".", "", 1).isdigit():
         train, held = hold_back(train, float(args.held_back), seed)
     else:
-        held, _ = labelled_rows(args, read_rows(args, args.dataset, args.held_back), labelling)
+        held, _ = labelled_rows(args, read_rows(args, args.dataset, args.held_back, images=images), labelling)
     for note in labelling.notes:
         warn(note)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.model_max_length = min(args.max_length, tokenizer.model_max_length)  # served as it was trained
     set_seed(seed)
     names = labelling.shown_names
     labels: dict[str, Any] = {"num_labels": 1} if names is None else {
@@ -135,8 +141,13 @@ def prepare(
     model = from_pretrained(
         args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels, **fields
     )
+    parts = reading_parts(args.model, model)
+    if images:
+        return model, parts, train, held
+    tokenizer, longest = parts["tokenizer"], args.max_length or LONGEST
+    tokenizer.model_max_length = min(longest, tokenizer.model_max_length)  # served as it was trained
     keep = () if id_column is None else (id_column,)
-    return model, tokenizer, encode(train, tokenizer, args.max_length, keep), encode(held, tokenizer, args.max_length)
+    return model, parts, encode(train, tokenizer, longest, keep), encode(held, tokenizer, longest)
 
 
 def warn(note: str) -> None:

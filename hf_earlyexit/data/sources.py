@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 
 from ..errors import DataError
+from ..images import SUFFIXES
 from .forms import BUILDERS, FORMS, STDIN, Reading, open_text, plain_suffix, readable
 
 ALIASES = {
@@ -23,6 +24,7 @@ ALIASES = {
 }
 PART = re.compile(r"([\w.]+)?(\[[^\]]*\])?(\([^)]*\))?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+METADATA = "metadata"  # a file that tells more of the pictures beside it
 NO_ROWS = ("dataset_info", "dataset_dict", "state")  # beside rows, written by datasets itself
 
 
@@ -30,7 +32,8 @@ class Source:
     """A data set by its name, whose splits are read one at a time, so that their columns may differ.
 
     Args:
-        name: a folder with one file for each split, or as the Hub lays out data sets, or as `save_to_disk` leaves them; a
+        name: a folder with one file for each split, or as the Hub lays out data sets, or as `save_to_disk` leaves them, or
+            of pictures, as the builder "imagefolder" reads them: a folder for each class, below one for each split; a
             file, which is one split; "-" for standard input; or the id of a data set on the Hub.
         reading: how files are read.
 
@@ -120,10 +123,14 @@ class Source:
             if file.is_file() and _holds_rows(file):
                 files_of.setdefault(re.sub(r"\W", "_", _stem(file)), []).append(str(file))
         laid_out = _has_card(path) or any(SHARD.search(_stem(Path(file))) for files in files_of.values() for file in files)
-        if self.reading.config is not None or laid_out or (not files_of and any(map(_holds_rows, path.rglob("*.*")))):
+        laid_out = laid_out or self.reading.config is not None or (set(files_of) <= {METADATA} and _holds_pictures(path))
+        if laid_out or (not files_of and any(map(_holds_rows, path.rglob("*.*")))):
             return self._find_by_card()
         if not files_of:
-            raise DataError(f"{self.name} holds no {_suffixes()} file; expected one per split.", path=self.name)
+            raise DataError(
+                f"{self.name} holds no {_suffixes()} file; expected one per split, or pictures in a folder for each class.",
+                path=self.name,
+            )
         for split, files in files_of.items():
             if len(files) > 1:
                 names = " and ".join(Path(file).name for file in files)
@@ -252,6 +259,10 @@ def _spooled(reading: Reading) -> str:
 
 def _holds_rows(file: Path) -> bool:
     return FORMS.get(plain_suffix(file), "text") != "text" and not file.name.startswith((*NO_ROWS, ".", "_"))
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(file.suffix.lower() in SUFFIXES and file.is_file() for file in folder.rglob("*.*"))
 
 
 def _stem(file: Path) -> str:

@@ -82,7 +82,7 @@ def bench(
                         repeats, clock, seed, warm_up)  # fmt: skip
     first = next(iter(served))
     result = {
-        "rows": {"count": len(rows), "mean_tokens": statistics.mean(len(row["input_ids"]) for row in rows)},
+        "rows": {"count": len(rows), "mean_tokens": statistics.mean(map(walker_for(served[first]).length, rows))},
         "turns": repeats,
         "batch_size": batch_size,
         "exits": exits,
@@ -117,7 +117,7 @@ def _add_shares(exits: dict[str, float], few_exits: dict[str, float], many: Any,
 def exits_of(model: Any, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
     """Mean exit layer, layer speed-up, and the token-layer bound: the speed-up if time were tokens times layers alone."""
     depth, layers = model.exit_layers[-1], answers.exit_layer.double()
-    tokens = torch.tensor([len(row["input_ids"]) for row in rows]).double()
+    tokens = torch.tensor(list(map(walker_for(model).length, rows))).double()
     return {
         "mean_layer": float(layers.mean()),
         "layer_speed_up": float(depth / layers.mean()),

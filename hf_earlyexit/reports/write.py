@@ -13,6 +13,7 @@ from ..calibration.by_class import to_show
 from ..calibration.rare_classes import early_and_full_f1
 from ..calibration.replay import Replay, replay
 from ..errors import DataError
+from ..images import embedded
 from ..metrics import f1_name, memorized_layer, reliability, uneven_classes
 from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
@@ -21,9 +22,10 @@ from ..problem_types import SINGLE_LABEL, quality_name
 from ..trace import ExitTrace
 from .advice import ALWAYS, doubts, summary
 from .compare import STATIC, Comparison, Contender, compare_policies
-from .mistakes import find_mistakes
+from .mistakes import Mistakes, find_mistakes
 from .page import write_page
 
+THUMBNAIL = 96  # longest side of a picture, in pixels
 SAME = 0.02  # of a curve's height: closer than that, two lines are one to the eye
 
 
@@ -34,6 +36,7 @@ def write_report(
     policy: ExitPolicy | None = None,
     label_names: Sequence[str] | None = None,
     texts: Sequence[str | tuple[str, str]] | None = None,
+    pictures: Sequence[Any] | None = None,
     title: str = "Early exit report",
     rows_name: str | None = None,
     max_drop: float = 0.01,
@@ -50,6 +53,7 @@ def write_report(
         policy: the one in service; by default the best of the comparison, by its choosing half.
         label_names: one for each class.
         texts: the rows' texts, in the order of the trace, to show those that left early and wrong.
+        pictures: the same for rows of pictures, in any form that `predict` takes; those that are shown are made small.
         title: of the page, such as the model's name.
         rows_name: where the rows come from; the trace's split by default.
         max_drop: quality that may be lost on the choosing half.
@@ -60,7 +64,7 @@ def write_report(
         The comparison whose figures the page shows.
 
     Raises:
-        DataError: for too few rows, or texts or names that are not one for each.
+        DataError: for too few rows, or texts, pictures or names that are not one for each.
         CalibrationError: for a trace of training rows.
         EarlyExitConfigError: for a policy of other exits.
 
@@ -69,7 +73,7 @@ def write_report(
         >>> trace = ee.ExitTrace.load("held-back.safetensors")  # doctest: +SKIP
         >>> ee.write_report(trace, "report.html", title="My classifier")  # doctest: +SKIP
     """
-    _check(trace, policy, label_names, texts)
+    _check(trace, policy, label_names, texts, pictures)
     comparison = compare_policies(trace, max_drop, seed)
     if policy is None:
         name, judged, rule = comparison.best.name, comparison.best.judged, comparison.best.chosen.policy
@@ -97,19 +101,21 @@ def write_report(
         class_names=label_names or [str(label) for label in range(trace.logits.shape[-1])],
         uneven=_rare_classes(rule, comparison.judging),
         texts=None if texts is None else [_text(texts[row]) for row in comparison.judging_rows.tolist()],
+        pictures=None if pictures is None else _thumbnails(pictures, comparison, mistakes),
         places=comparison.judging_rows.tolist(),
         **_figures(name, judged, comparison),
     )
     return comparison
 
 
-def _check(trace: ExitTrace, policy: ExitPolicy | None, label_names: Any, texts: Any) -> None:
-    if texts is not None and len(texts) != trace.num_rows:
-        raise DataError(
-            f"{len(texts)} texts for a trace of {trace.num_rows} rows; give the texts the trace was collected on.",
-            field="texts",
-            value=len(texts),
-        )
+def _check(trace: ExitTrace, policy: ExitPolicy | None, label_names: Any, texts: Any, pictures: Any) -> None:
+    for name, given in (("texts", texts), ("pictures", pictures)):
+        if given is not None and len(given) != trace.num_rows:
+            raise DataError(
+                f"{len(given)} {name} for a trace of {trace.num_rows} rows; give the {name} the trace was collected on.",
+                field=name,
+                value=len(given),
+            )
     classes = trace.logits.shape[-1]
     if label_names is not None and len(label_names) != classes:
         raise DataError(f"{len(label_names)} label names for {classes} classes; expected one for each.", field="label_names")
@@ -118,6 +124,12 @@ def _check(trace: ExitTrace, policy: ExitPolicy | None, label_names: Any, texts:
             f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",
             field="policy",
         )
+
+
+def _thumbnails(pictures: Sequence[Any], comparison: Comparison, mistakes: Mistakes) -> dict[int, str]:
+    """The pictures of rows that are shown, by place among the judging rows."""
+    places = comparison.judging_rows.tolist()
+    return {one.row: embedded(pictures[places[one.row]], THUMBNAIL) for one in mistakes.worst}
 
 
 def _text(text: str | tuple[str, str]) -> str:

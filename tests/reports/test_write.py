@@ -1,10 +1,13 @@
 """The page: one file, true to its data, closed to hostile texts, and no wider than a phone."""
 
+import base64
 import dataclasses
+import io
 import re
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import f1_score
 
 import hf_earlyexit as ee
@@ -89,6 +92,8 @@ def test_other_problems_get_a_page_without_reliability(problem, tmp_path):
 def test_what_does_not_fit_is_refused(trace, tmp_path):
     with pytest.raises(DataError, match="2 texts for a trace of 600"):
         write_report(trace, tmp_path / "r.html", texts=["a", "b"])
+    with pytest.raises(DataError, match="2 pictures for a trace of 600"):
+        write_report(trace, tmp_path / "r.html", pictures=["a", "b"])
     with pytest.raises(DataError, match="2 label names for 3 classes"):
         write_report(trace, tmp_path / "r.html", label_names=["a", "b"])
     with pytest.raises(DataError, match="policy has 4 exits, the trace 12"):
@@ -138,3 +143,25 @@ def test_f1_is_told_where_classes_are_uneven(tmp_path):
     early = judging.logits[torch.arange(judging.num_rows), torch.as_tensor(layers).long() - 1].argmax(-1)
     text = " ".join((tmp_path / "uneven.html").read_text(encoding="utf-8").split())
     assert f"macro F1 of the early answers is {f1_score(judging.labels, early, average='macro'):.4f}" in text
+
+
+def test_pictures_that_left_early_and_wrong_are_shown_small_and_no_other_is_opened(trace, tmp_path):
+    numbers = []
+
+    class Opened(list):
+        def __getitem__(self, row):
+            numbers.append(row)
+            return Image.new("RGB", (300, 200), (row % 256, row // 256, 0))
+
+        def __len__(self):
+            return trace.num_rows
+
+    write_report(trace, tmp_path / "r.html", pictures=Opened(), max_drop=0.05, most_mistakes=5)
+    page = (tmp_path / "r.html").read_text()
+    shown = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="row (\d+)">', page)
+    assert len(shown) == 5
+    assert [int(row) for _, row in shown] == numbers
+    for data, row in shown:
+        small = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert small.size == (96, 64)
+        assert abs(small.getpixel((5, 5))[0] - int(row) % 256) < 6
