@@ -21,6 +21,7 @@ from ..calibration.replay import Replay
 from ..calibration.result import CalibrationResult
 from ..doors import CAPTIONING
 from ..errors import UsageError
+from ..families.base import IMAGE, TEXT
 from ..losses import OBJECTIVES
 from ..measuring.timing import Timing
 from ..metrics import f1_name
@@ -56,8 +57,8 @@ class Kind(NamedTuple):
     measure: str | None = None
 
 
-TASK = "text-classification"
-CLASSIFIER = Kind(TASK, TASK, "about_classifier.md", "Text classifier", "text", "texts", "one text")
+CLASSIFIER = Kind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
+IMAGE_CLASSIFIER = Kind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
 CAPTIONER = Kind(
     CAPTIONING, "image-text-to-text", "about_captioner.md", "Captioner", "token", "pictures", "one.jpg", "token accuracy"
 )
@@ -114,7 +115,7 @@ def model_card_files(
     known = [name for name in map(hub_id, datasets) if name is not None]
     data_name = hub_id(evaluated_on) or (known[0] if len(known) == 1 else None)
     problem = model.config.resolved_problem_type
-    kind = CAPTIONER if "AutoModelForImageTextToText" in getattr(model.config, "auto_models", ()) else CLASSIFIER
+    kind = _kind_of(model.config)
     measure = kind.measure or quality_name(problem)
     served = model.exit_policy
     rules = [result.policy for result in calibration.values()] + ([] if served is None else [served])
@@ -128,10 +129,10 @@ def model_card_files(
         datasets=known or None,
         language=language,
         license=license,
-        metrics=METRICS.get(problem) if kind is CLASSIFIER else None,
+        metrics=None if kind is CAPTIONER else METRICS.get(problem),
     )
     files = _plots(model, calibration, evaluations, measure)
-    labels = [str(name) for _, name in sorted(model.config.id2label.items())] if kind is CLASSIFIER else []
+    labels = [] if kind is CAPTIONER else [str(name) for _, name in sorted(model.config.id2label.items())]
     judged = {name: evaluations.get(name, result) for name, result in calibration.items()}
     files["README.md"] = _render(
         meta=Markup(meta.to_yaml()),
@@ -166,13 +167,21 @@ def model_card_files(
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
         citations=[Markup(text) for text in _citations(policies, objective)],
     ).encode()
-    if data_name is not None and problem == SINGLE_LABEL and kind is CLASSIFIER:
+    if data_name is not None and problem == SINGLE_LABEL and kind is not CAPTIONER:
         for name, done in evaluations.items():
             path = f".eval_results/{file_name(name)}.yaml"
             if path in files:
                 raise UsageError(f"Two operating points would both be written to {path}; rename {name!r}.", value=name)
             files[path] = _eval_result(name, done, data_name).encode()
     return files
+
+
+def _kind_of(config: Any) -> Kind:
+    """What a model's card calls things, by the Auto class that loads it."""
+    autos = getattr(config, "auto_models", ())
+    if "AutoModelForImageTextToText" in autos:
+        return CAPTIONER
+    return IMAGE_CLASSIFIER if "AutoModelForImageClassification" in autos else CLASSIFIER
 
 
 def _citations(policies: Iterable[str], objective: str | None) -> list[str]:

@@ -12,8 +12,10 @@ from ..calibration.stored import SUM, wrong
 from ..captions.processor import EarlyExitCaptionProcessor
 from ..errors import CheckpointError, UsageError
 from ..files import inside, read_json, replaced_folder, write_json
+from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ..serving.reader import reads_images
 from ..values import json_sum
 
 CALIBRATION_FILE = "calibration.json"
@@ -38,7 +40,7 @@ def save(
         model: a model with exits.
         folder: made if it is not there; files in it that are not written again stay.
         tokenizer: the model's; without it pipelines cannot load the folder.
-        image_processor: a captioner's; the same holds for it.
+        image_processor: that of a captioner or image classifier; the same holds for it.
         calibration: how the model's thresholds were chosen: a result, or several by operating point.
         card: write a model card; a mapping gives its `base_model`, `datasets`, `language`, `license`,
             `objective`, `evaluated_on`, and what `card_figures` returned.
@@ -50,6 +52,7 @@ def save(
     """
     results = {} if calibration is None else by_name(calibration)
     _check(model, results)
+    _check_parts(model, tokenizer, image_processor)
     if tokenizer is not None:
         model.config.exit_tokenizer = tokenizer_fingerprint(tokenizer)
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
@@ -60,6 +63,17 @@ def save(
             _write_calibrations(new, results)
         if card is not False:
             _write_card(new, model, results, repo_id, {} if card is True else dict(card))
+
+
+def _check_parts(model: Any, tokenizer: Any, image_processor: Any) -> None:
+    """Refuse what a classifier does not read with: it would be loaded with the model."""
+    if not isinstance(model, EarlyExitClassifier):
+        return
+    images = reads_images(model)
+    name, part = ("tokenizer", tokenizer) if images else ("image_processor", image_processor)
+    if part is not None:
+        kind = "pictures" if images else "texts"
+        raise UsageError(f"{type(model).__name__} reads {kind}; leave the {name.replace('_', ' ')} out.", field=name)
 
 
 def _input_parts(model: Any, tokenizer: Any, image_processor: Any) -> list[Any]:
