@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
 from ..serving.served import served_classifier
