@@ -22,6 +22,9 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 MISTAKE, INTERRUPTED, READER_GONE = 2, 130, 141  # the last two as a shell says of SIGINT and SIGPIPE
 

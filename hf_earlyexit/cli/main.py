@@ -25,6 +25,7 @@ for _name, _help in (
     ("report", "compare all policies on held-back rows in one HTML file"),
     ("env", "print versions, threads and devices"),
     ("predict", "classify texts, each with the layer it left after"),
+    ("serve", "answer over HTTP, on this machine unless told otherwise"),
     ("monitor", "tell what a monitor saw; ends with status 1 after an alarm"),
     ("caption", "caption pictures, each word with the layer it was decided at"),
     ("push", "push a model with all that belongs to it and a card to the Hub"),

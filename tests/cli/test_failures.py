@@ -67,6 +67,7 @@ def test_every_extra_that_is_named_holds_what_was_missing():
         "scipy": "scikit-learn",
         "pandas": "datasets",
         "pyarrow": "datasets",
+        "prometheus_client": "prometheus-client",
     }
     for module, extra in EXTRAS.items():
         assert any(line.startswith(packages.get(module, module)) for line in extras[extra]), f"{module} is not in [{extra}]"

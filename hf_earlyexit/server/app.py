@@ -1,0 +1,190 @@
+"""The routes: an engine behind FastAPI. Nothing a request holds is logged, and none can name a file, a folder or a model."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Awaitable, Callable
+from copy import deepcopy
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from ..serving.online import Engine
+from .metrics import Metrics
+from .rows import Limits, RefusedError, answers_of, classified, needs, picture_row, probabilities, scored, text_row
+from .shapes import Classified, ClassifyRequest, PredictRequest, Problem, Ranked, RerankRequest, Scored
+
+OPEN = ("/", "/health", "/ready")  # without a key
+KINDS = {401: "unauthorized", 413: "validation", 422: "validation", 429: "overloaded", 503: "backend"}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": words}
+    for status, words in (
+        (400, "No JSON"),
+        (401, "No key, or another"),
+        (413, "Too much"),
+        (422, "What cannot be read"),
+        (429, "The queue is full"),
+        (503, "No answer in time"),
+    )
+}
+PAGE_SAFETY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+
+
+def make_app(
+    engine: Engine,
+    *,
+    tokenizer: Any = None,
+    limits: Limits | None = None,
+    operating_point: str | None = None,
+    api_key: str | None = None,
+    metrics: Metrics | None = None,
+) -> FastAPI:
+    """The application that answers for an engine of one model.
+
+    Args:
+        engine: whose model is looked up at each request, so that it may be replaced.
+        tokenizer: tells whether a text would be cut; kept as `app.state.tokenizer`, so that it may be replaced as well.
+        limits: of a request.
+        operating_point: of requests that name none.
+        api_key: that every request but for the page and the probes must bring as `Authorization: Bearer ...`.
+        metrics: counts; new ones by default.
+    """
+    limits, metrics = limits or Limits(), metrics or Metrics(engine)
+    app = FastAPI(title="hf_earlyexit", description="Classifiers whose rows leave early.", openapi_url="/openapi.json")
+    app.state.tokenizer = deepcopy(tokenizer)  # the engine's is in use by its thread
+    paths: set[str] = set()
+
+    def model_of() -> Any:
+        return next(iter(engine.models.values()))
+
+    async def answered(rows: list[Any], **choice: Any) -> list[Any]:
+        choice["operating_point"] = choice.get("operating_point") or operating_point
+        answers = await answers_of(engine, rows, limits, **choice)
+        for answer in answers:
+            metrics.exits.labels(answer.exit_layer).inc()
+        return answers
+
+    @app.middleware("http")
+    async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        start, path = time.perf_counter(), request.url.path
+        response = _refused_before(request, api_key, limits) or await call(request)
+        known = path if path in paths else "other"  # whoever asks for many paths makes no many counters
+        metrics.requests.labels(known, response.status_code).inc()
+        metrics.seconds.labels(known).observe(time.perf_counter() - start)
+        return response
+
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        return _problem(error.status, error.message, error.kind)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:40] for part in first["loc"][:6])
+        return _problem(422, f"{place}: {first['msg']}"[:300].encode(errors="backslashreplace").decode())
+
+    @app.exception_handler(HTTPException)
+    async def failed(request: Request, error: HTTPException) -> Response:
+        return _problem(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.post("/predict", response_model=list[Scored] | list[list[Scored]], responses=PROBLEMS)
+    async def predict(body: PredictRequest) -> Any:
+        """Every label with its score, as text-embeddings-inference gives it."""
+        model = model_of()
+        needs(model, pictures=False)
+        several = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
+        rows = [text_row(row) for row in (body.inputs if several else [body.inputs])]  # type: ignore[arg-type]
+        _check_lengths(app.state.tokenizer, rows, body.truncate)
+        lists = [scored(model, answer, body.raw_scores) for answer in await answered(rows)]
+        return lists if several else lists[0]
+
+    @app.post("/rerank", response_model=list[Ranked], response_model_exclude_none=True, responses=PROBLEMS)
+    async def rerank(body: RerankRequest) -> Any:
+        """The texts in the order of their scores, as text-embeddings-inference gives it."""
+        model = model_of()
+        needs(model, pictures=False)
+        if len(model.config.id2label) != 1:
+            raise RefusedError(422, "validation", "This model gives several labels, so it is no reranker; use /predict.")
+        rows = [(body.query, text) for text in body.texts]
+        _check_lengths(app.state.tokenizer, rows, body.truncate)
+        answers = await answered(rows)
+        values = [float(answer.logits[0] if body.raw_scores else probabilities(model, answer)[0]) for answer in answers]
+        texts = body.texts if body.return_text else [None] * len(values)
+        ranked = [Ranked(index=index, score=value, text=texts[index]) for index, value in enumerate(values)]
+        return sorted(ranked, key=lambda one: -one.score)
+
+    @app.post("/v1/classify", response_model=list[Classified], responses=PROBLEMS)
+    async def classify(body: ClassifyRequest) -> Any:
+        """One label for each row, with the layer it left after, its score there, and why it left."""
+        model = model_of()
+        if (body.inputs is None) == (body.images is None):
+            raise RefusedError(422, "validation", "Send either inputs or images.")
+        needs(model, pictures=body.images is not None)
+        rows: list[Any] = [text_row(row) for row in body.inputs or ()] or [picture_row(one) for one in body.images or ()]
+        choice = {"operating_point": body.operating_point, "layer_budget": body.layer_budget, "deadline": body.deadline}
+        return [classified(model, answer) for answer in await answered(rows, **choice)]
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"model": Problem}})
+    async def ready() -> Any:
+        """Whether it takes rows."""
+        return _problem(503, "The server stops.", "backend") if engine.closed else {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def tell_metrics() -> Response:
+        """Counts and times, for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> Response:
+        text = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_SAFETY})
+
+    paths.update(route.path for route in app.routes if hasattr(route, "path"))
+    return app
+
+
+def _refused_before(request: Request, api_key: str | None, limits: Limits) -> Response | None:
+    """What is refused before any of the body is read."""
+    if api_key is not None and request.url.path not in OPEN:
+        brought = request.headers.get("authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(brought, f"Bearer {api_key}".encode()):
+            return _problem(401, "The request needs the header Authorization: Bearer KEY.")
+    if request.method != "POST":
+        return None
+    size = request.headers.get("content-length", "")
+    if not size.isdecimal():
+        return _problem(411, "The request needs the header Content-Length.", "validation")
+    if int(size[:20]) > limits.max_body:
+        return _problem(413, f"The body has {size[:20]} bytes; at most {limits.max_body} are taken.")
+    return None
+
+
+def _check_lengths(tokenizer: Any, rows: list[Any], truncate: bool | None) -> None:
+    """Refuse rows that would be cut, where the request asks for that."""
+    if truncate is not False or tokenizer is None:
+        return
+    for place, row in enumerate(rows):
+        texts = (row,) if isinstance(row, str) else row
+        try:
+            length = len(tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
+        except Exception as error:  # tokenizers raise many kinds
+            raise RefusedError(422, "tokenizer", f"Row {place} cannot be tokenized ({error}).") from None
+        if length > tokenizer.model_max_length:
+            most = tokenizer.model_max_length
+            raise RefusedError(422, "tokenizer", f"Row {place} has {length} tokens; the model takes {most}.")
+
+
+def _problem(status: int, message: str, kind: str | None = None, headers: Any = None) -> JSONResponse:
+    headers = {**(headers or {}), **({"Retry-After": "1"} if status in (429, 503) else {})}
+    return JSONResponse({"error": message, "error_type": kind or KINDS.get(status, "validation")}, status, headers)

@@ -1,0 +1,89 @@
+"""What requests may hold and what responses do hold; names and forms of `/predict` and `/rerank` are those of
+text-embeddings-inference."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+
+Text = StrictStr
+Sequence = Text | Annotated[list[Text], Field(min_length=1, max_length=2)]  # a text, or one or two texts
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Choice(_Strict):
+    """How rows are to be run."""
+
+    operating_point: StrictStr | None = Field(None, max_length=200, description="Name of a policy; exact: the full model.")
+    layer_budget: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = Field(
+        None, description="Most layers a row may run."
+    )
+    deadline: Annotated[float, Field(ge=0, le=3600)] | None = Field(
+        None, description="Seconds; a row then leaves at the last exit it passed."
+    )
+
+
+class PredictRequest(_Strict):
+    """Texts to classify: a text, a pair of two texts, or a list of lists of one or two texts."""
+
+    inputs: Sequence | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=2)]], Field(min_length=1)]
+    raw_scores: StrictBool = Field(False, description="Logits in place of scores.")
+    truncate: StrictBool | None = Field(None, description="False refuses texts that are too long; they are cut otherwise.")
+    truncation_direction: Literal["right", "Right"] = "right"
+
+
+class RerankRequest(_Strict):
+    """Texts to put in order."""
+
+    query: Text
+    texts: Annotated[list[Text], Field(min_length=1)]
+    raw_scores: StrictBool = False
+    return_text: StrictBool = False
+    truncate: StrictBool | None = None
+    truncation_direction: Literal["right", "Right"] = "right"
+
+
+class ClassifyRequest(Choice):
+    """Rows to classify, each with the layer it left after: texts, pairs of texts or, of image classifiers, pictures."""
+
+    inputs: Annotated[list[Sequence], Field(min_length=1)] | None = None
+    images: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="Picture files in base64.")
+
+
+class Scored(BaseModel):
+    """A label and its score."""
+
+    score: float
+    label: str
+
+
+class Ranked(BaseModel):
+    """A text's place in the request, and its score."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class Classified(BaseModel):
+    """The answer of one row."""
+
+    label: str | None
+    score: float | None
+    logits: list[float] | None
+    exit_layer: int | None
+    num_layers: int
+    exit_score: float | None
+    reason: str
+    error: str | None = None
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    error: str
+    error_type: str
