@@ -62,7 +62,7 @@ def pooled(held: ee.ExitTrace, report: ee.ExitTrace) -> ee.ExitTrace:
 
 def compare(held: ee.ExitTrace, report: ee.ExitTrace) -> dict:
     """Per form: area on the report rows, and change and speed-up over random halves of all rows."""
-    rows, found = pooled(held, report), {}
+    rows, forms = pooled(held, report), {}
     splits = [np.random.default_rng(seed).permutation(rows.num_rows) for seed in range(HALVES)]
     for name, (policy, options) in FORMS.items():
         built = ee.calibrate(held, policy, ee.MaxDrop(0.0), options=options)
@@ -74,7 +74,7 @@ def compare(held: ee.ExitTrace, report: ee.ExitTrace) -> dict:
             judged = ee.replay(chosen.policy, rows.select(order[half:]))
             halves.append((judged.quality - judged.full_quality, judged.layer_speed_up))
         change, speed = np.array(halves).T
-        found[name] = {
+        forms[name] = {
             "area": float(curve_on(built.policy, report).mean()),
             "change": done.quality - done.full_quality,
             "layer_speed_up": done.layer_speed_up,
@@ -82,17 +82,17 @@ def compare(held: ee.ExitTrace, report: ee.ExitTrace) -> dict:
             "halves_change_error": float(change.std() / HALVES**0.5),
             "halves_speed_up": float(speed.mean()),
         }
-        print(name, found[name], flush=True)
-    return {"rows_held_back": held.num_rows, "rows_reported": report.num_rows, "forms": found}
+        print(name, forms[name], flush=True)
+    return {"rows_held_back": held.num_rows, "rows_reported": report.num_rows, "forms": forms}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     args = parser.parse_args()
-    own = tuple(ee.ExitTrace.load(args.run / f"{part}.safetensors") for part in ("held-back", "report"))
+    traces = tuple(ee.ExitTrace.load(args.run / f"{part}.safetensors") for part in ("held-back", "report"))
     sources = {
-        f"{args.run.name}: mean of the tokens, labels and distillation": own,
+        f"{args.run.name}: mean of the tokens, labels and distillation": traces,
         "cached: mean of the tokens, labels only, 16,000 rows": cached("mean-pooled"),
         "cached: shared pooler of the first token, labels only, 16,000 rows": cached("first-token"),
     }

@@ -25,8 +25,8 @@ def words(caption: str) -> str:
 
 def per_photo(captions: list[str], references: list[list[str]]) -> dict[str, np.ndarray]:
     """ROUGE-L and CIDEr of each caption; their means are the figures of the whole set."""
-    said, known = _tables(captions, references)
-    return {"ROUGE-L": Rouge().compute_score(known, said)[1], "CIDEr": Cider().compute_score(known, said)[1]}
+    written, known = _tables(captions, references)
+    return {"ROUGE-L": Rouge().compute_score(known, written)[1], "CIDEr": Cider().compute_score(known, written)[1]}
 
 
 def score(captions: list[str], references: list[list[str]], meteor: bool = False) -> dict[str, float]:
@@ -37,19 +37,19 @@ def score(captions: list[str], references: list[list[str]], meteor: bool = False
         references: `[N]` lists of one caption or more.
         meteor: adds METEOR, if there is a Java.
     """
-    said, known = _tables(captions, references)
-    bleu = Bleu(4).compute_score(known, said, verbose=0)[0]
+    written, known = _tables(captions, references)
+    bleu = Bleu(4).compute_score(known, written, verbose=0)[0]
     scores = {"BLEU-1": bleu[0], "BLEU-4": bleu[3]}
     scores |= {name: values.mean() for name, values in per_photo(captions, references).items()}
     if meteor and shutil.which("java"):
         from pycocoevalcap.meteor.meteor import Meteor
 
-        scores["METEOR"] = Meteor().compute_score(known, said)[0]
+        scores["METEOR"] = Meteor().compute_score(known, written)[0]
     return {name: float(value) for name, value in scores.items()}
 
 
 def _tables(captions: list[str], references: list[list[str]]) -> tuple[dict, dict]:
     if len(captions) != len(references):
         raise ValueError(f"{len(captions)} captions for {len(references)} photos' references.")
-    said = {photo: [words(caption)] for photo, caption in enumerate(captions)}
-    return said, {photo: [words(caption) for caption in known] for photo, known in enumerate(references)}
+    written = {photo: [words(caption)] for photo, caption in enumerate(captions)}
+    return written, {photo: [words(caption) for caption in known] for photo, known in enumerate(references)}

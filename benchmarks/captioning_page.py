@@ -28,8 +28,8 @@ def table(report: dict) -> str:
         clock = []
         for batch in ("batch 1", "batch 8"):
             timings = report["decode_time"][batch]
-            own = timings[OWN]["speed_up"] if OWN in timings else 1.0
-            middle, low, high = (timings[name][key] / own for key in ("speed_up", "low", "high"))
+            reference = timings[OWN]["speed_up"] if OWN in timings else 1.0
+            middle, low, high = (timings[name][key] / reference for key in ("speed_up", "low", "high"))
             clock.append(f"{middle:.2f}x ({low:.2f} to {high:.2f})")
         scores = " | ".join(f"{row[score]:.3f}" for score in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"))
         depth = f"{row['mean_layers']:.2f} | {row['layer_speed_up']:.2f}x"

@@ -120,7 +120,7 @@ def packed_split(split: str, tokenizer: PreTrainedTokenizerBase) -> datasets.Dat
     return rows.add_column("split", [split] * len(rows))
 
 
-def quiet_arguments(folder: Path, recipe: Any, seed: int, **own: Any) -> ee.EarlyExitTrainingArguments:
+def quiet_arguments(folder: Path, recipe: Any, seed: int, **more: Any) -> ee.EarlyExitTrainingArguments:
     """Settings that every run of the benchmark shares; `recipe` gives rates and sizes."""
     usual = {
         "per_device_train_batch_size": recipe.photos_a_step,
@@ -138,7 +138,7 @@ def quiet_arguments(folder: Path, recipe: Any, seed: int, **own: Any) -> ee.Earl
         "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    return ee.EarlyExitTrainingArguments(str(folder), **(usual | own))
+    return ee.EarlyExitTrainingArguments(str(folder), **(usual | more))
 
 
 def train(name: str, recipe: Recipe, seed: int, out: Path, max_steps: int = -1) -> None:

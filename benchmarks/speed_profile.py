@@ -95,17 +95,17 @@ def again(walker: ModelWalker, calls: list) -> float:
 
 @torch.inference_mode()
 def profile(shape: str, count: int, repeats: int) -> dict:
-    model, rows, found = make(SHAPES[shape]), mixed_rows(count), {}
+    model, rows, models = make(SHAPES[shape]), mixed_rows(count), {}
     for name, one in {"fp32": model, "int8": ee.quantize_int8(model)}.items():
         policies, walker = {"full": None, "early exit": spread_out(all_exits(one, rows))}, ModelWalker(one)
         turns = {way: [] for way in policies}
         for turn in range(1 + repeats):
             for way, policy in policies.items():
-                told, calls = once(one, rows, policy)
-                told["parts"]["layers alone, in the same order"] = again(walker, calls)
-                told["parts"]["layers alone, by size"] = again(walker, sorted(calls, key=lambda call: call[2]))
-                turns[way] += [told] if turn else []
-        found[name] = {
+                timed, calls = once(one, rows, policy)
+                timed["parts"]["layers alone, in the same order"] = again(walker, calls)
+                timed["parts"]["layers alone, by size"] = again(walker, sorted(calls, key=lambda call: call[2]))
+                turns[way] += [timed] if turn else []
+        models[name] = {
             way: {
                 "tokens_of_a_call": tolds[0]["tokens_of_a_call"],
                 "parts": {part: statistics.median(t["parts"][part] for t in tolds if part in t["parts"])
@@ -113,7 +113,7 @@ def profile(shape: str, count: int, repeats: int) -> dict:
             }
             for way, tolds in turns.items()
         }  # fmt: skip
-    return {"rows": count, "turns": repeats, "models": found, "environment": environment()}
+    return {"rows": count, "turns": repeats, "models": models, "environment": environment()}
 
 
 def main() -> None:
@@ -123,9 +123,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = profile(args.shape, args.rows, args.repeats)
+    profiled = profile(args.shape, args.rows, args.repeats)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: other runs may have written meanwhile
-    results["profile"] = results.get("profile", {}) | {args.shape: found}
+    results["profile"] = results.get("profile", {}) | {args.shape: profiled}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 

@@ -94,11 +94,11 @@ def cross_hardness(task: Task, seed: int, out: Path, options: argparse.Namespace
     tokenizer = AutoTokenizer.from_pretrained(DATA / BACKBONE)
     rows, tables = encode(task, tokenizer)["train"], []
     for fold in range(options.folds):
-        own = list(range(fold, len(rows), options.folds))
-        others = rows.select(sorted(set(range(len(rows))) - set(own)))
+        fold_rows = list(range(fold, len(rows), options.folds))
+        others = rows.select(sorted(set(range(len(rows))) - set(fold_rows)))
         model = fit(task, others, len(set(rows["label"])), seed, out, tokenizer, options)
-        trace = ee.collect_trace(model, rows.select(own), tokenizer=tokenizer, split="other fold")
-        tables.append(ee.HardnessTable.measured(trace, own))
+        trace = ee.collect_trace(model, rows.select(fold_rows), tokenizer=tokenizer, split="other fold")
+        tables.append(ee.HardnessTable.measured(trace, fold_rows))
     ee.HardnessTable.joined(tables).save(out / CROSS_HARDNESS)
 
 

@@ -191,7 +191,7 @@ class RankedExits:
         self.scores, self.lowest, self.counts = scores, lowest, counts
         self.order = [np.argsort(-column, kind="stable").astype(np.int32) for column in scores.T[:-1]]
         self.errors = [errors[order, index] for index, order in enumerate(self.order)]
-        self.excess = [own - errors[order, -1] for own, order in zip(self.errors, self.order, strict=True)]
+        self.excess = [wrong - errors[order, -1] for wrong, order in zip(self.errors, self.order, strict=True)]
         self.places, self.allowed = [], []  # of each row's score among the different ones; how many of those may be cut at
         for index, order in enumerate(self.order):
             score = scores[order, index]

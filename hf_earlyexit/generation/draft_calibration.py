@@ -140,18 +140,18 @@ def calibrate_drafts(
 
 def _proposals(scores: Any, rule: ExitPolicy, levels: int) -> list[tuple[float | None, ...]]:
     """Thresholds at quantiles of the scores: one exit alone, and all exits alike."""
-    count, found = scores.shape[1], []
+    count, proposals = scores.shape[1], []
     shares = torch.linspace(0, 0.95, levels)
     for index in range(count):
         if index in rule.muted:
             continue
         for level in _levels(scores[:, index], shares, rule):
-            found.append(tuple(level if one == index else None for one in range(count)))
+            proposals.append(tuple(level if one == index else None for one in range(count)))
     if count > 1:
         rows = scores[scores.isfinite()]
         for level in _levels(rows, shares, rule):
-            found.append(tuple(None if one in rule.muted else level for one in range(count)))
-    return found
+            proposals.append(tuple(None if one in rule.muted else level for one in range(count)))
+    return proposals
 
 
 def _levels(scores: Any, shares: Any, rule: ExitPolicy) -> list[float]:

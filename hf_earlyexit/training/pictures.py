@@ -55,9 +55,9 @@ def _column(row: Any, name: str) -> str:
     for column in (PIXELS, *PICTURE_COLUMNS):
         if column in columns:
             return column
-    found = ", ".join(map(str, columns)) or f"rows of type {type(row).__name__}"
+    named = ", ".join(map(str, columns)) or f"rows of type {type(row).__name__}"
     raise DataError(
-        f"{name} has no column of pictures among {found}; expected {', '.join(PICTURE_COLUMNS)} or {PIXELS}. "
+        f"{name} has no column of pictures among {named}; expected {', '.join(PICTURE_COLUMNS)} or {PIXELS}. "
         "Rename the column.",
         field=name,
     )
