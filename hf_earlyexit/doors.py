@@ -185,7 +185,7 @@ def _classes(stock_type: str, task: str) -> dict[str, type]:
     else:
         (suffix, auto_model, mixin), own_config = TASKS[task], EarlyExitClassifierConfig
     stock_config, stock = (getattr(transformers, f"{family.name}{end}") for end in ("Config", suffix))
-    config = strict(
+    config: Any = strict(
         type(
             door.config,
             (own_config, stock_config),

@@ -14,7 +14,7 @@ from ..images import open_image
 from .batches import FEATURES, IMAGE, PIXELS, image_inputs
 
 
-class CaptionRows(torch.utils.data.Dataset):
+class CaptionRows(torch.utils.data.Dataset[Any]):
     """One row per caption, from a data set with an image and its captions in each row.
 
     Images are opened when a row is asked for, so that five captions of one image cost no more room than one. Labels are the

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, DeviceArguments, FileArguments
 
@@ -102,7 +103,7 @@ def _load(args: PredictArguments) -> Any:
     return OnnxClassifier.from_pretrained(args.model)
 
 
-def _run_of(args: PredictArguments, model: Any) -> dict[str, Any]:
+def _run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
     """What decides the answers of a run."""
     settings = {name: value for name, value in asdict(args).items() if name not in CHANGES_NO_ANSWER}
     path = Path(args.input)

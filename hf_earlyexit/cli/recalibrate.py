@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 from .calibrate import METRICS, TARGETS
@@ -78,7 +79,7 @@ def _figures(outcome: Replay, policy: ExitPolicy) -> dict[str, Any]:
     return {**{name: getattr(outcome, name) for name in names}, "thresholds": list(policy.thresholds)}
 
 
-def _former_target(model: Any, point: str | None) -> str:
+def _former_target(model: ExitModel, point: str | None) -> str:
     points = model.config.exit_point_certificates or {}
     certificate = model.config.exit_certificate if point is None else points.get(point)
     if certificate is None:

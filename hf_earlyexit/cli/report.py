@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 
@@ -100,7 +101,7 @@ def _figures(judged: Replay) -> dict[str, float]:
     return {name: getattr(judged, name) for name in names}
 
 
-def _load_trace(path: str, model: Any) -> ExitTrace:
+def _load_trace(path: str, model: ExitModel) -> ExitTrace:
     from ..modeling.fingerprint import model_fingerprint
     from ..trace import ExitTrace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import UsageError
 from ..measuring.timing import compare_speed
 from ..metrics import uneven_classes
 from ..modeling.configuration import EXACT
+from ..modeling.protocol import Wrapped
 from ..serving.collect import collect_trace
 from ..serving.graph_walker import walker_for
 from ..serving.reader import reader_for, reads_images
@@ -21,7 +23,7 @@ from .save import Calibrations, by_name
 
 
 def card_figures(
-    model: Any,
+    model: Wrapped,
     calibration: Calibrations,
     rows: Any,
     *,
@@ -73,7 +75,7 @@ def card_figures(
     walker, encoded = walker_for(model), reader_for(model, tokenizer, None, image_processor).encode_all(rows)[:]
     runs = {EXACT: Scheduler(walker, None, walker.best_batch_tokens)}
     runs |= {name: Scheduler(walker, result.policy, walker.best_batch_tokens) for name, result in results.items()}
-    timings = compare_speed({name: lambda run=run: run.run(encoded) for name, run in runs.items()}, EXACT, repeats)
+    timings = compare_speed({name: partial(run.run, encoded) for name, run in runs.items()}, EXACT, repeats)
     del timings[EXACT]
     kind = "images" if reads_images(model) else "texts"
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""

@@ -25,6 +25,7 @@ from ..families.base import IMAGE, TEXT
 from ..losses import OBJECTIVES
 from ..measuring.timing import Timing
 from ..metrics import f1_name
+from ..modeling.protocol import ExitModel
 from ..policies import POLICIES
 from ..problem_types import REGRESSION, SINGLE_LABEL, quality_name
 from .markdown import escape, hub_id, without_private
@@ -67,7 +68,7 @@ logger = logging.get_logger(__name__)
 
 
 def model_card_files(
-    model: Any,
+    model: ExitModel,
     calibration: Mapping[str, CalibrationResult],
     *,
     repo_id: str | None = None,

@@ -12,11 +12,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from ..errors import CheckpointError, UsageError
 from ..files import WEIGHTS
+from ..modeling.protocol import TorchExitModel
 from .save import CALIBRATION_FILE, Calibrations, save
 
 
 def push_to_hub(
-    model: Any,
+    model: TorchExitModel,
     repo_id: str,
     *,
     tokenizer: Any = None,

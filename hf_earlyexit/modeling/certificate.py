@@ -24,6 +24,7 @@ from .fingerprint import (
     state_fingerprint,
     tokenizer_fingerprint,
 )
+from .protocol import ExitModel, TorchExitModel
 
 NEEDED = {"fingerprint": str, "policy": str, "dtype": str, "rounded": dict, "settings": dict}
 NARROWER = ("float16", "bfloat16")
@@ -90,7 +91,7 @@ def _summed(certificate: dict[str, Any]) -> dict[str, Any]:
     return {**values, "sum": short_sum(values)}
 
 
-def warn_of_other_tokenizer(model: Any, tokenizer: Any) -> None:
+def warn_of_other_tokenizer(model: ExitModel, tokenizer: Any) -> None:
     """Warn where a tokenizer's vocabulary is not the one the model was saved with."""
     expected = model.config.exit_tokenizer
     if expected is not None and tokenizer is not None and (vocabulary := tokenizer_fingerprint(tokenizer)) != expected:
@@ -123,7 +124,7 @@ def without_policy(values: dict[str, Any]) -> str | None:
     return None
 
 
-def check_certificates(model: Any, path: Any, drop_uncertified: bool) -> None:
+def check_certificates(model: TorchExitModel, path: Any, drop_uncertified: bool) -> None:
     """See that a model just loaded is the one, and has the policies, that its certificates are for.
 
     Args:
@@ -190,7 +191,7 @@ def _drop_promise(point: str | None, certificate: dict[str, Any]) -> None:
     certificate.update(_summed({**certificate, "promise": None}))
 
 
-def drop_outdated(model: Any, tensors: Mapping[str, Tensor] | None) -> None:
+def drop_outdated(model: TorchExitModel, tensors: Mapping[str, Tensor] | None) -> None:
     """Before saving, take off the policies whose model has changed since, and certificates without a policy; says so.
 
     Args:

@@ -17,6 +17,7 @@ from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
 from .loading import check_tensors, unreadable
 from .operating import OperatingPoints
+from .protocol import ExitModel
 from .shim import LoadedByShim
 
 
@@ -102,7 +103,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
         return (model, info) if wants_info else model
 
 
-def require_float32_on_cpu(model: Any, purpose: str) -> None:
+def require_float32_on_cpu(model: ExitModel, purpose: str) -> None:
     """Refuse models that cannot be copied into another form.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
+from .protocol import ExitModel, TorchExitModel
 
 NEW_PARTS = ("exit_heads.", "exit_gates.", "exit_shortlist")
 THREADS = 4
@@ -44,7 +45,7 @@ EXITS = (
 )
 
 
-def model_fingerprint(model: Any, dtype: torch.dtype = torch.float32) -> str:
+def model_fingerprint(model: ExitModel, dtype: torch.dtype = torch.float32) -> str:
     """Sixteen hex digits of all weights of a model and of the settings that its answers depend on.
 
     Thresholds belong to the model they were chosen on; equal fingerprints say that it is the same, in every float dtype that
@@ -58,12 +59,12 @@ def model_fingerprint(model: Any, dtype: torch.dtype = torch.float32) -> str:
         CheckpointError: for a model without weights of its own.
     """
     if (known := getattr(model, "fingerprint", None)) is not None:
-        return known
-    model = getattr(model, "_orig_mod", model)
-    return state_fingerprint(answering_state(model), model.config, dtype)
+        return str(known)
+    inner: Any = getattr(model, "_orig_mod", model)
+    return state_fingerprint(answering_state(inner), inner.config, dtype)
 
 
-def answering_state(model: Any) -> dict[str, Tensor]:
+def answering_state(model: TorchExitModel) -> dict[str, Tensor]:
     """All weights and buffers that are saved, by name; of those that are one and the same, one."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -123,7 +124,7 @@ def _tensor_sum(tensor: Tensor, dtype: torch.dtype) -> str:
     if values.is_floating_point():
         values = values.to(dtype).to(torch.float32)
     digest = hashlib.sha256(str(list(values.shape)).encode())
-    digest.update(values.contiguous().numpy())
+    digest.update(values.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -132,7 +133,7 @@ def _is_silent(name: str) -> bool:
     return name in (*OUTPUT, *ORIGIN, *LABELS, *EXITS) or name.endswith(TRAINING)
 
 
-def _default(field: dataclasses.Field | None) -> Any:
+def _default(field: dataclasses.Field[Any] | None) -> Any:
     if field is None:
         return None
     if field.default_factory is not dataclasses.MISSING:

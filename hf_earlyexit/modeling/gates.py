@@ -69,7 +69,8 @@ class LogitsGate(StateGate):
     def input_size(hidden_size: int, num_labels: int) -> int:
         return hidden_size + num_labels
 
-    def look(self, state: Tensor, logits: Tensor) -> Tensor:
+    def look(self, state: Tensor, logits: Tensor | None) -> Tensor:
+        assert logits is not None  # captioners, whose exits may be asked without, refuse this kind
         answer = logits.detach()
         answer = answer.log_softmax(-1).clamp_min(-20) if answer.shape[-1] > 1 else answer
         return torch.cat([state, answer], -1)

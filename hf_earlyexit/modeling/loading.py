@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..errors import CheckpointError
 from ..files import CONFIG, read_json
 from .fingerprint import NEW_PARTS
+from .protocol import TorchExitModel
 
 INPUT_PARTS = {
     "tokenizer": ("tokenizer_config.json",),
@@ -80,7 +81,7 @@ def check_input_parts(name: Any, given: Mapping[str, Any], needed: Iterable[str]
             )
 
 
-def check_tensors(model: Any, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
+def check_tensors(model: TorchExitModel, info: Any, path: Any, init_missing: bool, any_size: bool) -> None:
     """Refuse a model whose tensors do not fit its config.
 
     Args:

@@ -183,7 +183,7 @@ class OperatingPoints:
 
     def _accept(
         self, source: ExitPolicy | CalibrationResult, fingerprints: Fingerprints, name: str | None = None
-    ) -> tuple[dict, dict | None]:
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """A policy as the config holds it, and its certificate."""
         policy = source.policy if isinstance(source, CalibrationResult) else source
         if not isinstance(policy, ExitPolicy):
@@ -194,5 +194,5 @@ class OperatingPoints:
             self.config.check_policy(policy)
         else:
             self.config.check_operating_point(name, policy)
-        certified = isinstance(source, CalibrationResult)
-        return policy.to_dict(), certify(source, self.config, fingerprints) if certified else None
+        certificate = certify(source, self.config, fingerprints) if isinstance(source, CalibrationResult) else None
+        return policy.to_dict(), certificate

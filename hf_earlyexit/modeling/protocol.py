@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..policies.base import ExitPolicy
+from ..walking.step import Walker
 
 
 class ExitModel(Protocol):
@@ -88,6 +89,13 @@ class TorchExitModel(ExitModel, Protocol):
     exit_heads: nn.ModuleDict
     exit_gates: nn.ModuleDict
     base_model: Any
+    base_model_prefix: str
+
+    def eval(self) -> Any:
+        """The model itself, no longer in training mode."""
+
+    def set_attn_implementation(self, attn_implementation: Any) -> None:
+        """Choose how attention is computed, by name."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All weights."""
@@ -107,12 +115,15 @@ class TorchExitModel(ExitModel, Protocol):
     def get_submodule(self, target: str) -> nn.Module:
         """A module by path."""
 
+    def get_memory_footprint(self) -> int:
+        """Bytes of all tensors."""
+
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write a folder, whole or not at all."""
 
 
-class TorchExitClassifier(TorchExitModel, Protocol):
-    """A classifier with exits that is a torch module.
+class TorchExitClassifier(Walker, TorchExitModel, Protocol):
+    """A classifier with exits that is a torch module, which can be walked layer by layer.
 
     Attributes:
         family: the row of its family, a `Family`.
@@ -123,11 +134,6 @@ class TorchExitClassifier(TorchExitModel, Protocol):
     @property
     def num_labels(self) -> int:
         """Classes C."""
-
-    def exit_signal(
-        self, exit_index: int, hidden: Tensor, context: Any, asks: Sequence[str] = (), before: Tensor | None = None
-    ) -> Any:
-        """What an exit tells: see `walking.step.Walker`."""
 
 
 Wrapped = ExitModel | nn.Module

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import replaced_folder
 from ..modeling.certificate import drop_promises_of_other_dtypes, warn_of_other_tokenizer
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.protocol import ExitModel
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from .classifier import OnnxClassifier
@@ -102,7 +103,7 @@ def export_onnx(
     return changed
 
 
-def _check(model: Any, forms: Sequence[str], int8: bool, rows: Any) -> None:
+def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> None:
     if not forms or not set(forms) <= set(FORMS):
         raise UsageError(f"forms is {forms!r}; expected some of {', '.join(FORMS)}.", field="forms", value=forms)
     if rows is not None and not int8:

@@ -9,6 +9,7 @@ from typing import Any
 from ..calibration import CalibrationResult, calibrate, parse_target, replay
 from ..calibration.targets import Target
 from ..errors import UsageError
+from ..modeling.protocol import ExitClassifier
 from ..policies import ExitPolicy
 from ..serving.collect import collect_trace
 from ..trace import ExitTrace
@@ -63,7 +64,9 @@ class Recalibration:
         return "\n".join(lines)
 
 
-def recalibrate(model: Any, small: Any, rows: Any, target: str | Target | None, **collecting: Any) -> Recalibration:
+def recalibrate(
+    model: ExitClassifier, small: ExitClassifier, rows: Any, target: str | Target | None, **collecting: Any
+) -> Recalibration:
     """Choose the policy of `model` anew for `small`.
 
     Args:

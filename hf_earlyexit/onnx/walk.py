@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
+from ..modeling.protocol import ExitModel, TorchExitClassifier
 from ..signals import SIGNALS, known_signals
 from ..walking.step import every_exit
 
@@ -47,7 +48,7 @@ class _Walk(nn.Module):
         signals: names of what its exits give beside their logits.
     """
 
-    def __init__(self, model: Any, signals: Sequence[str]) -> None:
+    def __init__(self, model: TorchExitClassifier, signals: Sequence[str]) -> None:
         super().__init__()
         self.model, self.signals = model, signals
 
@@ -65,7 +66,7 @@ class _Walk(nn.Module):
         return named
 
 
-def exported_signals(model: Any) -> tuple[str, ...]:
+def exported_signals(model: ExitModel) -> tuple[str, ...]:
     """Names of the signals that an export holds: those that are learned, and those that the model's policies ask for."""
     points = (None, *model.operating_points)
     policies = [policy for policy in map(model.policy_at, points) if policy is not None]
@@ -73,7 +74,7 @@ def exported_signals(model: Any) -> tuple[str, ...]:
     return tuple(name for name in model.signals if name in asked or SIGNALS.get(name).learned)
 
 
-def walk_graph(model: Any, signals: Sequence[str] | None = None) -> onnx.ModelProto:
+def walk_graph(model: TorchExitClassifier, signals: Sequence[str] | None = None) -> onnx.ModelProto:
     """Trace a model's walk.
 
     Args:

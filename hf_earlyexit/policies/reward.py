@@ -206,7 +206,7 @@ def _taught(trace: Any, kept: list[int], member: int) -> Tensor:
             paid = (chance * (harm + prices[:, None] * layers)).sum(-1).mean(0)
             loss = (paid / (prices + PRICE_SCALE)).mean() + RIDGE * weights.square().mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             shrink.step()
     return weights.detach()

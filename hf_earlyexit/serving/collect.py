@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,17 +14,18 @@ from ..errors import DataError, UsageError
 from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.finite import check_finite
+from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from .batching import sorted_batches
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
 from .tables import plain_rows
-from .walker import ModelWalker
+from .walker import BatchWalker, ModelWalker
 
 
 def collect_trace(
-    model: Any,
+    model: Wrapped,
     rows: Any,
     *,
     tokenizer: Any = None,
@@ -58,23 +59,23 @@ def collect_trace(
     Raises:
         DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
-    model = served_classifier(model)
-    reader = reader_for(model, tokenizer, max_length, image_processor)
+    served = served_classifier(model)
+    reader = reader_for(served, tokenizer, max_length, image_processor)
     if labelled:
-        encoded, truth = labelled_rows(model, rows, reader, labels)
+        encoded, truth = labelled_rows(served, rows, reader, labels)
     else:
         encoded, truth = _unlabelled_rows(rows, reader, labels), None
     logits: Tensor | None = None  # filled in place, so that a large trace is in memory once
     scalars: dict[str, Tensor] = {}
-    for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress, model.signals):
+    for indices, output in full_pass(served, encoded, tokenizer, max_batch_tokens, progress, served.signals):
         if logits is None:
             logits = torch.empty(len(encoded), *output.exit_logits.shape[1:])
-            scalars = {name: torch.empty(len(encoded), *output.exit_scalars[name].shape[1:]) for name in model.signals}
+            scalars = {name: torch.empty(len(encoded), *output.exit_scalars[name].shape[1:]) for name in served.signals}
         logits[indices] = output.exit_logits.float().cpu()
         for name, values in scalars.items():
             values[indices] = output.exit_scalars[name].float().cpu()
     assert logits is not None  # there is at least one row
-    return make_trace(model, logits, truth, split, scalars)
+    return make_trace(served, logits, truth, split, scalars)
 
 
 def _unlabelled_rows(rows: Any, reader: RowReader, labels: Any) -> Sequence[Any]:
@@ -86,7 +87,9 @@ def _unlabelled_rows(rows: Any, reader: RowReader, labels: Any) -> Sequence[Any]
     return encoded
 
 
-def labelled_rows(model: Any, rows: Any, reader: RowReader, labels: Sequence[Any] | None) -> tuple[Sequence[Any], Labels]:
+def labelled_rows(
+    model: ExitModel, rows: Any, reader: RowReader, labels: Sequence[Any] | None
+) -> tuple[Sequence[Any], Labels]:
     """What the model reads of every row, and its label.
 
     Raises:
@@ -103,7 +106,7 @@ def labelled_rows(model: Any, rows: Any, reader: RowReader, labels: Sequence[Any
 
 
 def make_trace(
-    model: Any, logits: Tensor, labels: Labels | None, split: str, scalars: dict[str, Tensor] | None = None
+    model: ExitModel, logits: Tensor, labels: Labels | None, split: str, scalars: dict[str, Tensor] | None = None
 ) -> ExitTrace:
     """The trace of what a model said of rows; without labels the full model's answers stand in for them."""
     problem_type = _problem_type_of(model) if labels is None else labels.problem_type
@@ -125,14 +128,14 @@ def make_trace(
     )
 
 
-def _computing_dtype(model: Any) -> str:
+def _computing_dtype(model: ExitModel) -> str:
     """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
     modules = model.modules() if hasattr(model, "modules") else ()
     rounded = (module.computes_in for module in modules if hasattr(module, "computes_in"))
     return next(rounded, str(model.dtype).removeprefix("torch."))
 
 
-def _problem_type_of(model: Any) -> str:
+def _problem_type_of(model: ExitModel) -> str:
     """What a model's outputs mean where no labels tell."""
     if model.config.problem_type is not None:
         return str(model.config.problem_type)
@@ -140,7 +143,7 @@ def _problem_type_of(model: Any) -> str:
 
 
 def full_pass(
-    model: Any,
+    model: Wrapped,
     encoded: Sequence[Any],
     tokenizer: Any,
     max_batch_tokens: int,
@@ -156,9 +159,9 @@ def full_pass(
     Raises:
         DataError: for a row the model cannot read, or one whose logits are not finite.
     """
-    model = served_classifier(model)
-    walker = getattr(model, "walker", None) or ModelWalker(model)
-    size = PICTURES if reads_images(model) else max(len(encoded), 1)
+    served = served_classifier(model)
+    walker: BatchWalker = getattr(served, "walker", None) or ModelWalker(cast(TorchExitClassifier, served))
+    size = PICTURES if reads_images(served) else max(len(encoded), 1)
     with torch.inference_mode(), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
         for first in range(0, len(encoded), size):
             rows = encoded[first : first + size]
@@ -166,7 +169,7 @@ def full_pass(
             for group in walker.apart(rows):
                 together = [rows[place] for place in group]
                 for places, batch in sorted_batches(together, max_batch_tokens, tokenizer, walker.length):
-                    output = model(**batch.to(model.device), early_exit=False, exit_signals=signals)
+                    output = served(**batch.to(served.device), early_exit=False, exit_signals=signals)
                     numbers = [first + group[place] for place in places]
                     check_finite(output.exit_logits, numbers)
                     yield numbers, output

@@ -21,7 +21,7 @@ GRAPHS = 1024  # a dozen segments in some eighty buckets
 WARM_UPS = 3  # libraries choose their kernels and take their memory in the first calls, which no graph may hold
 _CAPTURING = Lock()  # torch: one capture in a process at a time
 
-Outputs = Sequence[Tensor | None]
+Outputs = Sequence[Tensor]
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
 Segment = Callable[[Tensor, Tensor], tuple[Tensor, Outputs]]
 
@@ -132,7 +132,7 @@ class SegmentGraphs:
                     held.fill(hidden, tokens)  # warming up has written on the buffers
                 held.replay()
                 outputs = held.outputs
-            kept = [None if part is None else part[:rows].clone() for part in outputs]
+            kept = [part[:rows].clone() for part in outputs]
             return held.hidden[:rows, :width].clone(), kept
 
     def _captured(self, name: Hashable, body: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:

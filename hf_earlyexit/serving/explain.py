@@ -11,14 +11,16 @@ import torch
 from ..errors import UsageError
 from ..images import picture_name
 from ..modeling.finite import check_finite
+from ..modeling.protocol import ExitModel, Wrapped
+from ..policies import ExitPolicy
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..signals import known_signals
 from ..trace import ExitTrace
 from .batching import pad_batch
 from .exit_reasons import ExitView, in_words
+from .graph_walker import walker_for
 from .reader import first_error, reader_for
 from .served import served_classifier
-from .walker import ModelWalker
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Explanation:
 
 
 def explain(
-    model: Any, row: Any, *, tokenizer: Any = None, image_processor: Any = None, operating_point: str | None = None
+    model: Wrapped, row: Any, *, tokenizer: Any = None, image_processor: Any = None, operating_point: str | None = None
 ) -> Explanation:
     """Show what every exit says of a row, and why it leaves where it does. All layers are run for it.
 
@@ -52,31 +54,31 @@ def explain(
         UsageError: if there is no policy: none is set, or "exact" is asked for.
         UnknownNameError: for an unknown operating point.
     """
-    model = served_classifier(model)
-    policy = model.policy_at(operating_point)
+    served = served_classifier(model)
+    policy = served.policy_at(operating_point)
     if operating_point is not None and policy is None:
         raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
     if policy is None:
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
-    reader = reader_for(model, tokenizer, None, image_processor)
+    reader = reader_for(served, tokenizer, None, image_processor)
     encoded = reader.encode_all([row])[:]
-    first_error(encoded, ModelWalker(model).check, 0)
+    first_error(encoded, walker_for(served, cuda_graphs=False).check, 0)
     batch = pad_batch(encoded, getattr(tokenizer, "pad_token_id", None) or 0)
     with torch.inference_mode():
-        output = model(**batch.to(model.device), early_exit=False, exit_signals=known_signals(policy.asks))
+        output = served(**batch.to(served.device), early_exit=False, exit_signals=known_signals(policy.asks))
     check_finite(output.exit_logits, [0])
     trace = ExitTrace(
         logits=output.exit_logits.float().cpu(),
         labels=torch.zeros(1, dtype=torch.long),
-        exit_layers=model.exit_layers,
+        exit_layers=served.exit_layers,
         scalars={name: values.float().cpu() for name, values in (output.exit_scalars or {}).items()},
     )
     scores = policy.scan(trace).scores
     taken = int(policy.decide(scores)[0])
-    views = tuple(_view(model, policy, trace, scores, index, taken) for index in range(trace.num_exits))
+    views = tuple(_view(served, policy, trace, scores, index, taken) for index in range(trace.num_exits))
     text = _name_of(row) if reader.images else _text_of(row)
     reason = in_words(views, taken, classes=policy.problem_type != REGRESSION)
-    return Explanation(text, model.exit_layers[taken], views, reason)
+    return Explanation(text, served.exit_layers[taken], views, reason)
 
 
 def _name_of(row: Any) -> str:
@@ -89,7 +91,7 @@ def _text_of(row: Any) -> str:
     return row if isinstance(row, str) else " | ".join(row)
 
 
-def _answer(model: Any, logits: torch.Tensor, problem_type: str) -> str:
+def _answer(model: ExitModel, logits: torch.Tensor, problem_type: str) -> str:
     """What an exit answers, in words: its class, the labels that it gives, or its values.
 
     Args:
@@ -105,7 +107,7 @@ def _answer(model: Any, logits: torch.Tensor, problem_type: str) -> str:
     return ", ".join(f"{value:.3g}" for value in prediction.tolist())
 
 
-def _view(model: Any, policy: Any, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:
+def _view(model: ExitModel, policy: ExitPolicy, trace: ExitTrace, scores: torch.Tensor, index: int, taken: int) -> ExitView:
     last = index == trace.num_exits - 1
     threshold = None if last else policy.thresholds[index]
     muted = index in policy.muted

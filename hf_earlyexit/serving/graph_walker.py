@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..families.base import LAST, is_watched
 from ..families.context import Context, widened
+from ..modeling.protocol import ExitClassifier, TorchExitClassifier, TorchExitModel
 from ..signals import ExitSignal
 from .batching import pad_batch
 from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
@@ -25,22 +26,23 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, SegmentGraphs]] = WeakKeyDictionary()  
 _KNOWING = Lock()
 
 
-def walker_for(model: Any, cuda_graphs: bool = True) -> BatchWalker:
+def walker_for(model: ExitClassifier, cuda_graphs: bool = True) -> BatchWalker:
     """The walker that suits a model and its device.
 
     Args:
         model: a classifier with exits.
         cuda_graphs: use graphs where the model is on a CUDA device and nobody has hooked or wrapped its modules.
     """
-    walker = getattr(model, "walker", None)
+    walker: BatchWalker | None = getattr(model, "walker", None)
     if walker is not None:
         return walker
+    model = cast(TorchExitClassifier, model)  # only exported ones bring a walker
     if cuda_graphs and model.device.type == "cuda" and captures(model):
         return GraphWalker(model, _graphs_of(model, torch.cuda.current_stream(model.device)))
     return ModelWalker(model)
 
 
-def captures(model: Any) -> bool:
+def captures(model: TorchExitClassifier) -> bool:
     """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
     traced = not model.family.untraced and model.family.token != LAST  # a graph knows real tokens, not which one answers
     return traced and not is_watched(model.modules())
@@ -56,7 +58,7 @@ class GraphWalker(ModelWalker):
 
     lanes = 2  # one chunk's decisions travel while the other computes
 
-    def __init__(self, model: Any, graphs: SegmentGraphs) -> None:
+    def __init__(self, model: TorchExitClassifier, graphs: SegmentGraphs) -> None:
         super().__init__(model, pack=False)
         self.graphs = graphs
         self.weights = [weight.data for weight in model.parameters()]  # graphs know them by address: keep them there
@@ -77,14 +79,15 @@ class GraphWalker(ModelWalker):
     ) -> tuple[Tensor, ExitSignal | None]:
         segment = partial(self._segment, layers, exit_index, asks)
         name = f"layers {layers.start} to {layers.stop - 1}, exit {exit_index}, signals {', '.join(asks) or 'none'}"
-        hidden, given = self.graphs.run(name, segment, hidden, context.tokens)
+        hidden, given = self.graphs.run(name, segment, hidden, _padded(context)[0])
         return hidden, ExitSignal(given[0], dict(zip(asks, given[1:], strict=True))) if given else None
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         width = max(hidden.shape[1] for hidden, _ in parts)
         hidden = torch.cat([widened(hidden, width) for hidden, _ in parts])
-        tokens = torch.cat([widened(context.tokens, width) for _, context in parts])
-        return hidden, Context(tokens=tokens, lengths=tuple(length for _, context in parts for length in context.lengths))
+        known = [_padded(context) for _, context in parts]
+        tokens = torch.cat([widened(tokens, width) for tokens, _ in known])
+        return hidden, Context(tokens=tokens, lengths=tuple(length for _, lengths in known for length in lengths))
 
     def _segment(
         self, layers: range, exit_index: int | None, asks: Sequence[str], hidden: Tensor, tokens: Tensor
@@ -94,10 +97,20 @@ class GraphWalker(ModelWalker):
         return hidden, () if signal is None else (signal.logits, *(signal.scalars[name] for name in asks))
 
 
-def _graphs_of(model: Any, stream: Any) -> SegmentGraphs:
+def _padded(context: Context) -> tuple[Tensor, tuple[int, ...]]:
+    """Which tokens are real `[B, T]` and the rows' lengths: always known here, where rows are padded to a bucket."""
+    assert context.tokens is not None
+    assert context.lengths is not None
+    return context.tokens, context.lengths
+
+
+def _graphs_of(model: TorchExitModel, stream: Any) -> SegmentGraphs:
     """The graphs of a model on a stream, as long as its modules are the same and its weights stay where they are."""
     weights = [*model.parameters(), *model.buffers()]
-    parts = [(weight.data_ptr(), weight.dtype, weight.shape) for weight in weights], [id(part) for part in model.modules()]
+    parts: Any = (
+        [(weight.data_ptr(), weight.dtype, weight.shape) for weight in weights],
+        [id(part) for part in model.modules()],
+    )
     key = (stream, tuple(map(tuple, parts)))
     with _KNOWING:
         known = _KNOWN.setdefault(model, {})

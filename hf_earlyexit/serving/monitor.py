@@ -213,7 +213,12 @@ class Monitor:
         state, alarms = self.state, []
         known = {alarm.kind for alarm in state.alarms}
         rate = state.num_different / max(state.num_shadowed, 1)  # the lower bound lies below it
-        if DISAGREEMENT not in known and rate > self.limit and (lower := self.bounds()[0]) > self.limit:
+        if (
+            DISAGREEMENT not in known
+            and self.limit is not None
+            and rate > self.limit
+            and (lower := self.bounds()[0]) > self.limit
+        ):
             message = (
                 f"Early answers differ from the full model's in {rate:.2%} of {state.num_shadowed} shadowed rows, with "
                 f"{self.confidence:.1%} confidence in more than {lower:.2%}; the limit is {self.limit:.2%}. Calibrate again "

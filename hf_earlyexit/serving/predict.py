@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import EarlyExitError, UsageError
+from ..modeling.protocol import ExitModel, Wrapped
 from ..policies.base import ExitPolicy
 from ..problem_types import REGRESSION, same_prediction
 from .answers import Answers
@@ -54,7 +55,7 @@ class Answer(NamedTuple):
 
 
 def predict(
-    model: Any,
+    model: Wrapped,
     rows: Any,
     *,
     tokenizer: Any = None,
@@ -142,7 +143,7 @@ def predict(
 
 
 def stream(
-    model: Any,
+    model: Wrapped,
     rows: Any,
     *,
     tokenizer: Any = None,
@@ -192,7 +193,7 @@ def stream(
     )
 
 
-def _one_by_one(model: Any, parts: Iterator[Answers]) -> Iterator[Answer]:
+def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
     for part in parts:
         columns = (_layers(model, part.exit_index).tolist(), part.score.tolist(), part.reason)
         for place, (logits, layer, score, reason) in enumerate(zip(part.logits, *columns, strict=True)):
@@ -289,6 +290,6 @@ def _require_classes(policy: ExitPolicy) -> None:
         raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
 
 
-def _layers(model: Any, exit_index: Tensor) -> Tensor:
+def _layers(model: ExitModel, exit_index: Tensor) -> Tensor:
     """Layers (1-based) of exit indices, 0 for -1."""
     return torch.tensor((*model.exit_layers, 0))[exit_index]

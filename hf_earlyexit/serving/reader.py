@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import EarlyExitError, UsageError
 from ..families.base import IMAGE
+from ..modeling.protocol import Wrapped
 from .pictures import PictureRows, encode_pictures, picture_columns
 from .rows import encode_rows, encode_window
 from .tables import named_columns, windows
@@ -14,7 +15,7 @@ from .tables import named_columns, windows
 PICTURES = 256  # read at once; prepared, one takes much room
 
 
-def reads_images(model: Any) -> bool:
+def reads_images(model: Wrapped) -> bool:
     """Whether a classifier's rows are pictures."""
     family = getattr(model, "family", None)
     return family is not None and family.task == IMAGE
@@ -59,7 +60,9 @@ class RowReader(NamedTuple):
         return PictureRows(rows, self.image_processor) if self.images else encode_rows(rows, self.tokenizer, self.max_length)
 
 
-def reader_for(model: Any, tokenizer: Any = None, max_length: int | None = None, image_processor: Any = None) -> RowReader:
+def reader_for(
+    model: Wrapped, tokenizer: Any = None, max_length: int | None = None, image_processor: Any = None
+) -> RowReader:
     """The reader of a model's rows.
 
     Raises:

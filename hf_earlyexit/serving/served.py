@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
+from ..modeling.protocol import ExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped
 from .batching import evaluating
 
 
-def served_classifier(model: Any) -> Any:
+def served_classifier(model: Wrapped) -> ExitClassifier:
     """A classifier with exits in evaluation mode; nothing is written on what was given.
 
     Args:
@@ -25,4 +24,5 @@ def served_classifier(model: Any) -> Any:
             f"{type(inner).__name__} is no classifier; its answers come from generate(...) or its own pipeline.",
             field="model",
         )
-    return evaluating(inner)
+    served: ExitClassifier = evaluating(inner)
+    return served

@@ -13,6 +13,7 @@ from ..errors import DataError
 from ..families.base import IMAGE, Family
 from ..families.context import Context
 from ..families.packed import join as join_packed
+from ..modeling.protocol import TorchExitClassifier
 from ..signals import ExitSignal
 from ..walking.step import Walks
 from .batching import pad_batch
@@ -84,7 +85,7 @@ class ModelWalker(BatchWalker):
         pack: let rows stand end to end where the model allows it; `False` pads them.
     """
 
-    def __init__(self, model: Any, pack: bool = True) -> None:
+    def __init__(self, model: TorchExitClassifier, pack: bool = True) -> None:
         self.model, self.base = model, model.base_model
         self.family: Family = model.family
         self.packs: bool = pack and self.family.packs(self.base)
@@ -117,7 +118,7 @@ class ModelWalker(BatchWalker):
         height, width = row[PIXELS].shape[1:]
         size = self.base.config.patch_size
         down, across = size if isinstance(size, (list, tuple)) else (size, size)
-        return 1 + (height // down) * (width // across)
+        return 1 + int(height // down) * int(width // across)
 
     def shape_of(self, row: Any) -> Hashable:
         """Texts all may stand in one batch; pictures with those of their size."""
@@ -132,7 +133,8 @@ class ModelWalker(BatchWalker):
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
-        return self.layers[layer - 1](hidden, context)
+        after: Tensor = self.layers[layer - 1](hidden, context)
+        return after
 
     def exit_signal(
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None

@@ -98,7 +98,7 @@ def _damaged(path: Path, parameters: list[Tensor]) -> str | None:
 
 def _in_short(error: Exception) -> str:
     text = " ".join(str(error).split()).split(". ")[0]
-    return text[:200] or {EOFError: "the file is empty"}.get(type(error), type(error).__name__)
+    return text[:200] or ("the file is empty" if type(error) is EOFError else type(error).__name__)
 
 
 def _check_state(file: Path) -> None:

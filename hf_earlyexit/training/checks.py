@@ -138,14 +138,14 @@ class NamesToNumbers:
         self.collate, self.config, self.names = collate, config, tuple(names)
 
     def __call__(self, rows: list[Any]) -> Any:
-        column = find_label_column(rows[0], self.names) if rows and isinstance(rows[0], Mapping) else None
+        column = find_label_column(list(rows[0]), self.names) if rows and isinstance(rows[0], Mapping) else None
         if column is not None and any(isinstance(row.get(column), str) for row in rows):
             numbers = label_numbers([row[column] for row in rows], self.config.label2id or {}, "the batch", column)
             rows = [{**row, column: number} for row, number in zip(rows, numbers, strict=True)]
         return self.collate(rows)
 
 
-class Unlabelled(Dataset):
+class Unlabelled(Dataset[Any]):
     """Rows without the columns that hold labels."""
 
     def __init__(self, rows: Any, names: Sequence[str]) -> None:

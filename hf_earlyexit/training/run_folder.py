@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from ..errors import CheckpointError, TrainingError, UsageError
 from ..files import read_json, write_json
+from ..modeling.protocol import TorchExitModel
 from .weights import load_weights
 
 SETTINGS_FILE, DONE_FILE, MODEL_FOLDER = "run.json", "done.json", "model"
@@ -59,14 +60,14 @@ class RunFolder:
         """Whether a phase was run to its end."""
         return (self.path / phase / DONE_FILE).is_file()
 
-    def finish(self, phase: str, model: Any, log: list[dict[str, Any]]) -> None:
+    def finish(self, phase: str, model: TorchExitModel, log: list[dict[str, Any]]) -> None:
         """Keep what a phase ended with, and mark it as done."""
         if self.writes:
             model.save_pretrained(self.path / phase / MODEL_FOLDER)
             write_json(self.path / phase / DONE_FILE, {"log": log}, allow_nan=True)  # as norms of float16 gradients are
         PartialState().wait_for_everyone()
 
-    def restore(self, phase: str, model: Any) -> list[dict[str, Any]]:
+    def restore(self, phase: str, model: TorchExitModel) -> list[dict[str, Any]]:
         """Give the model the weights a phase ended with.
 
         Returns:

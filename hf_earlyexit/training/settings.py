@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..losses import Objective
+from ..modeling.protocol import TorchExitModel
 from ..problem_types import SINGLE_LABEL
 from ..registry import unknown_name
 
@@ -40,7 +41,7 @@ def check_arguments(given: Mapping[str, Any], cls: type, why_not: Mapping[str, s
             raise refused(name, None, why_not[name])
 
 
-def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model: Any) -> None:
+def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model: TorchExitModel) -> None:
     """Refuse training arguments that would do nothing, or harm, to this model.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modeling.protocol import TorchExitModel
 from ..serving.collect import full_pass, labelled_rows, make_trace
 from ..serving.reader import reader_for
 from ..trace import ExitTrace
@@ -46,7 +47,7 @@ class GateStates:
 
 
 def collect_states(
-    model: Any,
+    model: TorchExitModel,
     rows: Any,
     *,
     tokenizer: Any = None,
@@ -75,7 +76,7 @@ def collect_states(
 
 
 @contextmanager
-def _pooled_states(model: Any) -> Iterator[list[Tensor]]:
+def _pooled_states(model: TorchExitModel) -> Iterator[list[Tensor]]:
     """A list that fills with what each exit head is given, in the order of the exits."""
     seen: list[Tensor] = []
     hooks = [
