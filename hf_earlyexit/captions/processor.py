@@ -33,7 +33,7 @@ class EarlyExitCaptionProcessor(ProcessorMixin):
             raise UsageError(
                 f"start_token_id is {shown(start_token_id)}; expected a token's number, or None.", field="start_token_id"
             )
-        super().__init__(image_processor, tokenizer, **kwargs)
+        super().__init__(image_processor, tokenizer, **kwargs)  # type: ignore[no-untyped-call]
         self.start_token_id = start_token_id
 
     @classmethod

@@ -163,7 +163,7 @@ def _trace_batch(model: Any, states: Tensor, captions: Captions, policy: ExitPol
         logits, score = None, torch.zeros(count, device=model.device)
         if policy is not None and index in policy.muted:
             score = score - torch.inf
-        elif policy is not None:
+        elif policy is not None and walker is not None:
             signal = walker.exit_signal(index, hidden[layer], None, policy.asks_at(index), hidden[layer - 1])
             state, score, _ = policy.update(state, signal, index)
             logits = signal.logits if walker.policy_answers else None

@@ -95,8 +95,10 @@ def figures(model: Any, rows: Any, labels: list[Any], parts: dict[str, Any], arg
     layers = early.exit_layer.double()
     trace = collect_trace(model, rows, labels=labels, **parts, split="evaluated", progress=False)
     classes = class_reports(early.logits, trace.logits[:, -1], truth, problem)
+    policy = model.policy_at(args.operating_point)
+    assert policy is not None  # who calls has looked
     values = {
-        "policy": model.policy_at(args.operating_point).name,
+        "policy": policy.name,
         "measure": metric.title(problem),
         "rows": len(truth),
         **compared._asdict(),

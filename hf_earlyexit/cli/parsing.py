@@ -53,7 +53,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parse_arguments(
-    classes: Sequence[type],
+    classes: Sequence[Any],
     words: Sequence[str],
     command: str,
     about: str | None,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import LAST, Family, Frame, Framed
+from .base import LAST, TEXT_INPUTS, Family, Frame, Framed
 from .context import Context, Part
 from .masks import MASK, backwards, framed, positions
 from .packed import PackedView
-from .text import NO_SEGMENTS, ROTARY, TEXT_INPUTS, check_text, rotary_call
+from .text import NO_SEGMENTS, ROTARY, check_text, rotary_call
 
 NO_GRAPH = "which token answers is found from token ids, which the exported exits do not see."
 

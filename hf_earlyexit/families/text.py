@@ -32,7 +32,9 @@ def check_text(family: Family, model: Any, inputs: dict[str, Any]) -> None:
     given, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if (given is None) == (embedded is None):
         raise UsageError("Give exactly one of input_ids and inputs_embeds.", field="input_ids")
-    check_width((given if embedded is None else embedded).shape[1], family.longest(model.config))
+    rows = given if embedded is None else embedded
+    assert rows is not None  # one of them is given
+    check_width(rows.shape[1], family.longest(model.config))
 
 
 def check_width(tokens: int, limit: int) -> None:
@@ -190,6 +192,7 @@ def _deberta_mask(inputs: dict[str, Any]) -> Tensor:
     if mask is not None:
         return mask
     rows = embedded if ids is None else ids
+    assert rows is not None  # one of them is given
     return torch.ones(rows.shape[:2], device=rows.device)
 
 

@@ -170,7 +170,7 @@ def measure_costs(model: Any, policy: ExitPolicy, context: int = 48) -> DraftCos
     """
     ids = torch.ones(1, context, dtype=torch.long, device=model.device)
     output = model(ids, token_exits=ExitRun(None), use_cache=True)
-    cache = output[cache_name(type(output))]
+    cache = output[cache_name(type(output))]  # type: ignore[arg-type]
     open_policy = policy.with_thresholds(policy.lowest_threshold)
     walker = LosslessWalker(model, ExitRun(open_policy), Speaker(1, (), (), samples=False), 1, cache, None, None, None)
     states = torch.randn(max(WIDTHS), model.config.hidden_size, device=model.device, dtype=model.dtype)

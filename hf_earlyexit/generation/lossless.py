@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from ..errors import UsageError
 from ..families.decoders import TokenContext, cache_name
@@ -237,7 +237,7 @@ def decode_lossless(
     config = generation_config
     check_lossless_call(model, model_kwargs)
     output = model._prefill(input_ids, config, {**model_kwargs, "token_exits": ExitRun(None, draft_run.images)})
-    cache = output[cache_name(type(output))]
+    cache = output[cache_name(type(output))]  # type: ignore[arg-type]
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
     keeps = config.return_dict_in_generate
     speaker = Speaker(
@@ -310,7 +310,7 @@ def _result(rows: list[Row], prompt: int, config: Any, cache: Any, options: dict
 
     values = {"sequences": sequences, "scores": by_step("scores"), "logits": by_step("logits")}
     kind = GenerateEncoderDecoderOutput if isinstance(cache, EncoderDecoderCache) else GenerateDecoderOnlyOutput
-    return kind(**values, **{cache_name(kind): cache})
+    return kind(**values, **{cache_name(kind): cache})  # type: ignore[arg-type]
 
 
 def check_lossless_call(model: Any, options: dict[str, Any]) -> None:

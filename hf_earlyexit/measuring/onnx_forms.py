@@ -58,9 +58,11 @@ class OnnxForm:
         """In full, cut off after `static_layer`, and with early exit; batches are of `batch_size` rows, sorted by length."""
         served = self.served
         last, static = len(served.exit_layers) - 1, exit_at(served.exit_layers, static_layer)
-        early = Scheduler(walker_for(served), served.exit_policy, served.walker.best_batch_tokens)
+        policy = served.exit_policy
+        assert policy is not None  # looked at when it was made
+        early = Scheduler(walker_for(served), policy, served.walker.best_batch_tokens)
         whole, short = self._session(last), self._session(static)
-        one = self._open(one_file(self.whole, served.config, served.exit_policy))
+        one = self._open(one_file(self.whole, served.config, policy))
         first = FIRST.format(static_layer)
         return Ways(
             many={FULL: by_length(whole, batch_size), EARLY: early.run, first: by_length(short, batch_size)},

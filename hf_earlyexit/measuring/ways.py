@@ -77,7 +77,7 @@ def torch_ways(model: Any, batch_size: int, static_layer: int) -> Ways:
 
 def _stock_forward(model: Any) -> Callable[[dict[str, Any]], Any]:
     """The stock class's own forward, on the very weights: what a plain checkpoint of the family costs."""
-    stock = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
+    stock: Any = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
     return lambda batch: stock.forward(model, **batch).logits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.utils.generic import ModelOutput
 
@@ -24,14 +24,14 @@ class EarlyExitClassifierOutput(ModelOutput):
         hidden_states, attentions: as in the stock model; only when all exits ran.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    exit_logits: torch.FloatTensor | None = None
-    exit_scalars: dict[str, torch.FloatTensor] | None = None
-    exit_layer: torch.LongTensor | None = None
-    exit_score: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_logits: Tensor | None = None
+    exit_scalars: dict[str, Tensor] | None = None
+    exit_layer: Tensor | None = None
+    exit_score: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -45,9 +45,9 @@ class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
         exit_layer: the layer each token left after `[B, T]`, 1 to L.
     """
 
-    exit_logits: torch.FloatTensor | None = None
-    exit_scalars: dict[str, torch.FloatTensor] | None = None
-    exit_layer: torch.LongTensor | None = None
+    exit_logits: Tensor | None = None
+    exit_scalars: dict[str, Tensor] | None = None
+    exit_layer: Tensor | None = None
 
 
 @dataclass
@@ -61,6 +61,6 @@ class EarlyExitCausalLMOutput(CausalLMOutputWithCrossAttentions):
         exit_layer: the layer each token left after `[B, T]`, 1 to L.
     """
 
-    exit_logits: torch.FloatTensor | None = None
-    exit_scalars: dict[str, torch.FloatTensor] | None = None
-    exit_layer: torch.LongTensor | None = None
+    exit_logits: Tensor | None = None
+    exit_scalars: dict[str, Tensor] | None = None
+    exit_layer: Tensor | None = None

@@ -60,6 +60,11 @@ class ExitModel(Protocol):
     def policy_at(self, operating_point: str | None) -> ExitPolicy | None:
         """The policy of an operating point, `None` for "exact"; without a name, `exit_policy`."""
 
+    def choose_policy(
+        self, early_exit: bool | None, operating_point: str | None, kwargs: dict[str, Any]
+    ) -> ExitPolicy | None:
+        """The policy that a call asks for; `None` to run in full."""
+
     def require_signals(self, names: Iterable[str]) -> None:
         """Refuse signals that the model does not give."""
 

@@ -95,7 +95,8 @@ class OnnxWalker(BatchWalker):
         """Batches of the same depth as one, padded to the widest."""
         width = max(hidden.shape[1] for hidden, _ in parts)
         joined = torch.cat([pad(hidden, (0, 0, 0, width - hidden.shape[1])) for hidden, _ in parts])
-        return joined, _context(torch.cat([pad(c.tokens, (0, width - c.tokens.shape[1])) for _, c in parts]))
+        tokens = [_tokens(context) for _, context in parts]
+        return joined, _context(torch.cat([pad(part, (0, width - part.shape[1])) for part in tokens]))
 
 
 class OnnxClassifier(OperatingPoints):
@@ -248,7 +249,7 @@ def _config(values: dict[str, Any], path: Path) -> Any:
     """
     try:
         rest = {name: value for name, value in values.items() if name != "model_type"}
-        config = AutoConfig.for_model(values.get("model_type"), **rest)
+        config = AutoConfig.for_model(str(values.get("model_type")), **rest)
         if not isinstance(config, EarlyExitConfig):
             raise UsageError(f"model_type is {values.get('model_type')!r}, which has no exits.", field="model_type")
         return config
@@ -298,8 +299,15 @@ def open_session(read: Callable[[str], bytes], name: str, threads: int) -> ort.I
 def _run(
     session: ort.InferenceSession, states: dict[str, Tensor], context: Context, wanted: list[str] | None = None
 ) -> list[np.ndarray]:
-    given = {**states, TOKENS: context.tokens}
-    return session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
+    given = {**states, TOKENS: _tokens(context)}
+    found: list[np.ndarray] = session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
+    return found
+
+
+def _tokens(context: Context) -> Tensor:
+    """Which tokens are real `[B, T]`: always known here."""
+    assert context.tokens is not None
+    return context.tokens
 
 
 def _context(tokens: Tensor) -> Context:

@@ -131,7 +131,7 @@ def make_trace(
 def _computing_dtype(model: ExitModel) -> str:
     """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
     modules = model.modules() if hasattr(model, "modules") else ()
-    rounded = (module.computes_in for module in modules if hasattr(module, "computes_in"))
+    rounded = (str(module.computes_in) for module in modules if hasattr(module, "computes_in"))
     return next(rounded, str(model.dtype).removeprefix("torch."))
 
 

@@ -64,6 +64,7 @@ class Int8Linear(nn.Module):
     def _multiply(self, tokens: Tensor) -> Tensor:
         """Products of 8-bit tokens `[tokens, in + 8]` with the weights `[tokens, out]`; the last 8 weights are 0."""
         if self.packed is None:  # no 8-bit kernels here: right, but no faster than float32
+            assert self.rounded is not None
             return functional.linear(tokens.float(), self.rounded).mul_(self.scale)
         count = len(tokens)
         missing = -count % FEW_SIZES if count > SMALL else 0

@@ -95,7 +95,8 @@ def on_last_exit(compute: Any) -> Any:
         plain = EvalPrediction(
             by_output(prediction.predictions)[0], prediction.label_ids, prediction.inputs, prediction.losses
         )
-        return compute(plain, **kwargs)
+        metrics: dict[str, Any] = compute(plain, **kwargs)
+        return metrics
 
     return wrapped
 

@@ -69,7 +69,7 @@ def _opened(row: Mapping[str, Any], number: int, image_processor: Any) -> dict[s
     return {**rest, PIXELS: encode_picture({column: row[column]}, image_processor, f"Row {number}")}
 
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures(torch.utils.data.Dataset[Any]):
     """Rows with pixel values; a picture that cannot be read is an error that names its row."""
 
     def __init__(self, rows: Any, image_processor: Any) -> None:
@@ -82,7 +82,7 @@ class Pictures(torch.utils.data.Dataset):
         return _opened(self.rows[place], place, self.image_processor)
 
 
-class PictureStream(torch.utils.data.IterableDataset):
+class PictureStream(torch.utils.data.IterableDataset[Any]):
     """As `Pictures`, of rows without a known number."""
 
     def __init__(self, rows: Any, image_processor: Any) -> None:

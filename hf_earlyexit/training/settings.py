@@ -145,12 +145,12 @@ def given_losses(
     return torch.stack(losses)
 
 
-def has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: TorchExitModel | nn.Module) -> bool:
     """Whether PEFT has put adapters or trained copies into a model."""
     return hasattr(model, "peft_config") or any(hasattr(module, "modules_to_save") for module in model.modules())
 
 
-def check_adapters(model: Any, exit_model: nn.Module) -> None:
+def check_adapters(model: Any, exit_model: TorchExitModel) -> None:
     """Refuse a PEFT model in which parts of the exits are frozen: they would stay as they were drawn.
 
     Args:
