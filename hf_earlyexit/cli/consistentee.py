@@ -53,7 +53,7 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
         trainer = ConsistentTrainer(model, training, train, held, processing_class=processing)
     log = trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint) is True)
     trainer.save_model()
-    trace = Path(training.output_dir) / TRACE_FILE
+    trace = Path(str(training.output_dir)) / TRACE_FILE
     collect_trace(model, held, **parts).save(trace)
     lines, phases = [], []
     for phase in trainer.phases:

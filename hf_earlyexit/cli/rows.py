@@ -12,6 +12,7 @@ from ..data.forms import Reading
 from ..data.labels import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError
+from ..modeling.protocol import ExitModel
 from ..serving.collect import collect_trace
 from ..serving.reader import reads_images
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
@@ -137,7 +138,7 @@ def _with_texts(rows: Dataset, chosen: Sequence[str] | None, place: str) -> Data
     return rows
 
 
-def collected(args: Any, model: Any, parts: dict[str, Any], labelled: bool = True) -> ExitTrace:
+def collected(args: Any, model: ExitModel, parts: dict[str, Any], labelled: bool = True) -> ExitTrace:
     """The trace of the rows that `dataset` and `split` name, validation rows by default.
 
     Args:

@@ -71,7 +71,7 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
         trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=processing)
     trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint))
     trainer.save_model()
-    trace = Path(training.output_dir) / TRACE_FILE
+    trace = Path(str(training.output_dir)) / TRACE_FILE
     collect_trace(model, held, **parts).save(trace)
     metrics = trainer.evaluate()
     by_layer = sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2]))

@@ -15,6 +15,7 @@ from ..files import inside, read_json, replaced_folder, write_json
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ..modeling.protocol import ExitModel
 from ..serving.reader import reads_images
 from ..values import json_sum
 
@@ -148,13 +149,13 @@ def by_name(calibration: CalibrationResult | Mapping[str, CalibrationResult]) ->
     return {DEFAULT: calibration} if isinstance(calibration, CalibrationResult) else dict(calibration)
 
 
-def _served(model: Any) -> list[dict[str, Any]]:
+def _served(model: ExitModel) -> list[dict[str, Any]]:
     """All policies of a model, as in its config."""
     points = [None, *model.operating_points]
     return [policy.to_dict() for policy in map(model.policy_at, points) if policy is not None]
 
 
-def _check(model: Any, results: dict[str, CalibrationResult]) -> None:
+def _check(model: ExitModel, results: dict[str, CalibrationResult]) -> None:
     served, fingerprint = _served(model), model_fingerprint(model)
     for name, result in results.items():
         if result.policy.to_dict() not in served:

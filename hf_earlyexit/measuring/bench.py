@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitModel
 from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
@@ -61,7 +62,9 @@ def bench(
     if not rows:
         raise UsageError("There are no rows; expected at least one.", field="rows")
     forms: dict[str, Any] = {name: _form(model) for name, model in models.items()}
-    served = {name: form if isinstance(form, torch.nn.Module) else form.served for name, form in forms.items()}
+    served: dict[str, Any] = {
+        name: form if isinstance(form, torch.nn.Module) else form.served for name, form in forms.items()
+    }
     many: dict[tuple[str, str], Run] = {}
     single: dict[tuple[str, str], Run] = {}
     few, exits, few_exits = rows[:latency_rows], {}, {}
@@ -82,7 +85,7 @@ def bench(
     latency = _in_turns({key: [partial(run, [row]) for row in few] for key, run in single.items()},
                         repeats, clock, seed, warm_up)  # fmt: skip
     first = next(iter(served))
-    result = {
+    result: dict[str, Any] = {
         "rows": {"count": len(rows), "mean_tokens": statistics.mean(map(walker_for(served[first]).length, rows))},
         "turns": repeats,
         "batch_size": batch_size,
@@ -115,7 +118,7 @@ def _add_shares(exits: dict[str, float], few_exits: dict[str, float], many: Any,
     exits["share_of_bound_at_batch_1"] = alone / fastest / few_exits["token_layer_bound"]
 
 
-def exits_of(model: Any, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
+def exits_of(model: ExitModel, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
     """Mean exit layer, layer speed-up, and the token-layer bound: the speed-up if time were tokens times layers alone."""
     depth, layers = model.exit_layers[-1], answers.exit_layer.double()
     tokens = torch.tensor(list(map(walker_for(model).length, rows))).double()
@@ -203,7 +206,7 @@ def as_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _nearest_exit(model: Any, layer: float) -> int:
+def _nearest_exit(model: ExitModel, layer: float) -> int:
     return min(model.exit_layers, key=lambda exit_layer: abs(exit_layer - layer))
 
 
@@ -211,7 +214,8 @@ def _in_turns(
     runs: Mapping[Any, Sequence[Callable[[], Any]]], repeats: int, clock: Callable[[], float], seed: int, warm_up: int = 1
 ) -> dict[Any, Tensor]:
     """Seconds `[repeats, jobs]` of every list of jobs; each turn runs all first jobs, then all second, in random order."""
-    order, seconds = random.Random(seed), {key: [] for key in runs}
+    order = random.Random(seed)
+    seconds: dict[Any, Any] = {key: [] for key in runs}
     for turn in range(warm_up + repeats):
         times: dict[Any, list[float]] = {key: [] for key in runs}
         for job in range(len(next(iter(runs.values())))):
