@@ -15,7 +15,7 @@ from .tables import named_columns, windows
 PICTURES = 256  # read at once; prepared, one takes much room
 
 
-def reads_images(model: Wrapped) -> bool:
+def reads_images(model: Any) -> bool:
     """Whether a classifier's rows are pictures."""
     family = getattr(model, "family", None)
     return family is not None and family.task == IMAGE
