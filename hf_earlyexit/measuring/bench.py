@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitModel
+from ..modeling.protocol import ExitClassifier, ExitModel
 from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
@@ -118,7 +118,7 @@ def _add_shares(exits: dict[str, float], few_exits: dict[str, float], many: Any,
     exits["share_of_bound_at_batch_1"] = alone / fastest / few_exits["token_layer_bound"]
 
 
-def exits_of(model: ExitModel, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
+def exits_of(model: ExitClassifier, rows: Sequence[TokenIds], answers: Predictions) -> dict[str, float]:
     """Mean exit layer, layer speed-up, and the token-layer bound: the speed-up if time were tokens times layers alone."""
     depth, layers = model.exit_layers[-1], answers.exit_layer.double()
     tokens = torch.tensor(list(map(walker_for(model).length, rows))).double()
