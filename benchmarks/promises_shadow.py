@@ -12,8 +12,8 @@ from tasks import BACKBONE, DATA
 import hf_earlyexit as ee
 from hf_earlyexit.serving.monitor import Monitor
 
-ROWS, ROUNDS, SHADOW = 600, 7, 0.01
-SPEED_UPS = (1.5, 2.0, 3.0)
+ROWS, ROUNDS, SHADOW = 400, 5, 0.01
+SPEED_UPS = (1.5, 2.5)
 
 
 def cost() -> list[dict[str, Any]]:
