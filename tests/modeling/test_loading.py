@@ -259,11 +259,12 @@ def test_a_surplus_head_is_refused_by_name(saved):
         Door.from_pretrained(saved)
 
 
-def test_tensors_that_belong_to_no_part_are_named_once_and_ignored(saved, caplog):
+def test_tensors_that_belong_to_no_part_are_named_once_and_ignored(saved, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)  # it keeps to itself, and caplog may follow
     before = Door.from_pretrained(saved).state_dict()
     edit_weights(saved, lambda tensors: tensors.update({"cls.predictions.bias": torch.zeros(3)}))
     after = Door.from_pretrained(saved).state_dict()
-    assert len([record for record in caplog.records if "cls.predictions.bias" in record.getMessage()]) == 1
+    assert len({id(record) for record in caplog.records if "cls.predictions.bias" in record.getMessage()}) == 1
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
