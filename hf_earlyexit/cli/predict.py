@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, DeviceArguments, FileArguments
 
 if TYPE_CHECKING:
+    from ..modeling.protocol import ExitModel
     from .incoming import Incoming
 
 STDOUT = "-"

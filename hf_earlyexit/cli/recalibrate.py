@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 from .calibrate import METRICS, TARGETS
 
 if TYPE_CHECKING:
     from ..calibration import Replay
+    from ..modeling.protocol import ExitModel
     from ..policies import ExitPolicy
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitModel
 from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 
 if TYPE_CHECKING:
     from ..calibration.replay import Replay
+    from ..modeling.protocol import ExitModel
     from ..trace import ExitTrace
 
 
