@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shlex
 import sys
@@ -178,6 +179,13 @@ def test_the_measured_pages_are_those_of_the_committed_results(monkeypatch):
             )
         else:
             assert path.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_page_of_pictures_is_that_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pictures = import_module("pictures")
+    results = json.loads(pictures.RESULTS.read_text(encoding="utf-8"))
+    assert pictures.PAGE.read_text(encoding="utf-8") == pictures.page(results), "run python benchmarks/pictures.py --page"
 
 
 def test_the_table_of_extras_and_versions_is_that_of_the_project():

@@ -54,8 +54,9 @@ def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def embed_any_size(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Patches of a model that always fits its positions to the image."""
-    return model.embeddings(inputs["pixel_values"])
+    """Patches of a model that always fits its positions to the image, in the model's precision."""
+    pixels = inputs["pixel_values"]
+    return model.embeddings(pixels.to(model.embeddings.patch_embeddings.projection.weight.dtype))
 
 
 def _frame_beit(frame: Frame) -> Framed:
