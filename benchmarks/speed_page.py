@@ -64,8 +64,8 @@ def page(results: dict) -> str:
             continue
         lines += [f"### {TITLES.get(part, part)}", ""]
         rows, environment = found["rows"], found["environment"]
-        lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean, {found['turns']} turns.", "",
-                  as_table(found), ""]  # fmt: skip
+        turns = f", {found['turns']} turns" if "turns" in found else ""  # not told of runs before forms were measured
+        lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean{turns}.", "", as_table(found), ""]
         columns = ["model", "mean exit layer", "layer speed-up", "token-layer bound", "share reached", "arrival order",
                    "at batch 1"]  # fmt: skip
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -70,9 +70,8 @@ def main():
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"\nSaved to {args.out}; AutoModel reloads it as {type(AutoModel.from_pretrained(args.out)).__name__}.\n")
-    texts, stock = splits["test"]["text"][:5], pipeline("text-classification", args.out)
-    exiting = ee.pipeline(model=args.out)
-    for text, plain, answer in zip(texts, stock(texts), exiting(texts), strict=True):
+    texts, stock, early = splits["test"]["text"][:5], pipeline("text-classification", args.out), ee.pipeline(model=args.out)
+    for text, plain, answer in zip(texts, stock(texts), early(texts), strict=True):
         assert plain["label"] == answer["label"], "the stock pipeline gives the same answers"
         print(f"layer {answer['exit_layer']}  {answer['label']:34s} {answer['score']:.2f}  {text}")
 

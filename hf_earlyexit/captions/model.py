@@ -37,6 +37,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
     """
 
     config_class = EarlyExitVisionEncoderDecoderConfig
+    crosses = True
     config: EarlyExitVisionEncoderDecoderConfig
 
     def __init__(self, config: Any = None, encoder: Any = None, decoder: Any = None) -> None:

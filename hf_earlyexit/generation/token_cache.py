@@ -137,8 +137,15 @@ def self_attention_of(cache: Any) -> Any:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-def takes_apart(cache: Any) -> bool:
-    """Whether the rows of a cache can be taken apart."""
+def takes_apart(cache: Any, crosses: bool) -> bool:
+    """Whether the rows of a cache can be taken apart, and it is of the kind that the layers need.
+
+    Args:
+        cache: any.
+        crosses: whether the layers look at an encoder's states.
+    """
+    if isinstance(cache, EncoderDecoderCache) != crosses:
+        return False
     attended = self_attention_of(cache)
     if not isinstance(attended, DynamicCache):
         return False
@@ -162,7 +169,7 @@ def require_dynamic(cache: Any, crosses: bool) -> None:
             "which `generate` makes by itself.",
             field="cache",
         )
-    if not takes_apart(cache):
+    if not takes_apart(cache, crosses):
         attended = self_attention_of(cache)
         kinds = sorted({type(layer).__name__ for layer in attended.layers}) or [type(attended).__name__]
         offloaded = ", offloaded" if getattr(attended, "offloading", False) else ""

@@ -29,6 +29,7 @@ class ModelThatWrites(ModelWithExits):
 
     backbone: DecoderBackbone
     token_decoder: Any
+    crosses = False  # whether its layers look at an encoder's states
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
@@ -145,7 +146,12 @@ class ModelThatWrites(ModelWithExits):
             one_token: whether the call gives one token of each row and nothing that needs a whole text.
             cache: of the call, or `None`.
         """
-        return run.policy is not None and one_token and holds_prompt(cache, self.exit_layers[-1]) and takes_apart(cache)
+        return (
+            run.policy is not None
+            and one_token
+            and holds_prompt(cache, self.exit_layers[-1])
+            and takes_apart(cache, self.crosses)
+        )
 
     @torch.no_grad()
     def generate(

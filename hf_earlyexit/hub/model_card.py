@@ -158,7 +158,7 @@ def model_card_files(
         timings=timings,
         f1s=f1s,
         f1_name=f1_name(problem),
-        classes={name: to_show(done.classes) for name, done in judged.items() if done.classes},
+        classes={name: to_show(done.classes) for name, done in judged.items() if done.classes and labels},  # not of words
         class_names=labels,
         all_classes=len(labels),
         most_classes=MOST_CLASSES,

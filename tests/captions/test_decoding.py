@@ -204,9 +204,11 @@ def test_a_cache_with_holes_is_noticed(captioner, images, mixed, monkeypatch, at
     model, batch = captioner(attention=attention), images(1)
     model.set_exit_policy(mixed(model, "confidence"))
     right = caches_of(model, batch)[0]
-    project = decoding.DecoderWalker.project
+    real = decoding.token_cache
     monkeypatch.setattr(
-        decoding.DecoderWalker, "project", lambda *given: type(project(*given))(*map(torch.zeros_like, project(*given)))
+        decoding,
+        "token_cache",
+        lambda cache, project: real(cache, lambda *given: (*map(torch.zeros_like, project(*given)),)),
     )
     output, cache = caches_of(model, batch)
     with torch.no_grad():

@@ -49,6 +49,6 @@ def test_two_ranks_end_with_equal_weights_and_the_metrics_of_one_process(two_ran
     assert alone_report["moved"] > 1e-2
     assert all(torch.allclose(alone[name], first[name], atol=1e-5) for name in alone)
     captions = case in ddp_script.CAPTIONERS
-    kind, more = ("token_accuracy", {"eval_gate_agreement"}) if captions else ("accuracy", set())
-    assert set(report["metrics"]) == {f"eval_exit_{layer}_{kind}" for layer in (1, 2, 3, 4)} | more
+    kinds, more = (("token_accuracy", "agreement"), {"eval_gate_agreement"}) if captions else (("accuracy",), set())
+    assert set(report["metrics"]) == {f"eval_exit_{layer}_{kind}" for layer in (1, 2, 3, 4) for kind in kinds} | more
     assert report["metrics"] == other_report["metrics"] == pytest.approx(alone_report["metrics"])
