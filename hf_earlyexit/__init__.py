@@ -74,7 +74,6 @@ _HOMES = {
     "caption_page": "captions.page",
     "EarlyExitMetric": "evaluation",
     "EarlyExitError": "errors",
-    "EngineError": "errors",
 }
 
 __all__ = ["__version__", *_HOMES]

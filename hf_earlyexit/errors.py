@@ -69,9 +69,3 @@ class PermitsEverything(UserWarning):
     def __init__(self, message: str, instead: str) -> None:
         super().__init__(message)
         self.instead = instead
-
-
-class EngineError(EarlyExitError):
-    """An engine that does not answer a row: its queue is full (`field` is "max_queue": try again later), it was closed, its
-    worker died, or the row breaks a layer.
-    """

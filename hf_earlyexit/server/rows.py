@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import EarlyExitError, EngineError
+from ..errors import EarlyExitError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..serving.online import Engine
+from ..serving.online_rows import ENGINE
 from ..serving.predict import Answer
 from ..serving.reader import reads_images
 from .shapes import Classified, Scored
@@ -60,12 +61,11 @@ async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choi
         )
     except TimeoutError:
         raise RefusedError(503, "overloaded", f"There was no answer within {limits.max_seconds:g} seconds.") from None
-    except EngineError as error:
-        full = error.field == "max_queue"
-        raise RefusedError(429 if full else 503, "overloaded" if full else "backend", str(error)) from None
     except EarlyExitError as error:
-        closed = engine.closed
-        raise RefusedError(503 if closed else 422, "backend" if closed else "validation", str(error)) from None
+        if error.field == "max_queue":
+            raise RefusedError(429, "overloaded", str(error)) from None
+        ended = engine.closed or error.field == ENGINE
+        raise RefusedError(503 if ended else 422, "backend" if ended else "validation", str(error)) from None
     finally:
         for future in futures:
             future.cancel()

@@ -121,13 +121,13 @@ class Engine:
 
         Returns:
             A `concurrent.futures.Future` of an `Answer`, which can be awaited, too. Its errors: DataError for a row that
-            cannot be read or whose answer is not finite, EngineError if its layers failed or the engine was closed.
-            Callbacks run in the engine's thread: keep them short.
+            cannot be read or whose answer is not finite, EarlyExitError with the field "engine" if its layers failed or the
+            engine was closed. Callbacks run in the engine's thread: keep them short.
 
         Raises:
             UsageError, UnknownNameError: for arguments out of range, an unknown model or operating point; if the engine is
                 closed, or was used before this process was forked.
-            EngineError: if the queue is full.
+            UsageError: with the field "max_queue" if the queue is full: try again later.
         """
         for name, value in (("deadline", deadline), ("priority", priority)):
             if value is not None and not is_real(value, 0 if name == "deadline" else -math.inf):
@@ -173,7 +173,7 @@ class Engine:
         """Take no more rows, and wait until those that were taken are answered.
 
         Args:
-            drain: `False` gives them an EngineError instead; no further layer is begun.
+            drain: `False` fails them instead, with an error of the field "engine"; no further layer is begun.
         """
         self._worker.close(drain)
 

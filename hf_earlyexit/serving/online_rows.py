@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EarlyExitError, EngineError
+from ..errors import EarlyExitError
 from ..modeling.finite import not_finite
 from .answers import DEADLINE, Leaving
 from .batching import cut
@@ -27,6 +27,7 @@ from .reader import RowReader
 from .scheduler import Scheduler
 
 CANCELLED = "cancelled"
+ENGINE = "engine"  # field of errors that are not the row's own
 TOKENS_OF_A_ROW = 8  # few; rows are read together, so that those of similar length can run together
 PICTURES_AT_ONCE = 4  # opening one takes as long as many texts
 _NUMBERS = itertools.count()
@@ -269,8 +270,8 @@ class Line:
         self.inside.pop(future, None)
 
 
-def _failed(what: str, error: Exception) -> EngineError:
+def _failed(what: str, error: Exception) -> EarlyExitError:
     """An error of ours around another, without the frames that would keep tensors alive."""
-    ours = EngineError(f"The row has no answer. {what}: {type(error).__name__}: {error}", field="row")
+    ours = EarlyExitError(f"The row has no answer. {what}: {type(error).__name__}: {error}", field=ENGINE)
     ours.__cause__ = error.with_traceback(None)
     return ours

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, UsageError
-from .online_rows import Line, RowFuture
+from ..errors import EarlyExitError, UsageError
+from .online_rows import ENGINE, Line, RowFuture
 from .predict import Answer
 from .reader import RowReader
 from .scheduler import Scheduler
@@ -81,8 +81,8 @@ class Worker:
             bounded: whether it needs room in the queue.
 
         Raises:
-            UsageError: if the engine is closed, or was started before this process was forked.
-            EngineError: if the queue is full.
+            UsageError: if the engine is closed, or was started before this process was forked; with the field "max_queue" if
+                the queue is full.
         """
         if self.process not in (None, os.getpid()):  # before the lock, which another thread may have held at the fork
             raise UsageError(
@@ -94,7 +94,7 @@ class Worker:
                 raise UsageError("The engine is closed; make another.")
             if bounded and self.queued >= self.max_queue:
                 self.tally["refused"] += 1
-                raise EngineError(
+                raise UsageError(
                     f"{self.queued} rows wait already, as many as max_queue allows; try again later.",
                     field="max_queue",
                     value=self.max_queue,
@@ -150,7 +150,7 @@ class Worker:
                     for line in lines:
                         line.step()
             if self.drops:
-                self._fail_all(lambda: EngineError("The engine was closed before the row was answered."))
+                self._fail_all(lambda: EarlyExitError("The engine was closed before the row was answered.", field=ENGINE))
         except BaseException as error:
             self._die(error)
 
@@ -168,8 +168,9 @@ class Worker:
         kind, cause = type(error).__name__, error.with_traceback(None)
         logger.error("The engine's worker died of %s; its rows fail, and it is started anew.", kind)
 
-        def died() -> EngineError:
-            ours = EngineError(f"The engine's worker died of {kind}: {cause}. It is started anew; send the row again.")
+        def died() -> EarlyExitError:
+            words = f"The engine's worker died of {kind}: {cause}. It is started anew; send the row again."
+            ours = EarlyExitError(words, field=ENGINE)
             ours.__cause__ = cause
             return ours
 

@@ -52,8 +52,9 @@ def writer(stock_folder):
     """
 
     def make(name="llama", share=None, dtype=torch.float32, **fields):
+        folder = stock_folder(name)  # before the seed: it draws numbers the first time alone
         torch.manual_seed(0)
-        model = door(name).from_pretrained(stock_folder(name), dtype=dtype, **fields).eval()
+        model = door(name).from_pretrained(folder, dtype=dtype, **fields).eval()
         with torch.no_grad():
             for parameter, weight in model.named_parameters():
                 if parameter.startswith(("exit_heads.", "exit_gates.")) and "norm" not in parameter:

@@ -44,7 +44,7 @@ def test_exits_learn_from_the_models_own_samples_and_nothing_else_moves(writer, 
     model = writer(name, exit_head=head, exit_rank=16)
     rows, held = samples(model)[0], samples(model, 12, seed=5)[0]
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    settings = {"objective": "two-stage", "objective_options": {"direction": "last-to-exit"}}
+    settings = {"objective": "two-stage", "objective_options": {"direction": "last-to-exit"}, "max_steps": 120}
     trainer = ee.EarlyExitLanguageModelTrainer(model, arguments(**settings), train_dataset=rows, eval_dataset=held)
     first = trainer.evaluate()
     trainer.train()

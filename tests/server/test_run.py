@@ -96,6 +96,7 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
         process.send_signal(signal.SIGTERM)
         done = [one for one in connected if one.exception(SECONDS) is None]
     assert process.wait(SECONDS) == 0
+    assert done
     assert all(len(one.result()) == 8 for one in done)
     assert not re.search(r"w[5-9]|Traceback", "".join(lines))
 
@@ -103,17 +104,17 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
 def test_the_page_fits_a_phone_and_answers(server, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("no Chromium is installed")
+        pytest.skip("no Chromium is installed, which shows the page")
     address, _, _ = server
     usual = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=375,800"]
-    told = subprocess.run(
+    page = subprocess.run(
         [*usual, "--virtual-time-budget=20000", "--dump-dom", f"{address}/#w5%20w6"],
         capture_output=True,
         text=True,
         timeout=SECONDS,
         env={**os.environ, "HOME": str(tmp_path)},
     )
-    (answer,) = re.findall(r"<output[^>]*>([^<]*)", told.stdout)
+    (answer,) = re.findall(r"<output[^>]*>([^<]*)", page.stdout)
     expected = ask(address)[0]
     assert answer.startswith(
         f"{expected['label']} ({expected['score']:.3f}). Left after layer {expected['exit_layer']} of 4: "

@@ -329,7 +329,7 @@ def test_eight_threads_share_a_model(model, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_eight_threads_share_a_model_and_an_engine(model, rows, lanes):
-    in_eight_threads(model, Scheduler(ModelWalker(model), model.exit_policy, 64, lanes=lanes).run, rows, 2500)
+    in_eight_threads(model, Scheduler(ModelWalker(model), model.exit_policy, 64, lanes=lanes).run, rows, 5000)
 
 
 def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(model, lanes):
