@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
-from ..errors import DataError, TrainingError
+from ..errors import DataError
 from ..generation.language_model import EarlyExitLanguageModel
 from ..labels import LEFT_OUT
-from ..problem_types import SINGLE_LABEL
 from ..values import is_whole, shown
-from .arguments import EarlyExitTrainingArguments
-from .settings import refused
-from .token_metrics import gate_value, row_sums, token_metrics
-from .trainer import EarlyExitTrainer
+from .token_trainer import LABELS, TokenTrainer, given_labels
 
-IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
+IDS, MASK = "input_ids", "attention_mask"
 
 
-class EarlyExitLanguageModelTrainer(EarlyExitTrainer):
+class EarlyExitLanguageModelTrainer(TokenTrainer):
     """`Trainer` for language models with exits: every exit learns what follows every token.
 
     The objectives are those of `EarlyExitTrainer`, over the tokens whose label is not -100. "two-stage" trains the exits
@@ -55,102 +48,19 @@ class EarlyExitLanguageModelTrainer(EarlyExitTrainer):
     """
 
     trains: ClassVar[type] = EarlyExitLanguageModel
+    writes = "texts"
 
-    def __init__(
-        self,
-        model: Any = None,
-        args: EarlyExitTrainingArguments | None = None,
-        *,
-        learn_gates: bool = False,
-        data_collator: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if kwargs.get("compute_metrics") is not None:
-            raise TrainingError(
-                "compute_metrics gets logits, and those of whole texts are not kept: write texts with `generate` in a "
-                "callback instead.",
-                field="compute_metrics",
-            )
-        if learn_gates and kwargs.get("compute_loss_func") is not None:
-            raise refused("compute_loss_func", None, "gates learn whether an exit's first word is the full model's")
-        self.learn_gates = learn_gates
-        super().__init__(model, args, data_collator=data_collator or TokenCollator(), **kwargs)
+    def _usual_collator(self) -> TokenCollator:
+        return TokenCollator()
 
     def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
         check_token_rows(rows, name, self.exit_model.config.vocab_size)
 
-    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
-        super()._take(model, args)
-        if list(args.label_names or [LABELS]) != [LABELS]:
-            raise refused("label_names", args.label_names, "the collator of texts makes the labels")
-        if self.learn_gates and args.label_smoothing_factor:
-            raise refused("label_smoothing_factor", args.label_smoothing_factor, "gates do not learn from labels")
+    def _truth(self, labels: Tensor | None) -> Tensor:
+        return functional.pad(given_labels(labels), (0, 1), value=LEFT_OUT)[:, 1:]
 
-    def _test_rows(self, rows: Any) -> Any:
-        return rows
-
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-        return inputs, inputs.get(LABELS)
-
-    def _choose_what_learns(self, model: nn.Module) -> None:
-        if self.learn_gates:
-            if not len(model.exit_gates):
-                raise TrainingError(
-                    "The model has no gates to teach; load it with exit_gate='linear' and at least two exits, and with "
-                    "init_missing_exits=True if its exits are trained already.",
-                    field="exit_gate",
-                )
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.startswith("exit_gates."))
-            return
-        super()._choose_what_learns(model)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise TrainingError(
-                f"Nothing learns: {model.config.exit_head!r} heads have no weights of their own, all else is frozen. "
-                "Load the model with exit_head='tuned', 'linear' or 'low-rank', or train with another objective.",
-                field="exit_head",
-            )
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The objective over all exits and labelled tokens, or the gates' loss; see `Trainer.compute_loss`."""
-        if self.learn_gates or self.objective.freezes_backbone:
-            self._rest_frozen_parts()
-        following = _following(inputs.get(LABELS))
-        learned = following != LEFT_OUT
-        if not bool(learned.any()):
-            raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field=LABELS)
-        given = {name: value for name, value in inputs.items() if name != LABELS}
-        outputs = model(**given, use_cache=False, early_exit=False, exit_tokens=learned)
-        if self.learn_gates:
-            value = gate_value(outputs)
-        else:
-            truth = following[learned]
-            losses = self._label_losses(model, outputs, truth, num_items_in_batch)
-            value = self.objective(outputs.exit_logits, truth, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
-        self._require_finite(value)
-        return (value.loss, outputs) if return_outputs else value.loss
-
-    def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
-        return row_sums(outputs, _following(labels)), None
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in `Trainer`, accuracy, agreement and loss for every exit, and what the gates do; no predictions are kept."""
-        only_loss = self.args.prediction_loss_only
-        output = Trainer.evaluation_loop(self, dataloader, description, only_loss, ignore_keys, metric_key_prefix)
-        metrics = dict(output.metrics)
-        if output.predictions is not None:
-            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.exit_model.config.exit_layers)
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(None, None, metrics, output.num_samples)
+    def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name != LABELS}
 
 
 class TokenCollator:
@@ -226,10 +136,3 @@ def pack_texts(texts: Iterable[str], tokenizer: Any, length: int = 256) -> list[
     if not rows:
         raise DataError("There is no text to pack.", field="texts")
     return rows
-
-
-def _following(labels: Tensor | None) -> Tensor:
-    """What each token is to be followed by `[B, T]`."""
-    if labels is None:
-        raise DataError("The batch has no labels; the collator must give them.", field=LABELS)
-    return functional.pad(labels, (0, 1), value=LEFT_OUT)[:, 1:]
