@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from ..families.decoders import DecoderBackbone, cache_name, crossing_backbone, given_cache
 from ..generation.decoding import ExitRun, decode
 from ..generation.token_exits import ModelThatWrites, require_prompt
-from ..modeling.finite import check_finite
 from ..modeling.outputs import EarlyExitCaptionerOutput
 from .checks import check_caption_tokens, check_images
 from .configuration import EarlyExitVisionEncoderDecoderConfig
@@ -163,12 +161,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
                 self.ask_every_exit(output, output.decoder_hidden_states, labels, exit_tokens)
                 if not hidden_wanted:
                     output.decoder_hidden_states = output.encoder_hidden_states = None
-            output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
-        if token_exits is not None:
-            check_finite(output.logits[:, -1], run.image_numbers(len(output.logits)))
-        run.note(output.exit_layer[:, -1])
-        plain = self.config.return_dict if return_dict is None else return_dict
-        return output if plain else output.to_tuple()
+        return self.handed_back(output, run, token_exits is not None, return_dict)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Any) -> Tensor:
         """What the decoder reads to write captions `[B, T]`: the start token, then all tokens but the last.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UsageError
 from ..families.decoders import DECODERS, DecoderBackbone, cache_name, given_cache
-from ..modeling.finite import check_finite
 from ..modeling.outputs import EarlyExitCausalLMOutput
 from .decoding import ExitRun, decode
 from .token_exits import ModelThatWrites, require_prompt
@@ -146,12 +144,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
                 self.ask_every_exit(output, output.hidden_states, following, exit_tokens)
                 if not hidden_wanted:
                     output.hidden_states = None
-            output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
-        if token_exits is not None:
-            check_finite(output.logits[:, -1], run.image_numbers(len(output.logits)))
-        run.note(output.exit_layer[:, -1])
-        plain = self.config.return_dict if return_dict is None else return_dict
-        return output if plain else output.to_tuple()
+        return self.handed_back(output, run, token_exits is not None, return_dict)
 
 
 def _all_logits(options: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..families.decoders import DecoderBackbone, cache_name, given_cache
 from ..losses import WeightedObjective
 from ..modeling.exits import ModelWithExits
+from ..modeling.finite import check_finite
 from ..modeling.gates import new_gates
 from ..problem_types import SINGLE_LABEL
 from .checks import check_generation, check_lossless, generation_settings
@@ -152,6 +153,26 @@ class ModelThatWrites(ModelWithExits):
             and holds_prompt(cache, self.exit_layers[-1])
             and takes_apart(cache, self.crosses)
         )
+
+    def handed_back(self, output: Any, run: ExitRun, writing: bool, return_dict: bool | None) -> Any:
+        """The output of a pass, with the layer of every token, which the run notes.
+
+        Args:
+            output: what was computed; without exit layers where all layers ran.
+            run: of the text.
+            writing: whether `generate` asked, which says no word that is not finite.
+            return_dict: as in the stock model.
+
+        Raises:
+            DataError: naming the row whose logits are not finite.
+        """
+        if output.exit_layer is None:
+            output.exit_layer = torch.full(output.logits.shape[:2], self.exit_layers[-1], device=output.logits.device)
+        if writing:
+            check_finite(output.logits[:, -1], run.image_numbers(len(output.logits)))
+        run.note(output.exit_layer[:, -1])
+        plain = self.config.return_dict if return_dict is None else return_dict
+        return output if plain else output.to_tuple()
 
     @torch.no_grad()
     def generate(
