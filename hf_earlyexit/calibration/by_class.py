@@ -42,21 +42,25 @@ def class_reports(early: Tensor, full: Tensor, labels: Tensor, problem_type: str
     """
     if problem_type == REGRESSION:
         return ()
-    answers = [predictions(logits, problem_type) for logits in (early, full)]
-    truth = given_labels(labels) if problem_type != SINGLE_LABEL else labels
-    if problem_type == SINGLE_LABEL:
-        classes = torch.arange(full.shape[-1])
-        truth, answers = truth[:, None] == classes, [answer[:, None] == classes for answer in answers]
-    rows = truth.sum(0)
+    single = problem_type == SINGLE_LABEL
+    truth = labels if single else given_labels(labels)
+    rows = _counts(truth, full.shape[-1]) if single else truth.sum(0)
     f1s, recalls = [], []
-    for answer in answers:
-        both = (answer & truth).sum(0).double()
-        f1s.append((2 * both / (answer.sum(0) + rows).clamp_min(1)).tolist())
+    for answer in (predictions(logits, problem_type) for logits in (early, full)):
+        right = _counts(truth[answer == truth], full.shape[-1]) if single else (answer & truth).sum(0)
+        answered = _counts(answer, full.shape[-1]) if single else answer.sum(0)
+        both = right.double()
+        f1s.append((2 * both / (answered + rows).clamp_min(1)).tolist())
         recalls.append([float(right / count) if count else None for right, count in zip(both, rows, strict=True)])
     return tuple(
         ClassReport(label=label, num_rows=count, f1=f1, full_f1=full_f1, recall=recall, full_recall=full_recall)
         for label, (count, f1, full_f1, recall, full_recall) in enumerate(zip(rows.tolist(), *f1s, *recalls, strict=True))
     )
+
+
+def _counts(classes: Tensor, num_classes: int) -> Tensor:
+    """How often each class is there, `[C]`; never a table of rows by classes, which may be words."""
+    return torch.bincount(classes, minlength=num_classes)
 
 
 def to_show(reports: Sequence[ClassReport]) -> list[ClassReport]:
