@@ -119,12 +119,12 @@ def main() -> None:
     tokenizer.save_pretrained(args.to)
     asked = [[token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100] for row in held]
     (args.to / "held-back.json").write_text(json.dumps(asked))
-    told = {
+    figures = {
         "layers": args.exit_layers[:-1], "before": before, "after": agreement(model, kept, words),
         "tokens": len(kept[0]), "training_tokens": len(states[0]), "training_rows": len(rows),
     }  # fmt: skip
-    (args.to / "agreement.json").write_text(json.dumps(told))
-    print(json.dumps(told, indent=1))
+    (args.to / "agreement.json").write_text(json.dumps(figures))
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
