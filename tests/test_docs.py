@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import re
 import shlex
 import sys
 import tomllib
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -59,14 +61,29 @@ def clean_registries(monkeypatch):
     monkeypatch.setattr(POLICIES, "_items", dict(POLICIES._items))
 
 
+@pytest.fixture(scope="module")
+def trained_once():
+    """`trained_once(train)`: a copy of the model that the first call trained; it is the same for every page."""
+    models = []
+
+    def make(train):
+        if not models:
+            models.append(train())
+        return copy.deepcopy(models[0])
+
+    return make
+
+
 @pytest.fixture
-def page_module(monkeypatch, tmp_path):
+def page_module(monkeypatch, tmp_path, trained_once):
     """An empty module to run a page in, beside docs/toy.py, in a folder of its own."""
     module = ModuleType("page_of_the_docs")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delitem(sys.modules, "toy", raising=False)
     monkeypatch.syspath_prepend(str(DOCS))
     monkeypatch.chdir(tmp_path)
+    toy = import_module("toy")
+    monkeypatch.setattr(toy, "trained_model", partial(trained_once, toy.trained_model))
     yield module
     sys.modules.pop("toy", None)
 
