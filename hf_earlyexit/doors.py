@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from os import PathLike
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .families import FAMILIES
 from .families.base import IMAGE, TEXT, WRITING
 from .modeling.configuration import EarlyExitClassifierConfig
 from .modeling.tasks import TASKS
+from .values import shown
 
 CAPTIONING = "early-exit-captioning"
 CAPTIONER = "vision-encoder-decoder"
@@ -116,6 +118,8 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         >>> type(ee.from_pretrained(folder)).__name__
         'EarlyExitRobertaForSequenceClassification'
     """
+    if not isinstance(name, (str, PathLike)):
+        raise UsageError(f"name is {shown(name)}; expected a folder or a Hub id.", field="name", value=name)
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
     stock_type, able = _door_in(name, task, **hub)
     return __getattr__(door_of(stock_type, able).model).from_pretrained(name, **kwargs)

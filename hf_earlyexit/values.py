@@ -32,6 +32,11 @@ def is_real(value: Any, lowest: float = -math.inf, highest: float = math.inf) ->
     return math.isfinite(value) and lowest <= value <= highest
 
 
+def plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own, an array or tensor as lists of these; anything else as it is."""
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
+
+
 def are_layers(values: Any) -> bool:
     """Whether these are layers' numbers, whole from 1 to 1,024 and ascending, in a tuple."""
     whole = isinstance(values, tuple) and all(is_whole(value, 1, MOST_LAYERS) for value in values)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, UsageError
 from ..policies.base import ExitPolicy
 from ..problem_types import row_quality
 from ..trace import ExitTrace
@@ -75,7 +75,13 @@ def replay(policy: ExitPolicy, trace: ExitTrace, metric: str | Metric | None = N
 
     Raises:
         CalibrationError: for no rows, or a policy of other exits.
+        UsageError: for what is no policy or no trace.
     """
+    if not isinstance(policy, ExitPolicy) or not isinstance(trace, ExitTrace):
+        raise UsageError(
+            f"replay was given a {type(policy).__name__} and a {type(trace).__name__}; expected a policy, then a trace.",
+            field="policy",
+        )
     if policy.num_exits != trace.num_exits or trace.num_rows == 0:
         raise CalibrationError(
             f"The policy has {policy.num_exits} exits, the trace {trace.num_exits} and {trace.num_rows} rows; "

@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
-from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, shown
+from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, plain, shown
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
 
@@ -197,6 +197,7 @@ class ExitPolicy(ABC):
 
     def with_thresholds(self, thresholds: float | tuple[float | None, ...] | None) -> Self:
         """The same policy with other thresholds; a single number serves every exit that is not muted."""
+        thresholds = plain(thresholds)
         if thresholds is None or isinstance(thresholds, (int, float)):
             thresholds = tuple(None if i in self.muted else thresholds for i in range(len(self.thresholds)))
         return dataclasses.replace(self, thresholds=tuple(thresholds))
@@ -318,6 +319,7 @@ def _frozen(value: Any, depth: int = 0) -> Any:
         raise PolicyError(
             f"A list of the policy lies more than {DEEPEST} levels deep; expected numbers.", field="exit_policy"
         )
+    value = plain(value)
     return tuple(_frozen(item, depth + 1) for item in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -14,6 +14,7 @@ from ..errors import EarlyExitError, UsageError
 from ..modeling.protocol import ExitModel, Wrapped
 from ..policies.base import ExitPolicy
 from ..problem_types import REGRESSION, same_prediction
+from ..values import is_whole
 from .answers import Answers
 from .graph_walker import walker_for
 from .monitor import Monitor
@@ -173,8 +174,8 @@ def stream(
     reader = reader_for(model, tokenizer, max_length, image_processor)
     if window is None:
         window = PICTURES if reader.images else WINDOW
-    if window < 1:
-        raise UsageError(f"window is {window}; expected at least 1 row.", field="window", value=window)
+    if not is_whole(window, 1):
+        raise UsageError(f"window is {window!r}; expected a whole number of at least 1 row.", field="window", value=window)
     return _one_by_one(
         model,
         _answered(

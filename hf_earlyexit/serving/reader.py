@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import EarlyExitError, UsageError
 from ..families.base import IMAGE
 from ..modeling.protocol import Wrapped
+from ..values import is_whole, shown
 from .pictures import PictureRows, encode_pictures, picture_columns
 from .rows import encode_rows, encode_window
 from .tables import named_columns, windows
@@ -66,7 +67,8 @@ def reader_for(
     """The reader of a model's rows.
 
     Raises:
-        UsageError: for a tokenizer or `max_length` where rows are pictures, or an image processor where they are texts.
+        UsageError: for a tokenizer or `max_length` where rows are pictures, an image processor where they are texts, and
+            for what is none of these.
     """
     images = reads_images(model)
     given = {"tokenizer": tokenizer, "max_length": max_length} if images else {"image_processor": image_processor}
@@ -74,6 +76,20 @@ def reader_for(
         if value is not None:
             kind = "pictures: pass image_processor=..." if images else "texts: pass tokenizer=..."
             raise UsageError(f"{name} is given, and {type(model).__name__} reads {kind}", field=name)
+    for name, value in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+        if value is not None and not callable(value):
+            raise UsageError(
+                f"{name} is {shown(value)}; expected one that is loaded, as AutoTokenizer.from_pretrained(...) or "
+                "AutoImageProcessor.from_pretrained(...) gives it.",
+                field=name,
+                value=value,
+            )
+    if max_length is not None and not is_whole(max_length, 1):
+        raise UsageError(
+            f"max_length is {shown(max_length)}; expected a whole number of tokens, at least 1.",
+            field="max_length",
+            value=max_length,
+        )
     return RowReader(images, tokenizer, max_length, image_processor)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError, EarlyExitError, UsageError
-from .tables import MODEL_COLUMNS, UNREAD_COLUMNS, windows
+from .tables import MODEL_COLUMNS, UNREAD_COLUMNS, text_columns, windows
 
 TokenIds = dict[str, list[int]]
 
@@ -20,11 +20,12 @@ def encode_window(
     """Token ids of every row, without padding at the end; for a row that cannot be read, the error.
 
     Args:
-        window: texts, pairs of texts, or token ids by column name.
+        window: texts, pairs of texts, or texts or token ids by column name.
         tokenizer: needed for texts; without one each text is an error.
         max_length: cut longer texts; the tokenizer's own limit by default.
         first: the number of the first row, for the errors.
     """
+    window = [_of_columns(row) if isinstance(row, Mapping) else row for row in window]
     kinds = [_kind(row, first + place) for place, row in enumerate(window)]
     encoded: list[Any] = list(kinds)
     for kind in (TEXT, PAIR):
@@ -91,6 +92,17 @@ def check_any_token(row: TokenIds, number: int) -> DataError | None:
     if any(row.get("attention_mask", (1,))):
         return None
     return _bad(number, "has no real token: its attention_mask is 0 throughout. Drop the row.", row)
+
+
+def _of_columns(row: Mapping[str, Any]) -> Any:
+    """The text or pair of texts of a row whose columns have names; a row that holds neither as it is."""
+    if "input_ids" in row:
+        return row
+    try:
+        names = text_columns(row)
+    except DataError:
+        return row
+    return row[names[0]] if len(names) == 1 else tuple(row[name] for name in names)
 
 
 def _kind(row: Any, number: int) -> int | DataError:

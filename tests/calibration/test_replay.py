@@ -35,3 +35,11 @@ def test_other_exits_and_no_rows_are_refused(exits, rows):
     trace = learned_trace(rows=10, exits=3).select(range(rows))
     with pytest.raises(ee.EarlyExitError, match="expected the exits of one model, and rows"):
         ee.replay(ee.StaticPolicy.at(0, exits), trace)
+
+
+@pytest.mark.parametrize("order", ["turned", "no policy", "no trace"])
+def test_what_is_no_policy_or_no_trace_is_refused(order):
+    policy, trace = ee.StaticPolicy.at(1, 3), learned_trace(rows=10, exits=3)
+    given = {"turned": (trace, policy), "no policy": (None, trace), "no trace": (policy, "trace.safetensors")}[order]
+    with pytest.raises(ee.EarlyExitError, match="expected a policy, then a trace"):
+        ee.replay(*given)

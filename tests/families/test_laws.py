@@ -301,6 +301,9 @@ def test_what_has_no_exits_is_refused_with_the_list_of_what_has(tmp_path):
     door("bert").config_class().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="do 'text-classification' here"):
         ee.from_pretrained(tmp_path, task="image-classification")
+    for name in (None, 5, AutoConfig.for_model("t5")):
+        with pytest.raises(UsageError, match="expected a folder or a Hub id"):
+            ee.from_pretrained(name)
 
 
 @every

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,11 @@ def test_a_policy_is_its_plain_numbers(values):
         assert written[field] == value
     assert ExitPolicy.from_dict(written) == policy
     assert hash(ExitPolicy.from_dict(written)) == hash(policy)
+    for form in (np.asarray, lambda thresholds: list(map(np.float64, thresholds)), torch.DoubleTensor):
+        if None not in policy.thresholds:
+            given = ExitPolicy.from_dict({**values, "thresholds": form([*map(float, policy.thresholds)])})
+            assert given.to_dict() == written
+            assert all(type(threshold) is float for threshold in given.thresholds)
 
 
 @pytest.mark.parametrize("values", CASES)

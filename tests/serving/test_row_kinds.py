@@ -196,6 +196,46 @@ for form in ("torch", "numpy", "pandas", "arrow", None):
     TABLES[f"ids as {form}"] = lambda tokenizer, form=form: with_labels(dict(tokenizer(TEXTS))).with_format(form)
 
 
+RECORDS = {
+    "text": ([{"text": text, "label": 1} for text in TEXTS], TEXTS),
+    "sentence": ([{"id": "a", "sentence": text} for text in TEXTS], TEXTS),
+    "pair": ([{"text": text, "text_pair": "w9"} for text in TEXTS], [(text, "w9") for text in TEXTS]),
+    "mixed": ([{"text": TEXTS[0]}, *TEXTS[1:]], TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_rows_may_name_their_columns_one_by_one(model, tokenizer, name):
+    rows, texts = RECORDS[name]
+    expected = ee.predict(model, texts, tokenizer=tokenizer)
+    assert torch.equal(ee.predict(model, rows, tokenizer=tokenizer).logits, expected.logits)
+    assert [
+        answer.exit_layer for answer in ee.stream(model, iter(rows), tokenizer=tokenizer)
+    ] == expected.exit_layer.tolist()
+    labels = {"labels": [0] * len(rows), "progress": False, "tokenizer": tokenizer}
+    assert torch.equal(ee.collect_trace(model, rows, **labels).logits, ee.collect_trace(model, texts, **labels).logits)
+    with ee.Engine(model, tokenizer=tokenizer) as engine:
+        answer = engine.submit(rows[0]).result(30)
+    assert answer.exit_layer == expected.exit_layer[0]
+    with pytest.raises(DataError, match=r"Row 0 is \{'body': 'w5'\}; expected a text"):
+        ee.predict(model, [{"body": "w5"}], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokenizer": "bert"}, "tokenizer is 'bert'; expected one that is loaded"),
+        *(({"max_length": number}, f"max_length is {number!r}; expected a whole") for number in (0, -1, 2.5, "9", True)),
+        *(({"max_batch_tokens": number}, f"max_batch_tokens is {number!r}; expected a whole") for number in (0, 8.0, "9")),
+        *(({"layer_budget": number}, f"layer_budget is {number!r}; expected a whole") for number in (True, 1.5, "2")),
+    ],
+)
+def test_options_of_another_kind_are_refused_in_words(model, tokenizer, options, words):
+    for call in (ee.predict, lambda *rows, **given: list(ee.stream(*rows, **given))):
+        with pytest.raises(UsageError, match=words):
+            call(model, TEXTS, **{"tokenizer": tokenizer, **options})
+
+
 @pytest.mark.parametrize("form", [torch.tensor, np.array, tuple], ids=["torch", "numpy", "tuple"])
 def test_one_row_of_ids_may_have_any_form(model, tokenizer, form):
     ids = tokenizer(TEXTS)["input_ids"]
