@@ -76,6 +76,36 @@ def check_data_set(rows: Any, name: str, config: Any, label_names: Sequence[str]
     return LabelKind(read.problem_type, labels.are_names)
 
 
+def check_token_ids(rows: Any, name: str, padded: bool) -> None:
+    """Refuse texts that no tokenizer has read, and token ids that nothing brings to one length.
+
+    Args:
+        rows: as in `check_data_set`.
+        name: the argument it came as.
+        padded: whether the collator pads.
+
+    Raises:
+        DataError: naming the columns that are there, or the lengths.
+    """
+    if not hasattr(rows, "__len__") or _is_made_on_the_fly(rows):
+        return
+    columns = _columns(rows)
+    if columns and not {"input_ids", "inputs_embeds"} & set(columns):
+        raise DataError(
+            f"{name} has {', '.join(map(str, columns))} and no input_ids; let the tokenizer read it first: "
+            "rows.map(lambda batch: tokenizer(batch['text'], truncation=True), batched=True).",
+            field=name,
+        )
+    if not padded and "input_ids" in columns:
+        lengths = {len(ids) for ids in _column(rows, "input_ids", name)}
+        if len(lengths) > 1:
+            raise DataError(
+                f"Rows of {name} have {min(lengths)} to {max(lengths)} token ids, and nothing pads them; pass "
+                "processing_class=tokenizer, or a data_collator that pads.",
+                field=name,
+            )
+
+
 def label_column(rows: Any, name: str, label_names: Sequence[str] = ()) -> LabelColumn | None:
     """The labels of a data set; `None` if it has none, no length, or a transform that makes every row anew.
 

@@ -24,7 +24,7 @@ from ..serving.reader import reads_images
 from ..trace import ExitTrace
 from .arguments import EarlyExitTrainingArguments
 from .checkpoints import check_checkpoint, newest_complete_checkpoint
-from .checks import NamesToNumbers, check_data_set, label_column, no_labels, pop_labels, without_labels
+from .checks import NamesToNumbers, check_data_set, check_token_ids, label_column, no_labels, pop_labels, without_labels
 from .gate_report import gate_metrics
 from .metrics import by_output, default_exit_metric, exit_metrics, joined, keeping_exits, on_last_exit
 from .pictures import opened_rows
@@ -124,6 +124,8 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
     def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
         config = self.exit_model.config
         kind = check_data_set(rows, name, config, self._label_names, needed)
+        if not self._makes_labels and not reads_images(self.exit_model):
+            check_token_ids(rows, name, padded=self.processing_class is not None)
         if self.args.label_smoothing_factor and kind.problem_type not in (None, SINGLE_LABEL):
             raise smoothing_error(kind.problem_type)
         if kind.problem_type == MULTI_LABEL and config.problem_type is None:

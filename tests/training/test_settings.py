@@ -549,6 +549,18 @@ def test_rows_of_floats_are_told_to_the_config(trainer, rows):
     assert run.model.config.problem_type == MULTI
 
 
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_texts_and_token_ids_of_many_lengths_are_refused_where_nothing_reads_them(trainer, which):
+    texts = Dataset.from_dict({"text": ["w5", "w6"], "label": [0, 1]})
+    with pytest.raises(DataError, match=f"{which} has text, label and no input_ids; let the tokenizer read it first"):
+        trainer(**{which: texts})
+    uneven = Dataset.from_dict({"input_ids": [[2, 5, 3], [2, 5, 6, 7, 3]], "label": [0, 1]})
+    even = Dataset.from_dict({"input_ids": [[2, 5, 3], [2, 6, 3]], "label": [0, 1]})
+    with pytest.raises(DataError, match=f"Rows of {which} have 3 to 5 token ids, and nothing pads them; pass processing_c"):
+        trainer(**{"train_dataset": even, "eval_dataset": even, which: uneven}, processing_class=None)
+    trainer(train_dataset=even, eval_dataset=even, processing_class=None).train()
+
+
 def test_no_labels_are_refused_by_what_is_there(trainer, arguments, rows):
     for which in ("train_dataset", "eval_dataset"):
         with pytest.raises(
