@@ -60,7 +60,7 @@ def _rows_of(cells: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
                 f"{cell['broken']} of {kept}",
                 f"{100 * cell['drop']:+.2f} ± {100 * cell['spread']:.2f}",
                 f"{cell['speed_up']:.2f}",
-                "" if gap is None else f"{100 * gap:+.2f} ± {100 * cell['expected_spread']:.2f}",
+                "" if gap is None else f"{100 * gap:+.2f} ± {100 * cell['expected_error']:.2f}",
             )
         )
     return rows
@@ -85,7 +85,9 @@ def _traces(cells: dict[str, dict[str, Any]]) -> str:
 
 Rows that trained nothing are split at random into rows that choose and rows that judge. *Broken*: the splits in which
 the loss is above the target's. *Points lost* of accuracy against the full model (of `harm`, the share of rows harmed), mean
-and standard deviation over the splits. *expected - judged*: `result.expected` minus what the judging rows got, in points.
+and standard deviation over the splits. *expected - judged*: `result.expected` minus what the judging rows got, in points,
+mean and its standard error; each split takes a random order of the pool from both ends, so that one half is judged by the
+other and back. (In one direction alone the judging rows of a pool are bad just where those that choose are good.)
 *Seeds*: runs of training whose traces the splits go round. Splits of one pool share rows, so they are not independent.
 
 `sst2 fine-tuned` is a whole model trained on SST-2. In all other traces a frozen encoder has a linear head on the mean of
@@ -239,16 +241,18 @@ def _shadow(cells: list[dict[str, Any]]) -> str:
             f"{cell['layer_speed_up']:.2f}",
             cell["rows"],
             f"{100 * cell['shadowed']:.2f} %",
+            f"{100 * cell['more_layers']:+.2f} %",
             f"{100 * cell['cost']:+.1f} %",
             f"{100 * cell['middle_half'][0]:+.1f} to {100 * cell['middle_half'][1]:+.1f} %",
         )
         for cell in cells
     ]
-    head = ("layer speed-up", "rows", "shadowed", "more CPU time, median", "middle half")
+    head = ("layer speed-up", "rows", "shadowed", "more layers", "more CPU time, median", "middle half")
     return f"""## The monitor: what it costs
 
 `predict` with a monitor (shadow 0.01) and without, in turns, one thread, the real small encoder; CPU time of the process.
-A shadowed row runs from the start again, so that a share s of them costs about s times the layer speed-up.
+A shadowed row goes on from the exit it left at, so that a share s of them costs about s times the layers that its exit saves
+over those that it runs: s x (speed-up - 1). *More layers*: tokens that go through a layer, counted, padding included.
 
 {_table(head, rows)}"""
 

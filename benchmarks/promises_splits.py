@@ -121,10 +121,27 @@ def _chosen(name: str, rule: tuple[Any, bool], split: _Split, known: dict[tuple[
     return choose(_recipe(policy, rule, split.seed), pool, places).policy
 
 
-def _outcome(policy: ExitPolicy, split: _Split) -> tuple[Tensor, Tensor, Tensor]:
+def _gap(recipe: Recipe, pool: Pool, order: Tensor, num_choosing: int) -> float | None:
+    """What a choice was expected to be worth minus what it was to the judging rows; the mean of two splits.
+
+    The judging rows of a finite pool are bad where those that choose are good, so every split starts from both ends of the
+    order: halves of the pool take turns, and what the pool's parts differ in is no part of the gap.
+    """
+    gaps = []
+    for places in (order, order.flip(0)):
+        choosing, judging = places[:num_choosing], places[num_choosing:]
+        expected = expect(recipe, Pool(pool.trace.select(choosing), Accuracy()), FOLDS)
+        if expected is None:
+            return None
+        drop, _, _ = _outcome(choose(recipe, pool, choosing).policy, pool)
+        gaps.append(expected.difference + float(drop[judging].mean()))
+    return sum(gaps) / len(gaps)
+
+
+def _outcome(policy: ExitPolicy, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of quality, harm and layers of every row of the pool."""
-    trace = split.pool.trace
-    scores, answers = split.pool.scan(policy)
+    trace = pool.trace
+    scores, answers = pool.scan(policy)
     taken = policy.decide(scores)
     early = answers[torch.arange(trace.num_rows), taken].argmax(-1) == trace.labels
     full = trace.logits[:, -1].argmax(-1) == trace.labels
@@ -154,15 +171,14 @@ def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool
             except CalibrationError:
                 refused[name] += 1  # nothing was promised
                 continue
-            drop, harm, layers = _outcome(made, split)
+            drop, harm, layers = _outcome(made, pool)
             certified = isinstance(rule[0], Certified)
             where = slice(None) if certified else split.judging
             loss = harm if certified and rule[0].risk != "drop" else drop
             losses[name].append((float(loss[where].mean()), float(layers[where].mean())))
             if name == EXPECTED and policy == "confidence":
-                rows = Pool(pool.trace.select(split.choosing), Accuracy())
-                found = expect(_recipe(policy, rule, seed), rows, FOLDS)
-                gaps += [] if found is None else [found.difference + float(drop[split.judging].mean())]
+                gap = _gap(_recipe(policy, rule, seed), pool, order, task.num_choosing)
+                gaps += [] if gap is None else [gap]
     tried = {name: round(DEAR_SHARE * splits) if name == DEAR else splits for name in rules}
     return {
         name: _cell(task, rules[name][0], tried[name], refused[name], losses[name], gaps if name == EXPECTED else [])
@@ -186,5 +202,5 @@ def _cell(
         "spread": float(drops.std()) if len(drops) else None,
         "speed_up": float((depth / layers).mean()) if len(drops) else None,
         "expected_gap": float(np.mean(gaps)) if gaps else None,
-        "expected_spread": float(np.std(gaps)) if gaps else None,
+        "expected_error": float(np.std(gaps) / np.sqrt(len(gaps))) if gaps else None,
     }

@@ -121,6 +121,7 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         early_exit: bool | None,
         operating_point: str | None,
         exit_signals: Sequence[str] | None,
+        shadowed: Sequence[int],
         options: dict[str, Any],
     ) -> EarlyExitClassifierOutput:
         """What `forward` does, whatever the inputs are."""
@@ -134,10 +135,13 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             hidden, context = self.family.begin(self.base_model, inputs, options)
         states, wanted = [hidden], self._wanted(options)
         if policy is not None:
-            early = run_early(self, hidden, context, policy, self.num_labels)
+            early = run_early(self, hidden, context, policy, self.num_labels, shadowed)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
-                logits=early.logits, exit_layer=layers[early.exit_index], exit_score=early.score
+                logits=early.logits,
+                exit_layer=layers[early.exit_index],
+                exit_score=early.score,
+                full_logits=early.full_logits if len(shadowed) else None,
             )
         else:
             if not self.family.is_watched and "attentions" in wanted:
@@ -145,7 +149,11 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             exit_logits, scalars = run_all(self, hidden, context, self.num_labels, asks, states if wanted else None)
             depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
-                logits=exit_logits[:, -1], exit_logits=exit_logits, exit_scalars=scalars or None, exit_layer=depth
+                logits=exit_logits[:, -1],
+                exit_logits=exit_logits,
+                exit_scalars=scalars or None,
+                exit_layer=depth,
+                full_logits=exit_logits[list(shadowed), -1] if len(shadowed) else None,
             )
         if labels is not None:
             if self.training:
@@ -173,6 +181,7 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
         early_exit: bool | None = None,
         operating_point: str | None = None,
         exit_signals: Sequence[str] | None = None,
+        shadowed: Sequence[int] = (),
         **kwargs: Any,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch; with a policy, each row leaves at the layer where it is decided.
@@ -188,12 +197,15 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model.
             exit_signals: names of the signals that every exit gives beside its logits where all exits run; by default those
                 that are learned, such as gates.
+            shadowed: positions of n rows that run on to the last layer after they have left; `full_logits` of the output
+                holds what the full model answers to them. Nobody's answer changes.
             kwargs: passed to the layers; `output_hidden_states`, `output_attentions` and `return_dict` as usual.
 
         Raises:
             UsageError: for early exit without a policy, in training, or with hidden states or signals asked for.
             UnknownNameError: for an unknown operating point or signal.
-            DataError: for inputs longer than the model takes, or labels that cannot be, by row.
+            DataError: for inputs longer than the model takes, labels that cannot be, by row, or a shadowed row that is not
+                in the batch.
         """
         if attention_mask is not None and attention_mask.ndim != 2:
             self._require_first_token_heads(attention_mask)
@@ -204,7 +216,7 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, kwargs)
+        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, shadowed, kwargs)
 
     def _require_first_token_heads(self, mask: Tensor) -> None:
         """Refuse masks that do not tell real tokens `[B, T]` where exits average these."""
@@ -229,13 +241,14 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
         early_exit: bool | None = None,
         operating_point: str | None = None,
         exit_signals: Sequence[str] | None = None,
+        shadowed: Sequence[int] = (),
         **kwargs: Any,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch of images; with a policy, each leaves at the layer where it is decided.
 
         Args:
             pixel_values: `[B, channels, height, width]`, from the model's image processor.
-            labels, early_exit, operating_point, exit_signals, kwargs: as for texts.
+            labels, early_exit, operating_point, exit_signals, shadowed, kwargs: as for texts.
             interpolate_pos_encoding: take images of another size, where the family can.
 
         Raises:
@@ -244,7 +257,7 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
             DataError: for images of another size or number of channels.
         """
         inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding}
-        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, kwargs)
+        return self._classify(inputs, labels, early_exit, operating_point, exit_signals, shadowed, kwargs)
 
 
 def _state(parts: list[Part], one_token: bool) -> Tensor:

@@ -21,6 +21,7 @@ class EarlyExitClassifierOutput(ModelOutput):
             the last exit does not give, such as "gate", the gates' leave logits.
         exit_layer: the layer each row left after `[B]`, 1 to L.
         exit_score: the score each row left with `[B]`, float32; only with early exit. The last exit takes whoever is left.
+        full_logits: the full model's answers to the shadowed rows `[n, C]`; only where rows were shadowed.
         hidden_states, attentions: as in the stock model; only when all exits ran.
     """
 
@@ -30,6 +31,7 @@ class EarlyExitClassifierOutput(ModelOutput):
     exit_scalars: dict[str, Tensor] | None = None
     exit_layer: Tensor | None = None
     exit_score: Tensor | None = None
+    full_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 

@@ -192,12 +192,13 @@ class OnnxClassifier(OperatingPoints):
         early_exit: bool | None = None,
         operating_point: str | None = None,
         exit_signals: Sequence[str] | None = None,
+        shadowed: Sequence[int] = (),
     ) -> EarlyExitClassifierOutput:
         """Classify a batch.
 
         Args:
             input_ids, attention_mask, token_type_ids: `[B, T]`, of torch or NumPy.
-            early_exit, operating_point, exit_signals: as in the torch model's `forward`.
+            early_exit, operating_point, exit_signals, shadowed: as in the torch model's `forward`.
 
         Raises:
             UsageError: for early exit without a policy.
@@ -225,15 +226,23 @@ class OnnxClassifier(OperatingPoints):
         else:
             hidden, context = torch.zeros(*input_ids.shape, self.config.hidden_size), _context(mask.bool())
         if policy is not None:
-            early = run_early(self.walker, hidden, context, policy, self.num_labels)
+            early = run_early(self.walker, hidden, context, policy, self.num_labels, shadowed)
             check_finite(early.logits, range(len(input_ids)))
-            layers = torch.tensor(self.exit_layers)[early.exit_index]
-            return EarlyExitClassifierOutput(logits=early.logits, exit_layer=layers, exit_score=early.score)
+            return EarlyExitClassifierOutput(
+                logits=early.logits,
+                exit_layer=torch.tensor(self.exit_layers)[early.exit_index],
+                exit_score=early.score,
+                full_logits=early.full_logits if len(shadowed) else None,
+            )
         exit_logits, scalars = run_all(self.walker, hidden, context, self.num_labels, asks)
         check_finite(exit_logits, range(len(input_ids)))
         depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
         return EarlyExitClassifierOutput(
-            logits=exit_logits[:, -1], exit_logits=exit_logits, exit_scalars=scalars or None, exit_layer=depth
+            logits=exit_logits[:, -1],
+            exit_logits=exit_logits,
+            exit_scalars=scalars or None,
+            exit_layer=depth,
+            full_logits=exit_logits[list(shadowed), -1] if len(shadowed) else None,
         )
 
     def modules(self) -> tuple[()]:

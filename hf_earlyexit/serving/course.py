@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers import Leaving
@@ -13,6 +14,7 @@ from .chunks import Chunk, Flight, called_off, joined, some_rows
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
+    from .shadow import Shadow
 
 
 class Course:
@@ -27,6 +29,7 @@ class Course:
         off: tells of places why a row is to go no further, `None` for those that go on; asked before every launch.
         broken: told of places whose layers have failed, with the error; the rows of a chunk that fails are run one by one
             to find out whose it is. Without it, the error is raised.
+        shadow: follows rows that leave; steps when there is nothing else to do.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class Course:
         max_wait: float = math.inf,
         off: Callable[[Sequence[Any]], Sequence[str | None]] | None = None,
         broken: Callable[[Sequence[Any], Exception], Any] | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         self.scheduler, self.arriving, self.let_go, self.max_wait = scheduler, arriving, let_go, max_wait
-        self.off, self.broken = off, broken
+        self.off, self.broken, self.shadow = off, broken, shadow
         self.ready: deque[Chunk] = deque()
         self.waiting: dict[int, list[Chunk]] = {depth: [] for depth in scheduler.stops}
         self.since: dict[int, float] = {}  # when the first chunk came to a depth where some wait
@@ -56,12 +60,17 @@ class Course:
         while len(self.flying) < self.scheduler.lanes and (chunk := self._next()) is not None:
             self._launch(chunk)
         if not self.flying:
-            return False
+            return self.shadow is not None and self.shadow.step()
         stayed = self._settle(self.flying.popleft())
-        going = None if stayed is None else self._meet(self.waiting[stayed.depth], stayed)
+        if stayed is not None:
+            self.enter(stayed)
+        return True
+
+    def enter(self, chunk: Chunk) -> None:
+        """Let rows go on from a depth where chunks can wait, at once or with others who come there."""
+        going = self._meet(self.waiting[chunk.depth], chunk)
         if going is not None:
             self.ready.append(going)
-        return True
 
     def _next(self) -> Chunk | None:
         """The chunk to launch: one that goes on, else new rows, else those who wait and whom nobody can join any more."""
@@ -106,12 +115,17 @@ class Course:
 
     def _settle(self, flight: Flight) -> Chunk | None:
         try:
-            return self.scheduler.settle(flight, self.let_go)
+            return self.scheduler.settle(flight, partial(self._leave, flight.chunk))
         except Exception as error:  # a device tells late of what it was given to do
             if self.broken is None:
                 raise
             self.broken(flight.chunk.places, error)
             return None
+
+    def _leave(self, chunk: Chunk, leaving: Leaving) -> None:
+        self.let_go(leaving)
+        if self.shadow is not None:
+            self.shadow.follow(chunk, leaving)
 
     def _find_whose(self, chunk: Chunk, error: Exception) -> None:
         """Run the rows of a chunk that failed one by one; a row that fails by itself is told of."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointError, UsageError
 from ..files import read_json, write_json
+from ..problem_types import REGRESSION
 
 logger = logging.getLogger(__name__)
 FORMAT = "hf_earlyexit.monitor/1"
@@ -87,7 +88,7 @@ class Monitor:
         exit_layers: a model with exits, whose certificate tells limit and reference where it has one; or the layers
             (1-based) of its exits.
         limit: the largest share of differing answers that is fine, in (0, 1); by default what was promised, or 0.02.
-        shadow: share of rows that the full model answers as well, in (0, 1].
+        shadow: share of rows that run on to the last layer after they have left, in (0, 1].
         confidence: that no alarm for disagreement is ever false, in [0.5, 1).
         reference: share of rows that left at each exit when thresholds were chosen `[E]`; by default the certificate's, or
             the first window's.
@@ -295,6 +296,16 @@ class Monitor:
             f"exits against the reference: population stability index {self.shift(state.exits):.3f}",
         ]
         return "\n".join(lines + [f"ALARM after {alarm.num_rows} rows: {alarm.message}" for alarm in state.alarms])
+
+
+def require_classes(problem_type: str) -> None:
+    """Refuse a model whose answers can hardly be the same.
+
+    Raises:
+        UsageError: for regression.
+    """
+    if problem_type == REGRESSION:
+        raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
 
 
 def disagreement_bounds(different: int, shadowed: int, delta: float) -> tuple[float, float]:

@@ -8,21 +8,16 @@ import time
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import partial
 from typing import Any, Self
 
-import torch
-
-from ..errors import EarlyExitError, UsageError
+from ..errors import UsageError
 from ..policies.base import ExitPolicy
-from ..problem_types import REGRESSION, same_prediction
 from ..registry import unknown_name
 from ..values import is_real, is_whole
 from .graph_walker import walker_for
-from .monitor import Monitor
+from .monitor import Monitor, require_classes
 from .online_rows import RowFuture
 from .online_worker import EngineState, Worker
-from .predict import Answer
 from .reader import reader_for
 from .scheduler import Scheduler
 from .served import served_classifier
@@ -46,7 +41,8 @@ class Engine:
         max_wait: seconds, at least 0, that rows wait for company at a depth while others run.
         max_queue: most rows that wait to be let in, at least 1; further ones are refused.
         cuda_graphs: as for `predict`.
-        monitor: sees every answer, and a share of the rows answered by the full model as well; of one model.
+        monitor: of one model; sees every answer, and whether the full model answers the same to a share of the rows, which
+            run on to the last layer when there is room.
 
     Raises:
         UsageError: for arguments out of range, and for what is no model with exits.
@@ -219,15 +215,14 @@ class _Served:
         self.budget = self.walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
         self.schedulers: dict[Any, tuple[Any, Scheduler]] = {}
         self.scheduler(False, None, None, False)  # tells of a max_batch_tokens out of range
-        if monitor is not None and self.model.config.resolved_problem_type == REGRESSION:
-            raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
+        if monitor is not None:
+            require_classes(self.model.config.resolved_problem_type)
 
     def put(self, future: RowFuture, early_exit: bool | None, operating_point: str | None, budget: int | None) -> None:
         if self.monitor is not None and self.monitor.falls_back:
             early_exit, operating_point = False, None
         scheduler = self.scheduler(early_exit, operating_point, budget, future.ends_at < math.inf)
-        watched = self.monitor is not None and scheduler.policy is not None
-        self.worker.put(scheduler, self.reader, future, self._watch if watched else _nothing)
+        self.worker.put(scheduler, self.reader, future, None if scheduler.policy is None else self.monitor)
 
     def scheduler(self, early_exit: bool | None, point: str | None, budget: int | None, clocked: bool) -> Scheduler:
         """The scheduler of rows that are run in one way, the same as long as the model keeps its policies."""
@@ -241,33 +236,6 @@ class _Served:
             ends_at = math.inf if clocked else None
             known = self.schedulers[key] = values, Scheduler(self.walker, policy, self.budget, budget, ends_at)
         return known[1]
-
-    def _watch(self, done: list[tuple[Any, Answer]]) -> None:
-        """Show the monitor what rows left with, and have a share of them answered by the full model."""
-        assert self.monitor is not None
-        shadowed = set(self.monitor.draw(len(done)))
-        self.monitor.record([answer.exit_layer for place, (_, answer) in enumerate(done) if place not in shadowed])
-        for place in shadowed:
-            encoded, answer = done[place]
-            shadow = RowFuture(encoded, priority=-math.inf)
-            shadow.add_done_callback(partial(self._compare, answer))
-            try:
-                self.worker.put(self.scheduler(False, None, None, False), self.reader, shadow, _nothing, bounded=False)
-            except EarlyExitError:  # closed meanwhile
-                self.monitor.record([answer.exit_layer])
-
-    def _compare(self, early: Answer, full: Any) -> None:
-        assert self.monitor is not None
-        if full.exception() is not None:
-            self.monitor.record([early.exit_layer])
-            return
-        logits = torch.stack([early.logits, full.result().logits])
-        problem_type = self.model.config.resolved_problem_type
-        self.monitor.record([early.exit_layer], same_prediction(logits[:1], logits[1:], problem_type).tolist())
-
-
-def _nothing(done: Any) -> None:
-    """Nobody watches."""
 
 
 def _of(parts: Any, name: str) -> Any:

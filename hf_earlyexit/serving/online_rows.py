@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import math
 import time
 from collections import deque
@@ -22,10 +23,13 @@ from .answers import DEADLINE, Leaving
 from .batching import cut
 from .chunks import Chunk
 from .course import Course
+from .monitor import Monitor
 from .predict import Answer
 from .reader import RowReader
 from .scheduler import Scheduler
+from .shadow import Shadow
 
+logger = logging.getLogger(__name__)
 CANCELLED = "cancelled"
 ENGINE = "engine"  # field of errors that are not the row's own
 TOKENS_OF_A_ROW = 8  # few; rows are read together, so that those of similar length can run together
@@ -93,7 +97,7 @@ class Line:
         reader: of its rows.
         lock: held while the queue is looked at.
         max_wait: as for `Course`.
-        answered: told of the rows that have been answered, a group at a time: what the model read of each, and its answer.
+        monitor: sees where rows leave, and follows a share of them to the last layer; for schedulers with a policy.
     """
 
     def __init__(
@@ -102,9 +106,9 @@ class Line:
         reader: RowReader,
         lock: AbstractContextManager[Any],
         max_wait: float,
-        answered: Callable[[list[tuple[Any, Answer]]], Any],
+        monitor: Monitor | None,
     ) -> None:
-        self.scheduler, self.reader, self.lock, self.max_wait, self.answered = scheduler, reader, lock, max_wait, answered
+        self.scheduler, self.reader, self.lock, self.max_wait, self.monitor = scheduler, reader, lock, max_wait, monitor
         self.queue: list[RowFuture] = []  # a heap; those called off stay until they are met
         self.inside: dict[RowFuture, Any] = {}  # under way, with what the model reads of them
         self.groups: dict[Hashable, deque[list[RowFuture]]] = {}  # by shape, those that make a chunk
@@ -212,7 +216,16 @@ class Line:
             return _failed("It cannot be checked", error)
 
     def _course(self, shape: Hashable) -> Course:
-        return Course(self.scheduler, partial(self._arriving, shape), self._let_go, self.max_wait, self._off, self._broken)
+        arriving = partial(self._arriving, shape)
+        return Course(self.scheduler, arriving, self._let_go, self.max_wait, self._off, self._broken, self._shadow())
+
+    def _shadow(self) -> Shadow | None:
+        if self.monitor is None:
+            return None
+        return Shadow(self.scheduler, self._is_shadowed, partial(self.monitor.record, ()), broken=_nobody_waits)
+
+    def _is_shadowed(self, future: RowFuture) -> bool:
+        return self.monitor is not None and not future.cancelled() and bool(self.monitor.draw(1))
 
     def _arriving(self, shape: Hashable) -> Chunk | None:
         """A chunk of new rows of a shape, if there are any."""
@@ -243,7 +256,7 @@ class Line:
         logits, scores = leaving.answer.float().cpu(), leaving.score.float().tolist()
         finite, index = logits.isfinite().all(1).tolist(), leaving.exit_index
         layer = self.scheduler.walker.exit_layers[index] if index >= 0 else 0
-        done: list[tuple[Any, Answer]] = []
+        seen = 0
         for row, (future, reason) in enumerate(zip(leaving.places, leaving.reasons, strict=True)):
             if reason == CANCELLED:
                 future.finish()
@@ -252,14 +265,12 @@ class Line:
                 self._fail(future, not_finite(0))
             else:
                 answer = Answer(logits[row].clone(), layer, scores[row], reason, None)
-                encoded = self.inside.get(future)
                 wanted = future.finish(answer)
                 self.num_answered += wanted
-                if wanted and index >= 0:
-                    done.append((encoded, answer))
+                seen += wanted and index >= 0
                 self.inside.pop(future, None)
-        if done:
-            self.answered(done)
+        if seen and self.monitor is not None:
+            self.monitor.record([layer] * seen)
 
     def _broken(self, futures: Sequence[RowFuture], error: Exception) -> None:
         for future in futures:
@@ -268,6 +279,11 @@ class Line:
     def _fail(self, future: RowFuture, error: BaseException) -> None:
         self.failed += future.finish(error=error)
         self.inside.pop(future, None)
+
+
+def _nobody_waits(futures: Sequence[Any], error: Exception) -> None:
+    """The rows were answered; they are only not compared."""
+    logger.warning("%d rows of a monitor's shadow failed: %s", len(futures), error)
 
 
 def _failed(what: str, error: Exception) -> EarlyExitError:

@@ -9,13 +9,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..errors import EarlyExitError, UsageError
+from .monitor import Monitor
 from .online_rows import ENGINE, Line, RowFuture
-from .predict import Answer
 from .reader import RowReader
 from .scheduler import Scheduler
 
@@ -68,8 +67,7 @@ class Worker:
         scheduler: Scheduler,
         reader: RowReader,
         future: RowFuture,
-        answered: Callable[[list[tuple[Any, Answer]]], Any],
-        bounded: bool = True,
+        monitor: Monitor | None,
     ) -> None:
         """Add a row to the line of a scheduler.
 
@@ -77,8 +75,7 @@ class Worker:
             scheduler: of its model and operating point.
             reader: of its row.
             future: for its answer.
-            answered: as for `Line`.
-            bounded: whether it needs room in the queue.
+            monitor: as for `Line`.
 
         Raises:
             UsageError: if the engine is closed, or was started before this process was forked; with the field "max_queue" if
@@ -92,7 +89,7 @@ class Worker:
         with self.lock:
             if self.closed:
                 raise UsageError("The engine is closed; make another.")
-            if bounded and self.queued >= self.max_queue:
+            if self.queued >= self.max_queue:
                 self.tally["refused"] += 1
                 raise UsageError(
                     f"{self.queued} rows wait already, as many as max_queue allows; try again later.",
@@ -101,9 +98,8 @@ class Worker:
                 )
             line = self.lines.get(scheduler)
             if line is None:
-                line = self.lines[scheduler] = Line(scheduler, reader, self.lock, self.max_wait, answered)
-            if bounded:
-                self.queued, future.queued, future.leave_queue = self.queued + 1, True, self._leave_queue
+                line = self.lines[scheduler] = Line(scheduler, reader, self.lock, self.max_wait, monitor)
+            self.queued, future.queued, future.leave_queue = self.queued + 1, True, self._leave_queue
             line.put(future)
             if len(line.queue) > 2 * self.max_queue + 16:
                 line.forget_called_off()

@@ -12,16 +12,15 @@ from tqdm.auto import tqdm
 
 from ..errors import EarlyExitError, UsageError
 from ..modeling.protocol import ExitModel, Wrapped
-from ..policies.base import ExitPolicy
-from ..problem_types import REGRESSION, same_prediction
+from ..problem_types import same_prediction
 from ..values import is_whole
 from .answers import Answers
 from .graph_walker import walker_for
-from .monitor import Monitor
+from .monitor import Monitor, require_classes
 from .reader import PICTURES, RowReader, first_error, reader_for
 from .scheduler import Scheduler
 from .served import served_classifier
-from .walker import BatchWalker
+from .shadow import Shadow
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 PICTURES_WITH_DEADLINE = 8  # one takes as long as many texts
@@ -91,7 +90,8 @@ def predict(
             leave at the last exit they passed; those that passed none have no answer.
         errors: "raise", or "slot" to go on with the other rows and keep the error in the row's place.
         cuda_graphs: on a CUDA device, run what comes again as CUDA graphs; without effect elsewhere.
-        monitor: sees every answer, and a share of the rows answered by the full model as well.
+        monitor: sees every answer; a share of the rows runs on to the last layer, to tell whether the full model answers
+            the same. No answer changes. Rows of a window that the deadline cuts off are not compared.
         progress: show a bar.
 
     Returns:
@@ -231,33 +231,20 @@ def _answered(
             encoded = reader.encode(window, first)
             if errors == "raise":
                 first_error(encoded, walker.check, first)
-            answers = scheduler.run(encoded, first)
+            same: list[bool] = []
+            shadow = None
+            if monitor is not None and policy is not None:
+                require_classes(policy.problem_type)
+                chosen = frozenset(monitor.draw(len(encoded)))
+                shadow = Shadow(scheduler, chosen.__contains__, same.extend)
+            answers = scheduler.run(encoded, first, shadow)
             if errors == "raise" and answers.errors:
                 raise answers.errors[min(answers.errors)]
-            if monitor is not None and policy is not None:
-                _watch(monitor, model, policy, walker, budget, encoded, answers)
+            if monitor is not None and shadow is not None:
+                layers = _layers(model, answers.exit_index[answers.exit_index >= 0]).tolist()
+                monitor.record(layers, () if scheduler.late() else same)  # the time chooses whom it cuts off
         yield answers
         first += len(window)
-
-
-def _watch(
-    monitor: Monitor,
-    model: Any,
-    policy: ExitPolicy,
-    walker: BatchWalker,
-    budget: int,
-    encoded: list[Any],
-    answers: Answers,
-) -> None:
-    """Show a monitor what rows left with, and a share of them again with the full model's answers."""
-    _require_classes(policy)
-    answered = (answers.exit_index >= 0).nonzero().flatten().tolist()
-    shadowed = [answered[place] for place in monitor.draw(len(answered))]
-    same: list[bool] = []
-    if shadowed:
-        full = Scheduler(walker, None, budget).run([encoded[place] for place in shadowed])
-        same = same_prediction(answers.logits[shadowed], full.logits, policy.problem_type).tolist()
-    monitor.record(_layers(model, answers.exit_index[answered]).tolist(), same)
 
 
 def monitored(
@@ -266,29 +253,22 @@ def monitored(
     """The output of one batch of `forward`, shown to a monitor as `predict` does.
 
     Args:
-        monitor: sees where rows left, and a share of them again with the full model's answers.
+        monitor: sees where rows left, and of a share of them whether the full model answers the same.
         model: a model with exits.
         inputs: tensors of the batch, rows first.
         early_exit, operating_point: as in `forward`.
     """
     if monitor.falls_back:
         return model(**inputs, early_exit=False)
-    output = model(**inputs, early_exit=early_exit, operating_point=operating_point)
     policy = model.choose_policy(early_exit, operating_point, {})
     if policy is None:
-        return output
-    _require_classes(policy)
-    shadowed, same = monitor.draw(len(output.logits)), []
-    if shadowed:
-        full = model(**{name: value[shadowed] for name, value in inputs.items()}, early_exit=False)
-        same = same_prediction(output.logits[shadowed], full.logits, policy.problem_type).tolist()
+        return model(**inputs, early_exit=early_exit, operating_point=operating_point)
+    require_classes(policy.problem_type)
+    shadowed = monitor.draw(len(next(iter(inputs.values()))))
+    output = model(**inputs, early_exit=early_exit, operating_point=operating_point, shadowed=shadowed)
+    same = same_prediction(output.logits[shadowed], output.full_logits, policy.problem_type).tolist() if shadowed else ()
     monitor.record(output.exit_layer.tolist(), same)
     return output
-
-
-def _require_classes(policy: ExitPolicy) -> None:
-    if policy.problem_type == REGRESSION:
-        raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
 
 
 def _layers(model: ExitModel, exit_index: Tensor) -> Tensor:

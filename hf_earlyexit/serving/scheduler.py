@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,9 @@ from .rows import TokenIds
 from .transfer import placed, sent
 from .walker import BatchWalker
 
+if TYPE_CHECKING:
+    from .shadow import Shadow
+
 
 class Scheduler:
     """Runs windows of rows. Holds no more than one chunk a layer and a lane besides the rows' token ids.
@@ -42,6 +45,7 @@ class Scheduler:
             rows remember that exit, for a course whose rows may be called off.
         on_done: told the number of rows whenever some have been answered.
         lanes: chunks that are under way at once, at least 1; as the walker likes it by default.
+        stops: more depths (layers) at which chunks can wait.
 
     Raises:
         UsageError: for numbers out of range.
@@ -56,6 +60,7 @@ class Scheduler:
         ends_at: float | None = None,
         on_done: Callable[[int], Any] = lambda rows: None,
         lanes: int | None = None,
+        stops: Sequence[int] = (),
     ) -> None:
         lanes = walker.lanes if lanes is None else lanes
         for name, number in (("max_batch_tokens", max_batch_tokens), ("lanes", lanes)):
@@ -82,32 +87,33 @@ class Scheduler:
         self.last = within[-1]
         self.exit_at = {walker.exit_layers[index]: index for index in within if self._asks(index)}
         every_layer = range(1, walker.exit_layers[self.last] + 1)
-        self.stops = list(self.exit_at if ends_at is None else every_layer)  # depths at which a chunk can wait, ascending
+        self.stops = sorted({*(self.exit_at if ends_at is None else every_layer), *stops})  # depths where a chunk can wait
 
     def _asks(self, index: int) -> bool:
         """Whether an exit must be computed: the policy looks at it, or rows may have to leave there all the same."""
         return index == self.last or self.ends_at is not None or (self.policy is not None and self.policy.wants(index))
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[TokenIds | EarlyExitError], first: int = 0) -> Answers:
+    def run(self, rows: Sequence[TokenIds | EarlyExitError], first: int = 0, shadow: Shadow | None = None) -> Answers:
         """Answers in the order of the rows.
 
         Args:
             rows: token ids; an error instead of a row stays in its place.
             first: the number of the first row, for the errors.
+            shadow: follows rows that leave; its places are those of the rows.
         """
         answers = Answers.blank(len(rows), self.walker.num_classes)
         gone: list[Leaving] = []
         good = self._readable(rows, first, answers)
         for group in self.walker.apart([row for _, row in good]):
-            self._walk([good[number] for number in group], gone)
+            self._walk([good[number] for number in group], gone, shadow)
         answers.write(gone)
         answers.refuse_what_is_not_finite(first)
         return answers
 
-    def _walk(self, rows: Sequence[tuple[int, TokenIds]], gone: list[Leaving]) -> None:
+    def _walk(self, rows: Sequence[tuple[int, TokenIds]], gone: list[Leaving], shadow: Shadow | None) -> None:
         """Take rows, each with its place, through the layers until all are gone."""
-        course = Course(self, partial(next, self._let_in(rows), None), gone.append)
+        course = Course(self, partial(next, self._let_in(rows), None), gone.append, shadow=shadow)
         while course.step():
             pass
 
@@ -128,7 +134,7 @@ class Scheduler:
 
     def _let_in(self, good: Sequence[tuple[int, TokenIds]]) -> Iterator[Chunk]:
         for chosen in cut([self.walker.length(row) for _, row in good], self.max_batch_tokens):
-            if self._late():
+            if self.late():
                 self.on_done(len(chosen))
                 continue
             yield self.begin([good[number] for number in chosen])
@@ -144,12 +150,12 @@ class Scheduler:
     def launch(self, chunk: Chunk, let_go: Callable[[Leaving], Any]) -> Flight | None:
         """Layers up to where the chunk can wait, and the exit there; looks at no value, so it waits for no device."""
         rows = len(chunk.places)
-        if self._late():
+        if self.late():
             if chunk.passed is not None:
                 let_go(Leaving(chunk.places, *chunk.passed, [DEADLINE] * rows))
             self.on_done(rows)
             return None
-        depth = next(stop for stop in self.stops if stop > chunk.depth)
+        depth = next((stop for stop in self.stops if stop > chunk.depth), chunk.depth)  # behind all layers, the exit alone
         layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
         standing, outcome = step_to_exit(self.walker, layers, chunk.standing, self.policy, index)
         judged = None if outcome is None or index is None else Passed(outcome.answer, index, outcome.score)
@@ -182,5 +188,6 @@ class Scheduler:
         self.on_done(len(leaving))
         return some_rows(chunk, staying) if staying else None
 
-    def _late(self) -> bool:
+    def late(self) -> bool:
+        """Whether the time is over."""
         return self.ends_at is not None and time.monotonic() >= self.ends_at

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from ..policies.base import ExitPolicy, ExitStep
 from ..signals import names_at
 from .step import Standing, Walker, every_exit, parted, step_to_exit, stretches
@@ -17,14 +18,18 @@ if TYPE_CHECKING:
 
 
 class Early(NamedTuple):
-    """Early answers `[B, C]`, the exit index each row left at `[B]`, and the score it left with `[B]`."""
+    """Early answers `[B, C]`, the exit index each row left at `[B]`, the score it left with `[B]`, and the full model's
+    answers to the shadowed rows `[n, C]`."""
 
     logits: Tensor
     exit_index: Tensor
     score: Tensor
+    full_logits: Tensor
 
 
-def run_early(walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, num_classes: int) -> Early:
+def run_early(
+    walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, num_classes: int, shadowed: Sequence[int] = ()
+) -> Early:
     """Run until every row is decided; decided rows are dropped from hidden states, masks and policy state.
 
     Args:
@@ -32,16 +37,26 @@ def run_early(walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, 
         hidden, context: before the first layer; the context as `families.Context`.
         policy: says who leaves.
         num_classes: C.
+        shadowed: positions of n rows that, once decided, run on to the last layer by themselves.
 
     Returns:
-        Answers in the order the rows came.
+        Answers in the order the rows came, and of the shadowed rows in that of `shadowed`.
+
+    Raises:
+        DataError: for a shadowed row that is not there, or is named twice.
     """
     batch, device = context.count(hidden), hidden.device
     result = Early(
         hidden.new_zeros(batch, num_classes),
         torch.full((batch,), -1, device=device),
         torch.zeros(batch, device=device),
+        hidden.new_zeros(len(shadowed), num_classes),
     )
+    number_of = {row: number for number, row in enumerate(shadowed)}
+    if len(number_of) < len(shadowed) or any(not 0 <= row < batch for row in number_of):
+        raise DataError(
+            f"shadowed is {list(shadowed)}; expected different positions of the {batch} rows, from 0.", field="shadowed"
+        )
     if not batch:
         return result
     places = torch.arange(batch, device=device)
@@ -53,6 +68,9 @@ def run_early(walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, 
         if not leaving:
             continue
         _write(result, places, outcome, index)
+        if number_of:
+            numbers = {row: number_of[place] for row in leaving if (place := int(places[row])) in number_of}
+            _run_on(walker, rows, index, numbers, result.full_logits)
         if not staying:
             break
         keep = torch.tensor(staying, dtype=torch.long, device=device)
@@ -65,6 +83,18 @@ def _write(result: Early, places: Tensor, outcome: ExitStep, index: int) -> None
     result.logits[leaving] = outcome.answer[outcome.leave].to(result.logits.dtype)
     result.exit_index[leaving] = index
     result.score[leaving] = outcome.score[outcome.leave]
+
+
+def _run_on(walker: Walker, rows: Standing, exit_index: int, numbers: Mapping[int, int], full_logits: Tensor) -> None:
+    """Write down what the last exit says of some of the rows that stand at an exit: their positions, with their numbers."""
+    if not numbers:
+        return
+    last, keep = len(walker.exit_layers) - 1, list(numbers)
+    followed = rows.keep(keep, torch.tensor(keep, device=full_logits.device))
+    layers = range(walker.exit_layers[exit_index] + 1, walker.exit_layers[last] + 1)
+    _, signal = walker.run(layers, followed.hidden, followed.context, last)
+    assert signal is not None  # an exit was asked
+    full_logits[list(numbers.values())] = signal.logits.to(full_logits.dtype)
 
 
 def run_all(

@@ -135,6 +135,23 @@ def test_layers_of_the_batched_form_do_not_run_either(traced, open_policy, monke
     monkeypatch.setattr(type(found.onnx.walker), "run_layer", counting)
     layers, _ = in_layers(found, open_policy(found.model, "confidence"), rows)
     assert sum(counted) == int(layers.sum()) < 4 * len(rows)
+    counted.clear()
+    monitor = ee.Monitor(found.onnx, shadow=1.0)
+    watched = ee.predict(found.onnx, rows, monitor=monitor)
+    assert torch.equal(watched.exit_layer, layers)
+    assert sum(counted) == 4 * len(rows) == 4 * monitor.state.num_shadowed  # rows go on from their exits
+    full = ee.predict(found.onnx, rows, early_exit=False).logits.argmax(1)
+    assert monitor.state.num_different == int((watched.logits.argmax(1) != full).sum())
+    counted.clear()
+    batch = pad_batch(rows)
+    bare, shadowed = found.onnx(**batch), found.onnx(**batch, shadowed=[5, 2])
+    assert torch.equal(bare.logits, shadowed.logits)
+    extra = 2 * 4 - int(bare.exit_layer[[5, 2]].sum())
+    assert sum(counted) == 2 * int(bare.exit_layer.sum()) + extra
+    full = found.onnx(**batch, early_exit=False, shadowed=[5, 2])
+    assert torch.allclose(shadowed.full_logits, full.logits[[5, 2]], atol=1e-5)
+    assert torch.equal(full.full_logits, full.logits[[5, 2]])
+    assert bare.full_logits is None
 
 
 def test_a_policy_that_looks_at_values_is_refused(traced, one_row_session):

@@ -26,6 +26,7 @@ from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.shadow import Shadow
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.signals import names_at
 
@@ -145,6 +146,20 @@ def test_the_full_model_a_layer_budget_and_a_deadline(model, rows):
             assert torch.equal(got.exit_index, expected.exit_index)
             assert torch.allclose(got.logits, expected.logits, atol=NEAR)
     assert twice(walker, None, 256, rows, ends_at=0.0).reason == ["deadline"] * len(rows)
+
+
+@pytest.mark.parametrize("layer_budget", [None, 2])
+def test_a_shadow_compares_with_the_full_model_and_changes_no_answer(model, rows, layer_budget):
+    walker, same = graphed(model), []
+    scheduler = Scheduler(walker, model.exit_policy, 256, layer_budget)
+    bare = twice(walker, model.exit_policy, 256, rows, layer_budget=layer_budget)
+    shadow = Shadow(scheduler, lambda place: place % 2 == 0, same.extend)
+    got = [scheduler.run(rows, shadow=shadow) for _ in range(2)][1]  # by graphs
+    assert torch.equal(got.logits, bare.logits)
+    full = Scheduler(walker, None, 256).run(rows).logits.argmax(1)
+    expected = (got.logits.argmax(1) == full)[::2].sum()
+    assert len(same) == 500
+    assert sum(same) == 2 * int(expected) < 500
 
 
 def test_half_precision_keeps_labels_layers_and_scores_in_single(tiny_model, open_policy, rows):

@@ -9,9 +9,11 @@ import torch
 from scipy.stats import binom
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import CheckpointError, UsageError
+from hf_earlyexit.errors import CheckpointError, DataError, UsageError
 from hf_earlyexit.serving import monitor as module
+from hf_earlyexit.serving import scheduler
 from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor, disagreement_bounds
+from hf_earlyexit.serving.predict import Answer, monitored
 
 LAYERS = (2, 4, 6, 8)
 SHARES = (0.4, 0.3, 0.2, 0.1)
@@ -241,6 +243,105 @@ def test_it_falls_back_to_the_full_model_and_only_then(served):
     after = ee.predict(model, ids, monitor=monitor)
     assert (after.exit_layer == model.exit_layers[-1]).all()
     assert monitor.state.num_rows == 300  # the full model's own answers are not early ones
+
+
+def in_engine(model, ids, monitor):
+    with ee.Engine(model, monitor=monitor) as engine:
+        return [future.result(100) for future in [engine.submit(row) for row in ids]]
+
+
+def in_batches(model, ids, monitor):
+    answers = []
+    for start in range(0, len(ids), 16):
+        batch = {"input_ids": torch.tensor([row["input_ids"] for row in ids[start : start + 16]])}
+        output = model(**batch) if monitor is None else monitored(monitor, model, batch, None, None)
+        answers += as_rows(output)
+    return answers
+
+
+def as_rows(output):
+    layers = output.exit_layer.tolist()
+    return [Answer(logits, layer, 0.0, "", None) for logits, layer in zip(output.logits, layers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        lambda model, ids, monitor: as_rows(ee.predict(model, ids, monitor=monitor)),
+        lambda model, ids, monitor: as_rows(ee.predict(model, ids, monitor=monitor, max_batch_tokens=64)),
+        lambda model, ids, monitor: as_rows(ee.predict(model, ids, monitor=monitor, deadline=1e6)),
+        lambda model, ids, monitor: list(ee.stream(model, ids, window=64, monitor=monitor)),
+        in_batches,
+        in_engine,
+    ],
+    ids=["predict", "small batches", "deadline", "stream", "forward", "engine"],
+)
+@pytest.mark.parametrize("policy", ["confidence", "beem-a"])
+def test_a_shadowed_row_goes_on_from_where_it_left(served, serve, policy):
+    """No layer is run twice, who is not shadowed is in the same batches, and no answer changes in any bit."""
+    model, _ = served
+    ids = [{"input_ids": [2, *(5 + (place * step) % 20 for step in range(1, 7)), 3]} for place in range(300)]
+    trace = ee.collect_trace(model, ids, labelled=False, progress=False)
+    model.set_exit_policy(ee.calibrate(trace, policy, ee.LayerBudget(2.5), keep_weak_exits=True, folds=0))
+    tokens = [0] * 4
+
+    def count(layer):
+        def hook(part, given, output):
+            tokens[layer] += output.numel() // output.shape[-1]
+
+        return hook
+
+    for layer, part in enumerate(model.base_model.encoder.layer):
+        part.intermediate.dense.register_forward_hook(count(layer))
+    bare = serve(model, ids, None)
+    layers = torch.tensor([answer.exit_layer for answer in bare])
+    assert tokens == [8 * int((layers > layer).sum()) for layer in range(4)]  # each row runs the layers it needs
+    for shadow in (0.2, 1.0):
+        tokens[:] = [0] * 4
+        monitor = Monitor(model, shadow=shadow)
+        watched = serve(model, ids, monitor)
+        assert monitor.state.num_rows == 300
+        assert [answer.exit_layer for answer in watched] == layers.tolist()
+        logits = [torch.stack([answer.logits for answer in answers]) for answers in (watched, bare)]
+        if serve is in_engine:  # who meets whom is a matter of time there
+            torch.testing.assert_close(*logits, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(*logits)
+        if serve is not in_engine or shadow == 1:
+            shadowed = torch.zeros(300, dtype=torch.bool)
+            shadowed[Monitor(model, shadow=shadow).draw(300)] = True  # the draws are the same, window by window
+            assert tokens == [8 * int(((layers > layer) | shadowed).sum()) for layer in range(4)]
+            assert monitor.state.num_shadowed == int(shadowed.sum())
+            full = ee.predict(model, ids, early_exit=False).logits.argmax(-1)
+            assert monitor.state.num_different == int((full != logits[0].argmax(-1))[shadowed].sum()) > 0
+
+
+def test_a_window_cut_off_by_the_clock_is_not_compared(served, monkeypatch):
+    """Whom the time cuts off depends on where rows leave, so the rest would not be a fair sample."""
+    model, ids = served
+    clock = iter(range(10**6))
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: float(next(clock)))
+    monitor = Monitor(model, shadow=1.0)
+    answers = ee.predict(model, ids, deadline=60, monitor=monitor, max_batch_tokens=64)
+    assert {"deadline", "policy"} <= set(answers.reason)
+    assert monitor.state.num_rows == int((answers.exit_layer > 0).sum()) > 20
+    assert monitor.state.num_shadowed == 0
+
+
+def test_an_answer_that_is_not_finite_is_compared_with_nothing(served):
+    model, ids = served
+    with torch.no_grad():
+        model.classifier.bias.fill_(torch.nan)  # of the last exit
+    monitor = Monitor(model, shadow=1.0)
+    answers = ee.predict(model, ids, errors="slot", monitor=monitor)
+    assert monitor.state.num_rows == 300 - len(answers.errors) > 100
+    assert monitor.state.num_shadowed == 0
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [-1], [1, 1]])
+def test_shadowed_rows_that_are_not_there_are_refused(served, rows):
+    with pytest.raises(DataError, match="expected different positions of the 2 rows"):
+        served[0](input_ids=torch.tensor([[2, 5, 3], [2, 6, 3]]), shadowed=rows)
 
 
 def test_rows_without_an_answer_are_not_counted(served):
