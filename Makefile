@@ -6,7 +6,8 @@ BUILD := "pip>=23.2" "setuptools>=77"
 DEVELOPMENT := dev,docs
 LOCKED := constraints/locked.txt
 OLDEST := constraints/oldest.txt
-PYTEST := -m pytest -n logical --maxprocesses 8
+# Tests of a file stay in one process, so that what they share is made once.
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist loadscope
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check docs test-newest test-oldest constraints clean

@@ -102,7 +102,7 @@ def test_an_operating_point_is_judged_in_place_of_the_default(places, capsys, tm
 
 def test_env_names_versions_but_nobody(capsys):
     found = json.loads(run(capsys, "env", "--json", "true"))
-    assert found["torch"] == torch.__version__
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["torch threads"] == torch.get_num_threads()
     assert "cpu" in found["devices"]
     told = run(capsys, "env")

@@ -4,6 +4,7 @@ import torch
 from transformers import BertTokenizer
 
 import hf_earlyexit as ee
+from hf_earlyexit.modeling.fingerprint import model_fingerprint
 from tests.conftest import SHAPE, VOCABULARY
 
 
@@ -28,8 +29,18 @@ def make_model(seed=0, **fields):
     return model
 
 
+CALIBRATED = {}
+
+
 def calibrate(model, budgets=(2.0, 3.0)):
-    """One result for each budget of layers."""
+    """One result for each budget of layers; the same model is calibrated once."""
+    key = (model_fingerprint(model), *budgets)
+    if key not in CALIBRATED:
+        CALIBRATED[key] = calibrate_anew(model, budgets)
+    return list(CALIBRATED[key])
+
+
+def calibrate_anew(model, budgets):
     rows, tokenizer = texts(200, seed=9), make_tokenizer()
     labels = ee.predict(model, rows, tokenizer=tokenizer, early_exit=False).logits.argmax(-1).tolist()
     trace = ee.collect_trace(model, rows, tokenizer=tokenizer, labels=labels, progress=False)

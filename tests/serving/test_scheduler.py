@@ -1,8 +1,10 @@
 """Full chunks, same answers: whatever the order, the budget and the company."""
 
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
@@ -220,7 +222,7 @@ def test_who_waits_goes_on_when_nobody_can_join_any_more(model, flying, goes):
 
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_lanes_out_of_range_are_refused(model, wrong):
-    with pytest.raises(UsageError, match=f"lanes is {wrong}; expected at least 1"):
+    with pytest.raises(UsageError, match=f"lanes is {wrong}; expected a whole number of at least 1"):
         Scheduler(ModelWalker(model), None, 128, lanes=wrong)
 
 
@@ -327,9 +329,15 @@ def test_eight_threads_share_a_model(model, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_eight_threads_share_a_model_and_an_engine(model, rows, lanes):
-    in_eight_threads(model, Scheduler(ModelWalker(model), model.exit_policy, 64, lanes=lanes).run, rows, 5000)
+def test_eight_threads_share_a_model_and_engines(model, rows):
+    """Engines of one and of two lanes take turns; threads change places a hundred thousand times a second if they can."""
+    turns = cycle([Scheduler(ModelWalker(model), model.exit_policy, 64, lanes=lanes) for lanes in (1, 2)])
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_eight_threads(model, lambda part: next(turns).run(part), rows, 5000)
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(model, lanes):
