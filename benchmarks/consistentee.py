@@ -184,7 +184,7 @@ def of_gates(folder: Path, cache: Path) -> tuple[dict[str, Settings], dict[str, 
 def hardness_of(data: GateStates, folder: Path, hardness: str) -> torch.Tensor:
     """Hardness of the train rows, by these exits or by models that never saw them."""
     if hardness != CROSS_HARDNESS:
-        return HARDNESS.get(hardness)(data.trace)
+        return HARDNESS.get(hardness)(data.outcomes)
     table = ee.HardnessTable.load(folder / CROSS_HARDNESS)
     table.require_exactly(range(len(data.states)))
     return table.of(range(len(data.states)))

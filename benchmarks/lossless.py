@@ -36,10 +36,11 @@ def plain(text: str) -> str:
     return re.sub(r" ([,.;:!?)'])", r"\1", text)
 
 
-def chat_prompts(tokenizer: object, part: str) -> list[list[int]]:
-    """Token ids of chats that ask for a paragraph, one for each paragraph of a part of wikitext-2, in a fixed order."""
+def chat_prompts(tokenizer: object, part: str, words: int = 10) -> list[list[int]]:
+    """Token ids of chats that ask for a paragraph by its first words, for paragraphs of a part of wikitext-2, shuffled."""
     lines = pd.read_parquet(Path(os.environ["HF_EARLYEXIT_DATA"]) / "wikitext2" / f"{part}.parquet").text
-    starts = [" ".join(plain(line).split()[:10]) for line in lines if not line.startswith("=") and len(line.split()) > 30]
+    starts = [plain(line).split() for line in lines if not line.startswith("=") and len(line.split()) > 30]
+    starts = [" ".join(start[:words]) for start in starts]
     starts = [start for start in starts if "<unk>" not in start and '"' not in start]
     order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0)).tolist()
     chats = [[{"role": "user", "content": ASKED + starts[place]}] for place in order]

@@ -67,9 +67,14 @@ def memorized_layer(trace: ExitTrace, ignored: Sequence[int] = ()) -> Tensor:
     right counts as hard as one that no exit gets right.
     """
     kept = [index for index in range(trace.num_exits) if index not in ignored]
-    steady = right_exits(trace)[:, kept].flip(1).int().cumprod(1).sum(1)  # [N], exits that are right counted from the last
-    layers = torch.tensor(trace.exit_layers, dtype=torch.float32)[kept]
-    return layers[(len(kept) - steady).clamp_max(len(kept) - 1)]
+    return steady_layer(right_exits(trace)[:, kept], [trace.exit_layers[index] for index in kept])
+
+
+def steady_layer(right: Tensor, exit_layers: Sequence[int]) -> Tensor:
+    """The memorized layer `[N]` of rows or tokens, from whether each exit is right about them `[N, E]`."""
+    steady = right.flip(1).int().cumprod(1).sum(1)  # [N], exits that are right counted from the last
+    layers = torch.tensor(exit_layers, dtype=torch.float32)
+    return layers[(len(layers) - steady).clamp_max(len(layers) - 1)]
 
 
 def right_exits(trace: ExitTrace) -> Tensor:

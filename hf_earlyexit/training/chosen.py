@@ -1,4 +1,4 @@
-"""The phase in which the network learns to be right where rows leave."""
+"""The phase in which the network learns to be right where rows, or tokens, leave."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..labels import LEFT_OUT
 from ..losses import ConsistentObjective, ObjectiveValue
 from ..losses.base import row_losses
 from ..losses.noise import row_noise
+from ..problem_types import SINGLE_LABEL
 from .checks import no_labels, pop_labels
 from .gates import EpsilonSchedule
+from .language_model import EarlyExitLanguageModelTrainer, TokenCollator
+from .token_trainer import LABELS
 from .trainer import EarlyExitTrainer
 
 HARDNESS_COLUMN, KEY_COLUMN = "hardness_layers", "example_key"
 
 
-class ChosenExitTrainer(EarlyExitTrainer):
-    """Trainer of the exits at which rows leave, with gates held fixed or learning too.
+class ChosenExits(EarlyExitTrainer):
+    """What trainers of the exits at which rows or tokens leave share; gates are held fixed or learn too.
 
     Args:
         objective: of the gates; also draws the exits.
@@ -39,10 +43,36 @@ class ChosenExitTrainer(EarlyExitTrainer):
         super()._choose_what_learns(model)
         model.exit_gates.requires_grad_(self.teaches_gates)
 
+    def _chosen_loss(self, gates: Tensor, losses: Tensor, hardness: Tensor, keys: Tensor) -> Tensor:
+        """The loss where they leave, and with `teaches_gates` the gates' own.
+
+        Args:
+            gates: leave logits `[N, E - 1]`.
+            losses: of every exit `[N, E]`.
+            hardness: in layers `[N]`; keys: from `row_keys` `[N]`.
+        """
+        self._require_finite(ObjectiveValue(losses.mean(), losses.mean(0)))
+        objective = replace(self.reward, epsilon=self.epsilon.at(self.state.global_step))
+        noise = None
+        if self.reward.draws:
+            noise = row_noise(keys, self.rollout_seed, self.state.global_step, (self.reward.rollouts, gates.shape[1]))
+        layers = torch.tensor(self.exit_model.config.exit_layers, dtype=torch.float32, device=losses.device)
+        value = objective(gates, losses, hardness, layers, noise)
+        return value.exit_loss + value.gate_loss if self.teaches_gates else value.exit_loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = [name for name in (HARDNESS_COLUMN, KEY_COLUMN) if name not in self._signature_columns]
+        self._signature_columns += extra
+
+
+class ChosenExitTrainer(ChosenExits):
+    """Of classifiers: each row leaves at one exit."""
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss where rows leave, and with `teaches_gates` the gates' own; evaluations are those of all exits."""
+        """The loss where rows leave; evaluations are those of all exits."""
         inputs = dict(inputs)
         hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
         if hardness is None or keys is None:
@@ -54,24 +84,40 @@ class ChosenExitTrainer(EarlyExitTrainer):
             raise no_labels(inputs, self.label_names)
         outputs = model(**rest, early_exit=False)
         losses = row_losses(outputs.exit_logits, *labels)
-        self._require_finite(ObjectiveValue(losses.mean(), losses.mean(0)))
-        gates = outputs.exit_scalars["gate"]
-        value = self._objective()(gates, losses, hardness, self._layers(losses), self._noise(keys, gates))
-        loss = value.exit_loss + value.gate_loss if self.teaches_gates else value.exit_loss
+        loss = self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness, keys)
         return (loss, outputs) if return_outputs else loss
 
-    def _objective(self) -> ConsistentObjective:
-        return replace(self.reward, epsilon=self.epsilon.at(self.state.global_step))
 
-    def _layers(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.exit_model.config.exit_layers, dtype=torch.float32, device=like.device)
+class ChosenTokenTrainer(ChosenExits, EarlyExitLanguageModelTrainer):
+    """Of language models: each token leaves at one exit."""
 
-    def _noise(self, keys: Tensor, gates: Tensor) -> Tensor | None:
-        if not self.reward.draws:
-            return None
-        return row_noise(keys, self.rollout_seed, self.state.global_step, (self.reward.rollouts, gates.shape[1]))
+    def _usual_collator(self) -> ChosenTokenCollator:
+        return ChosenTokenCollator()
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        extra = [name for name in (HARDNESS_COLUMN, KEY_COLUMN) if name not in self._signature_columns]
-        self._signature_columns += extra
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss where tokens leave; evaluations are those of all exits."""
+        inputs = dict(inputs)
+        hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
+        if hardness is None or keys is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._rest_what_does_not_learn()
+        truth = self._truth(inputs.get(LABELS))
+        learned = truth != LEFT_OUT
+        outputs = model(**{"use_cache": False, **self._given(inputs)}, early_exit=False, exit_tokens=learned)
+        losses = row_losses(outputs.exit_logits, truth[learned], SINGLE_LABEL)
+        loss = self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness[learned], keys[learned])
+        return (loss, outputs) if return_outputs else loss
+
+
+class ChosenTokenCollator(TokenCollator):
+    """As `TokenCollator`; rows that say how hard their tokens are, and by which keys they draw, keep both `[B, T]`."""
+
+    def __call__(self, rows: Any) -> dict[str, Tensor]:
+        batch = super().__call__(rows)
+        for name in (HARDNESS_COLUMN, KEY_COLUMN):
+            if name in rows[0]:
+                parts = [torch.as_tensor(row[name]) for row in rows]
+                batch[name] = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        return batch

@@ -10,19 +10,18 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..errors import DataError, TrainingError, UsageError
+from ..generation.language_model import EarlyExitLanguageModel
+from ..generation.token_exits import ModelThatWrites
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
-from ..serving.collect import collect_trace
-from ..serving.reader import reads_images
-from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
 from .consistent_arguments import ConsistentTrainingArguments
-from .consistent_data import checked_rows, row_ids
-from .gate_report import gate_metrics, warn_of_trouble
+from .consistent_rows import RowLessons
+from .consistent_tokens import TokenLessons
+from .gate_report import warn_of_trouble
 from .gates import train_gates
 from .hardness import HardnessTable
 from .run_folder import RunFolder
 from .settings import check_arguments, check_settings, refused
-from .states import collect_states
 from .trainer import EarlyExitTrainer
 
 TABLE_FILE = "hardness.safetensors"
@@ -61,8 +60,9 @@ class ConsistentTrainer:
     Args:
         model: a model with exits and gates (`exit_gate="mlp"`).
         args: settings of all phases.
-        train_dataset: token ids or pictures, labels and a column of ids (`args.id_column`).
-        eval_dataset: token ids or pictures and labels, to report on after every phase.
+        train_dataset: token ids or pictures, labels and a column of ids (`args.id_column`). Of language models texts, as
+            `EarlyExitLanguageModelTrainer` takes them: each token leaves by itself, has a hardness and a reward.
+        eval_dataset: the same without ids, to report on after every phase.
         gate_dataset: rows the exits do not learn from; their hardness is then not that of memorised rows, and gates learn
             from them alone. Ids must differ from the train rows'. By default the train rows, as in the paper.
         hardness_table: a table that stands in for the measurement, such as one joined from models that never saw the rows.
@@ -105,14 +105,15 @@ class ConsistentTrainer:
             )
         check_settings(args, args.make_objective(), model)
         self.model, self.args = model, args
-        self.train_dataset, self.eval_dataset = self._rows(train_dataset, "train_dataset"), None
-        self.train_ids = self.gate_ids = row_ids(self.train_dataset, args.id_column)
+        self.lessons = lessons = _lessons(model)(model, args, processing_class)
+        self.train_dataset, self.eval_dataset = lessons.checked(train_dataset, "train_dataset"), None
+        self.train_ids = self.gate_ids = lessons.ids(self.train_dataset)
         self.gate_dataset = self.train_dataset
         if eval_dataset is not None:
-            self.eval_dataset = self._rows(eval_dataset, "eval_dataset")
+            self.eval_dataset = lessons.checked(eval_dataset, "eval_dataset")
         if gate_dataset is not None:
-            self.gate_dataset = self._rows(gate_dataset, "gate_dataset")
-            self.gate_ids = row_ids(self.gate_dataset, args.id_column)
+            self.gate_dataset = lessons.checked(gate_dataset, "gate_dataset")
+            self.gate_ids = lessons.ids(self.gate_dataset)
             if set(self.train_ids) & set(self.gate_ids):
                 raise DataError("train_dataset and gate_dataset share ids; keep their rows apart.", field="gate_dataset")
         self.given_table, self.hardness_table = hardness_table, hardness_table
@@ -123,14 +124,10 @@ class ConsistentTrainer:
             "compute_metrics": compute_metrics,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
-        self._reading = {"image_processor": processing_class} if reads_images(model) else {}
         self.log_history: list[dict[str, Any]] = []
         if hardness_table is not None:
             hardness_table.of(self.train_ids)
             hardness_table.of(self.gate_ids)
-
-    def _rows(self, rows: Any, name: str) -> Any:
-        return checked_rows(rows, name, self.model.config, self.args.label_names or ())
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -196,7 +193,7 @@ class ConsistentTrainer:
 
     def _run_exits(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
         args = self._phase_args(phase, folder)
-        trainer = EarlyExitTrainer(
+        trainer = self.lessons.trainer(
             model=self.model, args=args, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset, **self._shared
         )
         return self._run_trainer(trainer)
@@ -208,8 +205,7 @@ class ConsistentTrainer:
             if self.gate_dataset is not self.train_dataset:
                 parts.append((self.gate_dataset, self.gate_ids))
             for rows, ids in parts:
-                trace = collect_trace(self.model, rows, **self._reading, split="train", progress=not self.args.disable_tqdm)
-                tables.append(HardnessTable.measured(trace, ids, self.args.hardness))
+                tables.append(HardnessTable.measured(self.lessons.outcomes(rows), ids, self.args.hardness))
         table = self.hardness_table = self.given_table or HardnessTable.joined(tables)
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
@@ -222,13 +218,12 @@ class ConsistentTrainer:
         # by lot, but by the rows' own lot: the same rows in the same order however the data set is shuffled
         chosen = row_noise(keys, self.args.seed, 0, (1,))[:, 0].argsort(stable=True)[: self.args.max_gate_rows]
         ids = [self.gate_ids[place] for place in chosen.tolist()]
-        quiet = {**self._reading, "progress": not self.args.disable_tqdm}
-        data = collect_states(self.model, self.gate_dataset.select(chosen.tolist()), **quiet)
-        judged = data if self.eval_dataset is None else collect_states(self.model, self.eval_dataset, split="eval", **quiet)
+        data = self.lessons.states(self.gate_dataset, chosen)
+        judged = data if self.eval_dataset is None else self.lessons.states(self.eval_dataset, split="eval")
         logs: list[dict[str, Any]] = []
 
         def report(epoch: int) -> None:
-            metrics = gate_metrics(judged.judged(self.model.exit_gates), self._objective, self.args.hardness)
+            metrics = judged.metrics(self.model.exit_gates, self._objective, self.args.hardness)
             logs.append({"epoch": epoch, **metrics})
             warn_of_trouble([*self.log_history, *logs])
 
@@ -245,15 +240,15 @@ class ConsistentTrainer:
         return logs
 
     def _run_chosen(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
-        rows = self.train_dataset.add_column(HARDNESS_COLUMN, self.hardness_table.of(self.train_ids).numpy())
-        rows = rows.add_column(KEY_COLUMN, row_keys(self.train_ids).numpy())
+        hardness = self.hardness_table.of(self.train_ids)
+        rows = self.lessons.with_hardness(self.train_dataset, hardness, row_keys(self.train_ids))
         args = self._phase_args(phase, folder)
         args.num_train_epochs, args.max_steps, args.learning_rate = (
             self.args.chosen_epochs,
             -1,
             self.args.chosen_learning_rate,
         )
-        trainer = ChosenExitTrainer(
+        trainer = self.lessons.chosen_trainer(
             objective=self._objective,
             teaches_gates=self.args.chosen_phase == "joint",
             epsilon=self.args.make_epsilon(),
@@ -281,12 +276,22 @@ class ConsistentTrainer:
         return list(trainer.state.log_history)
 
     def _report(self) -> dict[str, Any]:
-        """Accuracy of every exit and what the gates do, on the evaluation rows."""
-        if self.eval_dataset is None:
-            return {}
-        trace = collect_trace(
-            self.model, self.eval_dataset, **self._reading, split="eval", progress=not self.args.disable_tqdm
+        """What every exit and the gates do on the evaluation rows."""
+        return {} if self.eval_dataset is None else self.lessons.report(self.eval_dataset)
+
+
+def _lessons(model: Any) -> type[RowLessons] | type[TokenLessons]:
+    """What a model's gates learn from.
+
+    Raises:
+        TrainingError: for captioners.
+    """
+    if isinstance(model, EarlyExitLanguageModel):
+        return TokenLessons
+    if isinstance(model, ModelThatWrites):
+        raise TrainingError(
+            "ConsistentTrainer trains classifiers and language models; gates of captioners learn with "
+            "EarlyExitCaptioningTrainer(..., learn_gates=True).",
+            field="model",
         )
-        each = zip(trace.exit_layers, trace.quality.mean(0).tolist(), strict=True)
-        metrics = gate_metrics(trace, self._objective, self.args.hardness)
-        return {f"exit_{layer}_quality": quality for layer, quality in each} | metrics
+    return RowLessons

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers.utils import logging
 
 from ..calibration.replay import replay
-from ..losses.base import row_losses
 from ..losses.consistentee import ConsistentObjective
 from ..policies.gate import GatePolicy
 from ..problem_types import SINGLE_LABEL
 from ..trace import ExitTrace
 from .hardness import HARDNESS
+from .outcomes import Outcomes
 
 CROWD = 0.95  # a layer that takes more than this share of the rows
 CERTAIN = 1e-3  # a gate this close to 0 or 1 hardly learns any more
@@ -38,21 +40,48 @@ def gate_metrics(trace: ExitTrace, objective: ConsistentObjective | None = None,
         classes have no row that leaves early.
     """
     done = replay(GatePolicy.half(trace.num_exits, problem_type=trace.problem_type), trace)
-    metrics = {"gate_quality": done.quality, "gate_layers": done.mean_layers}
-    metrics |= {f"exit_{exit.layer}_share": exit.share for exit in done.exits}
-    chance = trace.scalars["gate"].float().sigmoid() if "gate" in trace.scalars else torch.zeros(0)
-    metrics["gate_certain"] = float(((chance < CERTAIN) | (chance > 1 - CERTAIN)).float().mean()) if chance.numel() else 0.0
+    taken = torch.searchsorted(torch.tensor(trace.exit_layers), torch.as_tensor(done.exit_layer))
+    leave_logits = trace.scalars.get("gate", torch.zeros(trace.num_rows, 0))
+    metrics = {"gate_quality": done.quality, **_places(taken, leave_logits, trace.exit_layers)}
     if trace.problem_type == SINGLE_LABEL:
         early = torch.as_tensor(done.exit_layer) < trace.exit_layers[-1]
         labels = trace.labels.reshape(-1)
         metrics["gate_stuck_classes"] = float(len(set(labels.tolist()) - set(labels[early].tolist())))
     if objective is not None:
-        layers = torch.tensor(trace.exit_layers, dtype=torch.float32)
-        losses = row_losses(trace.logits, trace.labels, trace.problem_type)
-        rewards = objective.rewards(losses, HARDNESS.get(measure)(trace), layers)
-        taken = torch.searchsorted(layers, torch.as_tensor(done.exit_layer, dtype=torch.float32))
-        metrics["gate_reward"] = float(rewards.gather(1, taken[:, None]).mean())
+        metrics["gate_reward"] = _reward(taken, Outcomes.of(trace), objective, measure)
     return metrics
+
+
+def token_gate_metrics(
+    leave_logits: Tensor, outcomes: Outcomes, objective: ConsistentObjective, measure: str
+) -> dict[str, float]:
+    """As `gate_metrics`, for tokens; quality is the share of right words.
+
+    Args:
+        leave_logits: of the gates `[N, E - 1]`.
+        outcomes: of the same tokens.
+        objective, measure: as in `gate_metrics`.
+    """
+    taken = functional.pad(leave_logits >= 0, (0, 1), value=True).int().argmax(1)
+    quality = float(outcomes.right.float().gather(1, taken[:, None]).mean())
+    places = _places(taken, leave_logits, outcomes.exit_layers)
+    return {"gate_quality": quality, **places, "gate_reward": _reward(taken, outcomes, objective, measure)}
+
+
+def _places(taken: Tensor, leave_logits: Tensor, exit_layers: Sequence[int]) -> dict[str, float]:
+    """Where rows leave, from exit indices `[N]`, and how certain gates are."""
+    share = torch.bincount(taken, minlength=len(exit_layers)).double() / len(taken)
+    metrics = {"gate_layers": float(share @ torch.tensor(exit_layers, dtype=torch.float64))}
+    metrics |= {f"exit_{layer}_share": part for layer, part in zip(exit_layers, share.tolist(), strict=True)}
+    chance = leave_logits.float().sigmoid()
+    metrics["gate_certain"] = float(((chance < CERTAIN) | (chance > 1 - CERTAIN)).float().mean()) if chance.numel() else 0.0
+    return metrics
+
+
+def _reward(taken: Tensor, outcomes: Outcomes, objective: ConsistentObjective, measure: str) -> float:
+    layers = torch.tensor(outcomes.exit_layers, dtype=torch.float32)
+    rewards = objective.rewards(outcomes.losses, HARDNESS.get(measure)(outcomes), layers)
+    return float(rewards.gather(1, taken[:, None]).mean())
 
 
 def warn_of_trouble(logs: Sequence[dict[str, Any]]) -> list[str]:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from ..errors import TrainingError
-from ..losses.base import row_losses
 from ..losses.consistentee import ConsistentObjective
 from ..losses.noise import row_noise
-from .states import GateStates
+from .states import GateStates, TokenStates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class GateRecipe:
 
 def train_gates(
     gates: nn.ModuleDict,
-    data: GateStates,
+    data: GateStates | TokenStates,
     hardness: Tensor,
     keys: Tensor,
     objective: ConsistentObjective,
@@ -90,9 +89,9 @@ def train_gates(
 
     Args:
         gates: of a model, one per exit but the last.
-        data: their rows.
-        hardness: of these rows in layers `[N]`.
-        keys: of these rows, int64 `[N]`, from `row_keys`.
+        data: their rows, or tokens.
+        hardness: of these in layers `[N]`.
+        keys: of these, int64 `[N]`, from `row_keys`.
         objective: what they learn.
         recipe: how long and how fast.
         epsilon: chance of a coin's action over the steps; the objective's own, unchanging, by default.
@@ -108,8 +107,8 @@ def train_gates(
     device = next(iter(parameters.values())).device
     for value in parameters.values():
         value.requires_grad_()
-    layers = torch.tensor(data.trace.exit_layers, dtype=torch.float32, device=device)
-    losses = row_losses(data.trace.logits, data.trace.labels, data.trace.problem_type)
+    outcomes = data.outcomes
+    layers = torch.tensor(outcomes.exit_layers, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=0.0)
     steps_a_pass = math.ceil(len(keys) / recipe.batch_size)
     shrink = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, recipe.epochs * steps_a_pass)
@@ -117,13 +116,13 @@ def train_gates(
     step = 0
     for epoch in range(1, recipe.epochs + 1):
         for rows in torch.randperm(len(keys), generator=order).split(recipe.batch_size):
-            state, logits = data.states[rows].to(device), data.trace.logits[rows, :-1].float().to(device)
+            state, logits = data.states[rows].to(device), data.answers(rows).to(device)
             now = objective if epsilon is None else replace(objective, epsilon=epsilon.at(step))
             noise = None
             if now.draws:
                 noise = row_noise(keys[rows].to(device), recipe.seed, epoch, (now.rollouts, len(modules)))
             leave_logits = _all_gates(modules[0], parameters, state, logits)
-            value = now(leave_logits, losses[rows].to(device), hardness[rows].to(device), layers, noise)
+            value = now(leave_logits, outcomes.losses[rows].to(device), hardness[rows].to(device), layers, noise)
             optimizer.zero_grad()
             value.gate_loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -13,46 +13,49 @@ from torch import Tensor
 
 from ..errors import CheckpointError, DataError
 from ..files import read_tensors, write_tensors
-from ..losses.base import row_losses
-from ..metrics import memorized_layer, right_exits
+from ..metrics import steady_layer
 from ..registry import Registry
 from ..trace import ExitTrace
 from ..values import MOST_LAYERS, is_whole
+from .outcomes import Outcomes
 
 FORMAT = "hf_earlyexit.hardness/1"
 EXTREMES = 5  # so many smallest and largest losses are cut before scaling
 
-HARDNESS: Registry[Callable[[ExitTrace], Tensor]] = Registry("hardness")
+HARDNESS: Registry[Callable[[Outcomes], Tensor]] = Registry("hardness")
 
 ExampleId = int | str
 
 
-HARDNESS.register("memorized")(memorized_layer)
+@HARDNESS.register("memorized")
+def memorized(outcomes: Outcomes) -> Tensor:
+    """The layer of the first exit from which on all are right, `[N]`; the number of layers if the last is wrong."""
+    return steady_layer(outcomes.right, outcomes.exit_layers)
 
 
 @HARDNESS.register("oracle")
-def oracle_layer(trace: ExitTrace) -> Tensor:
+def oracle_layer(outcomes: Outcomes) -> Tensor:
     """The layer of the first exit that is right, whatever later exits say, `[N]`; the number of layers if none is."""
-    right = right_exits(trace)
-    first = torch.where(right.any(1), right.int().argmax(1), trace.num_exits - 1)
-    return torch.tensor(trace.exit_layers, dtype=torch.float32)[first]
+    right = outcomes.right
+    first = torch.where(right.any(1), right.int().argmax(1), right.shape[1] - 1)
+    return torch.tensor(outcomes.exit_layers, dtype=torch.float32)[first]
 
 
 @HARDNESS.register("loss")
-def loss_layer(trace: ExitTrace) -> Tensor:
+def loss_layer(outcomes: Outcomes) -> Tensor:
     """The last exit's loss, the extremes cut, scaled from 0 to the number of layers, `[N]`."""
-    losses = row_losses(trace.logits[:, -1:], trace.labels, trace.problem_type)[:, 0]
+    losses = outcomes.losses[:, -1]
     ranked = losses.sort().values
     edge = min(EXTREMES, len(ranked)) - 1
     low, high = ranked[edge], ranked[-1 - edge]
     span = (high - low).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((losses - low) / span).clamp(0, 1) * trace.exit_layers[-1]
+    return ((losses - low) / span).clamp(0, 1) * outcomes.exit_layers[-1]
 
 
 @HARDNESS.register("none")
-def no_hardness(trace: ExitTrace) -> Tensor:
+def no_hardness(outcomes: Outcomes) -> Tensor:
     """0 for every row, `[N]`: a layer costs each of them the same."""
-    return torch.zeros(trace.num_rows)
+    return torch.zeros(len(outcomes.losses))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,15 +105,18 @@ class HardnessTable:
             )
 
     @classmethod
-    def measured(cls, trace: ExitTrace, ids: Sequence[ExampleId], measure: str = "memorized") -> HardnessTable:
-        """The table of a trace's rows.
+    def measured(cls, outcomes: Outcomes | ExitTrace, ids: Sequence[ExampleId], measure: str = "memorized") -> HardnessTable:
+        """The table of some rows or tokens.
 
         Args:
-            trace: of the rows the gates will learn from.
-            ids: of these rows, in the trace's order.
+            outcomes: of what the gates will learn from; of rows also their trace.
+            ids: of these, in the same order.
             measure: a name of `HARDNESS`.
         """
-        return cls(ids=tuple(ids), layers=HARDNESS.get(measure)(trace), num_layers=trace.exit_layers[-1], measure=measure)
+        if isinstance(outcomes, ExitTrace):
+            outcomes = Outcomes.of(outcomes)
+        layers = HARDNESS.get(measure)(outcomes)
+        return cls(ids=tuple(ids), layers=layers, num_layers=outcomes.exit_layers[-1], measure=measure)
 
     @classmethod
     def joined(cls, tables: Sequence[HardnessTable]) -> HardnessTable:

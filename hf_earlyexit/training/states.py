@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..losses import ConsistentObjective
 from ..modeling.protocol import TorchExitModel
 from ..serving.collect import full_pass, labelled_rows, make_trace
 from ..serving.reader import reader_for
 from ..trace import ExitTrace
+from .gate_report import gate_metrics, token_gate_metrics
+from .outcomes import Outcomes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,22 +32,65 @@ class GateStates:
     states: Tensor
     trace: ExitTrace
 
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        """How every exit fares on them."""
+        return Outcomes.of(self.trace)
+
+    def answers(self, rows: Tensor) -> Tensor:
+        """Logits of the early exits on some of them, `[R, E - 1, C]`, float32."""
+        return self.trace.logits[rows, :-1].float()
+
     def gate_logits(self, gates: nn.ModuleDict) -> Tensor:
         """Leave logits `[N, E - 1]`, float32."""
-        modules = list(gates.values())
-        if not modules:
-            return self.states.new_zeros(len(self.states), 0)
-        weight = next(modules[0].parameters())
-        with torch.inference_mode():
-            columns = [
-                gate(self.states[:, index].to(weight), self.trace.logits[:, index].to(weight)).float().cpu()
-                for index, gate in enumerate(modules)
-            ]
-        return torch.stack(columns, 1)
+        return _gate_logits(gates, self.states, self.trace.logits)
 
     def judged(self, gates: nn.ModuleDict) -> ExitTrace:
         """The trace with what these gates say."""
         return replace(self.trace, scalars={"gate": self.gate_logits(gates)})
+
+    def metrics(self, gates: nn.ModuleDict, objective: ConsistentObjective, measure: str) -> dict[str, float]:
+        """What they would do with these gates: see `gate_metrics`."""
+        return gate_metrics(self.judged(gates), objective, measure)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStates:
+    """Tokens of texts as the gates see them; gates of models that write do not look at answers.
+
+    Args:
+        states: after the layer of every exit but the last `[N, E - 1, H]`, float32 on the CPU: `4 (E - 1) H` bytes a token.
+        outcomes: how every exit fares on the same tokens.
+    """
+
+    states: Tensor
+    outcomes: Outcomes
+
+    def answers(self, tokens: Tensor) -> Tensor:
+        """Nothing, `[R, E - 1, 0]`."""
+        return self.states.new_zeros(len(tokens), self.states.shape[1], 0)
+
+    def gate_logits(self, gates: nn.ModuleDict) -> Tensor:
+        """Leave logits `[N, E - 1]`, float32."""
+        return _gate_logits(gates, self.states, self.states[..., :0])
+
+    def metrics(self, gates: nn.ModuleDict, objective: ConsistentObjective, measure: str) -> dict[str, float]:
+        """What they would do with these gates: see `token_gate_metrics`."""
+        return token_gate_metrics(self.gate_logits(gates), self.outcomes, objective, measure)
+
+
+def _gate_logits(gates: nn.ModuleDict, states: Tensor, logits: Tensor) -> Tensor:
+    """Leave logits `[N, E - 1]`, float32, from states `[N, E - 1, H]` and logits `[N, E - 1 or more, C]`."""
+    modules = list(gates.values())
+    if not modules:
+        return states.new_zeros(len(states), 0)
+    weight = next(modules[0].parameters())
+    with torch.inference_mode():
+        columns = [
+            gate(states[:, index].to(weight), logits[:, index].to(weight)).float().cpu()
+            for index, gate in enumerate(modules)
+        ]
+    return torch.stack(columns, 1)
 
 
 def collect_states(
@@ -65,7 +112,7 @@ def collect_states(
     """
     encoded, labels = labelled_rows(model, rows, reader_for(model, tokenizer, max_length, image_processor), None)
     states, logits, order = [], [], []
-    with _pooled_states(model) as pooled:
+    with pooled_states(model) as pooled:
         for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
             states.append(torch.stack(pooled, 1) if pooled else torch.zeros(len(indices), 0, 0))
             pooled.clear()
@@ -76,7 +123,7 @@ def collect_states(
 
 
 @contextmanager
-def _pooled_states(model: TorchExitModel) -> Iterator[list[Tensor]]:
+def pooled_states(model: TorchExitModel) -> Iterator[list[Tensor]]:
     """A list that fills with what each exit head is given, in the order of the exits."""
     seen: list[Tensor] = []
     hooks = [

@@ -110,9 +110,7 @@ class TokenTrainer(EarlyExitTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective over all exits and labelled tokens, or the gates' loss; see `Trainer.compute_loss`."""
-        for part in self.exit_model.children():
-            if not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()  # no dropout in what does not learn, as in serving
+        self._rest_what_does_not_learn()
         truth = self._truth(inputs.get(LABELS))
         learned = truth != LEFT_OUT
         if not bool(learned.any()):
@@ -126,6 +124,12 @@ class TokenTrainer(EarlyExitTrainer):
             value = self.objective(outputs.exit_logits, words, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
         self._require_finite(value)
         return (value.loss, outputs) if return_outputs else value.loss
+
+    def _rest_what_does_not_learn(self) -> None:
+        """No dropout in it, as in serving."""
+        for part in self.exit_model.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
 
     def _kept(self, outputs: Any, labels: Tensor | None) -> tuple[Any, Tensor | None]:
         return row_sums(outputs, self._truth(labels)), None
