@@ -28,8 +28,8 @@ from transformers import AutoTokenizer
 import hf_earlyexit as ee
 
 Row = dict[str, list[int]]
-KINDS = ((10, {"do_sample": True, "temperature": 0.6, "top_k": 0}), (10, {"do_sample": False}),
-         (7, {"do_sample": True, "temperature": 0.6, "top_k": 0}), (13, {"do_sample": False}))  # fmt: skip
+DRAWN = {"do_sample": True, "temperature": 0.6, "top_k": 0}
+KINDS = ((10, DRAWN), (10, {"do_sample": False}), (7, DRAWN))  # words of the paragraph that are given, how it goes on
 SAME = 5  # words of a user's turn that tell a paragraph
 
 
@@ -127,8 +127,8 @@ def teach(model: object, rows: list[Row], words: Tensor, minutes: float, rate: f
                 target = (states[-1].detach() @ model.lm_head.weight[words].T).float().log_softmax(-1)
                 for index in range(len(model.exit_layers) - 1):
                     own = exit_logits(model, index, states[index], words).float().log_softmax(-1)
-                    apart = functional.kl_div(own, target, reduction="batchmean", log_target=True)
-                    loss = loss + 2 * apart / (len(model.exit_layers) - 1)
+                    distance = functional.kl_div(own, target, reduction="batchmean", log_target=True)
+                    loss = loss + 2 * distance / (len(model.exit_layers) - 1)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
@@ -151,14 +151,14 @@ def main() -> None:
     parser.add_argument("--frozen", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = ee.from_pretrained(args.model, task="text-generation", exit_layers=args.exit_layers, exit_head="tuned").eval()
+    shape = {"task": "text-generation", "exit_layers": args.exit_layers, "exit_head": "tuned"}
     folder = args.samples or args.to.with_name(f"{args.to.name}-samples")
-    model.to(torch.bfloat16)
-    kinds = [samples(model, tokenizer, kind, folder) for kind in range(len(KINDS))]
+    quick = ee.from_pretrained(args.model, dtype=torch.bfloat16, **shape).eval()
+    kinds = [samples(quick, tokenizer, kind, folder) for kind in range(len(KINDS))]
     print("sampled", [len(rows) for rows in kinds], time.process_time(), flush=True)
-    model = ee.from_pretrained(args.model, task="text-generation", exit_layers=args.exit_layers, exit_head="tuned").eval()
+    torch.manual_seed(0)
+    model = ee.from_pretrained(args.model, dtype=torch.float32, **shape).eval()
     held = kinds[1][-args.held_back :]
     rows = [row for part in (*kinds[:1], kinds[1][: -args.held_back], *kinds[2:]) for row in apart(part, held, tokenizer)]
     words = shortlist(rows, model.config.vocab_size, args.words)
