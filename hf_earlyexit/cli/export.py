@@ -42,10 +42,9 @@ ARGUMENTS = (ExportArguments,)
 
 def run(args: ExportArguments) -> Answer:
     """Load, export, tell what changed."""
-    from transformers import AutoTokenizer
-
     from ..onnx.export import export_onnx
-    from .loading import load_model
+    from ..serving.reader import reads_images
+    from .loading import load_model, load_parts_there, reading_parts
 
     if args.format not in FORMATS:
         raise UsageError(f"format is {args.format!r}; expected {', '.join(FORMATS)}.", field="format", value=args.format)
@@ -55,14 +54,18 @@ def run(args: ExportArguments) -> Answer:
         points = model.config
         model.set_exit_policy(model.policy_at(args.operating_point))
         points.exit_certificate = (points.exit_point_certificates or {}).get(args.operating_point)
-    has_tokenizer = args.dataset is not None or (Path(args.model) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if has_tokenizer else None
+    images = reads_images(model)
+    if args.dataset is not None:
+        parts = reading_parts(args.model, model)
+    else:
+        there = load_parts_there(Path(args.model))
+        parts = {name: there[name] for name in ("image_processor" if images else "tokenizer",)}
     rows = None
     if args.dataset is not None:
         from ..data.labels import Labelling
         from .rows import labelled_rows, read_rows
 
-        rows = read_rows(args, args.dataset, args.split, "validation")
+        rows = read_rows(args, args.dataset, args.split, "validation", images)
         rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
     changed = export_onnx(
         model,
@@ -70,7 +73,7 @@ def run(args: ExportArguments) -> Answer:
         forms=args.forms,
         int8=args.int8,
         rows=rows,
-        tokenizer=tokenizer,
+        **parts,
         target=args.target,
         split=args.split or "validation",
         progress=True,

@@ -77,11 +77,15 @@ def positions(frame: Frame) -> Tensor:
     return torch.arange(frame.hidden.shape[1], device=frame.hidden.device)[None]
 
 
-def _traced(frame: Frame, causal: bool, window: int | None) -> Tensor:
-    """A mask to add, `[B, 1, 1 or T, T]`, made without looking at any value; `where` would copy its numbers."""
+def _traced(frame: Frame, causal: bool, window: int | None) -> Tensor | None:
+    """A mask to add, `[B, 1, 1 or T, T]`, made without looking at any value; `where` would copy its numbers.
+
+    `None` where no row can be padded, as of pictures: graphs of texts always have real tokens.
+    """
     hidden, tokens = frame.hidden, frame.attention_mask
     lowest = torch.finfo(hidden.dtype).min
-    assert tokens is not None  # graphs always have them
+    if tokens is None:
+        return None
     blocked = ~tokens.bool()[:, None, None]
     if causal or window is not None:
         place = torch.arange(hidden.shape[1], device=hidden.device)

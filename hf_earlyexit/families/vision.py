@@ -96,7 +96,6 @@ VIT = Family(
     longest=lambda config: 0,
     dropout=("hidden_dropout_prob",),
     inputs=PIXELS,
-    untraced="image models have no token inputs, which the exported graphs start from.",
     task=IMAGE,
 )
 DINOV2 = replace(

@@ -18,14 +18,15 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from ..errors import UsageError
 from ..onnx.classifier import OnnxClassifier, open_session
 from ..onnx.export import one_file
-from ..onnx.graphs import cut
+from ..onnx.graphs import cut, inputs_of
 from ..onnx.layer_files import cut_pieces
 from ..onnx.quantize import quantize_graph
-from ..onnx.walk import INPUTS, logits_of, walk_graph
+from ..onnx.walk import logits_of, walk_graph
 from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
+from ..serving.tables import PIXELS
 from .ways import EARLY, FIRST, FULL, ONE_FILE, Run, Ways, exit_at
 
 
@@ -71,8 +72,7 @@ class OnnxForm:
 
     def _session(self, exit_index: int) -> ort.InferenceSession:
         """The plain graph up to one exit."""
-        ids = dict.fromkeys(INPUTS, (TensorProto.INT64, ("batch", "length")))
-        graph = cut(self.plain, ids, {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))})
+        graph = cut(self.plain, inputs_of(self.plain), {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))})
         return self._open(_in_8_bits(graph) if self.int8 else graph.SerializeToString())
 
     def _open(self, data: bytes) -> ort.InferenceSession:
@@ -84,7 +84,7 @@ def by_length(session: ort.InferenceSession, batch_size: int) -> Run:
     asked = {info.name for info in session.get_inputs()}
 
     def run(rows: Sequence[TokenIds]) -> list[np.ndarray]:
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row].get("input_ids", ())))  # pictures have one size
         answers: list[np.ndarray] = []
         for start in range(0, len(rows), batch_size):
             batch = pad_batch([rows[row] for row in order[start : start + batch_size]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, DataError, UsageError
-from ..families import FAMILIES
+from ..families import FAMILIES, Family
 from ..families.context import Context, row_lengths
 from ..modeling.certificate import Fingerprints
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
@@ -25,10 +25,12 @@ from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput
 from ..policies import ExitPolicy
 from ..serving.batching import pad_batch
-from ..serving.rows import TokenIds, check_any_token, check_ids
+from ..serving.rows import check_any_token, check_ids
+from ..serving.tables import PIXELS
 from ..serving.walker import BatchWalker
 from ..signals import SIGNALS, ExitSignal, known_signals, names_at
 from ..walking.loop import run_all, run_early
+from .inputs import check_picture, picture_batch, reads_pictures, text_batch
 from .layer_files import BEGIN, exit_file, layer_file
 from .manifest import AGAIN, MANIFEST, read_manifest
 from .walk import SIGNAL, TOKENS, hidden_after, logits_of, scalar_of
@@ -51,6 +53,7 @@ class OnnxWalker(BatchWalker):
         self.exit_layers = tuple(config.exit_layers)
         self.num_classes = config.num_labels
         family = FAMILIES[config.stock_model_type]
+        self.images = reads_pictures(family)
         self.longest, self.segments = family.longest(config), family.segments_of(config)
         self._begin = open_session(read, BEGIN, threads)
         self._layers = [open_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
@@ -58,22 +61,41 @@ class OnnxWalker(BatchWalker):
         names = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
         self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in names)
 
-    def check(self, row: TokenIds, number: int) -> DataError | None:
+    @property
+    def picture(self) -> tuple[int, ...]:
+        """Channels, height and width of the pictures it was exported for."""
+        return tuple(self._begin.get_inputs()[0].shape[1:])
+
+    def check(self, row: Any, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
+        if self.images:
+            why = check_picture(row[PIXELS].shape, self.picture)
+            return None if why is None else DataError(f"Row {number} {why}", field="rows", value=tuple(row[PIXELS].shape))
         ids = check_ids(row, number, self.config.vocab_size, self.longest, self.segments)
         return ids or check_any_token(row, number)  # runtimes differ in what attention to nothing gives
 
-    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
-        """Hidden states `[B, T, H]` before the first layer, and their context."""
-        batch = pad_batch(rows, self.config.pad_token_id or 0)
-        return self.begin_batch(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+    def length(self, row: Any) -> int:
+        """Tokens of a row; of a picture, its patches."""
+        return self._begin.get_outputs()[0].shape[1] if self.images else super().length(row)
 
-    def begin_batch(self, ids: Tensor, mask: Tensor, segments: Tensor | None) -> tuple[Tensor, Context]:
-        """As `begin`, from `[B, T]` tensors."""
-        segments = torch.zeros_like(ids) if segments is None else segments
-        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
-        (hidden,) = self._begin.run(None, {name: values.long().numpy() for name, values in given.items()})
-        return torch.from_numpy(hidden), _context(mask.bool())
+    def begin(self, rows: Sequence[Any]) -> tuple[Tensor, Context]:
+        """Hidden states `[B, T, H]` before the first layer, and their context."""
+        return self.begin_batch(self.read(dict(pad_batch(rows, getattr(self.config, "pad_token_id", None) or 0))))
+
+    def read(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A batch as the first graph takes it, checked: see `text_batch` and `picture_batch`."""
+        if self.images:
+            return picture_batch(given, self.picture)
+        return text_batch(given, self.config.vocab_size, self.longest, self.segments)
+
+    def begin_batch(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
+        """As `begin`, from what `read` gives."""
+        mask, rows = batch.get("attention_mask"), next(iter(batch.values()))
+        if not len(rows):
+            width = self._begin.get_outputs()[0].shape[1] if self.images else rows.shape[1]
+            return torch.zeros(0, width, self.config.hidden_size), _context(None if mask is None else mask.bool())
+        (hidden,) = self._begin.run(None, {name: values.contiguous().numpy() for name, values in batch.items()})
+        return torch.from_numpy(hidden), _context(None if mask is None else mask.bool())
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""
@@ -95,8 +117,8 @@ class OnnxWalker(BatchWalker):
         """Batches of the same depth as one, padded to the widest."""
         width = max(hidden.shape[1] for hidden, _ in parts)
         joined = torch.cat([pad(hidden, (0, 0, 0, width - hidden.shape[1])) for hidden, _ in parts])
-        tokens = [_tokens(context) for _, context in parts]
-        return joined, _context(torch.cat([pad(part, (0, width - part.shape[1])) for part in tokens]))
+        tokens = [pad(c.tokens, (0, width - c.tokens.shape[1])) for _, c in parts if c.tokens is not None]
+        return joined, _context(torch.cat(tokens) if tokens else None)
 
 
 class OnnxClassifier(OperatingPoints):
@@ -146,6 +168,11 @@ class OnnxClassifier(OperatingPoints):
         )
 
     @property
+    def family(self) -> Family:
+        """The row of the model's family."""
+        return FAMILIES[self.config.stock_model_type]
+
+    @property
     def exit_layers(self) -> tuple[int, ...]:
         """Layers (1-based) after which rows may leave, the last one included."""
         return self.walker.exit_layers
@@ -186,48 +213,34 @@ class OnnxClassifier(OperatingPoints):
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: Tensor | np.ndarray,
+        input_ids: Tensor | np.ndarray | None = None,
         attention_mask: Tensor | np.ndarray | None = None,
         token_type_ids: Tensor | np.ndarray | None = None,
         early_exit: bool | None = None,
         operating_point: str | None = None,
         exit_signals: Sequence[str] | None = None,
         shadowed: Sequence[int] = (),
+        pixel_values: Tensor | np.ndarray | None = None,
     ) -> EarlyExitClassifierOutput:
         """Classify a batch.
 
         Args:
             input_ids, attention_mask, token_type_ids: `[B, T]`, of torch or NumPy.
             early_exit, operating_point, exit_signals, shadowed: as in the torch model's `forward`.
+            pixel_values: `[B, channels, height, width]` of an image classifier.
 
         Raises:
-            UsageError: for early exit without a policy.
+            UsageError: for early exit without a policy, and inputs of another kind of model.
             DataError: for inputs longer than the model takes, of another shape or with numbers that the model does not know,
                 and for answers that are not finite.
         """
         policy = self.choose_policy(early_exit, operating_point, {})
         asks = self.signals_for(exit_signals, policy)
-        input_ids = _ids("input_ids", input_ids, self.config.vocab_size, None)
-        mask = None if attention_mask is None else _ids("attention_mask", attention_mask, 2, input_ids.shape)
-        known, token_types = self.walker.segments, None
-        if token_type_ids is not None and known is not None:  # models without token types pass them over
-            token_types = _ids("token_type_ids", token_type_ids, known, input_ids.shape)
-        limit = self.walker.longest
-        if not 1 <= input_ids.shape[1] <= limit:
-            raise DataError(
-                f"The input is {input_ids.shape[1]} tokens long; this model takes 1 to {limit}. "
-                "Pass truncation=True to the tokenizer, or split the text.",
-                field="input_ids",
-                value=input_ids.shape[1],
-            )
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        if len(input_ids):
-            hidden, context = self.walker.begin_batch(input_ids, mask, token_types)
-        else:
-            hidden, context = torch.zeros(*input_ids.shape, self.config.hidden_size), _context(mask.bool())
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        hidden, context = self.walker.begin_batch(self.walker.read({**given, PIXELS: pixel_values}))
         if policy is not None:
             early = run_early(self.walker, hidden, context, policy, self.num_labels, shadowed)
-            check_finite(early.logits, range(len(input_ids)))
+            check_finite(early.logits, range(len(hidden)))
             return EarlyExitClassifierOutput(
                 logits=early.logits,
                 exit_layer=torch.tensor(self.exit_layers)[early.exit_index],
@@ -235,7 +248,7 @@ class OnnxClassifier(OperatingPoints):
                 full_logits=early.full_logits if len(shadowed) else None,
             )
         exit_logits, scalars = run_all(self.walker, hidden, context, self.num_labels, asks)
-        check_finite(exit_logits, range(len(input_ids)))
+        check_finite(exit_logits, range(len(hidden)))
         depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
         return EarlyExitClassifierOutput(
             logits=exit_logits[:, -1],
@@ -270,22 +283,6 @@ def _config(values: dict[str, Any], path: Path) -> Any:
         ) from error
 
 
-def _ids(name: str, values: Any, count: int, shape: Any) -> Tensor:
-    """Whole numbers `[B, T]` from 0 to `count - 1`, as int64.
-
-    Raises:
-        DataError: telling what came.
-    """
-    ids = torch.as_tensor(values)
-    if ids.ndim != 2 or (shape is not None and ids.shape != shape):
-        expected = "[rows, tokens]" if shape is None else str(list(shape))
-        raise DataError(f"{name} has shape {list(ids.shape)}; expected {expected}.", field=name)
-    whole = not (ids.is_complex() or (ids.is_floating_point() and bool((ids != ids.round()).any())))
-    if not whole or bool(((ids < 0) | (ids >= count)).any()):
-        raise DataError(f"{name} holds other numbers than the model knows; expected 0 to {count - 1}.", field=name)
-    return ids.long()
-
-
 def open_session(read: Callable[[str], bytes], name: str, threads: int) -> ort.InferenceSession:
     """One file of the export, ready to run.
 
@@ -308,16 +305,11 @@ def open_session(read: Callable[[str], bytes], name: str, threads: int) -> ort.I
 def _run(
     session: ort.InferenceSession, states: dict[str, Tensor], context: Context, wanted: list[str] | None = None
 ) -> list[np.ndarray]:
-    given = {**states, TOKENS: _tokens(context)}
+    given = states if context.tokens is None else {**states, TOKENS: context.tokens}
     found: list[np.ndarray] = session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
     return found
 
 
-def _tokens(context: Context) -> Tensor:
-    """Which tokens are real `[B, T]`: always known here."""
-    assert context.tokens is not None
-    return context.tokens
-
-
-def _context(tokens: Tensor) -> Context:
-    return Context(tokens=tokens, lengths=row_lengths(tokens))
+def _context(tokens: Tensor | None) -> Context:
+    """Of rows whose real tokens `[B, T]` are known; of pictures, which have no others."""
+    return Context() if tokens is None else Context(tokens=tokens, lengths=row_lengths(tokens))

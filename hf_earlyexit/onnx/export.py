@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 from transformers.utils import logging
 
 from ..calibration.targets import Target
@@ -22,12 +22,13 @@ from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
-from .graphs import append, nest
+from .graphs import append, inputs_of, nest
+from .inputs import picture_shape
 from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
 from .quantize import quantize_graph
 from .recalibrate import Recalibration, recalibrate
-from .walk import INPUTS, walk_graph
+from .walk import walk_graph
 
 FORMS = ONE, LAYERS = ("one-file", "layers")
 LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
@@ -44,6 +45,7 @@ def export_onnx(
     rows: Any = None,
     labels: Sequence[Any] | None = None,
     tokenizer: Any = None,
+    image_processor: Any = None,
     target: str | Target | None = None,
     split: str = "held-back",
     max_length: int | None = None,
@@ -60,6 +62,8 @@ def export_onnx(
             are left out.
         rows, labels: held-back rows, as for `collect_trace`; with `int8` only.
         tokenizer: needed for texts; saved into the folder.
+        image_processor: needed for pictures; saved into the folder. The export takes pictures of the one size that it
+            makes; without it, of the size in the model's config.
         target: what the new thresholds are for; by default what the policy was calibrated for.
         split, max_length, progress: as for `collect_trace`.
 
@@ -74,7 +78,8 @@ def export_onnx(
     model = unwrapped_without_adapters(model, "ONNX")
     _check(model, forms, int8, rows)
     warn_of_other_tokenizer(model, tokenizer)
-    whole = walk_graph(model)
+    picture = picture_shape(model, image_processor)
+    whole = walk_graph(model) if picture is None else walk_graph(model, picture=picture)
     config = copy.deepcopy(model.config)
     fingerprint, dtype, changed = model_fingerprint(model), "float32", None
     if int8:
@@ -86,7 +91,8 @@ def export_onnx(
     pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
     if rows is not None:
         small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
-        collecting = {"labels": labels, "tokenizer": tokenizer, "split": split, "max_length": max_length}
+        collecting = {"labels": labels, "tokenizer": tokenizer, "image_processor": image_processor}
+        collecting |= {"split": split, "max_length": max_length}
         changed = recalibrate(model, small, rows, target, **collecting, progress=progress)
     elif int8:
         logger.warning("int8 without rows to choose thresholds on: the export has no policy and runs all layers.")
@@ -96,8 +102,9 @@ def export_onnx(
     with replaced_folder(folder, needs=sum(map(len, files.values()))) as new:
         for name, data in files.items():
             (new / name).write_bytes(data)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+        for part in (tokenizer, image_processor):
+            if part is not None:
+                part.save_pretrained(new)
         settings = {"config": config.to_dict(), "dtype": dtype, "fingerprint": fingerprint, "forms": list(forms)}
         write_manifest(new, {**settings, "calibration": None if changed is None else changed.to_dict()})
     return changed
@@ -131,7 +138,7 @@ def one_file(whole: ModelProto, config: Any, policy: ExitPolicy) -> bytes:
         policy: with thresholds for its exits.
     """
     joined = append(whole, policy_graph(policy, config.num_labels), PREFIX)
-    inputs = dict.fromkeys(INPUTS, (TensorProto.INT64, (1, "length")))
+    inputs = {name: (kind, (1, *sizes[1:])) for name, (kind, sizes) in inputs_of(whole).items()}
     exits = [(config.exit_layers[index], answer, score, leave) for index, answer, score, leave in asked_exits(policy)]
     nested = nest(joined, inputs, exits)
     if (size := nested.ByteSize()) > LARGEST_FILE:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .walk import INPUTS
-
 ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_score": TensorProto.FLOAT}
 Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
 
@@ -17,19 +15,34 @@ def cut(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
     """The part of a flat graph between some of its values.
 
     Args:
-        whole: a graph whose inputs are all of one shape `[B, T]`.
+        whole: a graph whose inputs are all of one shape: `[B, T]`, or pictures of one size.
         inputs: values to start from, with their element types and shapes; the first axes of one of them are `[B, T]`.
         outputs: values to end with.
     """
+    begins = {info.name for info in whole.graph.input}
     nodes = _ancestors(whole.graph, outputs, set(inputs))
     shaped = next(name for name, (_, shape) in inputs.items() if len(shape) > 1)
     kept = []
     for node in nodes:
-        if node.op_type == "Shape" and node.input[0] in INPUTS and node.input[0] not in inputs:
-            node = _renamed(node, {node.input[0]: shaped})  # only its first two axes are ever asked for
+        if node.op_type == "Shape" and node.input[0] in begins and node.input[0] not in inputs:
+            node = _renamed(node, {node.input[0]: shaped})  # only its axes of open size are ever asked for
         kept.append(node)
     graph = helper.make_graph(kept, "part", _infos(inputs), _infos(outputs), _weights(whole.graph, kept))
     return _model(whole, graph)
+
+
+def inputs_of(whole: ModelProto) -> dict[str, tuple[int, tuple[int | str, ...]]]:
+    """The inputs of a whole, as `cut` takes them; open sizes by their names, such as "batch"."""
+    return {info.name: (info.type.tensor_type.elem_type, _sizes(info)) for info in whole.graph.input}
+
+
+def sizes_of(whole: ModelProto, output: str) -> tuple[int | str, ...]:
+    """The sizes of one of its outputs."""
+    return next(_sizes(info) for info in whole.graph.output if info.name == output)
+
+
+def _sizes(info: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(axis.dim_param or axis.dim_value for axis in info.type.tensor_type.shape.dim)
 
 
 def nest(whole: ModelProto, inputs: Shapes, exits: Sequence[tuple[int, str, str, str | None]]) -> ModelProto:

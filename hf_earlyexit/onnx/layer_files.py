@@ -7,8 +7,8 @@ from typing import Any
 from onnx import ModelProto, TensorProto
 
 from ..signals import SIGNALS
-from .graphs import cut
-from .walk import EMBEDDED, INPUTS, TOKENS, hidden_after, logits_of, scalar_of
+from .graphs import cut, inputs_of, sizes_of
+from .walk import EMBEDDED, TOKENS, hidden_after, logits_of, scalar_of
 
 BEGIN = "begin.onnx"
 
@@ -25,18 +25,17 @@ def exit_file(exit_index: int) -> str:
 
 def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
     """All files of the batched form."""
-    states = ("batch", "length", config.hidden_size)
-    tokens = {TOKENS: (TensorProto.BOOL, ("batch", "length"))}
+    made = {info.name for info in whole.graph.output}
+    states = sizes_of(whole, EMBEDDED)
+    tokens = {TOKENS: (TensorProto.BOOL, states[:2])} if TOKENS in made else {}
 
     def hidden(name: str) -> dict[str, Any]:
         return {name: (TensorProto.FLOAT, states)}
 
-    ids = dict.fromkeys(INPUTS, (TensorProto.INT64, ("batch", "length")))
-    pieces = {BEGIN: cut(whole, ids, hidden(EMBEDDED))}
+    pieces = {BEGIN: cut(whole, inputs_of(whole), hidden(EMBEDDED))}
     for layer in range(1, config.num_hidden_layers + 1):
         given = {**hidden(hidden_after(layer - 1)), **tokens}
         pieces[layer_file(layer)] = cut(whole, given, hidden(hidden_after(layer)))
-    made = {info.name for info in whole.graph.output}
     for index, layer in enumerate(config.exit_layers):
         names = [name for name in SIGNALS.names() if scalar_of(name, index) in made]
         outputs: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}

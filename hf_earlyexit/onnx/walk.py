@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..families.base import Family
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
 from ..modeling.protocol import ExitModel, TorchExitClassifier
+from ..serving.tables import PIXELS
 from ..signals import SIGNALS, known_signals
 from ..walking.step import every_exit
+from .inputs import IDS, picture_of, reads_pictures
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SIGNAL = "signal_"
 TOKENS, EMBEDDED = "tokens", "hidden_0"  # attention_mask as booleans; hidden states before the first layer
 
@@ -45,19 +47,21 @@ class _Walk(nn.Module):
 
     Args:
         model: the classifier.
+        inputs: names of its inputs.
         signals: names of what its exits give beside their logits.
     """
 
-    def __init__(self, model: TorchExitClassifier, signals: Sequence[str]) -> None:
+    def __init__(self, model: TorchExitClassifier, inputs: Sequence[str], signals: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.signals = model, signals
+        self.model, self.inputs, self.signals = model, inputs, signals
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> dict[str, Tensor]:
-        model, tokens = self.model, attention_mask.bool()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        model, inputs = self.model, dict(zip(self.inputs, tensors, strict=True))
+        mask = inputs.get("attention_mask")
+        tokens = None if mask is None else mask.bool()
         hidden = model.family.embedded(model.base_model, inputs)
         context = model.family.context(model.base_model, hidden, tokens, {}, {}, traced=True)
-        named = {TOKENS: tokens, EMBEDDED: hidden}
+        named = {EMBEDDED: hidden} if tokens is None else {TOKENS: tokens, EMBEDDED: hidden}
         for layer, after, index, signal in every_exit(model, hidden, context, self.signals):
             named[hidden_after(layer)] = after
             if index is not None and signal is not None:
@@ -74,15 +78,19 @@ def exported_signals(model: ExitModel) -> tuple[str, ...]:
     return tuple(name for name in model.signals if name in asked or SIGNALS.get(name).learned)
 
 
-def walk_graph(model: TorchExitClassifier, signals: Sequence[str] | None = None) -> onnx.ModelProto:
+def walk_graph(
+    model: TorchExitClassifier, signals: Sequence[str] | None = None, picture: tuple[int, ...] | None = None
+) -> onnx.ModelProto:
     """Trace a model's walk.
 
     Args:
         model: a float32 classifier with exits, on the CPU. It is not changed.
         signals: names of what its exits give beside their logits; as `exported_signals` by default.
+        picture: channels, height and width of the pictures it reads; those of its config by default.
 
     Returns:
-        A graph from `INPUTS` to tokens, hidden states, logits and signals, by the names above; dynamic batch and length.
+        A graph from the inputs, token ids or pixel values, to real tokens (of texts), hidden states, logits and signals, by
+        the names above; of any number of rows, and texts of any length.
 
     Raises:
         UsageError: for a model of another kind, on another device or of another precision.
@@ -94,23 +102,34 @@ def walk_graph(model: TorchExitClassifier, signals: Sequence[str] | None = None)
     require_float32_on_cpu(model, "ONNX")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_attn_implementation("eager")  # the plainest graph; the sums are the same
-    walk = _Walk(model, exported_signals(model) if signals is None else signals)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.family.longest(model.config))
+    inputs, example, dynamic = _example(model.family, model.config, picture)
+    walk = _Walk(model, inputs, exported_signals(model) if signals is None else signals)
+    return export(walk, example, inputs, list(walk(*example)), (tuple(dynamic for _ in example),))
+
+
+def _example(
+    family: Family, config: Any, picture: tuple[int, ...] | None
+) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[int, Any]]:
+    """Names of a model's inputs, one batch of them, and the axes of each whose sizes are left open."""
+    batch = torch.export.Dim("batch")
+    if reads_pictures(family):
+        return (PIXELS,), (torch.zeros(2, *(picture or picture_of(config))),), {0: batch}
+    length = torch.export.Dim("length", max=family.longest(config))
     example = tuple(torch.full((2, 3), value) for value in (1, 1, 0))  # three tensors: one given twice would be one input
-    return export(walk, example, INPUTS, list(walk(*example)), {0: batch, 1: length})
+    return IDS, example, {0: batch, 1: length}
 
 
 def export(
-    module: nn.Module, example: tuple[Tensor, ...], inputs: Any, outputs: Any, dynamic: dict[int, Any] | None
+    module: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str], outputs: Sequence[str], dynamic: Any
 ) -> onnx.ModelProto:
-    """One module as an ONNX graph; `dynamic` axes are those of every input."""
+    """One module as an ONNX graph; sizes are fixed where `dynamic`, as `torch.export` takes it, leaves none open."""
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
             example,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=None if dynamic is None else tuple(dynamic for _ in example),
+            dynamic_shapes=dynamic,
             dynamo=True,
             verbose=False,
         )

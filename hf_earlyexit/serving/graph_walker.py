@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..families.base import LAST, is_watched
+from ..families.base import LAST, TEXT, is_watched
 from ..families.context import Context, widened
 from ..modeling.protocol import ExitClassifier, TorchExitClassifier, TorchExitModel
 from ..signals import ExitSignal
@@ -44,7 +44,8 @@ def walker_for(model: ExitClassifier, cuda_graphs: bool = True) -> BatchWalker:
 
 def captures(model: TorchExitClassifier) -> bool:
     """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
-    traced = not model.family.untraced and model.family.token != LAST  # a graph knows real tokens, not which one answers
+    family = model.family
+    traced = family.task == TEXT and not family.untraced and family.token != LAST  # graphs know padding, not who answers
     return traced and not is_watched(model.modules())
 
 

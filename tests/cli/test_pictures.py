@@ -183,3 +183,20 @@ def test_an_empty_folder_is_told(served, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["predict", served, "--input", str(tmp_path / "empty")]) == 2
     assert "pictures in a folder for each class" in capsys.readouterr().err
+
+
+def test_exported_files_answer_as_the_model_that_they_came_from(served, data, tmp_path, capsys):
+    """In 8 bits, with thresholds chosen on pictures held back; the image processor goes along."""
+    out, photos = str(tmp_path / "onnx"), str(data / "photos")
+    changed = told(capsys, "export", "onnx", served, out, "--int8", "true", "--dataset", photos)["changed"]
+    assert changed["num_rows"] == 18
+    answers = told(capsys, "predict", out, "--input", photos, "--split", "validation", "--output", str(tmp_path / "a.csv"))
+    assert answers["mean_layers"] == pytest.approx(changed["after"]["mean_layers"])
+    pictures = [draw(colour, number) for colour in COLOURS for number in range(6)]
+    exported = ee.OnnxClassifier.from_pretrained(out)
+    pipe = ee.pipeline(model=exported, image_processor=PROCESSOR)
+    assert [one[0]["label"] for one in pipe(pictures, early_exit=False)] == [c for c in COLOURS for _ in range(6)]
+    layers = [one[0]["exit_layer"] for one in pipe(pictures)]
+    assert len(set(layers)) > 1
+    assert sum(layers) / 18 == pytest.approx(answers["mean_layers"])
+    assert ee.explain(exported, pictures[0], image_processor=PROCESSOR).exit_layer == layers[0]

@@ -22,6 +22,7 @@ MORE = {
     "deberta-v2": {"relative_attention": True, "position_buckets": 8, "pos_att_type": "p2c|c2p", "share_att_key": True,
                    "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3, "conv_act": "gelu", "position_biased_input": False},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8, "classifier_pooling": "mean"},
+    "beit": {"use_relative_position_bias": True},
     "eurobert": {"num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 40},
     "llama": {"num_key_value_heads": 1},
@@ -92,7 +93,9 @@ def batch_of(name, rows=6, seed=0, padding="right", **more):
 
 
 def rows_of(batch, segments=False):
-    """The rows of a batch padded on the right, as token ids; with segments, as most tokenizers give them."""
+    """The rows of a batch padded on the right, as token ids, with segments as most tokenizers give them; or its images."""
+    if "pixel_values" in batch:
+        return [{"pixel_values": values} for values in batch["pixel_values"]]
     lengths = batch["attention_mask"].sum(1).tolist()
     rows = [{"input_ids": ids[:length].tolist()} for ids, length in zip(batch["input_ids"], lengths, strict=True)]
     return [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows] if segments else rows
