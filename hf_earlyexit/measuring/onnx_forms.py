@@ -26,7 +26,6 @@ from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
-from ..serving.tables import PIXELS
 from .ways import EARLY, FIRST, FULL, ONE_FILE, Run, Ways, exit_at
 
 
