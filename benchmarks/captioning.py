@@ -64,7 +64,9 @@ def cider(captions: list[str], references: list[list[str]]) -> list[float]:
 class Captioner:
     """A model, a policy and a way to write captions from the encoder's features."""
 
-    def __init__(self, model: VisionEncoderDecoderModel, policy: ee.ExitPolicy | None, signal: str = "vocabulary") -> None:
+    def __init__(
+        self, model: VisionEncoderDecoderModel, policy: ee.policies.ExitPolicy | None, signal: str = "vocabulary"
+    ) -> None:
         self.model, self.policy, self.signal = model, policy, signal
 
     def write(self, features: np.ndarray, batch_size: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -134,13 +136,15 @@ def compare(rules: dict[str, tuple[str, str, str]], known: dict[str, Any], args:
             policies = {"12 of 12 layers": None}
         elif policy == "static":
             layers = model.exit_layers
-            policies = {"6 of 12 layers": ee.StaticPolicy.at(layers.index(6), len(layers))}
+            policies = {"6 of 12 layers": ee.policies.StaticPolicy.at(layers.index(6), len(layers))}
         elif known:
             found = {key: values for key, values in known.items() if key.startswith(f"{rule}: ")}
             chosen |= found
-            policies = {key.split(": ")[1]: ee.ExitPolicy.from_dict(v) for key, v in found.items() if "refused" not in v}
+            policies = {
+                key.split(": ")[1]: ee.policies.ExitPolicy.from_dict(v) for key, v in found.items() if "refused" not in v
+            }
         else:
-            result = ee.calibrate_captions(
+            result = ee.captions.calibrate_captions(
                 model,
                 [{"encoder_hidden_states": torch.from_numpy(states.astype(np.float32))} for states in dev],
                 policy,

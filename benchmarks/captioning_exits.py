@@ -85,7 +85,7 @@ def train(name: str, recipe: ExitRecipe, seed: int, out: Path) -> None:
             num_train_epochs=epochs,
             save_strategy="no",
         )  # fmt: skip
-        trainer = ee.EarlyExitCaptioningTrainer(
+        trainer = ee.captions.EarlyExitCaptioningTrainer(
             model=model,
             args=args,
             learn_gates=stage == "gates",

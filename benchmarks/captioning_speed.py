@@ -30,7 +30,7 @@ from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, Satura
 LAYERS, PATCHES = 12, 197
 
 
-def scripted(rule: type[ee.ExitPolicy], name: str) -> type[ee.ExitPolicy]:
+def scripted(rule: type[ee.policies.ExitPolicy], name: str) -> type[ee.policies.ExitPolicy]:
     """A rule that computes its score and then leaves by lot, at each of layers 1 to 11 with the same chance."""
 
     @register_policy(name)
@@ -91,7 +91,9 @@ def time_tests(model: ee.EarlyExitVisionEncoderDecoder, repeats: int) -> dict[st
     return {name: medians[name] / medians["layer"] for name in ("saturation", "gate")}
 
 
-def _test(walker: DecoderWalker, policy: ee.ExitPolicy, state: object, hidden: Tensor, before: Tensor) -> list[bool]:
+def _test(
+    walker: DecoderWalker, policy: ee.policies.ExitPolicy, state: object, hidden: Tensor, before: Tensor
+) -> list[bool]:
     return policy.step(state, walker.signal(5, hidden, before), 5)[-1].tolist()
 
 

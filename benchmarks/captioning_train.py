@@ -158,7 +158,7 @@ def train(name: str, recipe: Recipe, seed: int, out: Path, max_steps: int = -1) 
         prediction_loss_only=recipe.exits is None,
     )  # fmt: skip
     collator = PackedBatch({split: load_features(out, split) for split in parts}, tokenizer.pad_token_id)
-    trainer = (Trainer if recipe.exits is None else ee.EarlyExitCaptioningTrainer)(
+    trainer = (Trainer if recipe.exits is None else ee.captions.EarlyExitCaptioningTrainer)(
         model=model, args=args, data_collator=collator, train_dataset=parts["train"], eval_dataset=parts["dev"],
         processing_class=tokenizer,
     )  # fmt: skip

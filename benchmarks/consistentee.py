@@ -119,7 +119,7 @@ def outcome(trace: ee.ExitTrace, taken: torch.Tensor) -> np.ndarray:
     return np.array([float(torch.tensor(trace.costs)[taken].mean()), float(own.mean()), float(error)])
 
 
-def visible(policy: ee.ExitPolicy, trace: ee.ExitTrace) -> np.ndarray:
+def visible(policy: ee.policies.ExitPolicy, trace: ee.ExitTrace) -> np.ndarray:
     """Scores `[N, E]`, -inf where the policy does not look."""
     scores = policy.scan(trace).scores.double().numpy().copy()
     scores[:, list(policy.muted)] = -np.inf
@@ -153,7 +153,7 @@ def of_rule(name: str, held: ee.ExitTrace, report: ee.ExitTrace) -> Settings:
     return max(forms, key=lambda form: form.at(BUDGETS, "held").mean())
 
 
-def of_policy(policy: ee.ExitPolicy, held: ee.ExitTrace, report: ee.ExitTrace) -> Settings:
+def of_policy(policy: ee.policies.ExitPolicy, held: ee.ExitTrace, report: ee.ExitTrace) -> Settings:
     """Every threshold that makes a difference on held-back rows."""
     scores = visible(policy, held)
     levels = candidates(scores[:, :-1], policy.lowest_threshold, policy.counts)
@@ -185,7 +185,7 @@ def hardness_of(data: GateStates, folder: Path, hardness: str) -> torch.Tensor:
     """Hardness of the train rows, by these exits or by models that never saw them."""
     if hardness != CROSS_HARDNESS:
         return HARDNESS.get(hardness)(data.outcomes)
-    table = ee.HardnessTable.load(folder / CROSS_HARDNESS)
+    table = ee.training.HardnessTable.load(folder / CROSS_HARDNESS)
     table.require_exactly(range(len(data.states)))
     return table.of(range(len(data.states)))
 
@@ -206,7 +206,7 @@ def judged_at_one_half(states: dict[str, GateStates], gates: torch.nn.ModuleDict
     point = {}
     for split in ("held-back", "report"):
         trace = states[split].judged(gates)
-        policy = ee.GatePolicy.half(trace.num_exits)
+        policy = ee.policies.GatePolicy.half(trace.num_exits)
         point[split] = outcome(trace, policy.decide(policy.scan(trace).scores)).tolist()
     return point | {"shares": [exit.share for exit in ee.replay(policy, trace).exits]}
 
@@ -225,7 +225,7 @@ def traces_of(folder: Path) -> tuple[ee.ExitTrace, ee.ExitTrace]:
 
 def of_chosen(held: ee.ExitTrace, report: ee.ExitTrace) -> dict[str, Settings]:
     """A model whose exits learned where rows leave: its own gates at every threshold, and confidence on it."""
-    half = ee.GatePolicy.half(held.num_exits)
+    half = ee.policies.GatePolicy.half(held.num_exits)
     taken = [outcome(trace, half.decide(half.scan(trace).scores))[None] for trace in (held, report)]
     return {
         "chosen exits at one half": Settings(*taken),

@@ -43,7 +43,7 @@ def samples(model: object, tokenizer: object, kind: int, folder: Path) -> list[R
         if words == 10:  # one half is sampled, the other written greedily
             prompts = prompts[half:] if kind else prompts[:half]
         torch.manual_seed(kind)
-        rows = ee.write_samples(model, prompts, 64, max_new_tokens=80, **how)
+        rows = ee.generation.write_samples(model, prompts, 64, max_new_tokens=80, **how)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -76,7 +76,7 @@ def shortlist(rows: list[Row], words: int, size: int) -> Tensor:
 def states_of(model: object, rows: list[Row]) -> tuple[list[Tensor], Tensor]:
     """States `[N, H]` after every exit's layer of the tokens that are followed by written ones, and these; the last layer's
     states are behind the norm."""
-    made = ee.TokenCollator()(rows)
+    made = ee.training.TokenCollator()(rows)
     following = functional.pad(made["labels"], (0, 1), value=-100)[:, 1:]
     hidden = model.model(made["input_ids"], output_hidden_states=True, use_cache=False).hidden_states
     return [hidden[layer][following != -100] for layer in model.exit_layers], following[following != -100]

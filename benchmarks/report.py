@@ -48,7 +48,7 @@ TARGETS = {
 }
 
 
-def curve_on(policy: ee.ExitPolicy, trace: ee.ExitTrace) -> np.ndarray:
+def curve_on(policy: ee.policies.ExitPolicy, trace: ee.ExitTrace) -> np.ndarray:
     """Accuracy at every budget of mean layers, sweeping one threshold on these rows, `[len(BUDGETS)]`."""
     scores, answers = policy.scan(trace)
     visible = scores.double().numpy().copy()

@@ -54,9 +54,9 @@ def all_exits(model, rows) -> ee.ExitTrace:
     return ee.ExitTrace(logits=logits, labels=torch.zeros(len(rows), dtype=torch.long), exit_layers=model.exit_layers)
 
 
-def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
+def spread_out(trace: ee.ExitTrace) -> ee.policies.ConfidencePolicy:
     """Thresholds that spread rows over the exits as a normal of mean 6 and deviation 2.5."""
-    policy = ee.ConfidencePolicy.from_trace(trace)
+    policy = ee.policies.ConfidencePolicy.from_trace(trace)
     scores = policy.scan(trace).scores.double()
     wanted = np.clip(np.random.default_rng(1).normal(6, 2.5, 100_000).round(), 1, 12)
     left, thresholds = torch.arange(trace.num_rows), []
@@ -190,7 +190,7 @@ def scheduler_run() -> dict:
         vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, num_labels=2
     )
     model = ee.EarlyExitBertForSequenceClassification(config).eval()
-    model.set_exit_policy(ee.StaticPolicy.at(1, 4))
+    model.set_exit_policy(ee.policies.StaticPolicy.at(1, 4))
     return {"growth": growth(model)}
 
 

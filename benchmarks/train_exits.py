@@ -98,8 +98,8 @@ def cross_hardness(task: Task, seed: int, out: Path, options: argparse.Namespace
         others = rows.select(sorted(set(range(len(rows))) - set(fold_rows)))
         model = fit(task, others, len(set(rows["label"])), seed, out, tokenizer, options)
         trace = ee.collect_trace(model, rows.select(fold_rows), tokenizer=tokenizer, split="other fold")
-        tables.append(ee.HardnessTable.measured(trace, fold_rows))
-    ee.HardnessTable.joined(tables).save(out / CROSS_HARDNESS)
+        tables.append(ee.training.HardnessTable.measured(trace, fold_rows))
+    ee.training.HardnessTable.joined(tables).save(out / CROSS_HARDNESS)
 
 
 def main() -> None:

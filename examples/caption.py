@@ -45,14 +45,14 @@ def train(out, steps):
 
     recipe = {"max_steps": steps, "learning_rate": 2e-3, "per_device_train_batch_size": 64, "warmup_steps": 0.1}
     args = ee.EarlyExitTrainingArguments(out, **recipe, save_strategy="no", report_to=[], logging_steps=100)
-    train, judged = (ee.CaptionRows(rows(count), processor, tokenizer) for count in (3000, 500))
-    trainer = ee.EarlyExitCaptioningTrainer(model, args, train_dataset=train, eval_dataset=judged)
+    train, judged = (ee.captions.CaptionRows(rows(count), processor, tokenizer) for count in (3000, 500))
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model, args, train_dataset=train, eval_dataset=judged)
     trainer.train()
     right = [value for name, value in trainer.evaluate().items() if name.endswith("token_accuracy")]
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
     held_back, inputs = rows(150), {"image_processor": processor, "tokenizer": tokenizer}
     captions = [row["captions"] for row in held_back]
-    result = ee.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs)
+    result = ee.captions.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs)
     print(result)
     model.set_exit_policy(result)
     ee.save(model, out, calibration=result, **inputs)
@@ -72,7 +72,7 @@ def main():
     early, full = pipe(images, batch_size=8), pipe(images, batch_size=8, early_exit=False)
     for caption in early:
         print(f"{caption['mean_exit_layer']:.2f}", *(f"{one['word']}/{one['exit_layer']}" for one in caption["words"]))
-    ee.caption_page(images, early, f"{args.out}/captions.html", num_layers=pipe.model.exit_layers[-1], full=full)
+    ee.captions.caption_page(images, early, f"{args.out}/captions.html", num_layers=pipe.model.exit_layers[-1], full=full)
     print(f"\nOpen {args.out}/captions.html in a browser.")
 
 

@@ -30,7 +30,7 @@ def train(args, splits, tokenizer):
 
 
 def compare(model, held_back, test, test_rows):
-    policies = {"full model": ee.StaticPolicy(thresholds=(None,) * (held_back.num_exits - 1))}
+    policies = {"full model": ee.policies.StaticPolicy(thresholds=(None,) * (held_back.num_exits - 1))}
     for name in sorted(set(POLICIES.names()) - {"beem", "gate", "saturation"}):  # they need more than such a trace holds
         policies[name] = ee.calibrate(held_back, name, ee.MaxDrop(0.005)).policy
 

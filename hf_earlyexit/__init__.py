@@ -21,60 +21,33 @@ _HOMES = {
     "EarlyExitCaptionProcessor": "doors",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
-    "EarlyExitCaptioningTrainer": "captions.trainer",
-    "EarlyExitLanguageModelTrainer": "training.language_model",
-    "TokenCollator": "training.language_model",
-    "pack_texts": "training.language_model",
-    "write_samples": "generation.samples",
-    "calibrate_drafts": "generation.draft_calibration",
-    "DraftCalibration": "generation.draft_calibration",
-    "CaptionCollator": "captions.data",
-    "CaptionRows": "captions.data",
-    "ConsistentTrainer": "training.consistent",
-    "ConsistentTrainingArguments": "training.consistent_arguments",
-    "HardnessTable": "training.hardness",
     "ExitTrace": "trace",
     "collect_trace": "serving.collect",
     "calibrate": "calibration.choose",
-    "calibrate_captions": "captions.calibrate",
     "replay": "calibration.replay",
-    "CalibrationResult": "calibration.result",
-    "CaptionCalibrationResult": "captions.result",
     "Certified": "calibration.certify",
     "FinalLayerError": "calibration.targets",
     "LayerBudget": "calibration.targets",
     "MaxDrop": "calibration.targets",
     "SpeedUp": "calibration.targets",
-    "ExitPolicy": "policies.base",
-    "ExitSignal": "signals.base",
-    "register_signal": "signals.base",
-    "register_policy": "policies.base",
-    "ConfidencePolicy": "policies.confidence",
-    "EntropyPolicy": "policies.confidence",
-    "MarginPolicy": "policies.confidence",
-    "PatiencePolicy": "policies.patience",
-    "BeemPolicy": "policies.beem",
-    "GatePolicy": "policies.gate",
-    "SaturationPolicy": "policies.saturation",
-    "StaticPolicy": "policies.static",
     "check_exit_policy": "walking.laws",
-    "pipeline": "pipelines",
-    "save": "hub.save",
-    "push_to_hub": "hub.push",
-    "card_figures": "hub.figures",
     "predict": "serving.predict",
     "stream": "serving.predict",
+    "explain": "serving.explain",
+    "pipeline": "pipelines",
     "Engine": "serving.online",
     "Monitor": "serving.monitor",
     "quantize_int8": "serving.int8",
     "export_onnx": "onnx.export",
     "OnnxClassifier": "onnx.classifier",
-    "explain": "serving.explain",
-    "write_report": "reports.write",
-    "caption_page": "captions.page",
-    "EarlyExitMetric": "evaluation",
+    "save": "hub.save",
+    "push_to_hub": "hub.push",
     "EarlyExitError": "errors",
 }
+"""What everyday use needs; the rest is in the rooms, such as `hf_earlyexit.policies.ConfidencePolicy`."""
+
+ROOMS = ("calibration", "captions", "errors", "evaluation", "generation", "hub", "losses", "policies", "reports", "signals",
+         "training")  # fmt: skip
 
 __all__ = ["__version__", *_HOMES]
 
@@ -91,6 +64,8 @@ after_import("transformers.pipelines", lambda: _register("register_pipelines"))
 
 
 def __getattr__(name: str) -> Any:
+    if name in ROOMS:
+        return import_module(f".{name}", __name__)
     home = _HOMES.get(name, "doors" if name.startswith("EarlyExit") else None)  # doors of all families are made there
     try:
         return getattr(import_module(f".{home}", __name__), name) if home else _missing(name)
@@ -105,4 +80,4 @@ def _missing(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *import_module(".doors", __name__).door_names()})
+    return sorted({*__all__, *ROOMS, *import_module(".doors", __name__).door_names()})

@@ -26,12 +26,14 @@ def rows(random_texts):
 
 
 def test_figures_by_hand():
-    found = ee.EarlyExitMetric().compute(predictions=[1, 0, 2], references=[1, 1, 2], exit_layers=[1, 2, 6], num_layers=6)
+    found = ee.evaluation.EarlyExitMetric().compute(
+        predictions=[1, 0, 2], references=[1, 1, 2], exit_layers=[1, 2, 6], num_layers=6
+    )
     assert found == {"accuracy": pytest.approx(2 / 3), "mean_layers": 3.0, "layer_speed_up": 2.0}
 
 
 def test_batches_add_up():
-    metric = ee.EarlyExitMetric()
+    metric = ee.evaluation.EarlyExitMetric()
     metric.add_batch(predictions=[1, 0], references=[1, 1])
     metric.add_batch(predictions=[1], references=[1])
     assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
@@ -40,14 +42,14 @@ def test_batches_add_up():
 @pytest.mark.parametrize(("layers", "depth"), [([0, 1], 6), ([1, 7], 6), ([1, 2], None)])
 def test_impossible_layers_are_refused(layers, depth):
     with pytest.raises(DataError, match="expected layers from 1"):
-        ee.EarlyExitMetric().compute(predictions=[0, 0], references=[0, 0], exit_layers=layers, num_layers=depth)
+        ee.evaluation.EarlyExitMetric().compute(predictions=[0, 0], references=[0, 0], exit_layers=layers, num_layers=depth)
 
 
 def test_the_stock_evaluator_takes_our_pipeline_and_metric(pipe, rows, monkeypatch):
     # evaluate 0.4.6 looks for a class that transformers 5 no longer has, whatever the pipeline
     monkeypatch.setattr(transformers, "TFPreTrainedModel", transformers.PreTrainedModel, raising=False)
     found = evaluator("text-classification").compute(
-        pipe, data=rows, metric=ee.EarlyExitMetric(), label_mapping=pipe.model.config.label2id
+        pipe, data=rows, metric=ee.evaluation.EarlyExitMetric(), label_mapping=pipe.model.config.label2id
     )
     answers = [pipe.model.config.label2id[answer["label"]] for answer in pipe(rows["text"][:])]
     assert found["accuracy"] == sum(a == b for a, b in zip(answers, rows["label"], strict=True)) / 30
@@ -56,7 +58,7 @@ def test_the_stock_evaluator_takes_our_pipeline_and_metric(pipe, rows, monkeypat
 
 def test_our_evaluator_counts_layers_too(pipe, rows):
     found = EarlyExitEvaluator(num_layers=4).compute(
-        pipe, data=rows, metric=ee.EarlyExitMetric(), label_mapping=pipe.model.config.label2id
+        pipe, data=rows, metric=ee.evaluation.EarlyExitMetric(), label_mapping=pipe.model.config.label2id
     )
     layers = [answer["exit_layer"] for answer in pipe(rows["text"][:])]
     assert len(set(layers)) > 1
@@ -66,12 +68,12 @@ def test_our_evaluator_counts_layers_too(pipe, rows):
 
 def test_our_evaluator_wants_a_pipeline(pipe, rows):
     with pytest.raises(UsageError, match=r"hf_earlyexit\.pipeline"):
-        EarlyExitEvaluator(num_layers=4).compute(pipe.model, data=rows, metric=ee.EarlyExitMetric())
+        EarlyExitEvaluator(num_layers=4).compute(pipe.model, data=rows, metric=ee.evaluation.EarlyExitMetric())
 
 
 def figures(pipe, data, **options):
     found = EarlyExitEvaluator(num_layers=4).compute(
-        pipe, data=data, metric=ee.EarlyExitMetric(), label_mapping=pipe.model.config.label2id, **options
+        pipe, data=data, metric=ee.evaluation.EarlyExitMetric(), label_mapping=pipe.model.config.label2id, **options
     )
     return {name: found[name] for name in ("accuracy", "mean_layers", "layer_speed_up")}
 

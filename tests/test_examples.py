@@ -62,7 +62,7 @@ def test_learning_when_to_leave_runs_through_all_phases_and_is_taken_up_again(tm
     assert tables[0] == tables[1]  # nothing was trained anew
     assert all(f"\n{name}" in tables[0] for name in ("01-exits", "02-hardness", "03-gates", "04-chosen", "one half"))
     model = ee.EarlyExitBertForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert model.exit_policy == ee.GatePolicy.half(4, exit_layers=model.exit_policy.exit_layers)
+    assert model.exit_policy == ee.policies.GatePolicy.half(4, exit_layers=model.exit_policy.exit_layers)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ class Words:
 def test_training_and_calibration_see_what_the_pipeline_sees(lying):
     seen = Sizes()
     list(image_batches([{"image": str(lying)}, Image.open(lying)], seen, 2))
-    ee.CaptionRows([{"image": str(lying), "captions": "5"}], seen, Words())[0]
+    ee.captions.CaptionRows([{"image": str(lying), "captions": "5"}], seen, Words())[0]
     assert len(seen.pictures) == 3
     assert all(upright(picture) for picture in seen.pictures)
 

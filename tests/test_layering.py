@@ -1,22 +1,25 @@
 """Imports point one way, files stay short, and the pure parts load without transformers."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "hf_earlyexit"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_earlyexit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What a part (a folder, or a file beside them) may import from the others. A new part needs a line here.
-BASE = {"errors", "registry", "problem_types", "labels", "files", "citations", "values"}
+BASE = {"lazy", "errors", "registry", "problem_types", "labels", "files", "citations", "values"}
 PURE = BASE | {"folder_swap", "signals", "policies", "trace", "losses", "metrics", "calibration"}
 WALK = PURE | {"families", "walking"}
 SERVE = WALK | {"images", "modeling", "serving"}
 ALLOWED = {
     "errors": set(),
+    "lazy": set(),
     "tested": set(),
     "after_import": set(),
     "citations": set(),
@@ -135,3 +138,48 @@ for part in {parts!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, timeout=120)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+
+
+PUBLIC = {
+    "from_pretrained", "EarlyExitTrainer", "EarlyExitTrainingArguments", "EarlyExitError", "EarlyExitVisionEncoderDecoder",
+    "EarlyExitVisionEncoderDecoderConfig", "EarlyExitCaptionProcessor", "ExitTrace", "collect_trace", "calibrate", "replay",
+    "Certified", "FinalLayerError", "LayerBudget", "MaxDrop", "SpeedUp", "check_exit_policy", "predict", "stream", "explain",
+    "pipeline", "Engine", "Monitor", "quantize_int8", "export_onnx", "OnnxClassifier", "save", "push_to_hub",
+}  # fmt: skip
+DOOR = re.compile(r"EarlyExit\w+(Config|ForSequenceClassification|ForImageClassification|ForCausalLM|LMHeadModel)")
+
+
+def listed(path, name):
+    """A tuple, list or the keys of a mapping that a file gives a name."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name:
+            value = node.value
+            return set(ast.literal_eval(ast.Tuple(value.keys, ast.Load()) if isinstance(value, ast.Dict) else value))
+    return set()
+
+
+def test_the_public_names_are_few_and_these():
+    """What everyday use needs; a name for fewer people goes into the room that it belongs to."""
+    assert listed(PACKAGE / "__init__.py", "_HOMES") == PUBLIC
+    assert len(PUBLIC) <= 34
+
+
+def test_every_name_that_is_used_of_the_package_is_a_public_one():
+    rooms = listed(PACKAGE / "__init__.py", "ROOMS")
+    names = {room: listed(PACKAGE / room / "__init__.py", "__all__") for room in rooms if (PACKAGE / room).is_dir()}
+    modules = {path.relative_to(PACKAGE).with_suffix("").parts[-1] for path in MODULES} | {part_of(path) for path in MODULES}
+    texts = [path for top in ("tests", "docs", "examples", "benchmarks", "hf_earlyexit") for path in (ROOT / top).rglob("*")]
+    unknown = []
+    for path in [ROOT / "README.md", *texts]:
+        if path.suffix not in (".py", ".md"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        for name, inner in re.findall(r"\bee\.([A-Za-z]\w*)(?:\.(\w+))?", text):
+            known = name in PUBLIC or name in rooms or DOOR.fullmatch(name) or name in modules
+            if not known or (inner and name in names and inner not in names[name] | modules):
+                unknown.append(f"{path.relative_to(ROOT)}: ee.{name}{inner and '.' + inner}")
+        for line in re.findall(r"^\s*from hf_earlyexit import (.+)$", text, re.MULTILINE):
+            for name in re.findall(r"(\w+)(?: as \w+)?", line):
+                if not (name in PUBLIC or name in rooms or DOOR.fullmatch(name) or name in modules):
+                    unknown.append(f"{path.relative_to(ROOT)}: from hf_earlyexit import {name}")
+    assert not unknown

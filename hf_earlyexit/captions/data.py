@@ -97,7 +97,7 @@ class CaptionCollator:
     Examples:
         >>> import hf_earlyexit as ee
         >>> rows = [{"labels": [5, 2], "encoder_hidden_states": [[0.1]]}, {"labels": [2], "encoder_hidden_states": [[0.2]]}]
-        >>> ee.CaptionCollator()(rows)["labels"].tolist()
+        >>> ee.captions.CaptionCollator()(rows)["labels"].tolist()
         [[5, 2], [2, -100]]
     """
 

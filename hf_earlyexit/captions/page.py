@@ -59,7 +59,7 @@ def caption_page(
     Examples:
         >>> import hf_earlyexit as ee
         >>> pipe = ee.pipeline("early-exit-captioning", model="captioner")  # doctest: +SKIP
-        >>> ee.caption_page(photos, pipe(photos), "captions.html", num_layers=12)  # doctest: +SKIP
+        >>> ee.captions.caption_page(photos, pipe(photos), "captions.html", num_layers=12)  # doctest: +SKIP
     """
     _check(images, captions, full, num_layers)
     layers = [layer for caption in captions for layer in caption["exit_layers"]]

@@ -18,9 +18,9 @@ from .train import TrainArguments, checkpoint, prepare, settings
 if TYPE_CHECKING:
     from ..training import ConsistentTrainingArguments
 
-MORE = """Every setting of hf_earlyexit.ConsistentTrainingArguments is a flag as well, and so is every one of transformers'
-TrainingArguments: --output_dir, --alpha, --estimator, --hardness, --id_column, --gate_epochs, --chosen_epochs, --rounds,
---num_train_epochs, --learning_rate, ...; --help_all lists them all."""
+MORE = """Every setting of hf_earlyexit.training.ConsistentTrainingArguments is a flag as well, and so is every one of
+transformers' TrainingArguments: --output_dir, --alpha, --estimator, --hardness, --id_column, --gate_epochs, --chosen_epochs,
+--rounds, --num_train_epochs, --learning_rate, ...; --help_all lists them all."""
 
 
 @dataclass

@@ -54,7 +54,7 @@ def card_figures(
         DataError: for rows without labels.
 
     Examples:
-        >>> figures = ee.card_figures(model, results, rows, tokenizer=tokenizer)  # doctest: +SKIP
+        >>> figures = ee.hub.card_figures(model, results, rows, tokenizer=tokenizer)  # doctest: +SKIP
         >>> card = {"license": "mit", **figures}  # doctest: +SKIP
         >>> ee.save(model, "folder", tokenizer=tokenizer, calibration=results, card=card)  # doctest: +SKIP
     """

@@ -71,7 +71,7 @@ def write_report(
     Examples:
         >>> import hf_earlyexit as ee
         >>> trace = ee.ExitTrace.load("held-back.safetensors")  # doctest: +SKIP
-        >>> ee.write_report(trace, "report.html", title="My classifier")  # doctest: +SKIP
+        >>> ee.reports.write_report(trace, "report.html", title="My classifier")  # doctest: +SKIP
     """
     _check(trace, policy, label_names, texts, pictures)
     comparison = compare_policies(trace, max_drop, seed)

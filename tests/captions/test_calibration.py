@@ -30,7 +30,7 @@ RULES = ["confidence", "entropy", "margin", "patience", "beem-c", "beem-a", "gat
 
 def calibrated(model, rows, policy="confidence", target="speed-up:1.2", **options):
     usual = {"max_new_tokens": NEW, "progress": False, "batch_size": 8, "proposals": 4}
-    return ee.calibrate_captions(model, rows, policy, target, **{**usual, **options})
+    return ee.captions.calibrate_captions(model, rows, policy, target, **{**usual, **options})
 
 
 def full_captions(model, images, **options):
@@ -105,7 +105,7 @@ def test_a_trace_keeps_no_logits(captioner, images, mixed):
 
 def test_muted_exits_have_no_score(captioner, images, mixed):
     model = captioner()
-    policy = ee.BeemPolicy(thresholds=(None, 1.0, 1.0), weights=(1.0,) * 4, muted=(0,))
+    policy = ee.policies.BeemPolicy(thresholds=(None, 1.0, 1.0), weights=(1.0,) * 4, muted=(0,))
     scores = tracing.token_trace(model, full_captions(model, images(4)), policy).scores
     assert torch.isneginf(scores[:, 0]).all()
     assert torch.isfinite(scores[:, 1:]).all()
@@ -290,7 +290,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
     found.save(tmp_path / "calibration.json")
     assert CalibrationResult.load(tmp_path / "calibration.json") == found
     assert json.loads((tmp_path / "calibration.json").read_text())["format"] == "hf_earlyexit.caption-calibration/1"
-    assert ee.CaptionCalibrationResult.from_dict(found.to_dict()) == found
+    assert ee.captions.CaptionCalibrationResult.from_dict(found.to_dict()) == found
     table = str(found).splitlines()
     assert len([line for line in table if "one threshold" in line or "per exit" in line or "full model   " in line]) == len(
         found.settings
@@ -316,8 +316,12 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"policy": "gate"}, CalibrationError, "learn_gates=True"),
         ({"policy": "beem-calibrated"}, CalibrationError, "logits of many rows"),
         ({"policy": "beem-a", "learning_share": 0.01}, CalibrationError, "images on both sides"),
-        ({"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
-        ({"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 3), "options": {"muted": (0,)}}, UsageError, "options go with"),
+        ({"policy": ee.policies.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
+        (
+            {"policy": ee.policies.ConfidencePolicy(thresholds=(0.5,) * 3), "options": {"muted": (0,)}},
+            UsageError,
+            "options go with",
+        ),
         ({"proposals": 1}, CalibrationError, "proposals is 1"),
         ({"do_sample": True}, UsageError, "do_sample is True"),
         ({"num_beams": 2, "num_return_sequences": 2}, UsageError, "num_return_sequences is 2"),

@@ -39,7 +39,7 @@ def made(tmp_path_factory):
     images[0] = folder / "a&b<i>.jpg"
     captions = [caption(["a", "dog", "runs"], [12, 3, 1]), caption([HOSTILE, "W" * 200], [2, 7], 5), caption([], [], 12)]
     full = [*captions[:2], caption(["a", "full", "<b>answer</b>"], [12, 12, 12])]
-    ee.caption_page(images, captions, folder / "page.html", num_layers=LAYERS, full=full, title=HOSTILE)
+    ee.captions.caption_page(images, captions, folder / "page.html", num_layers=LAYERS, full=full, title=HOSTILE)
     return folder, images, captions
 
 
@@ -110,7 +110,7 @@ def test_pictures_are_small_and_tell_nothing_of_the_camera(html, made, tmp_path)
     assert b"secret" in made[1][0].read_bytes()
     assert not any(b"secret" in data for data in found)
     assert str(made[0]) not in html
-    ee.caption_page([Image.new("RGB", (4000, 2000))], [caption(["a"], [3])], tmp_path / "p.html", num_layers=12)
+    ee.captions.caption_page([Image.new("RGB", (4000, 2000))], [caption(["a"], [3])], tmp_path / "p.html", num_layers=12)
     data = re.search(r'base64,([^"]+)"', (tmp_path / "p.html").read_text())[1]
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (560, 280)
 
@@ -123,13 +123,13 @@ def test_nothing_overflows_in_a_real_browser(width, html, tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path):
     picture, path = Image.new("RGB", (8, 8)), tmp_path / "p.html"
     with pytest.raises(DataError, match="No pictures"):
-        ee.caption_page([], [], path, num_layers=4)
+        ee.captions.caption_page([], [], path, num_layers=4)
     with pytest.raises(DataError, match="2 captions for 1 pictures"):
-        ee.caption_page([picture], [caption(["a"], [1])] * 2, path, num_layers=12)
+        ee.captions.caption_page([picture], [caption(["a"], [1])] * 2, path, num_layers=12)
     with pytest.raises(DataError, match="0 full for 1 pictures"):
-        ee.caption_page([picture], [caption(["a"], [1])], path, num_layers=12, full=[])
+        ee.captions.caption_page([picture], [caption(["a"], [1])], path, num_layers=12, full=[])
     with pytest.raises(DataError, match=r"left after layer 12; pass model\.exit_layers"):
-        ee.caption_page([picture], [caption(["a"], [1])], path, num_layers=4)
+        ee.captions.caption_page([picture], [caption(["a"], [1])], path, num_layers=4)
     with pytest.raises(DataError, match="There is no picture"):
-        ee.caption_page(["nowhere.png"], [caption(["a"], [1])], path, num_layers=12)
+        ee.captions.caption_page(["nowhere.png"], [caption(["a"], [1])], path, num_layers=12)
     assert not path.exists()

@@ -135,7 +135,7 @@ def test_word_heads_are_resized_with_the_decoder(captioner, images, mixed, head,
     assert after.shape[-1] == words
     assert torch.allclose(after[..., :40], before[..., :40], atol=1e-5)
     assert model.config.exit_shortlist == len(model.exit_shortlist) == min(45, words)
-    model.set_exit_policy(ee.SaturationPolicy(thresholds=[0.0] * 3))
+    model.set_exit_policy(ee.policies.SaturationPolicy(thresholds=[0.0] * 3))
     output = model.generate(images(2), max_new_tokens=4, output_logits=True, return_exit_layers=True)
     assert [part.shape[-1] for part in output.logits] == [words] * len(output.logits)
     assert (output.exit_layers[:, 2] <= 1).all()
@@ -145,7 +145,7 @@ def test_word_heads_are_resized_with_the_decoder(captioner, images, mixed, head,
 def test_a_decoder_resized_without_its_exits_is_refused(captioner, images, head):
     model = captioner(exit_head=head, exit_rank=8)
     model.decoder.resize_token_embeddings(57, mean_resizing=False)
-    model.set_exit_policy(ee.SaturationPolicy(thresholds=[0.0] * 3))
+    model.set_exit_policy(ee.policies.SaturationPolicy(thresholds=[0.0] * 3))
     with pytest.raises(UsageError, match="know 50 words, the decoder 57"):
         model.generate(images(2), max_new_tokens=4)
     with pytest.raises(UsageError, match="know 50 words, the decoder 57"):

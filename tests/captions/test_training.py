@@ -45,7 +45,7 @@ def arguments(arguments):
 
 
 def trained(model, args, rows, **fields):
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=args, train_dataset=rows, **fields)
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=args, train_dataset=rows, **fields)
     trainer.train()
     return trainer
 
@@ -84,10 +84,10 @@ def test_two_stage_is_the_authors_loss_but_for_a_factor(captioner, rows, argumen
     """Half cross entropy, half KL(last || exit), a mean over early exits; every token counts the same."""
     model = captioner(exit_head="linear").eval()
     options = {"strength": 1.0, "direction": "last-to-exit"}
-    trainer = ee.EarlyExitCaptioningTrainer(
+    trainer = ee.captions.EarlyExitCaptioningTrainer(
         model=model, args=arguments(objective="two-stage", objective_options=options), train_dataset=rows()
     )
-    batch = ee.CaptionCollator()([rows()[row] for row in range(5)])
+    batch = ee.captions.CaptionCollator()([rows()[row] for row in range(5)])
     loss = trainer.compute_loss(model, dict(batch))
     with torch.no_grad():
         said = model(**batch, early_exit=False).exit_logits
@@ -121,7 +121,9 @@ def test_gates_learn_alone_and_learn_what_is_asked(captioner, rows, arguments):
     before = weights(model)
     data = rows(24)
     args = arguments(max_steps=30, learning_rate=6e-2, logging_steps=60, per_device_train_batch_size=24)
-    first = ee.EarlyExitCaptioningTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, learn_gates=True)
+    first = ee.captions.EarlyExitCaptioningTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, learn_gates=True
+    )
     start = first.evaluate()
     first.train()
     end = first.evaluate()
@@ -135,8 +137,8 @@ def test_gates_learn_alone_and_learn_what_is_asked(captioner, rows, arguments):
 
 def test_gate_loss_asks_for_the_full_models_word(captioner, rows, arguments):
     model = captioner(exit_gate="linear", exit_head="linear").eval()
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows(), learn_gates=True)
-    batch = ee.CaptionCollator()([rows()[row] for row in range(4)])
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows(), learn_gates=True)
+    batch = ee.captions.CaptionCollator()([rows()[row] for row in range(4)])
     with torch.no_grad():
         output = model(**batch, early_exit=False)
     learned = batch["labels"] != -100
@@ -152,9 +154,9 @@ def test_evaluation_reports_every_exit_token_by_token(captioner, rows, arguments
     """The batches are of 5, 5 and 2 captions of different lengths; tokens count, not batches."""
     model = captioner(exit_head="linear", exit_gate=gate)
     data = rows()
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), eval_dataset=data)
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), eval_dataset=data)
     metrics = trainer.evaluate()
-    batch = ee.CaptionCollator()([data[row] for row in range(COUNT)])
+    batch = ee.captions.CaptionCollator()([data[row] for row in range(COUNT)])
     with torch.no_grad():
         output = model(**batch, early_exit=False)
     learned = batch["labels"] != -100
@@ -169,7 +171,7 @@ def test_evaluation_reports_every_exit_token_by_token(captioner, rows, arguments
 
 def test_gate_figures_are_those_of_leaving_at_one_half(captioner, rows):
     model = captioner(exit_head="linear", exit_gate="linear")
-    batch = ee.CaptionCollator()([rows()[row] for row in range(COUNT)])
+    batch = ee.captions.CaptionCollator()([rows()[row] for row in range(COUNT)])
     learned = batch["labels"] != -100
     with torch.no_grad():
         output = model(**batch, early_exit=False, exit_tokens=learned)
@@ -184,7 +186,7 @@ def test_gate_figures_are_those_of_leaving_at_one_half(captioner, rows):
 
 def test_chosen_tokens_get_what_all_tokens_get(captioner, rows):
     model = captioner(exit_head="low-rank", exit_gate="mlp")
-    batch = ee.CaptionCollator()([rows()[row] for row in range(4)])
+    batch = ee.captions.CaptionCollator()([rows()[row] for row in range(4)])
     learned = batch["labels"] != -100
     with torch.no_grad():
         whole, part = (model(**batch, early_exit=False, exit_tokens=tokens) for tokens in (None, learned))
@@ -195,10 +197,10 @@ def test_chosen_tokens_get_what_all_tokens_get(captioner, rows):
 
 def test_no_exit_logits_of_padding_are_made(captioner, rows, arguments):
     model = captioner(exit_head="linear")
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
     asked = []
     model.exit_heads["1"].register_forward_hook(lambda _, inputs, __: asked.append(inputs[0].shape[0]))
-    batch = ee.CaptionCollator()([{**rows()[0], "labels": [5] * 9}, {**rows()[1], "labels": [END]}])
+    batch = ee.captions.CaptionCollator()([{**rows()[0], "labels": [5] * 9}, {**rows()[1], "labels": [END]}])
     trainer.compute_loss(model, batch)
     assert asked == [10]
 
@@ -223,15 +225,15 @@ def test_cached_features_train_as_their_images_do(captioner, rows, arguments):
 def test_features_alone_freeze_the_encoder(captioner, rows, arguments):
     data = rows(pixel_values=None, encoder_hidden_states=np.zeros((COUNT, 5, 24)).tolist())
     model = captioner()
-    ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=data)
+    ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=data)
     assert not any(weight.requires_grad for weight in model.encoder.parameters())
 
 
 def test_packed_captions_are_passed_on(captioner, rows, arguments):
     """Several captions in one row, by ids and positions of the user's own, are what they are one by one."""
     model = captioner(exit_head="linear")
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
-    batch = ee.CaptionCollator()([rows()[0], rows()[1]])
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
+    batch = ee.captions.CaptionCollator()([rows()[0], rows()[1]])
     ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
     plain = trainer.compute_loss(model, dict(batch))
     packed = trainer.compute_loss(model, {**batch, "decoder_input_ids": ids, "decoder_position_ids": None})
@@ -245,7 +247,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(captioner, rows, arguments, t
     whole, again = captioner(exit_head="tuned"), captioner(exit_head="tuned")
     trained(whole, arguments(**args), rows())
     (tmp_path / "checkpoint-4").rename(tmp_path / "later")
-    trainer = ee.EarlyExitCaptioningTrainer(model=again, args=arguments(**args), train_dataset=rows())
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=again, args=arguments(**args), train_dataset=rows())
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in again.state_dict().items())
@@ -253,8 +255,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(captioner, rows, arguments, t
 
 def test_bfloat16_autocast_keeps_the_loss_in_float32(captioner, rows, arguments):
     model = captioner(exit_head="linear", exit_gate="linear")
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(bf16=True), train_dataset=rows())
-    batch = ee.CaptionCollator()([rows()[row] for row in range(4)])
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(bf16=True), train_dataset=rows())
+    batch = ee.captions.CaptionCollator()([rows()[row] for row in range(4)])
     with torch.autocast("cpu", torch.bfloat16):
         loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     assert outputs.exit_logits.dtype == torch.bfloat16
@@ -275,28 +277,28 @@ def test_bfloat16_autocast_keeps_the_loss_in_float32(captioner, rows, arguments)
 )
 def test_captions_that_cannot_be_learned(captioner, rows, arguments, columns, words):
     with pytest.raises(DataError, match=words):
-        ee.EarlyExitCaptioningTrainer(model=captioner(), args=arguments(), train_dataset=rows(2, **columns))
+        ee.captions.EarlyExitCaptioningTrainer(model=captioner(), args=arguments(), train_dataset=rows(2, **columns))
 
 
 def test_batches_that_cannot_be_learned(captioner, rows, arguments):
     model = captioner()
-    trainer = ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
+    trainer = ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows())
     with pytest.raises(DataError, match="no labels"):
         trainer.compute_loss(model, {"pixel_values": torch.zeros(1, 3, 16, 16)})
     with pytest.raises(DataError, match="Every label of a batch is -100"):
         trainer.compute_loss(model, {"pixel_values": torch.zeros(1, 3, 16, 16), "labels": torch.tensor([[-100]])})
     with pytest.raises(DataError, match="expected labels"):
-        ee.CaptionCollator()([{"pixel_values": np.zeros((3, 16, 16))}])
+        ee.captions.CaptionCollator()([{"pixel_values": np.zeros((3, 16, 16))}])
     with pytest.raises(DataError, match="expected pixel_values"):
-        ee.CaptionCollator()([{"labels": [3], "photo": 1}])
+        ee.captions.CaptionCollator()([{"labels": [3], "photo": 1}])
     with pytest.raises(DataError, match="expected the same"):
-        ee.CaptionCollator()([{"labels": [3], "pixel_values": np.zeros((3, n, n))} for n in (8, 16)])
+        ee.captions.CaptionCollator()([{"labels": [3], "pixel_values": np.zeros((3, n, n))} for n in (8, 16)])
     with pytest.raises(DataError, match="has no rows"):
-        ee.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows(2).select([]))
+        ee.captions.EarlyExitCaptioningTrainer(model=model, args=arguments(), train_dataset=rows(2).select([]))
 
 
 def test_training_that_cannot_work(captioner, rows, arguments):
-    make = ee.EarlyExitCaptioningTrainer
+    make = ee.captions.EarlyExitCaptioningTrainer
     with pytest.raises(TrainingError, match="no gates to teach"):
         make(model=captioner(), args=arguments(), train_dataset=rows(), learn_gates=True)
     with pytest.raises(TrainingError, match="'tied' heads have no weights"):
@@ -416,16 +418,16 @@ def photos():
 def test_images_and_captions_become_rows(photos, decoded):
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
     photos = photos.cast_column("image", datasets.Image(decode=decoded))
-    rows = ee.CaptionRows(photos, processor, Words(), max_length=3)
+    rows = ee.captions.CaptionRows(photos, processor, Words(), max_length=3)
     assert [row["labels"] for row in rows] == [[5, 6, END], [7, END], [8, 9, 10]]
     assert torch.equal(rows[0]["pixel_values"], rows[1]["pixel_values"])
     assert rows[2]["pixel_values"].shape == (3, 16, 16)
     assert rows[2]["pixel_values"].mean((1, 2)).tolist() == [1.0, -1.0, -1.0]
-    assert ee.CaptionCollator()([rows[0], rows[1]])["labels"].tolist() == [[5, 6, END], [7, END, -100]]
+    assert ee.captions.CaptionCollator()([rows[0], rows[1]])["labels"].tolist() == [[5, 6, END], [7, END, -100]]
 
 
 def test_captions_with_features_train(photos, captioner, arguments):
-    rows = ee.CaptionRows(photos, tokenizer=Words(), features=np.random.default_rng(0).normal(size=(2, 5, 24)))
+    rows = ee.captions.CaptionRows(photos, tokenizer=Words(), features=np.random.default_rng(0).normal(size=(2, 5, 24)))
     model = captioner(exit_head="tuned")
     trained(model, arguments(), rows, eval_dataset=rows)
     assert not any(weight.requires_grad for weight in model.encoder.parameters())
@@ -436,17 +438,17 @@ def test_rows_that_cannot_be_made(photos):
         pass
 
     with pytest.raises(DataError, match="neither an eos nor a sep token"):
-        ee.CaptionRows(photos, object(), NoEnd())
+        ee.captions.CaptionRows(photos, object(), NoEnd())
     with pytest.raises(DataError, match="Pass an image_processor"):
-        ee.CaptionRows(photos, tokenizer=Words())
+        ee.captions.CaptionRows(photos, tokenizer=Words())
     with pytest.raises(DataError, match="3 features for 2 images"):
-        ee.CaptionRows(photos, tokenizer=Words(), features=np.zeros((3, 5, 24)))
+        ee.captions.CaptionRows(photos, tokenizer=Words(), features=np.zeros((3, 5, 24)))
     with pytest.raises(DataError, match="expected 'text' among them"):
-        ee.CaptionRows(photos, object(), Words(), captions_column="text")
+        ee.captions.CaptionRows(photos, object(), Words(), captions_column="text")
     with pytest.raises(DataError, match="hold no captions"):
-        ee.CaptionRows([{"image": 1, "captions": []}], object(), Words())
+        ee.captions.CaptionRows([{"image": 1, "captions": []}], object(), Words())
     with pytest.raises(DataError, match=r"There is no picture nowhere\.jpg"):
-        ee.CaptionRows([{"image": "nowhere.jpg", "captions": "5"}], object(), Words())[0]
+        ee.captions.CaptionRows([{"image": "nowhere.jpg", "captions": "5"}], object(), Words())[0]
 
 
 def test_the_log_is_json(captioner, rows, arguments):
@@ -468,13 +470,15 @@ def heavy(outputs, labels, num_items_in_batch=None):
 
 
 def evaluated(model, args, data, **fields):
-    return ee.EarlyExitCaptioningTrainer(model=model, args=args, eval_dataset=data, **fields).evaluate()["eval_loss"]
+    return ee.captions.EarlyExitCaptioningTrainer(model=model, args=args, eval_dataset=data, **fields).evaluate()[
+        "eval_loss"
+    ]
 
 
 @pytest.mark.parametrize("exit_", range(LAYERS))
 def test_a_loss_of_ones_own_is_asked_at_every_exit_for_labelled_tokens(captioner, rows, arguments, exit_):
     model, data = captioner(exit_head="linear").eval(), rows(5)
-    batch = ee.CaptionCollator()([data[row] for row in range(5)])
+    batch = ee.captions.CaptionCollator()([data[row] for row in range(5)])
     with torch.no_grad():
         logits = model(**batch, early_exit=False).exit_logits[..., exit_, :]
     learned = batch["labels"] != -100
@@ -511,7 +515,7 @@ def test_captions_accumulate_as_one_batch(captioner, rows, arguments, compute):
 @pytest.mark.parametrize("exit_", [0, LAYERS - 1])
 def test_label_smoothing_is_torchs_at_every_exit(captioner, rows, arguments, exit_):
     model, data = captioner(exit_head="linear").eval(), rows(5)
-    batch = ee.CaptionCollator()([data[row] for row in range(5)])
+    batch = ee.captions.CaptionCollator()([data[row] for row in range(5)])
     with torch.no_grad():
         logits = model(**batch, early_exit=False).exit_logits[..., exit_, :]
     learned = batch["labels"] != -100
@@ -525,7 +529,7 @@ def test_label_smoothing_is_torchs_at_every_exit(captioner, rows, arguments, exi
 def test_what_captions_cannot_use_is_refused_by_name(captioner, rows, arguments):
     def make(args=None, **fields):
         model = captioner(exit_head="linear", exit_gate="linear")
-        return ee.EarlyExitCaptioningTrainer(model=model, args=args or arguments(), train_dataset=rows(), **fields)
+        return ee.captions.EarlyExitCaptioningTrainer(model=model, args=args or arguments(), train_dataset=rows(), **fields)
 
     make(arguments(label_names=["labels"]))
     for args, fields, name in (

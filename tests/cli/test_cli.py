@@ -57,7 +57,7 @@ def test_calibration_puts_the_policy_into_the_folder(trained, capsys):
     assert main(words) == 0
     assert "layer speed-up" in capsys.readouterr().out
     model = ee.EarlyExitBertForSequenceClassification.from_pretrained(trained)
-    result = ee.CalibrationResult.load(trained / "calibration.json")
+    result = ee.calibration.CalibrationResult.load(trained / "calibration.json")
     assert model.exit_policy == result.policy
     assert result.layer_speed_up > 1
 

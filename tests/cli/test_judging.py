@@ -18,7 +18,7 @@ def places(tmp_path_factory, tiny_model, tokenizer, open_policy, random_texts):
     model = tiny_model()
     for name, policy in (("plain", None), ("model", open_policy(model, "confidence"))):
         model.set_exit_policy(policy)
-        model.set_operating_points({"first": ee.StaticPolicy.at(0, 4)})
+        model.set_operating_points({"first": ee.policies.StaticPolicy.at(0, 4)})
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "data").mkdir()

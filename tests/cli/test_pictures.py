@@ -210,6 +210,5 @@ def test_exported_files_answer_as_the_model_that_they_came_from(served, data, tm
     pipe = ee.pipeline("image-classification", model=exported, image_processor=PROCESSOR)
     assert [one[0]["label"] for one in pipe(pictures, early_exit=False)] == [c for c in COLOURS for _ in range(6)]
     layers = [one[0]["exit_layer"] for one in pipe(pictures)]
-    assert len(set(layers)) > 1
     assert sum(layers) / 18 == pytest.approx(answers["mean_layers"])
     assert ee.explain(exported, pictures[0], image_processor=PROCESSOR).exit_layer == layers[0]

@@ -39,14 +39,14 @@ def settings(tmp_path):
             "learning_rate": 5e-3, "chosen_learning_rate": 5e-3, "gate_epochs": 6, "gate_learning_rate": 1e-2,
             "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
         }  # fmt: skip
-        return ee.ConsistentTrainingArguments(**{**usual, **fields})
+        return ee.training.ConsistentTrainingArguments(**{**usual, **fields})
 
     return make
 
 
 def own_texts(model, count, seed=2):
     """What the full model writes, greedily: its labels are the full model's own words."""
-    rows = ee.write_samples(model, prompts(count, 4, seed=seed)[0].tolist(), 16, max_new_tokens=12, pad_token_id=PAD)
+    rows = ee.generation.write_samples(model, prompts(count, 4, seed=seed)[0].tolist(), 16, max_new_tokens=12, pad_token_id=PAD)
     return Dataset.from_list([{"idx": place, **row} for place, row in enumerate(rows)])
 
 
@@ -93,7 +93,7 @@ def test_every_token_has_its_own_hardness(writer, settings):
     everything = lessons.outcomes(rows)
     assert torch.allclose(everything.losses, torch.stack(expected), atol=1e-5)
     assert torch.equal(everything.right, torch.stack(right))
-    table = ee.HardnessTable.measured(everything, IDS)
+    table = ee.training.HardnessTable.measured(everything, IDS)
     for layers, exits in zip(table.layers.tolist(), right, strict=True):
         steady = 0
         while steady < LAYERS and exits[LAYERS - 1 - steady]:
@@ -147,12 +147,12 @@ def finished(writer, tmp_path_factory):
 
 
 def run(model, texts, folder, resume=False):
-    arguments = ee.ConsistentTrainingArguments(
+    arguments = ee.training.ConsistentTrainingArguments(
         str(folder), alpha=0.3, max_steps=8, per_device_train_batch_size=4, learning_rate=2e-2, chosen_epochs=0.5,
         chosen_learning_rate=1e-3, gate_epochs=10, gate_learning_rate=1e-2, objective="two-stage", save_strategy="no",
         use_cpu=True, report_to=[], disable_tqdm=True,
     )  # fmt: skip
-    trainer = ee.ConsistentTrainer(model, arguments, texts, texts.remove_columns("idx"))
+    trainer = ee.training.ConsistentTrainer(model, arguments, texts, texts.remove_columns("idx"))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -171,7 +171,7 @@ def test_one_run_goes_through_all_phases(finished):
     after = trainer.model.state_dict()
     moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {"exit_heads", "exit_gates"}, "two-stage holds the network still in every phase"
-    table = ee.HardnessTable.load(folder / "02-hardness" / "hardness.safetensors")
+    table = ee.training.HardnessTable.load(folder / "02-hardness" / "hardness.safetensors")
     table.require_exactly(trainer.train_ids)
     assert len(table.ids) == sum(label != -100 for row in texts for label in row["labels"])
 
@@ -193,7 +193,7 @@ def test_learned_gates_leave_for_good_or_draft_without_loss(finished, tmp_path):
     trainer = finished[0]
     trainer.save_model(str(tmp_path))
     model = ee.from_pretrained(tmp_path, task="text-generation").eval()
-    model.set_exit_policy(ee.GatePolicy.half(LAYERS))
+    model.set_exit_policy(ee.policies.GatePolicy.half(LAYERS))
     ids, _ = prompts(6, 4, seed=9)
     options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": PAD, "return_exit_layers": True}
     full = model.generate(ids, early_exit=False, **options)
@@ -215,6 +215,6 @@ def test_what_cannot_be_learned_is_refused(writer, settings):
         (Dataset.from_list([TEXTS[0], TEXTS[0]]), "comes twice"),
     ):
         with pytest.raises(DataError, match=words):
-            ee.ConsistentTrainer(model, settings(), texts)
+            ee.training.ConsistentTrainer(model, settings(), texts)
     with pytest.raises(TrainingError, match="no gates"):
-        ee.ConsistentTrainer(writer("llama"), settings(), rows)
+        ee.training.ConsistentTrainer(writer("llama"), settings(), rows)

@@ -18,7 +18,7 @@ def test_a_replay_by_hand():
     scores = torch.tensor([[0.9, 0.0], [0.1, 0.8], [0.2, 0.3], [0.0, 0.0]])
     right = torch.tensor([[True, True], [True, False], [False, False], [False, False]])
     trace = DraftTrace(scores, right, (3, 1))
-    policy = ee.ConfidencePolicy(thresholds=(0.5, 0.5))
+    policy = ee.policies.ConfidencePolicy(thresholds=(0.5, 0.5))
     found = replay_drafts(trace, policy, 4, (1, 3, 4), UNIT)
     # Token 0 runs layer 1 and waits. Token 1 runs layer 1; both run layers 2 and 3 and wait: 1 + 2 * 1.25.
     # Token 2, the last, asks nobody: layers 1 to 3 alone, layer 4 with all three: 3 + 1.5; words 2 + 2 * 0.5.
@@ -38,7 +38,7 @@ def test_replays_expect_what_real_runs_do(drafter, most):  # noqa: F811
     """With one draft at a time nothing that is taken back is guessed: every call and draft is as in the run."""
     model = drafter("llama", dtype=torch.float32)
     ids = [row.tolist() for row in prompts(10, 5)[0]]
-    rows = ee.write_samples(model, ids, **WRITING)
+    rows = ee.generation.write_samples(model, ids, **WRITING)
     trace = trace_drafts(model, rows, model.exit_policy)
     expected = replay_drafts(trace, model.exit_policy, most, model.exit_layers, UNIT)
     calls = drafted = accepted = 0
@@ -60,7 +60,7 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     ids = [row.tolist() for row in prompts(8, 5)[0]]
     monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: UNIT)
     before = model.config.to_dict()
-    found = ee.calibrate_drafts(model, ids, drafts=(1, 3), levels=4, **WRITING)
+    found = ee.generation.calibrate_drafts(model, ids, drafts=(1, 3), levels=4, **WRITING)
     assert model.config.to_dict() == before, "nothing is written on the model"
     costs = [one.expected.cost for one in found.settings]
     assert costs == sorted(costs)
@@ -72,7 +72,7 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     assert (model.exit_policy, model.config.exit_drafts) == (found.policy, found.drafts)
     dear = DraftCosts(layer=1, more=5, ask=9, words=2, more_words=0)
     monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: dear)
-    plain = ee.calibrate_drafts(model, ids, drafts=(1,), levels=4, confirm=False, **WRITING)
+    plain = ee.generation.calibrate_drafts(model, ids, drafts=(1,), levels=4, confirm=False, **WRITING)
     assert not plain.policy.may_leave, "where drafts cost more than they save, none are made"
 
 
@@ -94,6 +94,6 @@ def test_what_cannot_be_chosen_is_refused(drafter, writer):  # noqa: F811
         ({"max_new_tokens": 1}, "No text has a token"),
     ):
         with pytest.raises(CalibrationError, match=words):
-            ee.calibrate_drafts(model, ids, **{**WRITING, **options})
+            ee.generation.calibrate_drafts(model, ids, **{**WRITING, **options})
     with pytest.raises(CalibrationError, match="no early exit"):
-        ee.calibrate_drafts(writer("llama", exit_layers=[LAYERS]), ids)
+        ee.generation.calibrate_drafts(writer("llama", exit_layers=[LAYERS]), ids)

@@ -93,7 +93,7 @@ def test_layers_run_for_the_tokens_that_are_reported(writer, name):
 def test_entries_of_skipped_layers_are_what_the_layer_makes_of_the_state(writer, name):
     """Keys and values at a layer that nobody ran, against those that the layer itself makes of the same state."""
     model = writer(name)
-    model.set_exit_policy(ee.StaticPolicy.at(0, LAYERS))
+    model.set_exit_policy(ee.policies.StaticPolicy.at(0, LAYERS))
     ids, _ = prompts(2, 5)
     cache = cached(model(ids, use_cache=True))
     states = []

@@ -43,7 +43,7 @@ def drafter(writer):
                         weight *= 0.15
         logits = model(prompts(20, 12, seed=3)[0], early_exit=False).exit_logits
         sure = logits.softmax(-1).amax(-1).flatten(0, 1)[:, :-1]
-        model.set_exit_policy(ee.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist()))
+        model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist()))
         return model
 
     return make
@@ -155,7 +155,7 @@ def test_drafts_from_a_shortlist(drafter):
         model.config.exit_signal = signal
         full, drafted = both(model, ids, mask)
         assert torch.equal(drafted.sequences, full.sequences)
-    model.set_exit_policy(ee.SaturationPolicy(thresholds=(0.0,) * 3))
+    model.set_exit_policy(ee.policies.SaturationPolicy(thresholds=(0.0,) * 3))
     full, drafted = both(model, ids, mask)
     written = drafted.sequences[(drafted.exit_layers > 0) & (drafted.exit_layers < LAYERS)]
     assert torch.equal(drafted.sequences, full.sequences)

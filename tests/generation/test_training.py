@@ -24,18 +24,18 @@ def arguments(tmp_path):
 def samples(model, count=24, seed=2):
     torch.manual_seed(seed)
     ids = [row.tolist()[: 3 + place % 3] for place, row in enumerate(prompts(count, 5, seed=seed)[0])]
-    return ee.write_samples(model, ids, 8, max_new_tokens=14, do_sample=True, pad_token_id=PAD), ids
+    return ee.generation.write_samples(model, ids, 8, max_new_tokens=14, do_sample=True, pad_token_id=PAD), ids
 
 
 def test_samples_are_what_the_full_model_writes(writer):
     model = writer("llama", share=0.5)
-    rows = ee.write_samples(model, [[5, 9], [7, 8, 30, 12]], max_new_tokens=6, pad_token_id=PAD)
+    rows = ee.generation.write_samples(model, [[5, 9], [7, 8, 30, 12]], max_new_tokens=6, pad_token_id=PAD)
     for row, prompt in zip(rows, ([5, 9], [7, 8, 30, 12]), strict=True):
         full = model.generate(torch.tensor([prompt]), early_exit=False, max_new_tokens=6, pad_token_id=PAD)[0].tolist()
         assert row["input_ids"] == full
         assert row["labels"] == [-100] * len(prompt) + full[len(prompt) :]
     with pytest.raises(DataError, match="prompt"):
-        ee.write_samples(model, [[]])
+        ee.generation.write_samples(model, [[]])
 
 
 @pytest.mark.parametrize(("name", "head"), [("llama", "tuned"), ("gpt2", "low-rank")])
@@ -45,7 +45,7 @@ def test_exits_learn_from_the_models_own_samples_and_nothing_else_moves(writer, 
     rows, held = samples(model)[0], samples(model, 12, seed=5)[0]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     settings = {"objective": "two-stage", "objective_options": {"direction": "last-to-exit"}, "max_steps": 120}
-    trainer = ee.EarlyExitLanguageModelTrainer(model, arguments(**settings), train_dataset=rows, eval_dataset=held)
+    trainer = ee.training.EarlyExitLanguageModelTrainer(model, arguments(**settings), train_dataset=rows, eval_dataset=held)
     first = trainer.evaluate()
     trainer.train()
     last = trainer.evaluate()
@@ -61,7 +61,7 @@ def test_exits_learn_from_the_models_own_samples_and_nothing_else_moves(writer, 
 def test_the_log_counts_tokens_that_follow_labelled_ones(writer, arguments):
     model = writer("llama", exit_head="linear")
     rows = [{"input_ids": [5, 9, 7, 20]}, {"input_ids": [6, 8, 30], "labels": [-100, -100, 30]}]
-    trainer = ee.EarlyExitLanguageModelTrainer(model, arguments(), eval_dataset=rows)
+    trainer = ee.training.EarlyExitLanguageModelTrainer(model, arguments(), eval_dataset=rows)
     seen = trainer.evaluate()
     with torch.no_grad():
         logits = [model(torch.tensor([row["input_ids"]]), early_exit=False).exit_logits[0] for row in rows]
@@ -77,7 +77,9 @@ def test_the_log_counts_tokens_that_follow_labelled_ones(writer, arguments):
 def test_gates_learn_where_an_exit_agrees(writer, arguments):
     model = writer("qwen3", exit_gate="linear")
     rows = samples(model)[0]
-    trainer = ee.EarlyExitLanguageModelTrainer(model, arguments(), learn_gates=True, train_dataset=rows, eval_dataset=rows)
+    trainer = ee.training.EarlyExitLanguageModelTrainer(
+        model, arguments(), learn_gates=True, train_dataset=rows, eval_dataset=rows
+    )
     first = trainer.evaluate()["eval_loss"]
     trainer.train()
     seen = trainer.evaluate()
@@ -88,12 +90,12 @@ def test_gates_learn_where_an_exit_agrees(writer, arguments):
 def test_packed_texts():
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(VOCABULARY)})
     tokenizer.eos_token = "[SEP]"
-    rows = ee.pack_texts(["w5 w6 w7", "w8"], tokenizer, length=4)
+    rows = ee.training.pack_texts(["w5 w6 w7", "w8"], tokenizer, length=4)
     assert [row["input_ids"] for row in rows] == [[5, 6, 7, 2], [8, 2]]
     with pytest.raises(DataError, match="no text"):
-        ee.pack_texts([], tokenizer)
+        ee.training.pack_texts([], tokenizer)
     with pytest.raises(DataError, match="length"):
-        ee.pack_texts(["w5"], tokenizer, length=1)
+        ee.training.pack_texts(["w5"], tokenizer, length=1)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_packed_texts():
 )
 def test_rows_that_cannot_be_learned_are_refused(writer, arguments, rows, words):
     with pytest.raises(DataError, match=words):
-        ee.EarlyExitLanguageModelTrainer(writer("llama", exit_head="tuned"), arguments(), train_dataset=rows)
+        ee.training.EarlyExitLanguageModelTrainer(writer("llama", exit_head="tuned"), arguments(), train_dataset=rows)
 
 
 def test_what_cannot_train_is_refused(writer, arguments, tiny_model):
@@ -120,4 +122,4 @@ def test_what_cannot_train_is_refused(writer, arguments, tiny_model):
         (model, {}, {"compute_metrics": len}, "compute_metrics"),
     ):
         with pytest.raises(TrainingError, match=words):
-            ee.EarlyExitLanguageModelTrainer(taught, arguments(**settings), train_dataset=rows, **options)
+            ee.training.EarlyExitLanguageModelTrainer(taught, arguments(**settings), train_dataset=rows, **options)

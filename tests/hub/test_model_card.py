@@ -121,21 +121,21 @@ def test_without_evaluation_the_rows_that_chose_speak_and_say_so(model, calibrat
 def test_figures_for_the_card_are_those_of_predict_and_the_clock(tmp_path):
     model, tokenizer, results = make_all()
     rows = {"text": texts(60), "label": [number % 3 for number in range(60)]}
-    figures = ee.card_figures(model, results, Dataset.from_dict(rows), tokenizer=tokenizer, repeats=2, progress=False)
+    figures = ee.hub.card_figures(model, results, Dataset.from_dict(rows), tokenizer=tokenizer, repeats=2, progress=False)
     for name in results:
         layers = ee.predict(model, rows["text"], tokenizer=tokenizer, operating_point=name).exit_layer
         assert figures["evaluations"][name].exit_layer.tolist() == layers.tolist()
         assert figures["timings"][name].low <= figures["timings"][name].speed_up <= figures["timings"][name].high
-    untimed = ee.card_figures(model, results, rows["text"], tokenizer=tokenizer, labels=rows["label"], repeats=0)
+    untimed = ee.hub.card_figures(model, results, rows["text"], tokenizer=tokenizer, labels=rows["label"], repeats=0)
     assert set(untimed) == {"evaluations"}
     ee.save(model, tmp_path, calibration=results, card={"license": "mit", **figures})
     text = (tmp_path / "README.md").read_text()
     assert f"60 texts, cpu, {torch.get_num_threads()} threads, float32" in text
     assert f"{figures['timings']['fast'].speed_up:.2f}x" in text
     with pytest.raises(UsageError, match="no calibration"):
-        ee.card_figures(model, None, rows["text"])
+        ee.hub.card_figures(model, None, rows["text"])
     with pytest.raises(UsageError, match="at least 0"):
-        ee.card_figures(model, results, rows["text"], repeats=-1)
+        ee.hub.card_figures(model, results, rows["text"], repeats=-1)
 
 
 def test_where_time_was_measured_names_no_machine(model, calibration):
@@ -362,7 +362,7 @@ def test_card_figures_measure_f1_where_classes_are_uneven(uneven):
     model, tokenizer, results = make_all()
     labels = [index % 3 if index < 15 or not uneven else 0 for index in range(60)]
     rows = Dataset.from_dict({"text": texts(60), "label": labels})
-    judged = ee.card_figures(model, results, rows, tokenizer=tokenizer, repeats=0, progress=False)
+    judged = ee.hub.card_figures(model, results, rows, tokenizer=tokenizer, repeats=0, progress=False)
     assert ("f1s" in judged) is uneven
     if uneven:
         early = ee.predict(model, rows, tokenizer=tokenizer, operating_point="fast").logits.argmax(-1)

@@ -28,7 +28,7 @@ def folder(made, tmp_path):
     model, result = made
     rows = pictures(20, seed=3)
     labels = ee.predict(model, rows, image_processor=PROCESSOR, early_exit=False).logits.argmax(-1).tolist()
-    figures = ee.card_figures(model, result, rows, image_processor=PROCESSOR, labels=labels, repeats=1, progress=False)
+    figures = ee.hub.card_figures(model, result, rows, image_processor=PROCESSOR, labels=labels, repeats=1, progress=False)
     card = {"license": "mit", "evaluated_on": "someone/photos", "datasets": ["someone/photos"], **figures}
     ee.save(model, tmp_path / "model", image_processor=PROCESSOR, calibration=result, card=card, repo_id="me/pictures")
     return tmp_path / "model"

@@ -35,7 +35,7 @@ def test_a_single_calibration_is_saved_as_calibrate_saves_it(tmp_path):
     result = calibrate(model)[0]
     model.set_exit_policy(result)
     ee.save(model, tmp_path, calibration=result, card=False)
-    assert ee.CalibrationResult.load(tmp_path / "calibration.json") == result
+    assert ee.calibration.CalibrationResult.load(tmp_path / "calibration.json") == result
     assert module.load_calibrations(tmp_path) == result
     assert not (tmp_path / "README.md").exists()
 

@@ -130,7 +130,7 @@ def test_what_a_form_lacks(monkeypatch):
 
 def test_the_bound_weighs_layers_with_tokens(tiny_model):
     model = tiny_model()
-    model.set_exit_policy(ee.StaticPolicy.at(1, 4))
+    model.set_exit_policy(ee.policies.StaticPolicy.at(1, 4))
     rows = [{"input_ids": [5] * 10}, {"input_ids": [5] * 30}]
     answers = ee.predict(model, rows)
     exits = exits_of(model, rows, answers._replace(exit_layer=answers.exit_layer.new_tensor([1, 4])))

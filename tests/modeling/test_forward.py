@@ -13,7 +13,7 @@ from hf_earlyexit.errors import DataError, UsageError
 from hf_earlyexit.modeling.outputs import EarlyExitClassifierOutput
 
 MULTI = "multi_label_classification"
-CLOSED = ee.ConfidencePolicy(thresholds=[None, None, None])
+CLOSED = ee.policies.ConfidencePolicy(thresholds=[None, None, None])
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_the_loss_is_that_of_the_answers_given(tiny_model, random_batch, fields,
     assert full.loss.item() == pytest.approx(expected(full.logits, labels).item(), rel=1e-5)
     assert full.loss.item() == pytest.approx(run(as_stock(model), batch, labels=labels).loss.item(), rel=1e-5)
 
-    model.set_exit_policy(ee.StaticPolicy.at(1, 4, problem_type=model.config.resolved_problem_type))
+    model.set_exit_policy(ee.policies.StaticPolicy.at(1, 4, problem_type=model.config.resolved_problem_type))
     early = run(model, batch, labels=labels)
     assert early.exit_layer.tolist() == [2] * 4
     assert early.loss.item() == pytest.approx(expected(early.logits, labels).item(), rel=1e-5)
@@ -454,7 +454,9 @@ def test_patience_serves_every_problem_type(tiny_model, open_policy, random_batc
 
 def test_confidence_on_regression_is_refused_with_what_fits(tiny_model):
     with pytest.raises(ee.EarlyExitError, match="cannot serve regression; these can: gate, patience"):
-        tiny_model(num_labels=1).set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression"))
+        tiny_model(num_labels=1).set_exit_policy(
+            ee.policies.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression")
+        )
 
 
 @pytest.mark.parametrize("early", [None, False])

@@ -24,7 +24,7 @@ def traced(model, batch):
 
 def mixed(trace):
     """A gate policy that lets some rows go at every exit."""
-    policy = ee.GatePolicy.from_trace(trace)
+    policy = ee.policies.GatePolicy.from_trace(trace)
     return policy.with_thresholds(tuple(policy.scan(trace).scores[:, :-1].quantile(0.6, dim=0).tolist()))
 
 
@@ -91,9 +91,9 @@ def test_a_model_without_gates_refuses_the_gate_policy_at_set_up(tiny_model, tin
     with pytest.raises(
         EarlyExitConfigError, match=r"exit_gate is None; expected a kind of gate, linear or mlp or mlp\+logits"
     ):
-        tiny_model().set_exit_policy(ee.GatePolicy.half(4))
+        tiny_model().set_exit_policy(ee.policies.GatePolicy.half(4))
     with pytest.raises(EarlyExitConfigError, match="the gate policy reads them"):
-        tiny_config(exit_policy=ee.GatePolicy.half(4).to_dict())
+        tiny_config(exit_policy=ee.policies.GatePolicy.half(4).to_dict())
 
 
 def test_an_unknown_gate_is_refused_with_those_there_are(tiny_config):

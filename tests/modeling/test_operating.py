@@ -69,7 +69,7 @@ def test_explain_and_pipeline_take_the_name(model):
         lambda model, tokenizer: ee.explain(model, "w5", tokenizer=tokenizer, operating_point="fats"),
         lambda model, tokenizer: ee.pipeline(model=model, tokenizer=tokenizer, operating_point="fats"),
         lambda model, tokenizer: ee.pipeline(model=model, tokenizer=tokenizer)("w5", operating_point="fats"),
-        lambda model, tokenizer: model.set_operating_points({"fast": ee.StaticPolicy.at(0, 4)}, default="fats"),
+        lambda model, tokenizer: model.set_operating_points({"fast": ee.policies.StaticPolicy.at(0, 4)}, default="fats"),
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(model, call):
@@ -115,10 +115,10 @@ def test_points_can_be_replaced_and_taken_off(results):
 @pytest.mark.parametrize(
     ("points", "error", "message"),
     [
-        ({"exact": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "the full model"),
-        ({"default": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "serves without a name"),
-        ({"": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "not empty"),
-        ({"a": ee.ConfidencePolicy(thresholds=[0.5] * 2)}, EarlyExitConfigError, "3 thresholds"),
+        ({"exact": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "the full model"),
+        ({"default": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "serves without a name"),
+        ({"": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "not empty"),
+        ({"a": ee.policies.ConfidencePolicy(thresholds=[0.5] * 2)}, EarlyExitConfigError, "3 thresholds"),
         ({"a": {"name": "confidence"}}, UsageError, "expected an ExitPolicy"),
     ],
 )

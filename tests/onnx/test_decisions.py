@@ -60,7 +60,7 @@ def same(first, second):
 def policy_for(open_policy, found, name):
     if name == "gate":
         gates = found.onnx(**pad_batch(random_rows(100, seed=1)), early_exit=False).exit_scalars["gate"]
-        return ee.GatePolicy(thresholds=tuple(gates.sigmoid().quantile(0.6, dim=0).tolist()))
+        return ee.policies.GatePolicy(thresholds=tuple(gates.sigmoid().quantile(0.6, dim=0).tolist()))
     return open_policy(found.model, name)
 
 
@@ -112,7 +112,7 @@ def test_a_rule_with_memory_hears_closed_exits_where_nobody_may_leave(name, trac
 def test_layers_after_the_exit_do_not_run(traced, one_row_session, tmp_path):
     """The runtime's own record of the operators it ran: one attention, hence one Softmax, a layer."""
     found, rows = traced(), random_rows(12)
-    policy = ee.EntropyPolicy(thresholds=(0.4, 0.5, 0.6))
+    policy = ee.policies.EntropyPolicy(thresholds=(0.4, 0.5, 0.6))
     reported = in_torch(found.model, policy, rows)[0].tolist()
     assert len(set(reported)) > 2
     session = one_row_session(found, policy, enable_profiling=True, profile_file_prefix=str(tmp_path / "profile"))

@@ -17,7 +17,7 @@ TRACE = ee.ExitTrace(
     labels=torch.tensor([0, 1, 0, 1]),
     exit_layers=(2, 4),
 )
-POLICY = ee.ConfidencePolicy(thresholds=[0.8])
+POLICY = ee.policies.ConfidencePolicy(thresholds=[0.8])
 
 
 def test_found_by_hand():
@@ -40,9 +40,9 @@ def test_many_labels_and_values_are_put_in_words():
     logits = torch.tensor([[[1.0, -1.0], [1.0, 1.0]]])
     labels = torch.tensor([[1.0, 1.0]])
     many = ee.ExitTrace(logits=logits, labels=labels, exit_layers=(1, 2), problem_type=MULTI_LABEL)
-    policy = ee.StaticPolicy(thresholds=[1.0], problem_type=MULTI_LABEL)
+    policy = ee.policies.StaticPolicy(thresholds=[1.0], problem_type=MULTI_LABEL)
     (one,) = find_mistakes(policy, many, ["a", "b"]).worst
     assert (one.truth, one.answer, one.last_answer) == ("a, b", "a", "a, b")
     values = ee.ExitTrace(logits=logits[..., :1], labels=labels[:, :1] * 1.25, exit_layers=(1, 2), problem_type=REGRESSION)
-    (one,) = find_mistakes(ee.StaticPolicy(thresholds=[1.0], problem_type=REGRESSION), values).worst
+    (one,) = find_mistakes(ee.policies.StaticPolicy(thresholds=[1.0], problem_type=REGRESSION), values).worst
     assert (one.truth, one.answer, one.harmed) == ("1.25", "1", False)

@@ -76,7 +76,7 @@ def test_the_halves_are_told(written):
 
 
 def test_a_served_policy_is_judged_instead_of_the_best(trace, tmp_path):
-    policy = ee.StaticPolicy.at(2, 12)
+    policy = ee.policies.StaticPolicy.at(2, 12)
     write_report(trace, tmp_path / "r.html", policy=policy)
     text = " ".join("".join(Page((tmp_path / "r.html").read_text(encoding="utf-8")).text).split())
     assert "With static, as served, 100% of the rows left before the last layer; a row took 3.00 of 12 layers" in text
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused(trace, tmp_path):
     with pytest.raises(DataError, match="2 label names for 3 classes"):
         write_report(trace, tmp_path / "r.html", label_names=["a", "b"])
     with pytest.raises(DataError, match="policy has 4 exits, the trace 12"):
-        write_report(trace, tmp_path / "r.html", policy=ee.StaticPolicy.at(1, 4))
+        write_report(trace, tmp_path / "r.html", policy=ee.policies.StaticPolicy.at(1, 4))
     assert not (tmp_path / "r.html").exists()
 
 

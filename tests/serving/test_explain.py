@@ -25,7 +25,7 @@ def test_the_story_agrees_with_the_model(tiny_model, open_policy, tokenizer, ran
 
 def test_muted_and_closed_exits_are_named(tiny_model, tokenizer):
     model = tiny_model()
-    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[None, None, 0.0], muted=[0]))
+    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[None, None, 0.0], muted=[0]))
     verdicts = [view.verdict for view in ee.explain(model, "w5 w6", tokenizer=tokenizer).exits]
     assert verdicts == ["muted", "closed", "leaves: score reaches the threshold", "not reached"]
 
@@ -42,7 +42,7 @@ MULTI = "multi_label_classification"
 def test_many_labels_are_told_by_their_names(tiny_model, open_policy, tokenizer, random_texts, rule):
     names = {0: "anger", 1: "joy", 2: "a long name of a label", 3: "fear"}
     model = tiny_model(num_labels=4, problem_type=MULTI, id2label=names, exit_gate="linear" if rule == "gate" else None)
-    half = ee.GatePolicy.half(4, problem_type=MULTI)
+    half = ee.policies.GatePolicy.half(4, problem_type=MULTI)
     model.set_exit_policy(half if rule == "gate" else open_policy(model, rule))
     layers, answers = set(), set()
     for text in random_texts(12):
@@ -64,7 +64,7 @@ def test_many_labels_are_told_by_their_names(tiny_model, open_policy, tokenizer,
 def test_values_are_told_whole(tiny_model, open_policy, tokenizer, random_texts, rule, values):
     fields = {"num_labels": values, "problem_type": "regression", "exit_gate": "linear" if rule == "gate" else None}
     model = tiny_model(**fields)
-    half = ee.GatePolicy.half(4, problem_type="regression")
+    half = ee.policies.GatePolicy.half(4, problem_type="regression")
     model.set_exit_policy(half if rule == "gate" else open_policy(model, rule))
     for text in random_texts(5):
         story, served = ee.explain(model, text, tokenizer=tokenizer), ee.predict(model, [text], tokenizer=tokenizer)

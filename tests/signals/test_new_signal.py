@@ -74,9 +74,9 @@ def registered():
     with pytest.MonkeyPatch.context() as patch:
         for registry in (POLICIES, SIGNALS):
             patch.setattr(registry, "_items", dict(registry._items))
-        ee.register_signal("change")(ChangeSignal)
-        ee.register_signal("pair-entropy")(PairEntropySignal)
-        ee.register_policy("settled")(SettledPolicy)
+        ee.signals.register_signal("change")(ChangeSignal)
+        ee.signals.register_signal("pair-entropy")(PairEntropySignal)
+        ee.policies.register_policy("settled")(SettledPolicy)
         yield
 
 
@@ -159,7 +159,7 @@ def test_both_forms_of_an_export_decide_the_same(served, rows, tmp_path):
         given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.array([row["token_type_ids"]])}
         assert session.run(["exit_layer"], given)[0].item() == expected[place]
     with pytest.raises(UsageError, match=r"holds no cosines .* \('similarity'\).*export again"):
-        loaded.set_exit_policy(ee.SaturationPolicy(thresholds=(0.9, 0.9, 0.9)))
+        loaded.set_exit_policy(ee.policies.SaturationPolicy(thresholds=(0.9, 0.9, 0.9)))
     with pytest.raises(UsageError, match="holds no cosines"):
         loaded(np.array([[5, 6]]), early_exit=False, exit_signals=["similarity"])
 
@@ -174,7 +174,7 @@ def test_tokens_of_a_captioner_leave_by_them():
     model = ee.EarlyExitVisionEncoderDecoder(config).eval()
     options = {"max_new_tokens": 12, "decoder_start_token_id": 1, "pad_token_id": 0, "progress": False}
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    result = ee.calibrate_captions(model, images, "settled", ee.LayerBudget(3.5), proposals=4, **options)
+    result = ee.captions.calibrate_captions(model, images, "settled", ee.LayerBudget(3.5), proposals=4, **options)
     model.set_exit_policy(result)
     del options["progress"]
     written = model.generate(images, return_exit_layers=True, **options)
@@ -222,7 +222,7 @@ def test_a_trace_without_the_signal_is_refused_before_anything_is_computed(serve
 @pytest.mark.parametrize("name", ["logits", "", "a b", "signal_0/"])
 def test_names_that_graphs_and_files_could_not_hold_are_refused(name):
     with pytest.raises(UnknownNameError, match="expected a word"):
-        ee.register_signal(name)
+        ee.signals.register_signal(name)
 
 
 def test_a_policy_that_asks_for_what_nobody_makes_is_refused():

@@ -73,7 +73,7 @@ def captioner_trainer(arguments, case):
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
-    return ee.EarlyExitCaptioningTrainer(
+    return ee.captions.EarlyExitCaptioningTrainer(
         model=model,
         args=ee.EarlyExitTrainingArguments(**arguments, **settings),
         learn_gates=learn_gates,

@@ -22,7 +22,7 @@ LAYERS = torch.arange(1.0, 5)
 def table_out_of_order(ids):
     """A hardness of each id that no position gives away."""
     turned = list(ids)[::-1]
-    return ee.HardnessTable(ids=tuple(turned), layers=torch.tensor([(7 * key) % 5 for key in turned]), num_layers=4)
+    return ee.training.HardnessTable(ids=tuple(turned), layers=torch.tensor([(7 * key) % 5 for key in turned]), num_layers=4)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_gates_do_not_depend_on_the_order_of_the_rows(trainer):
 def test_the_hardness_table_is_kept_and_told(trainer, tmp_path):
     run = trainer()
     logs = run.train()
-    table = ee.HardnessTable.load(tmp_path / "run" / "02-hardness" / "hardness.safetensors")
+    table = ee.training.HardnessTable.load(tmp_path / "run" / "02-hardness" / "hardness.safetensors")
     table.require_exactly(run.train_ids)
     assert torch.equal(table.layers, run.hardness_table.layers)
     told = next(log for log in logs if "hardness" in log)
@@ -148,12 +148,12 @@ def test_gates_can_learn_from_rows_held_back(trainer):
 
 def test_a_given_hardness_table_stands_in_for_the_measurement(trainer):
     ids = script.make_rows(48)["idx"][:]
-    given = ee.HardnessTable(ids=tuple(ids), layers=torch.arange(48.0) % 4 + 1, num_layers=4)
+    given = ee.training.HardnessTable(ids=tuple(ids), layers=torch.arange(48.0) % 4 + 1, num_layers=4)
     run = trainer(hardness_table=given)
     run.train()
     assert torch.equal(run.hardness_table.of(ids), given.layers)
     with pytest.raises(DataError, match="not in the hardness table"):
-        trainer("other", hardness_table=ee.HardnessTable(ids=(1,), layers=torch.ones(1), num_layers=4))
+        trainer("other", hardness_table=ee.training.HardnessTable(ids=(1,), layers=torch.ones(1), num_layers=4))
 
 
 def test_a_collapse_is_warned_of(trainer, caplog):
