@@ -46,7 +46,9 @@ def settings(tmp_path):
 
 def own_texts(model, count, seed=2):
     """What the full model writes, greedily: its labels are the full model's own words."""
-    rows = ee.generation.write_samples(model, prompts(count, 4, seed=seed)[0].tolist(), 16, max_new_tokens=12, pad_token_id=PAD)
+    rows = ee.generation.write_samples(
+        model, prompts(count, 4, seed=seed)[0].tolist(), 16, max_new_tokens=12, pad_token_id=PAD
+    )
     return Dataset.from_list([{"idx": place, **row} for place, row in enumerate(rows)])
 
 
