@@ -41,6 +41,23 @@ def load_model(name: Any, device: str = "cpu") -> Any:
     return on_device(model.eval(), device)
 
 
+def load_exported_or_model(name: Any, device: str = "cpu") -> Any:
+    """As `load_model`, or what runs a folder of ONNX files.
+
+    Raises:
+        UsageError: for another device than the CPU with ONNX files.
+    """
+    from ..onnx.manifest import MANIFEST
+
+    if not (Path(name) / MANIFEST).is_file():
+        return load_model(name, device)
+    from ..onnx.classifier import OnnxClassifier
+
+    if device not in (AUTO, "cpu"):
+        raise UsageError(f"device is {device!r}, but ONNX files are run on the CPU; leave it out.", field="device")
+    return OnnxClassifier.from_pretrained(name)
+
+
 def reading_parts(name: Any, model: Any) -> dict[str, Any]:
     """What makes a classifier's inputs, by the name of the argument that takes it: its tokenizer or its image processor.
 

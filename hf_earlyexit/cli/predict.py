@@ -63,14 +63,14 @@ def run(args: PredictArguments) -> Answer:
     from ..modeling.certificate import warn_of_other_tokenizer
     from ..serving.reader import reads_images
     from .incoming import incoming
-    from .loading import reading_parts
+    from .loading import load_exported_or_model, reading_parts
     from .outgoing import OutputFile, check_output, skipped
 
     if args.output != STDOUT:
         check_output(args.output)
     elif args.resume:
         raise UsageError("Standard output cannot be gone on with; name an --output.", field="resume")
-    model = _load(args)
+    model = load_exported_or_model(args.model, args.device)
     source = incoming(args, args.input, args.split, reads_images(model))
     parts = reading_parts(args.model, model)
     warn_of_other_tokenizer(model, parts.get("tokenizer"))
@@ -88,19 +88,6 @@ def run(args: PredictArguments) -> Answer:
     if tally.get("failed"):
         text += f"; {tally['failed']} could not be answered, see their 'error'"
     return Answer(tally, text)
-
-
-def _load(args: PredictArguments) -> Any:
-    from ..onnx.manifest import MANIFEST
-    from .loading import load_model
-
-    if not (Path(args.model) / MANIFEST).is_file():
-        return load_model(args.model, args.device)
-    from ..onnx.classifier import OnnxClassifier
-
-    if args.device not in ("auto", "cpu"):
-        raise UsageError(f"device is {args.device!r}, but ONNX files are run on the CPU; leave it out.", field="device")
-    return OnnxClassifier.from_pretrained(args.model)
 
 
 def _run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answer over HTTP: `/predict` and `/rerank` as clients of text-embeddings-inference send them, `/v1/classify` with exits.
 
     hf-earlyexit serve bert-with-exits
+    hf-earlyexit serve bert-with-exits --workers 4 --monitor monitor.json --shadow 0.01
     HF_EARLYEXIT_API_KEY=secret hf-earlyexit serve bert-with-exits --host 0.0.0.0
 
 Only this machine is listened to unless --host says otherwise. SIGTERM finishes what was accepted; SIGHUP loads the model
@@ -19,22 +20,35 @@ from .answer import Answer
 from .arguments import DeviceArguments
 
 LOOPBACK, API_KEY = "127.0.0.1", "HF_EARLYEXIT_API_KEY"
+TEXTS, PICTURES, RANKING = TASKS = ("text-classification", "image-classification", "text-ranking")
 
 
 @dataclass
 class ServeArguments(DeviceArguments):
     """Which model, where, and how much at most."""
 
-    model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
+    model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
+    task: str | None = field(default=None, metadata={"help": f"{', '.join(TASKS)}: refuses a model for another"})
     host: str = field(default=LOOPBACK, metadata={"help": "address to listen at; 0.0.0.0 is every one of this machine"})
     port: int = field(default=8000, metadata={"help": "0 takes a free one"})
+    workers: int = field(
+        default=1, metadata={"help": "processes, each with one thread; 0 is one for each core; 1 uses all threads"}
+    )
     operating_point: str | None = field(default=None, metadata={"help": "of requests that name none"})
     max_rows: int = field(default=32, metadata={"help": "most rows of a request"})
     max_body: int = field(default=2_000_000, metadata={"help": "most bytes of a request"})
     max_characters: int = field(default=100_000, metadata={"help": "most characters of a row"})
-    max_queue: int = field(default=512, metadata={"help": "most rows that wait; further ones are answered by 429"})
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "most tokens of a row; longer texts are cut, or refused if truncate is false"}
+    )
+    max_queue: int = field(default=512, metadata={"help": "most rows that wait, of a process; further ones get 429"})
     max_seconds: float = field(default=30.0, metadata={"help": "most seconds that a request waits; then 503"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
+    monitor: str | None = field(
+        default=None, metadata={"help": "file in which a monitor keeps what it sees; `hf-earlyexit monitor` prints it"}
+    )
+    shadow: float = field(default=0.01, metadata={"help": "with monitor: share of rows the full model answers as well"})
+    fall_back: bool = field(default=False, metadata={"help": "with monitor: run every layer after an alarm"})
 
 
 ARGUMENTS = (ServeArguments,)
@@ -45,40 +59,65 @@ def run(args: ServeArguments) -> Answer:
     from ..server.rows import Limits
     from ..server.run import Serving, serve  # brings FastAPI
 
-    for name in ("max_rows", "max_body", "max_characters", "max_queue"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"{name} is {getattr(args, name)}; expected at least 1.", field=name)
-    if not 0 <= args.port <= 65535:
-        raise UsageError(f"port is {args.port}; expected 0 to 65535.", field="port", value=args.port)
-    if not args.max_seconds > 0:
-        raise UsageError(f"max_seconds is {args.max_seconds}; expected seconds, above 0.", field="max_seconds")
+    _check(args)
     limits = Limits(
         max_rows=args.max_rows,
         max_body=args.max_body,
         max_characters=args.max_characters,
+        max_tokens=args.max_tokens,
         max_seconds=args.max_seconds,
     )
-    serving = Serving(
-        partial(_load, args),
-        args.max_queue,
-        args.max_batch_tokens,
-        limits=limits,
-        operating_point=args.operating_point,
-        api_key=os.environ.get(API_KEY) or None,
-    )
-    (model,) = serving.engine.models.values()
-    model.choose_policy(None, args.operating_point, {})  # an unknown one is refused now
-    serve(serving, args.host, args.port)
+    engine = {"max_queue": args.max_queue, "max_batch_tokens": args.max_batch_tokens, "max_length": args.max_tokens}
+    watch = None
+    if args.monitor is not None:
+        watch = {"path": args.monitor, "shadow": args.shadow, "fall_back": args.fall_back}
+        watch["operating_point"] = args.operating_point
+    app = {"limits": limits, "operating_point": args.operating_point, "api_key": os.environ.get(API_KEY) or None}
+    make = partial(Serving, partial(_load, args), engine, watch, app)
+    if args.workers == 1:
+        serve(make(), args.host, args.port)
+    else:
+        from ..server.workers import serve_in_workers
+
+        serve_in_workers(make, args.host, args.port, args.workers or _cores())
     return Answer({"model": args.model, "stopped": True}, "stopped")
 
 
+def _check(args: ServeArguments) -> None:
+    for name in ("max_rows", "max_body", "max_characters", "max_queue", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1.", field=name, value=value)
+    if args.workers < 0:
+        raise UsageError(f"workers is {args.workers}; expected 0 or more.", field="workers", value=args.workers)
+    if args.task not in (None, *TASKS):
+        raise UsageError(f"task is {args.task!r}; expected {', '.join(TASKS)}.", field="task", value=args.task)
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"port is {args.port}; expected 0 to 65535.", field="port", value=args.port)
+    if not args.max_seconds > 0:
+        raise UsageError(f"max_seconds is {args.max_seconds}; expected seconds, above 0.", field="max_seconds")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _load(args: ServeArguments) -> tuple[Any, dict[str, Any]]:
-    """The model and what reads its rows."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    """The model and what reads its rows.
 
+    Raises:
+        UsageError: for a model of another task, or that cannot do what the flags ask.
+    """
     from ..serving.reader import reads_images
-    from .loading import load_model
+    from .loading import load_exported_or_model, reading_parts
 
-    model = load_model(args.model, args.device)
-    part = ("image_processor", AutoImageProcessor) if reads_images(model) else ("tokenizer", AutoTokenizer)
-    return model, {part[0]: part[1].from_pretrained(args.model)}
+    model = load_exported_or_model(args.model, args.device)
+    images = reads_images(model)
+    task = PICTURES if images else RANKING if len(model.config.id2label) == 1 else TEXTS
+    if args.task not in (None, task):
+        raise UsageError(f"{args.model} is a model for {task}, not for {args.task}.", field="task", value=args.task)
+    if images and args.max_tokens is not None:
+        raise UsageError(f"max_tokens is for texts, and {args.model} reads pictures.", field="max_tokens")
+    model.choose_policy(None, args.operating_point, {})  # an unknown one is refused now
+    return model, reading_parts(args.model, model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from copy import deepcopy
 from importlib.resources import files
 from typing import Any
@@ -15,9 +17,22 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from ..serving.monitor import Monitor
 from ..serving.online import Engine
 from .metrics import Metrics
-from .rows import Limits, RefusedError, answers_of, classified, needs, picture_row, probabilities, scored, text_row
+from .reference import reference_page
+from .rows import (
+    Explaining,
+    Limits,
+    RefusedError,
+    answers_of,
+    classified,
+    needs,
+    picture_row,
+    probabilities,
+    scored,
+    text_row,
+)
 from .shapes import Classified, ClassifyRequest, PredictRequest, Problem, Ranked, RerankRequest, Scored
 
 OPEN = ("/", "/health", "/ready")  # without a key
@@ -39,25 +54,41 @@ PAGE_SAFETY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe
 def make_app(
     engine: Engine,
     *,
-    tokenizer: Any = None,
+    parts: dict[str, Any] | None = None,
     limits: Limits | None = None,
     operating_point: str | None = None,
     api_key: str | None = None,
-    metrics: Metrics | None = None,
+    monitor: Monitor | None = None,
+    on_stop: Callable[[], Any] = lambda: None,
 ) -> FastAPI:
     """The application that answers for an engine of one model.
 
     Args:
         engine: whose model is looked up at each request, so that it may be replaced.
-        tokenizer: tells whether a text would be cut; kept as `app.state.tokenizer`, so that it may be replaced as well.
+        parts: the engine's tokenizer or image_processor, by that name, which tell whether a text would be cut, and what
+            every exit says of a row; a copy is kept as `app.state.parts`, so that it may be replaced as well.
         limits: of a request.
         operating_point: of requests that name none.
         api_key: that every request but for the page and the probes must bring as `Authorization: Bearer ...`.
-        metrics: counts; new ones by default.
+        monitor: the engine's, for `/metrics`.
+        on_stop: called when the server has stopped and every request is answered.
     """
-    limits, metrics = limits or Limits(), metrics or Metrics(engine)
-    app = FastAPI(title="hf_earlyexit", description="Classifiers whose rows leave early.", openapi_url="/openapi.json")
-    app.state.tokenizer = deepcopy(tokenizer)  # the engine's is in use by its thread
+    limits, metrics, explaining = limits or Limits(), Metrics(engine, monitor), Explaining()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(on_stop)
+
+    app = FastAPI(
+        title="hf_earlyexit",
+        description="Classifiers whose rows leave early.",
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.parts = deepcopy(parts or {})  # the engine's are in use by its thread
     paths: set[str] = set()
 
     def model_of() -> Any:
@@ -77,6 +108,7 @@ def make_app(
         known = path if path in paths else "other"  # whoever asks for many paths makes no many counters
         metrics.requests.labels(known, response.status_code).inc()
         metrics.seconds.labels(known).observe(time.perf_counter() - start)
+        metrics.refresh()
         return response
 
     @app.exception_handler(RefusedError)
@@ -100,7 +132,7 @@ def make_app(
         needs(model, pictures=False)
         several = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
         rows = [text_row(row) for row in (body.inputs if several else [body.inputs])]  # type: ignore[arg-type]
-        _check_lengths(app.state.tokenizer, rows, body.truncate)
+        _check_lengths(app.state.parts.get("tokenizer"), limits, rows, body.truncate)
         lists = [scored(model, answer, body.raw_scores) for answer in await answered(rows)]
         return lists if several else lists[0]
 
@@ -112,7 +144,7 @@ def make_app(
         if len(model.config.id2label) != 1:
             raise RefusedError(422, "validation", "This model gives several labels, so it is no reranker; use /predict.")
         rows = [(body.query, text) for text in body.texts]
-        _check_lengths(app.state.tokenizer, rows, body.truncate)
+        _check_lengths(app.state.parts.get("tokenizer"), limits, rows, body.truncate)
         answers = await answered(rows)
         values = [float(answer.logits[0] if body.raw_scores else probabilities(model, answer)[0]) for answer in answers]
         texts = body.texts if body.return_text else [None] * len(values)
@@ -128,7 +160,12 @@ def make_app(
         needs(model, pictures=body.images is not None)
         rows: list[Any] = [text_row(row) for row in body.inputs or ()] or [picture_row(one) for one in body.images or ()]
         choice = {"operating_point": body.operating_point, "layer_budget": body.layer_budget, "deadline": body.deadline}
-        return [classified(model, answer) for answer in await answered(rows, **choice)]
+        answers = [classified(model, answer) for answer in await answered(rows, **choice)]
+        if body.exits:
+            point = body.operating_point or operating_point
+            views = await explaining.views(model, rows, app.state.parts, point, limits)
+            answers = [answer.model_copy(update={"exits": one}) for answer, one in zip(answers, views, strict=True)]
+        return answers
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -144,6 +181,10 @@ def make_app(
     async def tell_metrics() -> Response:
         """Counts and times, for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def reference() -> Response:
+        return HTMLResponse(reference_page(app.openapi()), headers={"Content-Security-Policy": PAGE_SAFETY})
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
@@ -170,19 +211,19 @@ def _refused_before(request: Request, api_key: str | None, limits: Limits) -> Re
     return None
 
 
-def _check_lengths(tokenizer: Any, rows: list[Any], truncate: bool | None) -> None:
+def _check_lengths(tokenizer: Any, limits: Limits, rows: list[Any], truncate: bool | None) -> None:
     """Refuse rows that would be cut, where the request asks for that."""
     if truncate is not False or tokenizer is None:
         return
+    most = min(tokenizer.model_max_length, limits.max_tokens or tokenizer.model_max_length)
     for place, row in enumerate(rows):
         texts = (row,) if isinstance(row, str) else row
         try:
             length = len(tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
         except Exception as error:  # tokenizers raise many kinds
             raise RefusedError(422, "tokenizer", f"Row {place} cannot be tokenized ({error}).") from None
-        if length > tokenizer.model_max_length:
-            most = tokenizer.model_max_length
-            raise RefusedError(422, "tokenizer", f"Row {place} has {length} tokens; the model takes {most}.")
+        if length > most:
+            raise RefusedError(422, "tokenizer", f"Row {place} has {length} tokens; at most {most} are taken.")
 
 
 def _problem(status: int, message: str, kind: str | None = None, headers: Any = None) -> JSONResponse:

@@ -1,13 +1,38 @@
-"""What `/metrics` tells: counts and times, never a text."""
+"""What `/metrics` tells: counts and times, never a text; of several processes, those of all."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from ..serving.monitor import Monitor
 from ..serving.online import Engine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+FOLDER_OF_ALL = "PROMETHEUS_MULTIPROC_DIR"  # of several processes; to be set before prometheus_client is imported
+ENGINE = (  # what, in words, and how several processes' are told as one
+    ("queued", "Rows that wait to be let in.", "livesum"),
+    ("running", "Rows under way.", "livesum"),
+    ("answered", "Rows answered.", "sum"),
+    ("failed", "Rows with an error.", "sum"),
+    ("refused", "Rows sent away because the queue was full.", "sum"),
+    ("batches", "Batches run from one exit to the next.", "sum"),
+    ("batch_tokens", "Tokens in all of them, padding included.", "sum"),
+    ("batch_fill", "Mean share of a full batch.", "livemostrecent"),
+    ("restarts", "Times that the worker was started anew.", "sum"),
+)
+MONITOR = (
+    ("rows", "Rows that the monitor saw."),
+    ("shadowed", "Of them, those that the full model answered as well."),
+    ("different", "Of these, those whose early answer was another."),
+    ("alarms", "Alarms so far."),
+    ("lower", "Lower bound of the share of differing answers."),
+    ("upper", "Upper bound of it."),
+    ("limit", "The largest share that is fine."),
+)
 
 
 class Metrics:
@@ -19,32 +44,38 @@ class Metrics:
     """
 
     def __init__(self, engine: Engine, monitor: Monitor | None = None) -> None:
+        self.engine, self.monitor = engine, monitor
         self.registry = CollectorRegistry()
-        name = "hf_earlyexit_{}".format
-        self.requests = Counter(name("requests"), "Requests.", ["path", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            name("request_seconds"), "From request to response.", ["path"], buckets=SECONDS, registry=self.registry
-        )
-        self.exits = Counter(name("exits"), "Rows by the layer they left after.", ["layer"], registry=self.registry)
-        for what, help_text in (
-            ("queued", "Rows that wait to be let in."),
-            ("running", "Rows under way."),
-            ("answered", "Rows answered."),
-            ("failed", "Rows with an error."),
-            ("refused", "Rows sent away because the queue was full."),
-            ("batches", "Batches run from one exit to the next."),
-            ("batch_fill", "Mean share of a full batch."),
-            ("restarts", "Times that the worker was started anew."),
-        ):
-            gauge = Gauge(name(f"engine_{what}"), help_text, registry=self.registry)
-            gauge.set_function(lambda what=what: getattr(engine.state, what))  # type: ignore[misc]
+        name, kept = "hf_earlyexit_{}".format, {"registry": self.registry}
+        self.requests = Counter(name("requests"), "Requests.", ["path", "status"], **kept)
+        self.seconds = Histogram(name("request_seconds"), "From request to response.", ["path"], buckets=SECONDS, **kept)
+        self.exits = Counter(name("exits"), "Rows by the layer they left after.", ["layer"], **kept)
+        self.gauges: dict[str, Any] = {
+            what: Gauge(name(f"engine_{what}"), words, multiprocess_mode=mode, **kept)  # type: ignore[arg-type]
+            for what, words, mode in ENGINE
+        }
         if monitor is not None:
-            for what in ("num_rows", "num_shadowed", "num_different"):
-                gauge = Gauge(name(f"monitor_{what.removeprefix('num_')}"), "Of the monitor.", registry=self.registry)
-                gauge.set_function(lambda what=what: getattr(monitor.state, what))  # type: ignore[misc]
-            alarms = Gauge(name("monitor_alarms"), "Alarms of the monitor.", registry=self.registry)
-            alarms.set_function(lambda: len(monitor.state.alarms))
+            for what, words in MONITOR:
+                self.gauges[f"monitor_{what}"] = Gauge(
+                    name(f"monitor_{what}"), words, multiprocess_mode="mostrecent", **kept
+                )
+
+    def refresh(self) -> None:
+        """Take over the engine's counts, which another process may be asked for."""
+        state = self.engine.state
+        for what, *_ in ENGINE:
+            self.gauges[what].set(getattr(state, what))
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        """All of it, of every process, as Prometheus reads it."""
+        self.refresh()
+        if self.monitor is not None:
+            state, (lower, upper) = self.monitor.state, self.monitor.bounds()
+            counts = (state.num_rows, state.num_shadowed, state.num_different, len(state.alarms))
+            for (what, _), value in zip(MONITOR, (*counts, lower, upper, self.monitor.limit), strict=True):
+                self.gauges[f"monitor_{what}"].set(value)
+        if FOLDER_OF_ALL not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)
+        return generate_latest(together)

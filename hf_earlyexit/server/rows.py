@@ -5,28 +5,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EarlyExitError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..serving.explain import explain
 from ..serving.online import Engine
 from ..serving.online_rows import ENGINE
 from ..serving.predict import Answer
 from ..serving.reader import reads_images
-from .shapes import Classified, Scored
+from .shapes import Classified, ExitSaid, Scored
 
 LONGEST_MESSAGE = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a request may ask for: rows, bytes, characters of a row, and seconds."""
+    """How much a request may ask for: rows, bytes, characters and tokens (`None`: the tokenizer's) of a row, seconds."""
 
     max_rows: int = 32
     max_body: int = 2_000_000
     max_characters: int = 100_000
+    max_tokens: int | None = None
     max_seconds: float = 30.0
 
 
@@ -69,6 +72,56 @@ async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choi
     finally:
         for future in futures:
             future.cancel()
+
+
+class Explaining:
+    """Tells what every exit says of rows; of one request at a time, as all layers are run for it."""
+
+    def __init__(self) -> None:
+        self.one_at_a_time = asyncio.Lock()
+
+    async def views(
+        self, model: Any, rows: Sequence[Any], parts: dict[str, Any], operating_point: str | None, limits: Limits
+    ) -> list[list[ExitSaid] | None]:
+        """What every exit says of each row; `None` where no exit is asked.
+
+        Args:
+            model: with exits.
+            rows: that have been answered.
+            parts: its tokenizer or image_processor, by that name.
+            operating_point: of the rows.
+            limits: of the seconds that the request may wait for its turn, and of tokens.
+
+        Raises:
+            RefusedError: 503 if its turn does not come, 422 for a model whose exits cannot be told of.
+        """
+        try:
+            await asyncio.wait_for(self.one_at_a_time.acquire(), limits.max_seconds)
+        except TimeoutError:
+            words = f"Others asked for exits first; there was no turn within {limits.max_seconds:g} seconds."
+            raise RefusedError(503, "overloaded", words) from None
+        try:
+            choice = {**parts, "operating_point": operating_point, "max_length": limits.max_tokens}
+            return [await asyncio.to_thread(_views, model, row, choice) for row in rows]
+        except EarlyExitError as error:
+            raise RefusedError(422, "validation", str(error)) from None
+        finally:
+            self.one_at_a_time.release()
+
+
+def _views(model: Any, row: Any, choice: dict[str, Any]) -> list[ExitSaid] | None:
+    if model.policy_at(choice["operating_point"]) is None:
+        return None
+    explanation = explain(model, row, **choice)
+    return [
+        ExitSaid(layer=view.layer, prediction=view.prediction, score=_finite(view.score), threshold=view.threshold,
+                 verdict=view.verdict)
+        for view in explanation.exits
+    ]  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def text_row(texts: str | list[str]) -> str | tuple[str, ...]:
@@ -126,8 +179,7 @@ def classified(model: Any, answer: Answer) -> Classified:
     if kind in (SINGLE_LABEL, MULTI_LABEL):
         best = scored(model, answer, raw=False)[0]
         label, score = best.label, best.score
-    exit_score = answer.exit_score if answer.exit_score == answer.exit_score else None
     return Classified(
         label=label, score=score, logits=answer.logits.tolist(), exit_layer=answer.exit_layer, num_layers=layers,
-        exit_score=exit_score, reason=answer.reason,
+        exit_score=_finite(answer.exit_score), reason=answer.reason,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import uvicorn
 
 from ..serving.online import Engine
 from .app import make_app
+from .kept_monitor import KeptMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +24,23 @@ class Serving:
 
     Args:
         load: gives the model and what reads its rows, by name: tokenizer or image_processor.
-        max_queue, max_batch_tokens: as for `Engine`.
-        options: for `make_app`.
+        engine: further arguments of `Engine`.
+        watch: of `KeptMonitor`, beside the model; none watches without.
+        app: further arguments of `make_app`.
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Any, dict[str, Any]]], max_queue: int, max_batch_tokens: int | None, **options: Any
+        self,
+        load: Callable[[], tuple[Any, dict[str, Any]]],
+        engine: dict[str, Any],
+        watch: dict[str, Any] | None,
+        app: dict[str, Any],
     ) -> None:
         self.load = load
         model, parts = load()
-        self.engine = Engine(model, max_queue=max_queue, max_batch_tokens=max_batch_tokens, **parts)
-        self.app = make_app(self.engine, tokenizer=parts.get("tokenizer"), **options)
+        self.monitor = None if watch is None else KeptMonitor(model, **watch)
+        self.engine = Engine(model, monitor=self.monitor, **engine, **parts)
+        self.app = make_app(self.engine, parts=parts, monitor=self.monitor, on_stop=self.close, **app)
 
     def reload(self) -> bool:
         """Load the folder anew; what cannot be loaded leaves the former model. Whether it is another now."""
@@ -43,9 +50,15 @@ class Serving:
         except Exception as error:  # whatever is wrong with the folder, what serves goes on
             logger.error("The model cannot be loaded anew (%s); the former one serves on.", type(error).__name__)
             return False
-        self.app.state.tokenizer = deepcopy(parts.get("tokenizer"))
+        self.app.state.parts = deepcopy(parts)
         logger.warning("The model has been loaded anew.")
         return True
+
+    def close(self) -> None:
+        """Answer what was taken, and keep what the monitor saw."""
+        self.engine.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
 
 def serve(serving: Serving, host: str, port: int) -> None:
@@ -55,15 +68,21 @@ def serve(serving: Serving, host: str, port: int) -> None:
         serving: what is served.
         host, port: where.
     """
-    config = uvicorn.Config(serving.app, host=host, port=port, access_log=False, log_level="warning", server_header=False)
-    server = _Announcing(config)
+    server = _Announcing(uvicorn.Config(serving.app, host=host, port=port, **LISTENING))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more when all is answered
-    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=serving.reload, daemon=True).start())
-    try:
-        server.run()
-    finally:
-        serving.engine.close()
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=serving.reload, daemon=True).start())
+    server.run()
+
+
+LISTENING: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+
+
+def announce(address: tuple[Any, ...]) -> None:
+    """Tell where the server listens."""
+    host, port = address[:2]
+    print(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
 
 
 class _Announcing(uvicorn.Server):
@@ -73,5 +92,4 @@ class _Announcing(uvicorn.Server):
         await super().startup(sockets)
         for listening in self.servers:
             for socket in listening.sockets:
-                host, port = socket.getsockname()[:2]
-                print(f"listening at http://{host}:{port}", file=sys.stderr, flush=True)
+                announce(socket.getsockname())

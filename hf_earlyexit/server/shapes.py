@@ -52,6 +52,7 @@ class ClassifyRequest(Choice):
 
     inputs: Annotated[list[Sequence], Field(min_length=1)] | None = None
     images: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="Picture files in base64.")
+    exits: StrictBool = Field(False, description="Tell what every exit says as well; all layers are run for it.")
 
 
 class Scored(BaseModel):
@@ -69,6 +70,16 @@ class Ranked(BaseModel):
     text: str | None = None
 
 
+class ExitSaid(BaseModel):
+    """What one exit says of a row, and whether the row leaves there."""
+
+    layer: int
+    prediction: str
+    score: float | None
+    threshold: float | None
+    verdict: str
+
+
 class Classified(BaseModel):
     """The answer of one row."""
 
@@ -80,6 +91,7 @@ class Classified(BaseModel):
     exit_score: float | None
     reason: str
     error: str | None = None
+    exits: list[ExitSaid] | None = None
 
 
 class Problem(BaseModel):

@@ -39,7 +39,13 @@ class Explanation:
 
 
 def explain(
-    model: Wrapped, row: Any, *, tokenizer: Any = None, image_processor: Any = None, operating_point: str | None = None
+    model: Wrapped,
+    row: Any,
+    *,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    max_length: int | None = None,
+    operating_point: str | None = None,
 ) -> Explanation:
     """Show what every exit says of a row, and why it leaves where it does. All layers are run for it.
 
@@ -48,6 +54,7 @@ def explain(
         row: a text, or a pair of texts; for image classifiers a picture, in any form that `predict` takes.
         tokenizer: the model's, for texts.
         image_processor: the model's, for pictures.
+        max_length: cut a longer text; the tokenizer's own limit by default.
         operating_point: name of the policy to explain; `exit_policy` by default.
 
     Raises:
@@ -60,7 +67,7 @@ def explain(
         raise UsageError(f"At {operating_point!r} every row runs through all layers; there is nothing to explain.")
     if policy is None:
         raise UsageError("The model has no exit policy; calibrate first and call `model.set_exit_policy(result.policy)`.")
-    reader = reader_for(served, tokenizer, None, image_processor)
+    reader = reader_for(served, tokenizer, max_length, image_processor)
     encoded = reader.encode_all([row])[:]
     first_error(encoded, walker_for(served, cuda_graphs=False).check, 0)
     batch = pad_batch(encoded, getattr(tokenizer, "pad_token_id", None) or 0)

@@ -11,29 +11,42 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import psutil
 import pytest
 from PIL import Image
 
 import hf_earlyexit as ee
+from hf_earlyexit.cli.main import main
 
 SECONDS = 150
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model, open_policy, tokenizer, tmp_path_factory):
+def new_folder(tiny_model, open_policy, tokenizer, tmp_path_factory):
+    """`new_folder()`: a folder with a model that has a policy, and its tokenizer."""
     model = tiny_model(id2label={0: "bad", 1: "so-so", 2: "good"})
     model.set_exit_policy(open_policy(model, "entropy"))
-    folder = tmp_path_factory.mktemp("served") / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def make():
+        folder = tmp_path_factory.mktemp("served") / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
 
 
-@pytest.fixture
-def server(folder):
-    """The address of a server of that folder, and its process."""
-    command = [sys.executable, "-m", "hf_earlyexit.cli.main", "serve", str(folder), "--port", "0", "--device", "cpu"]
+@pytest.fixture(scope="module")
+def folder(new_folder):
+    return new_folder()
+
+
+@contextmanager
+def serving(folder, *flags):
+    """The address of a server of that folder, its process, and what it has written."""
+    command = [sys.executable, "-m", "hf_earlyexit.cli.main", "serve", str(folder), "--port", "0", "--device", "cpu", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     lines, address = [], threading.Event()
 
@@ -56,11 +69,68 @@ def server(folder):
     process.stderr.close()
 
 
-def ask(address, text="w5 w6"):
-    body = json.dumps({"inputs": [text] * 8}).encode()
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder) as running:
+        yield running
+
+
+def ask(address, text="w5 w6", rows=8, **more):
+    body = json.dumps({"inputs": [text] * rows, **more}).encode()
     request = urllib.request.Request(f"{address}/v1/classify", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=SECONDS) as response:
         return json.load(response)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """`chromium(folder, width, *flags)`: what a browser of that width says of a page; skips where there is none."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium is installed, which shows the page")
+
+    def show(folder, width, *flags):
+        usual = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={folder}",
+            f"--window-size={width},1400",
+        ]
+        environment = {**os.environ, "HOME": str(folder)}
+        done = subprocess.run(
+            [program, *usual, "--virtual-time-budget=20000", *flags],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return show
+
+
+def test_pages_fit_a_phone_and_a_screen_and_tell_what_exits_say(server, chromium, tmp_path):
+    address, _, _ = server
+    (expected,) = ask(address, "w5 w6", rows=1, exits=True)
+    page = chromium(tmp_path, 375, "--dump-dom", f"{address}/#w5%20w6")
+    (answer,) = re.findall(r"<output[^>]*>([^<]*)", page)
+    score = f"({expected['score']:.3f})"
+    assert answer.startswith(f"{expected['label']} {score}. Left after layer {expected['exit_layer']} of 4: ")
+    cells = [re.findall(r"<td[^>]*>([^<]*)", row) for row in re.findall(r"<tr class=.*?</tr>", page)][1:]
+    assert [[cell[0], cell[1], cell[4]] for cell in cells] == [
+        [str(exit["layer"]), exit["prediction"], exit["verdict"]] for exit in expected["exits"]
+    ]
+    (left,) = re.findall(r'<tr class="left"><td[^>]*>(\d)', page)
+    assert int(left) == expected["exit_layer"]
+    for width, path in ((375, "/#w5%20w6"), (1280, "/#w5%20w6"), (375, "/docs")):
+        chromium(tmp_path, width, f"--screenshot={tmp_path / 'page.png'}", f"{address}{path}")
+        with Image.open(tmp_path / "page.png") as picture:
+            assert picture.width == width
+            right = picture.convert("L").crop((width - 14, 0, width, picture.height))  # where what is too wide runs
+            assert len(right.getcolors()) == 1, (width, path)
 
 
 def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accepted(server, folder, tiny_model, tokenizer):
@@ -101,32 +171,70 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
     assert not re.search(r"w[5-9]|Traceback", "".join(lines))
 
 
-def test_the_page_fits_a_phone_and_answers(server, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed, which shows the page")
-    address, _, _ = server
-    usual = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=375,800"]
-    page = subprocess.run(
-        [*usual, "--virtual-time-budget=20000", "--dump-dom", f"{address}/#w5%20w6"],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    (answer,) = re.findall(r"<output[^>]*>([^<]*)", page.stdout)
-    expected = ask(address)[0]
-    assert answer.startswith(
-        f"{expected['label']} ({expected['score']:.3f}). Left after layer {expected['exit_layer']} of 4: "
-    )
-    taken = subprocess.run(
-        [*usual, f"--screenshot={tmp_path / 'page.png'}", f"{address}/"],
-        capture_output=True,
-        timeout=SECONDS,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    assert taken.returncode == 0
-    with Image.open(tmp_path / "page.png") as picture:
-        assert picture.width == 375
-        right = picture.convert("L").crop((361, 0, 375, picture.height))  # what is too wide runs into the margin
-        assert len(right.getcolors()) == 1
+def workers_of(process):
+    """Processes that answer; a helper of multiprocessing's is none of them."""
+    children = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return {child.pid for child in children if "spawn_main" in " ".join(child.cmdline())}
+
+
+def metric(address, name):
+    with urllib.request.urlopen(f"{address}/metrics", timeout=SECONDS) as response:
+        return sum(float(line.split()[-1]) for line in response.read().decode().splitlines() if line.startswith(name))
+
+
+@pytest.mark.slow
+def test_workers_share_an_address_and_are_started_anew_and_exchanged_without_loss(
+    new_folder, tiny_model, tokenizer, tmp_path
+):
+    folder, seen = new_folder(), tmp_path / "seen.json"
+    with serving(folder, "--workers", "2", "--monitor", str(seen), "--shadow", "0.5") as (address, process, lines):
+        first = workers_of(process)
+        assert len(first) == 2
+        for _ in range(20):
+            ask(address)
+        assert metric(address, "hf_earlyexit_engine_answered") >= 160  # of both, whoever is asked
+        assert metric(address, 'hf_earlyexit_requests_total{path="/v1/classify",status="200"}') == 20
+        os.kill(min(first), signal.SIGKILL)
+        ends_at = time.monotonic() + SECONDS
+        while len(second := workers_of(process)) < 2 or second == first:
+            ask(address)  # the other answers
+            assert time.monotonic() < ends_at
+        ee.save(tiny_model(id2label={0: "p", 1: "q", 2: "r"}), folder, tokenizer=tokenizer)
+        process.send_signal(signal.SIGHUP)
+        while ask(address)[0]["label"] not in ("p", "q", "r"):
+            assert time.monotonic() < ends_at
+        assert metric(address, 'hf_earlyexit_requests_total{path="/v1/classify",status="200"}') > 20  # of the dead, too
+        third = workers_of(process)
+        with ThreadPoolExecutor(4) as pool:
+            connected = [pool.submit(ask, address) for _ in range(4)]
+            while not any(one.done() for one in connected):
+                time.sleep(0.001)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(SECONDS) == 0
+            assert all(len(one.result()) == 8 for one in connected if one.exception(SECONDS) is None)
+        assert not re.search(r"w[5-9]|Traceback", "".join(lines))
+    assert third - first
+    assert not any(map(psutil.pid_exists, third))
+    state = ee.Monitor.load(seen).state
+    assert state.num_rows > 160
+    assert 0.2 < state.num_shadowed / state.num_rows < 0.8
+
+
+def test_a_model_that_cannot_be_served_ends_the_command_in_words(folder, capsys):
+    image = "is a model for text-classification, not for image-classification"
+    for flags, words in (
+        (["--task", "image-classification"], image),
+        (["--task", "captions"], "expected text-classification, image-classification, text-ranking"),
+        (["--operating_point", "fats"], "fats"),
+        (["--workers", "-1"], "workers is -1"),
+        (["--max_tokens", "0"], "max_tokens is 0"),
+        (["--monitor", str(folder / "config.json")], "no saved monitor"),
+    ):
+        assert main(["serve", str(folder), "--port", "0", *flags]) == 2
+        assert words in capsys.readouterr().err
+    command = [sys.executable, "-m", "hf_earlyexit.cli.main", "serve", str(folder), "--workers", "2"]
+    done = subprocess.run([*command, "--task", "image-classification"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2
+    assert image in done.stderr
+    assert "The workers could not start" in done.stderr
+    assert "Traceback" not in done.stderr

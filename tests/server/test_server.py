@@ -1,18 +1,29 @@
 """Answers over HTTP: the shapes clients know, limits in words, and no 500 whatever comes."""
 
+import base64
+import io
 import logging
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import schemathesis
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from transformers import DeiTImageProcessorPil
 
 import hf_earlyexit as ee
+from hf_earlyexit.errors import UsageError
+from hf_earlyexit.server import rows as rows_of_server
 from hf_earlyexit.server.app import make_app
+from hf_earlyexit.server.kept_monitor import KeptMonitor
 from hf_earlyexit.server.rows import Limits
 from hf_earlyexit.serving import online
 from hf_earlyexit.serving.walker import ModelWalker
+from tests.families.tiny import new_model
 
 SECRET = "w42 w43 w44"
 
@@ -29,10 +40,11 @@ def make_client(tokenizer):
     """`make_client(model, engine options, **options of the app)`: a client that shows errors of ours as status 500."""
     made = []
 
-    def make(model, engine_options=None, **options):
-        engine = ee.Engine(model, tokenizer=tokenizer, **(engine_options or {}))
+    def make(model, engine_options=None, parts=None, **options):
+        parts = parts or {"tokenizer": tokenizer}
+        engine = ee.Engine(model, **parts, **(engine_options or {}))
         made.append(engine)
-        client = TestClient(make_app(engine, tokenizer=tokenizer, **options), raise_server_exceptions=False)
+        client = TestClient(make_app(engine, parts=parts, **options), raise_server_exceptions=False)
         client.engine = engine
         return client
 
@@ -80,7 +92,117 @@ def test_classify_tells_the_layer_the_score_and_the_reason(client, model, tokeni
     budget = client.post("/v1/classify", json={"inputs": ["w5 w6"], "layer_budget": 1}).json()
     assert budget[0]["exit_layer"] == 1
     late = client.post("/v1/classify", json={"inputs": ["w5 w6"], "deadline": 0}).json()
+    assert (got[0]["exits"], exact[0]["exits"]) == (None, None)
     assert (late[0]["exit_layer"], late[0]["label"], late[0]["reason"]) == (None, None, "deadline")
+
+
+def test_every_exit_tells_what_it_says_where_that_is_asked_for(make_client, model, tokenizer, monkeypatch):
+    client = make_client(model, limits=Limits(max_seconds=0.5))
+    rows = {"inputs": ["w5 w6", ["w7", "w8"]], "exits": True}
+    for answer, row in zip(client.post("/v1/classify", json=rows).json(), ["w5 w6", ("w7", "w8")], strict=True):
+        views = ee.explain(model, row, tokenizer=tokenizer).exits
+        assert [exit["layer"] for exit in answer["exits"]] == [1, 2, 3, 4]
+        assert [exit["prediction"] for exit in answer["exits"]] == [view.prediction for view in views]
+        assert [exit["score"] for exit in answer["exits"]] == pytest.approx([view.score for view in views], abs=1e-5)
+        assert [exit["threshold"] for exit in answer["exits"]] == [view.threshold for view in views]
+        leaves = [exit["layer"] for exit in answer["exits"] if exit["verdict"].startswith("leaves")]
+        assert leaves == [answer["exit_layer"]]
+    exact = client.post("/v1/classify", json={**rows, "operating_point": "exact"})
+    assert [answer["exits"] for answer in exact.json()] == [None, None]
+    begun, opened = threading.Event(), threading.Event()
+
+    def slowly(*arguments):
+        begun.set()
+        assert opened.wait(60)
+
+    monkeypatch.setattr(rows_of_server, "_views", slowly)
+    with client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/classify", json=rows)
+        assert begun.wait(60)
+        late = client.post("/v1/classify", json=rows)
+        assert (late.status_code, late.json()["error_type"]) == (503, "overloaded")
+        assert client.post("/v1/classify", json={"inputs": ["w5"]}).status_code == 200
+        opened.set()
+        assert first.result(60).status_code == 200
+
+
+def test_pictures_come_as_files_in_base64(make_client):
+    vit = new_model("vit", id2label={0: "cat", 1: "dog", 2: "owl"})
+    processor = DeiTImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    client = make_client(vit, parts={"image_processor": processor}, limits=Limits(max_rows=4))
+    noise = torch.randint(0, 256, (2, 20, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pictures, encoded = [Image.fromarray(one.numpy()) for one in noise], []
+    for picture, head in zip(pictures, ("", "data:image/png;base64,"), strict=True):
+        file = io.BytesIO()
+        picture.save(file, "png")
+        encoded.append(head + base64.b64encode(file.getvalue()).decode())
+    expected = ee.predict(vit, pictures, image_processor=processor)
+    got = client.post("/v1/classify", json={"images": encoded, "exits": True}).json()
+    for place, answer in enumerate(got):
+        assert answer["logits"] == pytest.approx(expected.logits[place].tolist(), abs=1e-5)
+        assert answer["label"] == vit.config.id2label[int(expected.logits[place].argmax())]
+        assert answer["exit_layer"] == vit.exit_layers[-1]
+    broken = client.post("/v1/classify", json={"images": [encoded[0], base64.b64encode(b"no picture").decode()]})
+    assert broken.status_code == 422
+    text = client.post("/v1/classify", json={"inputs": ["w5"]})
+    assert (text.status_code, "reads pictures" in text.json()["error"]) == (422, True)
+    assert client.post("/predict", json={"inputs": "w5"}).status_code == 422
+    assert client.post("/v1/classify", json={"images": encoded}).status_code == 200
+
+
+def test_a_limit_of_tokens_cuts_texts_or_refuses_them(make_client, model):
+    client = make_client(model, {"max_length": 6}, limits=Limits(max_tokens=6))
+    long, cut = "w5 w6 w7 w8 w9 w10", "w5 w6 w7 w8"
+    got = client.post("/predict", json={"inputs": [[long], [cut]], "raw_scores": True}).json()
+    assert [one["score"] for one in got[0]] == pytest.approx([one["score"] for one in got[1]], abs=1e-5)
+    refused = client.post("/predict", json={"inputs": long, "truncate": False})
+    assert (refused.status_code, "8 tokens; at most 6" in refused.json()["error"]) == (422, True)
+    assert client.post("/predict", json={"inputs": cut, "truncate": False}).status_code == 200
+    told = client.post("/v1/classify", json={"inputs": [long, cut], "exits": True}).json()
+    assert told[0]["exits"] == told[1]["exits"]
+
+
+def test_several_processes_keep_one_monitor_in_a_file(make_client, model, tmp_path):
+    watches = [KeptMonitor(model, tmp_path / "seen.json", shadow=1.0, every=3600) for _ in range(2)]
+    clients = [make_client(model, {"monitor": watch}, monitor=watch) for watch in watches]  # as two processes are
+    for client in clients:
+        assert client.post("/predict", json={"inputs": [["w5"], ["w6 w7"], ["w8"]]}).status_code == 200
+        client.engine.close()
+    for watch in watches:
+        watch.close()
+    watches[0].sync()
+    saved = ee.Monitor.load(tmp_path / "seen.json")
+    assert (saved.state.num_rows, saved.state.num_shadowed, saved.shadow) == (6, 6, 1.0)
+    for client in clients:
+        text = client.get("/metrics").text
+        assert "hf_earlyexit_monitor_rows 6.0" in text
+        assert f"hf_earlyexit_monitor_different {float(saved.state.num_different)}" in text
+        assert "hf_earlyexit_monitor_limit 0.02" in text
+    more = KeptMonitor(model, tmp_path / "seen.json", every=3600)
+    more.record([1, 4], [True])
+    more.close()
+    assert (more.state.num_rows, more.state.num_shadowed) == (8, 7)
+    with pytest.raises(UsageError, match="no exit"):
+        more.record([7])
+    with pytest.raises(UsageError, match="name another file"):
+        KeptMonitor(new_model("bert", num_hidden_layers=2), tmp_path / "seen.json")
+
+
+def test_alarms_of_a_kept_monitor_are_of_all_that_write_into_its_file(model, tmp_path):
+    watches = [KeptMonitor(model, tmp_path / "seen.json", fall_back=True, every=0.01) for _ in range(2)]
+    for watch in watches:
+        watch.record([1], [False])  # either's alone is too little to be sure
+        watch.sync()
+    assert not watches[0].falls_back
+    assert watches[1].falls_back
+    watches[0].record([1])
+    ends_at = time.monotonic() + 60
+    while not watches[0].falls_back:
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+    assert [alarm.kind for alarm in watches[0].state.alarms] == ["disagreement"]
+    for watch in watches:
+        watch.close()
 
 
 def test_rerank_puts_texts_in_order(make_client, client, tiny_model, tokenizer):
@@ -106,7 +228,7 @@ def test_rerank_puts_texts_in_order(make_client, client, tiny_model, tokenizer):
         ({"inputs": [["w5"]] * 5}, 413, "5 rows; at most 4"),
         ({"inputs": "w5 " * 400}, 413, "1200 characters; at most 1000"),
         ({"inputs": "w5 " * 3000}, 413, "bytes; at most 5000"),
-        ({"inputs": "w5 " * 70, "truncate": False}, 422, "72 tokens; the model takes 64"),
+        ({"inputs": "w5 " * 70, "truncate": False}, 422, "72 tokens; at most 64"),
         ({"inputs": []}, 422, "inputs"),
         ({"inputs": ["a", "b", "c"]}, 422, "inputs"),
         ({"inputs": [[]]}, 422, "inputs"),
@@ -214,11 +336,24 @@ def test_a_replaced_model_answers_the_next_request(make_client, model, tiny_mode
     assert client.post("/predict", json={"inputs": "w5"}).json()[0]["label"] in ("x", "y", "z")
 
 
-def test_the_page_holds_all_it_needs(client):
-    response = client.get("/")
-    assert "http" not in response.text.replace("http-equiv", "")
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_hold_all_they_need(client, path):
+    response = client.get(path)
+    assert "http" not in response.text
     assert 'name="viewport" content="width=device-width' in response.text
     assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+def test_the_reference_tells_every_path_field_and_status(client):
+    text, schema = client.get("/docs").text, client.get("/openapi.json").json()
+    for path in schema["paths"]:
+        assert f" {path}</code>" in text
+    for name in ("PredictRequest", "RerankRequest", "ClassifyRequest", "Classified", "Ranked"):
+        for field in schema["components"]["schemas"][name]["properties"]:
+            assert f"<code>{field}</code>" in text
+    assert "429: The queue is full" in text
+    assert "Most layers a row may run." in text
+    assert client.get("/redoc").status_code == 404
 
 
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
