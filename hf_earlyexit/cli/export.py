@@ -2,6 +2,7 @@
 
     hf-earlyexit export onnx bert-with-exits bert-onnx
     hf-earlyexit export onnx bert-with-exits bert-int8 --int8 true --dataset reviews --split validation
+    hf-earlyexit export onnx bert-with-exits models/bert --layout triton
 
 int8 logits differ from those that the thresholds were chosen on, so it needs held-back rows to choose them anew on.
 """
@@ -18,6 +19,7 @@ from .arguments import SLICES, SPLITS, RowArguments
 
 FORMATS = ("onnx",)
 FORMS = ("one-file", "layers")
+LAYOUTS = ("folder", "triton")
 
 
 @dataclass
@@ -30,6 +32,10 @@ class ExportArguments(RowArguments):
     model: str = field(metadata={"help": "folder or Hub id of a model with exits"})
     output: str = field(metadata={"help": "folder to write"})
     forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": f"{', '.join(FORMS)}, or both"})
+    layout: str = field(
+        default=LAYOUTS[0],
+        metadata={"help": f"{' or '.join(LAYOUTS)}: a model's folder in the repository of an inference server"},
+    )
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to export as the default"})
     int8: bool = field(default=False, metadata={"help": "compute layers in 8 bits; thresholds are chosen anew"})
     dataset: str | None = field(default=None, metadata={"help": f"with int8: held-back rows with labels: {SPLITS}"})
@@ -71,6 +77,7 @@ def run(args: ExportArguments) -> Answer:
         model,
         args.output,
         forms=args.forms,
+        layout=args.layout,
         int8=args.int8,
         rows=rows,
         **parts,
@@ -79,6 +86,7 @@ def run(args: ExportArguments) -> Answer:
         progress=True,
     )
     lines = [] if changed is None else [str(changed)]
-    lines.append(f"written to {args.output}: {', '.join(args.forms)}{', int8' if args.int8 else ''}")
-    values = {"output": args.output, "forms": args.forms, "int8": args.int8}
+    written = args.forms if args.layout == LAYOUTS[0] else [args.layout]
+    lines.append(f"written to {args.output}: {', '.join(written)}{', int8' if args.int8 else ''}")
+    values = {"output": args.output, "forms": args.forms, "layout": args.layout, "int8": args.int8}
     return Answer(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(lines))

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -28,9 +29,11 @@ from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
 from .quantize import quantize_graph
 from .recalibrate import Recalibration, recalibrate
+from .triton import triton_files
 from .walk import walk_graph
 
 FORMS = ONE, LAYERS = ("one-file", "layers")
+LAYOUTS = FOLDER, TRITON = ("folder", "triton")
 LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
 
 logger = logging.get_logger(__name__)
@@ -41,6 +44,7 @@ def export_onnx(
     folder: str | PathLike[str],
     *,
     forms: Sequence[str] = FORMS,
+    layout: str = FOLDER,
     int8: bool = False,
     rows: Any = None,
     labels: Sequence[Any] | None = None,
@@ -58,6 +62,8 @@ def export_onnx(
         folder: made if it is not there.
         forms: "one-file" writes model.onnx for one row at a time in any language, policy included; "layers" writes a file
             for each layer and exit, for `OnnxClassifier`.
+        layout: "folder", or "triton" for a model's folder in a repository that Triton reads: config.pbtxt and 1/model.onnx,
+            the one-file form for batches whose rows stop each for itself; `forms` is then without effect.
         int8: compute the layers in 8 bits. Their logits differ, so thresholds are chosen anew on `rows`; operating points
             are left out.
         rows, labels: held-back rows, as for `collect_trace`; with `int8` only.
@@ -75,6 +81,9 @@ def export_onnx(
         PolicyError: for a policy that cannot be traced.
         CheckpointError: if the folder cannot be written.
     """
+    if layout not in LAYOUTS:
+        raise UsageError(f"layout is {layout!r}; expected {' or '.join(LAYOUTS)}.", field="layout", value=layout)
+    forms = (ONE,) if layout == TRITON else forms
     model = unwrapped_without_adapters(model, "ONNX")
     _check(model, forms, int8, rows)
     warn_of_other_tokenizer(model, tokenizer)
@@ -99,13 +108,22 @@ def export_onnx(
     files = pieces if LAYERS in forms else {}
     if ONE in forms:
         files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy))
+    if layout == TRITON:
+        files = triton_files(files[ONE_FILE], config, Path(folder).resolve().name)
     with replaced_folder(folder, needs=sum(map(len, files.values()))) as new:
         for name, data in files.items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(data)
         for part in (tokenizer, image_processor):
             if part is not None:
                 part.save_pretrained(new)
-        settings = {"config": config.to_dict(), "dtype": dtype, "fingerprint": fingerprint, "forms": list(forms)}
+        settings = {
+            "config": config.to_dict(),
+            "dtype": dtype,
+            "fingerprint": fingerprint,
+            "forms": list(forms),
+            "layout": layout,
+        }
         write_manifest(new, {**settings, "calibration": None if changed is None else changed.to_dict()})
     return changed
 

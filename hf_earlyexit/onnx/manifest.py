@@ -23,7 +23,8 @@ AGAIN = "Export the model again, or copy the folder again."
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """Write the manifest of a folder that is otherwise complete."""
-    files = {path.name: _sum(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    files = {path.relative_to(folder).as_posix(): _sum(path) for path in paths}
     versions = {name: version(name) for name in PACKAGES}
     manifest = {"format": FORMAT, **values, "versions": versions, "files": files}
     (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": json_sum(manifest)}, indent=1, allow_nan=False) + "\n")
