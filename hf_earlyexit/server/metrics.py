@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -46,25 +45,25 @@ class Metrics:
     def __init__(self, engine: Engine, monitor: Monitor | None = None) -> None:
         self.engine, self.monitor = engine, monitor
         self.registry = CollectorRegistry()
-        name, kept = "hf_earlyexit_{}".format, {"registry": self.registry}
-        self.requests = Counter(name("requests"), "Requests.", ["path", "status"], **kept)
-        self.seconds = Histogram(name("request_seconds"), "From request to response.", ["path"], buckets=SECONDS, **kept)
-        self.exits = Counter(name("exits"), "Rows by the layer they left after.", ["layer"], **kept)
-        self.gauges: dict[str, Any] = {
-            what: Gauge(name(f"engine_{what}"), words, multiprocess_mode=mode, **kept)  # type: ignore[arg-type]
-            for what, words, mode in ENGINE
-        }
+        name, registry = "hf_earlyexit_{}".format, self.registry
+        self.requests = Counter(name("requests"), "Requests.", ["path", "status"], registry=registry)
+        self.seconds = Histogram(
+            name("request_seconds"), "From request to response.", ["path"], buckets=SECONDS, registry=registry
+        )
+        self.exits = Counter(name("exits"), "Rows by the layer they left after.", ["layer"], registry=registry)
+        gauges = [(f"engine_{what}", words, mode) for what, words, mode in ENGINE]
         if monitor is not None:
-            for what, words in MONITOR:
-                self.gauges[f"monitor_{what}"] = Gauge(
-                    name(f"monitor_{what}"), words, multiprocess_mode="mostrecent", **kept
-                )
+            gauges += [(f"monitor_{what}", words, "mostrecent") for what, words in MONITOR]
+        self.gauges = {
+            what: Gauge(name(what), words, multiprocess_mode=mode, registry=registry)  # type: ignore[arg-type]
+            for what, words, mode in gauges
+        }
 
     def refresh(self) -> None:
         """Take over the engine's counts, which another process may be asked for."""
         state = self.engine.state
         for what, *_ in ENGINE:
-            self.gauges[what].set(getattr(state, what))
+            self.gauges[f"engine_{what}"].set(getattr(state, what))
 
     def text(self) -> bytes:
         """All of it, of every process, as Prometheus reads it."""
@@ -72,10 +71,10 @@ class Metrics:
         if self.monitor is not None:
             state, (lower, upper) = self.monitor.state, self.monitor.bounds()
             counts = (state.num_rows, state.num_shadowed, state.num_different, len(state.alarms))
-            for (what, _), value in zip(MONITOR, (*counts, lower, upper, self.monitor.limit), strict=True):
+            for (what, _), value in zip(MONITOR, (*counts, lower, upper, self.monitor.limit or 0), strict=True):
                 self.gauges[f"monitor_{what}"].set(value)
         if FOLDER_OF_ALL not in os.environ:
             return generate_latest(self.registry)
         together = CollectorRegistry()
-        MultiProcessCollector(together)
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
         return generate_latest(together)

@@ -59,14 +59,16 @@ def serving(folder, *flags):
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    assert address.wait(SECONDS)
-    (found,) = re.findall(r"http://\S+", "".join(lines)) or [pytest.fail("".join(lines))]
-    yield found, process, lines
-    if process.poll() is None:
-        process.kill()
-    process.wait(SECONDS)
-    reader.join(SECONDS)
-    process.stderr.close()
+    try:
+        assert address.wait(SECONDS)
+        (found,) = re.findall(r"http://\S+", "".join(lines)) or [pytest.fail("".join(lines))]
+        yield found, process, lines
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(SECONDS)
+        reader.join(SECONDS)
+        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
