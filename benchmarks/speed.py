@@ -54,9 +54,9 @@ def all_exits(model, rows) -> ee.ExitTrace:
     return ee.ExitTrace(logits=logits, labels=torch.zeros(len(rows), dtype=torch.long), exit_layers=model.exit_layers)
 
 
-def spread_out(trace: ee.ExitTrace) -> ee.policies.ConfidencePolicy:
+def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
     """Thresholds that spread rows over the exits as a normal of mean 6 and deviation 2.5."""
-    policy = ee.policies.ConfidencePolicy.from_trace(trace)
+    policy = ee.ConfidencePolicy.from_trace(trace)
     scores = policy.scan(trace).scores.double()
     wanted = np.clip(np.random.default_rng(1).normal(6, 2.5, 100_000).round(), 1, 12)
     left, thresholds = torch.arange(trace.num_rows), []

@@ -61,7 +61,7 @@ def exit_tests(shape: dict, repeats: int) -> dict:
     found = {}
     for head in ("linear-cls", "pooler"):
         model = make(shape, head)
-        policy, walker = ee.policies.ConfidencePolicy(thresholds=[1.0] * 11), ModelWalker(model)
+        policy, walker = ee.ConfidencePolicy(thresholds=[1.0] * 11), ModelWalker(model)
         for batch in (1, 32):
             hidden, context = walker.begin(equal_rows(batch, 32))
             stock, padded = model.bert.encoder.layer[0], hidden.view(batch, 32, -1)
@@ -111,7 +111,7 @@ def python_per_layer_call(repeats: int) -> dict:
 def nobody_leaves(shape: dict, repeats: int) -> dict:
     """Every exit asked, nobody leaves: time and peak memory over the same engine without exits."""
     model, rows = make(shape), mixed_rows(64)
-    never = ee.policies.ConfidencePolicy(thresholds=[1.0] * 11)
+    never = ee.ConfidencePolicy(thresholds=[1.0] * 11)
     model.set_exit_policy(never)
     walker, found = ModelWalker(model), {}
     full, asked = Scheduler(walker, None, 512), Scheduler(walker, never, 512)

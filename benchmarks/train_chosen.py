@@ -53,7 +53,7 @@ def train(start: Path, out: Path, most_rows: int, control: bool, settings: dict)
         "chosen_learning_rate": 2e-5, "rounds": 2, "gate_epochs": max(3, round(24_000 / len(encoded["train"]))),
         "gate_learning_rate": 1e-3, "gate_batch_size": 64, **settings,
     }  # fmt: skip
-    args = ee.training.ConsistentTrainingArguments(
+    args = ee.ConsistentTrainingArguments(
         output_dir=str(out / "run"),
         exits_trained=True,
         id_column="row",
@@ -84,13 +84,13 @@ def train(start: Path, out: Path, most_rows: int, control: bool, settings: dict)
     (out / "train.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
-def train_by_reward(model: Any, args: ee.training.ConsistentTrainingArguments, encoded: dict, tokenizer: Any) -> list[dict]:
+def train_by_reward(model: Any, args: ee.ConsistentTrainingArguments, encoded: dict, tokenizer: Any) -> list[dict]:
     """All phases; what was logged at the end of each."""
-    trainer = ee.training.ConsistentTrainer(model, args, encoded["train"], encoded["held-back"], processing_class=tokenizer)
+    trainer = ee.ConsistentTrainer(model, args, encoded["train"], encoded["held-back"], processing_class=tokenizer)
     return [{key: entry[key] for key in LOGGED} for entry in trainer.train() if "exit_12_quality" in entry]
 
 
-def train_all_exits(model: Any, args: ee.training.ConsistentTrainingArguments, encoded: dict, tokenizer: Any) -> list[dict]:
+def train_all_exits(model: Any, args: ee.ConsistentTrainingArguments, encoded: dict, tokenizer: Any) -> list[dict]:
     """The phases of chosen exits with the loss of all exits instead; seeds as `ConsistentTrainer` numbers them."""
     args.num_train_epochs, args.learning_rate, seed = args.chosen_epochs, args.chosen_learning_rate, args.seed
     for turn in range(args.rounds):

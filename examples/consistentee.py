@@ -45,12 +45,12 @@ def main():
     train = encode(with_ids(splits["train"], "idx"), tokenizer, 64, keep=["idx"])  # each row's own id, from its content
     held_back, test = (encode(splits[name], tokenizer, 64) for name in ("validation", "test"))
 
-    settings = ee.training.ConsistentTrainingArguments(
+    settings = ee.ConsistentTrainingArguments(
         args.out, alpha=args.alpha, num_train_epochs=3 if args.model else 6, learning_rate=5e-5 if args.model else 4e-3,
         chosen_learning_rate=2e-5 if args.model else 1e-3, gate_learning_rate=1e-3, per_device_train_batch_size=64,
         save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=1000,
     )  # fmt: skip
-    trainer = ee.training.ConsistentTrainer(model, settings, train, held_back, processing_class=tokenizer)
+    trainer = ee.ConsistentTrainer(model, settings, train, held_back, processing_class=tokenizer)
     log = trainer.train(resume_from_checkpoint=True)  # begins, or goes on where a run in this folder was stopped
     print("\nphase         last exit  gates at one half   leaving after layer 1, 2, ...")
     for phase in trainer.phases:

@@ -21,6 +21,8 @@ _HOMES = {
     "EarlyExitCaptionProcessor": "doors",
     "EarlyExitTrainer": "training.trainer",
     "EarlyExitTrainingArguments": "training.arguments",
+    "ConsistentTrainer": "training.consistent",
+    "ConsistentTrainingArguments": "training.consistent_arguments",
     "ExitTrace": "trace",
     "collect_trace": "serving.collect",
     "calibrate": "calibration.choose",
@@ -30,6 +32,8 @@ _HOMES = {
     "LayerBudget": "calibration.targets",
     "MaxDrop": "calibration.targets",
     "SpeedUp": "calibration.targets",
+    "BeemPolicy": "policies.beem",
+    "ConfidencePolicy": "policies.confidence",
     "check_exit_policy": "walking.laws",
     "predict": "serving.predict",
     "stream": "serving.predict",
@@ -44,7 +48,7 @@ _HOMES = {
     "push_to_hub": "hub.push",
     "EarlyExitError": "errors",
 }
-"""What everyday use needs; the rest is in the rooms, such as `hf_earlyexit.policies.ConfidencePolicy`."""
+"""What everyday use needs; the rest is in the rooms, such as `hf_earlyexit.policies.PatiencePolicy`."""
 
 ROOMS = ("calibration", "captions", "errors", "evaluation", "generation", "hub", "losses", "policies", "reports", "signals",
          "training")  # fmt: skip

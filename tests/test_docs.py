@@ -32,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```([a-z]*)([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
-POLICY_NAMES = ("Exit", "Confidence", "Entropy", "Margin", "Patience", "Beem", "Gate", "Saturation", "Static")
+POLICY_NAMES = ("Exit", "Entropy", "Margin", "Patience", "Gate", "Saturation", "Static")
 OTHERS = ["policies.register_policy", "signals.ExitSignal", "signals.register_signal", "evaluation.EarlyExitMetric",
           "calibration.CalibrationResult", *(f"policies.{name}Policy" for name in POLICY_NAMES)]  # fmt: skip
 LAZY = ("captions", "generation", "hub", "reports", "training")

@@ -141,10 +141,11 @@ for part in {parts!r}:
 
 
 PUBLIC = {
-    "from_pretrained", "EarlyExitTrainer", "EarlyExitTrainingArguments", "EarlyExitError", "EarlyExitVisionEncoderDecoder",
-    "EarlyExitVisionEncoderDecoderConfig", "EarlyExitCaptionProcessor", "ExitTrace", "collect_trace", "calibrate", "replay",
-    "Certified", "FinalLayerError", "LayerBudget", "MaxDrop", "SpeedUp", "check_exit_policy", "predict", "stream", "explain",
-    "pipeline", "Engine", "Monitor", "quantize_int8", "export_onnx", "OnnxClassifier", "save", "push_to_hub",
+    "from_pretrained", "EarlyExitTrainer", "EarlyExitTrainingArguments", "ConsistentTrainer", "ConsistentTrainingArguments",
+    "EarlyExitError", "EarlyExitVisionEncoderDecoder", "EarlyExitVisionEncoderDecoderConfig", "EarlyExitCaptionProcessor",
+    "ExitTrace", "collect_trace", "calibrate", "replay", "Certified", "FinalLayerError", "LayerBudget", "MaxDrop", "SpeedUp",
+    "BeemPolicy", "ConfidencePolicy", "check_exit_policy", "predict", "stream", "explain", "pipeline", "Engine", "Monitor",
+    "quantize_int8", "export_onnx", "OnnxClassifier", "save", "push_to_hub",
 }  # fmt: skip
 DOOR = re.compile(r"EarlyExit\w+(Config|ForSequenceClassification|ForImageClassification|ForCausalLM|LMHeadModel)")
 

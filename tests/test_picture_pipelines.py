@@ -19,8 +19,8 @@ def with_policy(name):
     """A tiny model some of whose random pictures leave early."""
     model = new_model(name)
     trace = ee.collect_trace(model, pictures(), image_processor=PROCESSOR, labelled=False, progress=False)
-    scores = ee.policies.ConfidencePolicy(thresholds=[0.0] * (trace.num_exits - 1)).scan(trace).scores[:, :-1].sort(0).values
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=((scores[5] + scores[6]) / 2).tolist()))
+    scores = ee.ConfidencePolicy(thresholds=[0.0] * (trace.num_exits - 1)).scan(trace).scores[:, :-1].sort(0).values
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=((scores[5] + scores[6]) / 2).tolist()))
     return model
 
 

@@ -37,7 +37,7 @@ def photo(upright, tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     model = new_model("vit")
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[None, None]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[None, None]))
     ee.save(model, tmp_path / "model", image_processor=PROCESSOR, card=False)
     return tmp_path / "model"
 

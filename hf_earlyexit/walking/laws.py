@@ -291,7 +291,7 @@ def check_exit_policy(policy: ExitPolicy) -> list[str]:
 
     Examples:
         >>> import hf_earlyexit as ee
-        >>> len(ee.check_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.9, 0.8]))) > 10
+        >>> len(ee.check_exit_policy(ee.ConfidencePolicy(thresholds=[0.9, 0.8]))) > 10
         True
     """
     for law in LAWS:

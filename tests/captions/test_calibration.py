@@ -105,7 +105,7 @@ def test_a_trace_keeps_no_logits(captioner, images, mixed):
 
 def test_muted_exits_have_no_score(captioner, images, mixed):
     model = captioner()
-    policy = ee.policies.BeemPolicy(thresholds=(None, 1.0, 1.0), weights=(1.0,) * 4, muted=(0,))
+    policy = ee.BeemPolicy(thresholds=(None, 1.0, 1.0), weights=(1.0,) * 4, muted=(0,))
     scores = tracing.token_trace(model, full_captions(model, images(4)), policy).scores
     assert torch.isneginf(scores[:, 0]).all()
     assert torch.isfinite(scores[:, 1:]).all()
@@ -316,9 +316,9 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"policy": "gate"}, CalibrationError, "learn_gates=True"),
         ({"policy": "beem-calibrated"}, CalibrationError, "logits of many rows"),
         ({"policy": "beem-a", "learning_share": 0.01}, CalibrationError, "images on both sides"),
-        ({"policy": ee.policies.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
+        ({"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
         (
-            {"policy": ee.policies.ConfidencePolicy(thresholds=(0.5,) * 3), "options": {"muted": (0,)}},
+            {"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 3), "options": {"muted": (0,)}},
             UsageError,
             "options go with",
         ),

@@ -223,9 +223,9 @@ def test_a_rule_over_the_whole_batch_is_noticed(captioner, images, mixed, monkey
     model = captioner()
     model.set_exit_policy(mixed(model, "confidence"))
     alone = [generated(model, images(6)[row : row + 1]).exit_layers[0].tolist() for row in range(6)]
-    plain = ee.policies.ConfidencePolicy.leaves
+    plain = ee.ConfidencePolicy.leaves
     monkeypatch.setattr(
-        ee.policies.ConfidencePolicy, "leaves", lambda self, score, index: plain(self, score, index).all().expand(len(score))
+        ee.ConfidencePolicy, "leaves", lambda self, score, index: plain(self, score, index).all().expand(len(score))
     )
     together = generated(model, images(6)).exit_layers
     assert any(together[row, : len(layers)].tolist() != layers for row, layers in enumerate(alone))
@@ -332,7 +332,7 @@ def test_decaying_thresholds_let_later_tokens_go_sooner(captioner, images, mixed
     assert late.thresholds == pytest.approx([0.9 * t for t in policy.thresholds])
     counting = mixed(model, "patience")
     assert decayed(counting, 0.5, 3) == counting
-    unbounded = ee.policies.BeemPolicy(thresholds=[3.0], weights=[1.0, 1.0], vote="log-odds")
+    unbounded = ee.BeemPolicy(thresholds=[3.0], weights=[1.0, 1.0], vote="log-odds")
     assert decayed(unbounded, 0.0, 9).thresholds == pytest.approx([3.0])
     model.set_exit_policy(policy)
     served = generated(model, images(4), eos_token_id=None)

@@ -60,7 +60,7 @@ def policy(model, share):
     with torch.no_grad():
         output = model(torch.randn(20, 3, 16, 16, generator=generator), labels=ids, early_exit=False)
     sure = output.exit_logits.softmax(-1).amax(-1).flatten(0, 1)[:, : LAYERS - 1]
-    return ee.policies.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist())
+    return ee.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist())
 
 
 def save_all(folder, **fields):

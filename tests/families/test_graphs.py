@@ -21,7 +21,7 @@ def test_exported_files_let_rows_go_where_the_model_does(name, tmp_path):
     batch = batch_of(name, rows=10, seed=1)
     with torch.inference_mode():
         first = model(**batch, early_exit=False).exit_logits[:, 0].softmax(-1).amax(-1).sort().values
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[float((first[4] + first[5]) / 2)]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[float((first[4] + first[5]) / 2)]))
     ee.export_onnx(model, tmp_path)
     rows = rows_of(batch, segments=True)
     expected = ee.predict(model, rows)

@@ -10,7 +10,7 @@ from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.walking.loop import run_all, run_early
 
-OPEN = ee.policies.ConfidencePolicy(thresholds=[1.0] * 3)  # out of reach: every row runs in full
+OPEN = ee.ConfidencePolicy(thresholds=[1.0] * 3)  # out of reach: every row runs in full
 
 
 def padded_signals(model, batch):
@@ -98,7 +98,7 @@ def test_forward_packs_a_padded_batch_where_rows_may_leave(tiny_model, random_ba
     for layer in model.bert.encoder.layer:
         layer.output.dense.register_forward_hook(lambda module, given, output: seen.append(given[0].shape[:-1].numel()))
     for thresholds, tokens in (([1.0] * 3, int(batch["attention_mask"].sum())), ([None] * 3, 20 * 16)):
-        model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=thresholds))
+        model.set_exit_policy(ee.ConfidencePolicy(thresholds=thresholds))
         with torch.inference_mode():
             model(**batch)
         assert seen == [tokens] * 4
@@ -136,7 +136,7 @@ def eager(model):
 @pytest.mark.parametrize("change", [watched, wrapped, subclassed, eager])
 def test_layers_that_are_not_plain_go_the_stock_way(tiny_model, random_batch, change):
     model, batch = tiny_model(), random_batch(15, seed=3)
-    rows, policy = as_rows(batch), ee.policies.ConfidencePolicy(thresholds=[0.8] * 3)
+    rows, policy = as_rows(batch), ee.ConfidencePolicy(thresholds=[0.8] * 3)
     model.set_exit_policy(policy)
     packed = ee.predict(model, rows)
     change(model)

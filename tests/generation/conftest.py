@@ -70,7 +70,7 @@ def confidence(model, share):
     with torch.no_grad():
         logits = model(prompts(20, 12, seed=3)[0], early_exit=False).exit_logits
     sure = logits.float().softmax(-1).amax(-1).flatten(0, 1)[:, :-1]
-    return ee.policies.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist())
+    return ee.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist())
 
 
 def prompts(rows, width, seed=1, padding=()):

@@ -39,7 +39,7 @@ def settings(tmp_path):
             "learning_rate": 5e-3, "chosen_learning_rate": 5e-3, "gate_epochs": 6, "gate_learning_rate": 1e-2,
             "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
         }  # fmt: skip
-        return ee.training.ConsistentTrainingArguments(**{**usual, **fields})
+        return ee.ConsistentTrainingArguments(**{**usual, **fields})
 
     return make
 
@@ -149,12 +149,12 @@ def finished(writer, tmp_path_factory):
 
 
 def run(model, texts, folder, resume=False):
-    arguments = ee.training.ConsistentTrainingArguments(
+    arguments = ee.ConsistentTrainingArguments(
         str(folder), alpha=0.3, max_steps=8, per_device_train_batch_size=4, learning_rate=2e-2, chosen_epochs=0.5,
         chosen_learning_rate=1e-3, gate_epochs=10, gate_learning_rate=1e-2, objective="two-stage", save_strategy="no",
         use_cpu=True, report_to=[], disable_tqdm=True,
     )  # fmt: skip
-    trainer = ee.training.ConsistentTrainer(model, arguments, texts, texts.remove_columns("idx"))
+    trainer = ee.ConsistentTrainer(model, arguments, texts, texts.remove_columns("idx"))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -217,6 +217,6 @@ def test_what_cannot_be_learned_is_refused(writer, settings):
         (Dataset.from_list([TEXTS[0], TEXTS[0]]), "comes twice"),
     ):
         with pytest.raises(DataError, match=words):
-            ee.training.ConsistentTrainer(model, settings(), texts)
+            ee.ConsistentTrainer(model, settings(), texts)
     with pytest.raises(TrainingError, match="no gates"):
-        ee.training.ConsistentTrainer(writer("llama"), settings(), rows)
+        ee.ConsistentTrainer(writer("llama"), settings(), rows)

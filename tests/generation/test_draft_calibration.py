@@ -18,7 +18,7 @@ def test_a_replay_by_hand():
     scores = torch.tensor([[0.9, 0.0], [0.1, 0.8], [0.2, 0.3], [0.0, 0.0]])
     right = torch.tensor([[True, True], [True, False], [False, False], [False, False]])
     trace = DraftTrace(scores, right, (3, 1))
-    policy = ee.policies.ConfidencePolicy(thresholds=(0.5, 0.5))
+    policy = ee.ConfidencePolicy(thresholds=(0.5, 0.5))
     found = replay_drafts(trace, policy, 4, (1, 3, 4), UNIT)
     # Token 0 runs layer 1 and waits. Token 1 runs layer 1; both run layers 2 and 3 and wait: 1 + 2 * 1.25.
     # Token 2, the last, asks nobody: layers 1 to 3 alone, layer 4 with all three: 3 + 1.5; words 2 + 2 * 0.5.

@@ -43,7 +43,7 @@ def drafter(writer):
                         weight *= 0.15
         logits = model(prompts(20, 12, seed=3)[0], early_exit=False).exit_logits
         sure = logits.softmax(-1).amax(-1).flatten(0, 1)[:, :-1]
-        model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist()))
+        model.set_exit_policy(ee.ConfidencePolicy(thresholds=sure.quantile(1 - share, dim=0).tolist()))
         return model
 
     return make

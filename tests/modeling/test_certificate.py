@@ -25,7 +25,7 @@ def results():
 @pytest.fixture
 def model(results):
     model = make_model()
-    model.set_operating_points({"fast": results[0], "bare": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)})
+    model.set_operating_points({"fast": results[0], "bare": ee.ConfidencePolicy(thresholds=[0.5] * 3)})
     model.set_exit_policy(results[1])
     return model
 
@@ -114,7 +114,7 @@ def test_ignoring_a_certificate_that_fits_changes_nothing(saved, model):
 
 
 def test_thresholds_edited_by_hand_are_used_without_certificate_and_loudly(saved, caplog):
-    policy = ee.policies.ConfidencePolicy(thresholds=[0.1] * 3).to_dict()
+    policy = ee.ConfidencePolicy(thresholds=[0.1] * 3).to_dict()
     edit_config(saved, exit_policy=policy)
     loaded = AutoModel.from_pretrained(saved)
     assert loaded.config.exit_policy == policy

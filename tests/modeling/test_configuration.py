@@ -76,7 +76,7 @@ def test_a_policy_with_the_wrong_number_of_thresholds_is_refused(tiny_config):
 
 
 def test_a_policy_for_other_exits_is_refused(tiny_config):
-    policy = ee.policies.ConfidencePolicy(thresholds=[0.9], exit_layers=[3, 4])
+    policy = ee.ConfidencePolicy(thresholds=[0.9], exit_layers=[3, 4])
     with pytest.raises(EarlyExitConfigError, match=r"\[3, 4\].*a policy for the exit layers \[2, 4\]"):
         tiny_config(exit_layers=[2, 4], exit_policy=policy.to_dict())
 
@@ -146,7 +146,7 @@ def test_a_decoder_is_refused(tiny_config):
 
 
 def test_the_config_file_is_plain_json_and_comes_back_exactly(tiny_config, tmp_path):
-    policy = ee.policies.BeemPolicy(thresholds=[None, 0.1 + 0.2, None], weights=[1 / 3, 1, 1, 1], exit_layers=[1, 2, 3, 4])
+    policy = ee.BeemPolicy(thresholds=[None, 0.1 + 0.2, None], weights=[1 / 3, 1, 1, 1], exit_layers=[1, 2, 3, 4])
     config = tiny_config(exit_policy=policy.to_dict(), exit_cost=[0.1, 1, 2, 3])
     config.save_pretrained(tmp_path)
 

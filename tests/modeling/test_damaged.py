@@ -28,7 +28,7 @@ STOCK = (
 @pytest.fixture
 def folder(tmp_path):
     model = make_model()
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.5, 0.6, 0.7]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5, 0.6, 0.7]))
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     return tmp_path

@@ -132,7 +132,7 @@ def test_settings_that_change_no_answer_do_not():
         "_name_or_path": "elsewhere",
         "architectures": ["X"],
         "id2label": {0: "bad", 1: "good", 2: "so so"},
-        "exit_policy": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3).to_dict(),
+        "exit_policy": ee.ConfidencePolicy(thresholds=[0.5] * 3).to_dict(),
         "exit_cost": [1.0, 2.0, 3.0, 4.5],
         "exit_tokenizer": "abc",
     }.items():
@@ -230,7 +230,7 @@ def test_a_certificate_without_its_policy_is_refused(saved, load):
     assert load(saved, exit_policy=None).config.exit_certificate is None
 
 
-@pytest.mark.parametrize("points", [None, {}, {"slow": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3).to_dict()}])
+@pytest.mark.parametrize("points", [None, {}, {"slow": ee.ConfidencePolicy(thresholds=[0.5] * 3).to_dict()}])
 def test_so_is_that_of_an_operating_point_that_is_gone(saved, points):
     edit_config(saved, exit_operating_points=points)
     with pytest.raises(EarlyExitConfigError, match="expected the policy that it vouches for") as caught:

@@ -13,7 +13,7 @@ from hf_earlyexit.errors import DataError, UsageError
 from hf_earlyexit.modeling.outputs import EarlyExitClassifierOutput
 
 MULTI = "multi_label_classification"
-CLOSED = ee.policies.ConfidencePolicy(thresholds=[None, None, None])
+CLOSED = ee.ConfidencePolicy(thresholds=[None, None, None])
 
 
 @pytest.fixture
@@ -454,9 +454,7 @@ def test_patience_serves_every_problem_type(tiny_model, open_policy, random_batc
 
 def test_confidence_on_regression_is_refused_with_what_fits(tiny_model):
     with pytest.raises(ee.EarlyExitError, match="cannot serve regression; these can: gate, patience"):
-        tiny_model(num_labels=1).set_exit_policy(
-            ee.policies.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression")
-        )
+        tiny_model(num_labels=1).set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3, problem_type="regression"))
 
 
 @pytest.mark.parametrize("early", [None, False])

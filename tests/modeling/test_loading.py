@@ -57,7 +57,7 @@ def stock_folder(stock_config, tmp_path_factory):
 def saved(tiny_model, tmp_path):
     """A saved model with four exits and a policy."""
     model = tiny_model()
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.1 + 0.2, None, 1 / 3]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.1 + 0.2, None, 1 / 3]))
     model.save_pretrained(tmp_path)
     return tmp_path
 
@@ -161,7 +161,7 @@ def test_auto_classes_load_our_folder(saved, random_batch):
 @pytest.mark.parametrize("layers", [[1, 2, 3, 4], [2, 4], [4]])
 def test_saving_and_loading_is_exact_for_every_head_and_choice_of_exits(tiny_model, random_batch, tmp_path, head, layers):
     model = tiny_model(exit_head=head, exit_layers=layers)
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.6] * (len(layers) - 1), exit_layers=layers))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.6] * (len(layers) - 1), exit_layers=layers))
     model.save_pretrained(tmp_path)
     loaded = Door.from_pretrained(tmp_path)
     before, after = model.state_dict(), loaded.state_dict()

@@ -115,10 +115,10 @@ def test_points_can_be_replaced_and_taken_off(results):
 @pytest.mark.parametrize(
     ("points", "error", "message"),
     [
-        ({"exact": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "the full model"),
-        ({"default": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "serves without a name"),
-        ({"": ee.policies.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "not empty"),
-        ({"a": ee.policies.ConfidencePolicy(thresholds=[0.5] * 2)}, EarlyExitConfigError, "3 thresholds"),
+        ({"exact": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "the full model"),
+        ({"default": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "serves without a name"),
+        ({"": ee.ConfidencePolicy(thresholds=[0.5] * 3)}, EarlyExitConfigError, "not empty"),
+        ({"a": ee.ConfidencePolicy(thresholds=[0.5] * 2)}, EarlyExitConfigError, "3 thresholds"),
         ({"a": {"name": "confidence"}}, UsageError, "expected an ExitPolicy"),
     ],
 )

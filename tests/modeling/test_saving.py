@@ -140,7 +140,7 @@ def test_a_save_in_place_keeps_the_other_files(tiny_model, tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.5, 0.5, 0.5]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5, 0.5, 0.5]))
     model.save_pretrained(tmp_path / "model")
     assert Door.from_pretrained(tmp_path / "model").exit_policy == model.exit_policy
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"

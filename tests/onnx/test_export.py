@@ -41,7 +41,7 @@ TARGET = ee.LayerBudget(2.5)
 def served(model, labelled):
     trace = ee.collect_trace(model, labelled[0], labels=labelled[1], progress=False)
     model.set_exit_policy(ee.calibrate(trace, "confidence", TARGET, keep_weak_exits=True))
-    model.set_operating_points({"slow": ee.policies.ConfidencePolicy(thresholds=(None, None, 0.5))})
+    model.set_operating_points({"slow": ee.ConfidencePolicy(thresholds=(None, None, 0.5))})
     return model
 
 

@@ -22,7 +22,7 @@ def model():
     with torch.inference_mode():
         pixels = PROCESSOR(images=PICTURES, return_tensors="pt")["pixel_values"]
         sure = model(pixel_values=pixels, early_exit=False).exit_logits[:, 0].softmax(-1).amax(-1).sort().values
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[float(sure[5:7].mean())]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[float(sure[5:7].mean())]))
     return model
 
 

@@ -17,7 +17,7 @@ TRACE = ee.ExitTrace(
     labels=torch.tensor([0, 1, 0, 1]),
     exit_layers=(2, 4),
 )
-POLICY = ee.policies.ConfidencePolicy(thresholds=[0.8])
+POLICY = ee.ConfidencePolicy(thresholds=[0.8])
 
 
 def test_found_by_hand():

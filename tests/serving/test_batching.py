@@ -45,7 +45,7 @@ def test_a_data_set_without_texts_is_refused_with_its_columns(tokenizer):
         encode_rows(Dataset.from_dict({"body": ["w5"], "label": [0]}), tokenizer)
 
 
-@pytest.mark.parametrize("rows", [[{"text": "w5", "label": 0}], [("w5", "w6", "w7")], [5, 6], [None]])
+@pytest.mark.parametrize("rows", [[{"words": "w5", "label": 0}], [("w5", "w6", "w7")], [5, 6], [None]])
 def test_rows_that_are_neither_texts_nor_pairs_are_refused(tokenizer, rows):
     with pytest.raises((DataError, UsageError), match="text"):
         encode_rows(rows, tokenizer)

@@ -39,7 +39,7 @@ def test_a_trace_is_the_full_pass_in_the_original_order(model, tokenizer, rows, 
 def test_a_policy_on_the_model_is_not_asked(tiny_model, tokenizer, rows, labels):
     model = tiny_model()
     before = ee.collect_trace(model, rows, tokenizer=tokenizer, labels=labels, progress=False)
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.0, 0.0, 0.0]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.0, 0.0, 0.0]))
     after = ee.collect_trace(model, rows, tokenizer=tokenizer, labels=labels, progress=False)
     assert torch.equal(before.logits, after.logits)
 
@@ -130,7 +130,7 @@ def test_the_fingerprint_changes_with_the_weights_and_not_with_the_policy(tiny_m
     model = tiny_model()
     start = model_fingerprint(model)
     assert len(start) == 16
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.5] * 3))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5] * 3))
     assert model_fingerprint(model) == start
     model.save_pretrained(tmp_path)
     assert model_fingerprint(type(model).from_pretrained(tmp_path)) == start

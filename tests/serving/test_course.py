@@ -13,7 +13,7 @@ from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
 
-CLOSED = ee.policies.ConfidencePolicy(thresholds=[None] * 3)
+CLOSED = ee.ConfidencePolicy(thresholds=[None] * 3)
 
 
 @pytest.fixture(scope="module")

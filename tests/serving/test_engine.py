@@ -21,11 +21,11 @@ SERVABLE = sorted(
 )
 SINGLE = [name for name, problem in SERVABLE if problem == SINGLE_LABEL]
 FIELDS = {SINGLE_LABEL: {}, MULTI_LABEL: {"problem_type": MULTI_LABEL}, REGRESSION: {"num_labels": 1}}
-CLOSED = ee.policies.ConfidencePolicy(thresholds=[None] * 3)
+CLOSED = ee.ConfidencePolicy(thresholds=[None] * 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchWidePolicy(ee.policies.ConfidencePolicy):
+class BatchWidePolicy(ee.ConfidencePolicy):
     """The mutant: rows leave when the whole batch agrees, as in the papers' released codes."""
 
     def leaves(self, score, exit_index):
@@ -136,7 +136,7 @@ def test_answers_come_from_the_policy_and_not_from_the_exit(made, random_batch):
     model, policy = made("confidence")
 
     @dataclass(frozen=True, kw_only=True)
-    class Doubled(ee.policies.ConfidencePolicy):
+    class Doubled(ee.ConfidencePolicy):
         def update(self, state, signal, exit_index):
             state, score, answer = super().update(state, signal, exit_index)
             return state, score, answer * 2
@@ -166,7 +166,7 @@ def count_rows(model):
 @pytest.mark.parametrize("layers", [[1, 2, 3, 4], [2, 4], [3, 4], [4]])
 def test_every_layer_runs_exactly_the_rows_that_have_not_left(made, tiny_model, open_policy, random_batch, name, layers):
     model = tiny_model(exit_layers=layers)
-    policy = ee.policies.ConfidencePolicy(thresholds=()) if len(layers) == 1 else None
+    policy = ee.ConfidencePolicy(thresholds=()) if len(layers) == 1 else None
     if policy is None:
         policy = ee.policies.StaticPolicy.at(0, len(layers)) if name == "static" else open_policy(model, name)
     model.set_exit_policy(policy)
@@ -182,7 +182,7 @@ def test_heads_run_only_where_the_policy_wants_them(made, random_batch):
     asked = []
     for layer, head in model.exit_heads.items():
         head.register_forward_hook(lambda *_, layer=layer: asked.append(int(layer)))
-    walk(model, random_batch(8), ee.policies.ConfidencePolicy(thresholds=[None, 0.5, None]))
+    walk(model, random_batch(8), ee.ConfidencePolicy(thresholds=[None, 0.5, None]))
     assert asked == [2]
     asked.clear()
     walk(model, random_batch(8), ee.policies.PatiencePolicy(thresholds=[None, None, 3], muted=[0]))
@@ -198,7 +198,7 @@ def test_columns_that_are_padding_for_all_who_stay_are_not_run(made, random_batc
     batch["attention_mask"] = torch.tensor([[1] * 20, [1] * 5 + [0] * 15])
     first, second = CLOSED.scan(signals(model, batch, CLOSED)).scores[:, 0].tolist()
     widths.clear()
-    early = walk(model, batch, ee.policies.ConfidencePolicy(thresholds=[(first + second) / 2, None, None]))
+    early = walk(model, batch, ee.ConfidencePolicy(thresholds=[(first + second) / 2, None, None]))
     expected = [20, 5, 5, 5] if first > second else [20, 20, 20, 20]
     assert early.exit_index.tolist() == ([0, 3] if first > second else [3, 0])
     assert widths == expected
@@ -273,7 +273,7 @@ def test_dropping_rows_and_trimming_columns_change_no_hidden_state(made, random_
 
 def test_all_rows_leave_at_the_first_layer(made, random_batch):
     model, _ = made("confidence")
-    batch, policy = random_batch(16), ee.policies.ConfidencePolicy(thresholds=[0.0, 0.5, 0.5])
+    batch, policy = random_batch(16), ee.ConfidencePolicy(thresholds=[0.0, 0.5, 0.5])
     counts, _ = count_rows(model)
     early = walk(model, batch, policy)
     assert early.exit_index.tolist() == [0] * 16
@@ -295,7 +295,7 @@ def test_a_single_row_stays_and_every_answer_is_in_its_place(made, random_batch)
     trace = signals(model, batch, CLOSED)
     scores = CLOSED.scan(trace).scores[:, 0]
     least, second = scores.sort().values[:2].tolist()
-    early = walk(model, batch, ee.policies.ConfidencePolicy(thresholds=[(least + second) / 2, None, None]))
+    early = walk(model, batch, ee.ConfidencePolicy(thresholds=[(least + second) / 2, None, None]))
     stays = int(scores.argmin())
     expected = torch.zeros(16, dtype=torch.long)
     expected[stays] = 3
@@ -307,7 +307,7 @@ def test_a_single_row_stays_and_every_answer_is_in_its_place(made, random_batch)
 def test_a_score_at_the_threshold_leaves(made, random_batch):
     model, _ = made("confidence")
     batch = random_batch(1)
-    score = walk(model, batch, ee.policies.ConfidencePolicy(thresholds=[0.0, None, None])).score.item()
+    score = walk(model, batch, ee.ConfidencePolicy(thresholds=[0.0, None, None])).score.item()
     above = torch.nextafter(torch.tensor(score), torch.tensor(2.0)).item()
     assert walk(model, batch, CLOSED.with_thresholds((score, None, None))).exit_index.item() == 0
     assert walk(model, batch, CLOSED.with_thresholds((above, None, None))).exit_index.item() == 3

@@ -25,7 +25,7 @@ def test_the_story_agrees_with_the_model(tiny_model, open_policy, tokenizer, ran
 
 def test_muted_and_closed_exits_are_named(tiny_model, tokenizer):
     model = tiny_model()
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[None, None, 0.0], muted=[0]))
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[None, None, 0.0], muted=[0]))
     verdicts = [view.verdict for view in ee.explain(model, "w5 w6", tokenizer=tokenizer).exits]
     assert verdicts == ["muted", "closed", "leaves: score reaches the threshold", "not reached"]
 

@@ -160,7 +160,7 @@ def test_a_full_pass_of_a_copy_is_served_to_the_bit(model, random_batch):
     small, batch = ee.quantize_int8(model), random_batch(40)
     with torch.inference_mode():
         full = small(**batch, early_exit=False)
-        small.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[1.0] * 3))
+        small.set_exit_policy(ee.ConfidencePolicy(thresholds=[1.0] * 3))
         served = small(**batch)
         again = copy.deepcopy(small)(**batch)
         shown = small(**batch, early_exit=False, output_hidden_states=True)

@@ -93,8 +93,8 @@ def test_labels_of_an_image_column_are_found():
 def test_calibrated_is_served_whatever_the_company(name):
     model, rows = new_model(name), pictures(60)
     trace = ee.collect_trace(model, rows, image_processor=PROCESSOR, labelled=False, progress=False)
-    scores = ee.policies.ConfidencePolicy(thresholds=[0.0] * (trace.num_exits - 1)).scan(trace).scores
-    policy = ee.policies.ConfidencePolicy(thresholds=scores[:, :-1].quantile(0.5, 0).tolist())
+    scores = ee.ConfidencePolicy(thresholds=[0.0] * (trace.num_exits - 1)).scan(trace).scores
+    policy = ee.ConfidencePolicy(thresholds=scores[:, :-1].quantile(0.5, 0).tolist())
     model.set_exit_policy(policy)
     expected = [model.exit_layers[index] for index in policy.decide(policy.scan(trace).scores)]
     assert len(set(expected)) > 1

@@ -141,7 +141,7 @@ def test_chunks_stay_full_and_hold_little_padding(model, rows, lanes):
 def test_no_chunk_is_larger_than_asked_not_even_of_those_who_waited(tiny_model, rows, lanes, seed):
     dice = torch.Generator().manual_seed(seed)
 
-    class Dice(ee.policies.ConfidencePolicy):
+    class Dice(ee.ConfidencePolicy):
         def leaves(self, score, exit_index):
             share = 1.0 if exit_index == len(self.thresholds) else 0.12  # few leave at any exit, whatever they say
             return torch.bernoulli(torch.full(score.shape, share), generator=dice).bool()
@@ -229,16 +229,14 @@ def test_lanes_out_of_range_are_refused(model, wrong):
 def test_all_leave_at_the_first_layer_and_none_leaves(tiny_model, rows, lanes):
     model = tiny_model()
     first = Scheduler(ModelWalker(model), ee.policies.StaticPolicy.at(0, 4), 128, lanes=lanes).run(rows[:50])
-    none = Scheduler(ModelWalker(model), ee.policies.ConfidencePolicy(thresholds=[None] * 3), 128, lanes=lanes).run(
-        rows[:50]
-    )
+    none = Scheduler(ModelWalker(model), ee.ConfidencePolicy(thresholds=[None] * 3), 128, lanes=lanes).run(rows[:50])
     assert (set(first.exit_index.tolist()), set(first.reason)) == ({0}, {"policy"})
     assert (set(none.exit_index.tolist()), set(none.reason)) == ({3}, {"last layer"})
 
 
 def test_exits_nobody_can_leave_at_are_not_computed(model, rows, lanes):
     walker = CountingWalker(model)
-    Scheduler(walker, ee.policies.ConfidencePolicy(thresholds=[None, None, 0.9]), 128, lanes=lanes).run(rows[:50])
+    Scheduler(walker, ee.ConfidencePolicy(thresholds=[None, None, 0.9]), 128, lanes=lanes).run(rows[:50])
     assert walker.asked == {2, 3}
     walker = CountingWalker(model)
     Scheduler(walker, None, 128, lanes=lanes).run(rows[:50])
@@ -268,7 +266,7 @@ def test_a_layer_budget_before_the_first_exit_is_refused(tiny_model):
 
 
 def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows, monkeypatch, lanes):
-    closed, full = ee.policies.ConfidencePolicy(thresholds=[None] * 3), CountingWalker(model)
+    closed, full = ee.ConfidencePolicy(thresholds=[None] * 3), CountingWalker(model)
     free = Scheduler(full, closed, 512, lanes=lanes).run(rows)
     walker, half = CountingWalker(model), len(full.calls) // 2
     clock_of(walker, monkeypatch)
@@ -286,9 +284,7 @@ def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows, mo
 def test_answers_at_a_deadline_are_those_of_the_exit(model, rows, monkeypatch, lanes):
     walker = CountingWalker(model)
     clock_of(walker, monkeypatch)
-    got = Scheduler(walker, ee.policies.ConfidencePolicy(thresholds=[None] * 3), 100_000, ends_at=2, lanes=lanes).run(
-        rows[:30]
-    )
+    got = Scheduler(walker, ee.ConfidencePolicy(thresholds=[None] * 3), 100_000, ends_at=2, lanes=lanes).run(rows[:30])
     assert set(got.exit_index.tolist()) == {1}
     assert set(got.reason) == {"deadline"}
     with torch.inference_mode():
@@ -364,7 +360,7 @@ def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(tiny_model,
     with torch.inference_mode():
         each = torch.cat([model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows])
     sure = each.softmax(-1).amax(-1)
-    policy = ee.policies.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
+    policy = ee.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
     clock_of(walker, monkeypatch)
     got = Scheduler(walker, policy, 256, ends_at=100, lanes=lanes).run(rows)
     answered = (got.exit_index >= 0).nonzero().flatten()
@@ -377,10 +373,10 @@ def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(tiny_model,
 
 
 def test_reasons_tell_who_left_by_the_policy_at_the_last_exit_within_a_budget(model, rows, lanes):
-    first = ee.policies.ConfidencePolicy(thresholds=[0.0, None, None])
+    first = ee.ConfidencePolicy(thresholds=[0.0, None, None])
     got = Scheduler(ModelWalker(model), first, 128, layer_budget=1, lanes=lanes).run(rows[:20])
     assert set(got.reason) == {"policy"}
-    got = Scheduler(ModelWalker(model), ee.policies.ConfidencePolicy(thresholds=[1.0, None, None]), 128, layer_budget=1).run(
+    got = Scheduler(ModelWalker(model), ee.ConfidencePolicy(thresholds=[1.0, None, None]), 128, layer_budget=1).run(
         rows[:20]
     )
     assert set(got.reason) == {"layer budget"}

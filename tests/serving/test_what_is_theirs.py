@@ -47,7 +47,7 @@ def test_the_full_pass_keeps_its_padding(model, random_batch):
     batch, shapes = random_batch(6), []
     last = model.bert.encoder.layer[1].output
     hook = last.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
-    closed = ee.policies.ConfidencePolicy(thresholds=(None,) * 3).to_dict()
+    closed = ee.ConfidencePolicy(thresholds=(None,) * 3).to_dict()
     opened = model.config.exit_policy
     try:
         with torch.inference_mode():
@@ -78,8 +78,8 @@ def test_a_closed_exit_is_heard_by_rules_with_memory(tiny_model, tokenizer, rand
 
 def test_a_budget_ends_at_an_exit_in_use_and_counts_layers(tiny_model, tokenizer, random_texts):
     model, rows = tiny_model(exit_layers=[2, 3, 4]), encode_rows(random_texts(10), tokenizer)
-    muted = ee.policies.ConfidencePolicy(thresholds=(1.0, None), muted=(1,))
+    muted = ee.ConfidencePolicy(thresholds=(1.0, None), muted=(1,))
     got = Scheduler(ModelWalker(model), muted, 96, layer_budget=3).run(rows)
     assert set(got.exit_index.tolist()) == {0}  # after layer 2; the exit after layer 3 is muted
-    got = Scheduler(ModelWalker(model), ee.policies.ConfidencePolicy(thresholds=(1.0, 1.0)), 96, layer_budget=2).run(rows)
+    got = Scheduler(ModelWalker(model), ee.ConfidencePolicy(thresholds=(1.0, 1.0)), 96, layer_budget=2).run(rows)
     assert set(got.exit_index.tolist()) == {0}

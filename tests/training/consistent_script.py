@@ -48,13 +48,13 @@ def make_args(folder, **fields):
         "report_to": [],
         "disable_tqdm": True,
     }
-    return ee.training.ConsistentTrainingArguments(**{**usual, **fields})
+    return ee.ConsistentTrainingArguments(**{**usual, **fields})
 
 
 def run(folder, **fields):
     """Train to the end, from wherever a run in this folder stopped; weights into the folder, the log beside it."""
     args = make_args(folder, **fields)
-    trainer = ee.training.ConsistentTrainer(make_model(), args, make_rows(48), make_rows(40, seed=1), **COLLATOR)
+    trainer = ee.ConsistentTrainer(make_model(), args, make_rows(48), make_rows(40, seed=1), **COLLATOR)
     log = trainer.train(resume_from_checkpoint=True)
     (Path(folder).parent / "log.json").write_text(json.dumps(log))
     if "RANK" in os.environ:

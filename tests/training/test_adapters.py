@@ -33,9 +33,7 @@ def test_adapters_and_exits_learn_and_merge(trainer, arguments, tiny_model, rows
 
     wrapped.eval()
     sure = ee.collect_trace(wrapped, data, progress=False).logits[:, 0].softmax(-1).amax(-1).sort().values
-    base.set_exit_policy(
-        ee.policies.ConfidencePolicy(thresholds=[float(sure[9:11].mean())] * 3)
-    )  # half leave at the first exit
+    base.set_exit_policy(ee.ConfidencePolicy(thresholds=[float(sure[9:11].mean())] * 3))  # half leave at the first exit
     inputs = data.remove_columns("labels")
     adapted = ee.predict(wrapped, inputs)
     merged = wrapped.merge_and_unload().eval()

@@ -193,7 +193,7 @@ def test_a_collator_of_the_users_own_gets_the_rows_as_they_are(images, arguments
 
 def test_gates_learn_from_pictures(images, tmp_path):
     rows = table(images).add_column("id", list(range(COUNT)))
-    args = ee.training.ConsistentTrainingArguments(
+    args = ee.ConsistentTrainingArguments(
         output_dir=str(tmp_path),
         id_column="id",
         num_train_epochs=1,
@@ -204,12 +204,10 @@ def test_gates_learn_from_pictures(images, tmp_path):
     )
     model = new_model("vit", exit_gate="mlp")
     before = {name: value.clone() for name, value in model.exit_gates.state_dict().items()}
-    ee.training.ConsistentTrainer(model, args, rows, eval_dataset=rows, processing_class=PROCESSOR).train()
+    ee.ConsistentTrainer(model, args, rows, eval_dataset=rows, processing_class=PROCESSOR).train()
     assert all(
         not torch.equal(value, before[name]) for name, value in model.exit_gates.state_dict().items() if "weight" in name
     )
     again = new_model("vit", seed=1, exit_gate="mlp")
-    ee.training.ConsistentTrainer(again, args, rows, eval_dataset=rows, processing_class=PROCESSOR).train(
-        resume_from_checkpoint=True
-    )
+    ee.ConsistentTrainer(again, args, rows, eval_dataset=rows, processing_class=PROCESSOR).train(resume_from_checkpoint=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

@@ -148,7 +148,7 @@ def test_preprocess_logits_for_metrics_gets_and_gives_plain_logits(trainer):
 
 def test_predict_returns_plain_logits_also_without_labels(trainer, tiny_model, tokenizer, rows):
     model = tiny_model()
-    model.set_exit_policy(ee.policies.ConfidencePolicy(thresholds=[0.0, 0.0, 0.0]))  # is not asked
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.0, 0.0, 0.0]))  # is not asked
     run = trainer(model)
     expected = full_pass(model, rows(20, seed=1), tokenizer).logits.numpy()
     labelled, unlabelled = run.predict(rows(20, seed=1)), run.predict(rows(20, seed=1, labels=None))
