@@ -42,6 +42,8 @@ _HOMES = {
     "Engine": "serving.online",
     "Monitor": "serving.monitor",
     "quantize_int8": "serving.int8",
+    "convert": "forms.convert",
+    "keep_thresholds": "forms.convert",
     "export_onnx": "onnx.export",
     "OnnxClassifier": "onnx.classifier",
     "save": "hub.save",

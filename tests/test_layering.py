@@ -41,7 +41,8 @@ ALLOWED = {
     "walking": BASE | {"signals", "policies", "families"},
     "modeling": WALK,
     "serving": WALK | {"images", "modeling"},
-    "measuring": SERVE | {"onnx"},
+    "measuring": SERVE | {"onnx", "forms"},
+    "forms": SERVE | {"onnx"},
     "generation": WALK | {"modeling"},
     "training": SERVE | {"data", "generation"},
     "plots": PURE,
@@ -52,10 +53,10 @@ ALLOWED = {
     "evaluation": BASE | {"serving"},
     "doors": SERVE | {"generation", "captions"},
     "hub": SERVE | {"training", "plots", "measuring", "captions", "doors"},
-    "pipelines": SERVE | {"generation", "captions", "images", "doors"},
+    "pipelines": SERVE | {"generation", "captions", "images", "doors", "forms"},
     "cli": SERVE
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
-    | {"server", "__init__"},
+    | {"server", "forms", "__init__"},
 }
 OUTSIDE = {"torch", "numpy", "scipy", "safetensors"}  # all that the pure parts may need, beside the standard library
 
@@ -145,7 +146,7 @@ PUBLIC = {
     "EarlyExitError", "EarlyExitVisionEncoderDecoder", "EarlyExitVisionEncoderDecoderConfig", "EarlyExitCaptionProcessor",
     "ExitTrace", "collect_trace", "calibrate", "replay", "Certified", "FinalLayerError", "LayerBudget", "MaxDrop", "SpeedUp",
     "BeemPolicy", "ConfidencePolicy", "check_exit_policy", "predict", "stream", "explain", "pipeline", "Engine", "Monitor",
-    "quantize_int8", "export_onnx", "OnnxClassifier", "save", "push_to_hub",
+    "quantize_int8", "convert", "keep_thresholds", "export_onnx", "OnnxClassifier", "save", "push_to_hub",
 }  # fmt: skip
 DOOR = re.compile(r"EarlyExit\w+(Config|ForSequenceClassification|ForImageClassification|ForCausalLM|LMHeadModel)")
 

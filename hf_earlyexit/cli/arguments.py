@@ -15,6 +15,20 @@ class DeviceArguments:
 
 
 @dataclass(kw_only=True)
+class FormArguments:
+    """In which form the model answers."""
+
+    form: str | None = field(
+        default=None,
+        metadata={
+            "help": "fp32, bf16, int8, onnx, onnx-int8, or auto for the fastest here that has thresholds (calibrate --form "
+            "keeps some); by default the model as it is saved"
+        },
+    )
+    performance_hint: str = field(default="throughput", metadata={"help": "what auto measures: throughput or latency"})
+
+
+@dataclass(kw_only=True)
 class FileArguments:
     """How rows are found in files."""
 

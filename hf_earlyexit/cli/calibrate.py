@@ -2,6 +2,7 @@
 
     hf-earlyexit calibrate --model bert-with-exits --policy confidence --target max-drop:0.01
     hf-earlyexit calibrate --model bert-with-exits --target speed-up:2 --operating_point fast
+    hf-earlyexit calibrate --model bert-with-exits --dataset data --form int8
 
 Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json. A policy with a
 name is used where that is asked for; it becomes the default only if there is none.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from .answer import Answer
@@ -46,6 +48,10 @@ class CalibrateArguments(RowArguments, DeviceArguments):
     operating_point: str | None = field(
         default=None, metadata={"help": "keep the policy under this name; the default stays"}
     )
+    form: str | None = field(
+        default=None,
+        metadata={"help": "bf16, int8 or onnx-int8: choose thresholds for that form, kept beside those of the model"},
+    )
     keep_weak_exits: bool = field(default=False, metadata={"help": "do not close exits no better than a constant answer"})
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
 
@@ -68,11 +74,12 @@ def run(args: CalibrateArguments) -> Answer:
     except json.JSONDecodeError as error:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
     model = load_model(folder, args.device)
+    served = model if args.form is None else _in_form(model, args)
     if args.dataset is not None:
         from .loading import reading_parts
         from .rows import collected
 
-        trace = collected(args, model, reading_parts(folder, model), labelled=not args.unlabelled)
+        trace = collected(args, served, reading_parts(folder, model), labelled=not args.unlabelled)
     elif (folder / TRACE_FILE).is_file():
         trace = ExitTrace.load(folder / TRACE_FILE)
     else:
@@ -90,6 +97,13 @@ def run(args: CalibrateArguments) -> Answer:
         seed=args.seed,
     )
     point = args.operating_point
+    if args.form is not None:
+        from ..forms.convert import keep_thresholds
+
+        served.set_exit_policy(result)
+        keep_thresholds(model, served)
+        save_calibrated(model, folder)
+        return Answer({"model": str(folder), "form": args.form, **result.to_dict()}, f"{args.form}: {result}")
     if point is None:
         model.set_exit_policy(result)
     else:
@@ -97,3 +111,22 @@ def run(args: CalibrateArguments) -> Answer:
         model.set_operating_points({point: result}, default, keep_others=True)
     save_calibrated(model, folder, result, point)
     return Answer({"model": str(folder), "operating_point": point, **result.to_dict()}, str(result))
+
+
+def _in_form(model: Any, args: CalibrateArguments) -> Any:
+    """The model in another form, without thresholds."""
+    from ..forms.table import SAME_NUMBERS, made
+
+    if args.form in SAME_NUMBERS:
+        raise UsageError(
+            f"form is {args.form!r}, which computes in float32: its thresholds are the model's own; leave it out.",
+            field="form",
+        )
+    if args.dataset is None:
+        raise UsageError(
+            f"{TRACE_FILE} is the model's own; name rows for the form {args.form} with --dataset and --split.",
+            field="dataset",
+        )
+    if args.operating_point is not None:
+        raise UsageError("A form has one policy, and no operating points; leave --operating_point out.", field="form")
+    return made(model, str(args.form))

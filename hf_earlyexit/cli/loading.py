@@ -21,7 +21,8 @@ from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
 from ..serving.reader import reads_images
-from .arguments import AUTO
+from ..serving.served import form_of
+from .arguments import AUTO, FormArguments
 
 CLASSIFIERS = (AutoModelForSequenceClassification, AutoModelForImageClassification)
 
@@ -56,6 +57,28 @@ def load_exported_or_model(name: Any, device: str = "cpu") -> Any:
     if device not in (AUTO, "cpu"):
         raise UsageError(f"device is {device!r}, but ONNX files are run on the CPU; leave it out.", field="device")
     return OnnxClassifier.from_pretrained(name)
+
+
+def in_form(model: Any, args: FormArguments) -> Any:
+    """A model in the form that the flags ask for, with the thresholds that its folder keeps for it.
+
+    Raises:
+        UsageError, UnknownNameError, CheckpointError: as `convert`.
+    """
+    if args.form is None:
+        return model
+    if form_of(model).startswith("onnx"):
+        if args.form not in (AUTO, form_of(model)):
+            raise UsageError(
+                f"form is {args.form!r}, and the folder holds ONNX files of the form {form_of(model)!r}; leave it out, or "
+                "name the folder of the model itself.",
+                field="form",
+                value=args.form,
+            )
+        return model
+    from ..forms.convert import convert
+
+    return convert(model, args.form, performance_hint=args.performance_hint)
 
 
 def reading_parts(name: Any, model: Any) -> dict[str, Any]:

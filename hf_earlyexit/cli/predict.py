@@ -4,6 +4,7 @@
     hf-earlyexit predict bert-with-exits --input reviews.csv --text_column body --output answers.csv
     hf-earlyexit predict vit-with-exits --input photos --output answers.csv
     cat rows.jsonl | hf-earlyexit predict bert-with-exits --input - --input_format jsonl | head
+    hf-earlyexit predict bert-with-exits --input texts.txt --output answers.csv --form auto
 
 Every answer keeps the columns of its row. Rows are read, answered and written as they come, whatever their number.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .answer import Answer
-from .arguments import SLICES, DeviceArguments, FileArguments
+from .arguments import SLICES, DeviceArguments, FileArguments, FormArguments
 
 if TYPE_CHECKING:
     from ..modeling.protocol import ExitModel
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 ANSWERS = ("label", "score", "logits", "exit_layer", "error")
-CHANGES_NO_ANSWER = ("output", "resume", "max_rows", "max_batch_tokens", "device")
+FORM = "form"  # a column of its own where a form was asked for
+CHANGES_NO_ANSWER = ("output", "resume", "max_rows", "max_batch_tokens", "device", "performance_hint")
 
 
 @dataclass
-class PredictArguments(FileArguments, DeviceArguments):
+class PredictArguments(FileArguments, FormArguments, DeviceArguments):
     """Which model on which texts or pictures."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
@@ -62,19 +64,20 @@ def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
     from ..modeling.certificate import warn_of_other_tokenizer
     from ..serving.reader import reads_images
+    from ..serving.served import form_of
     from .incoming import incoming
-    from .loading import load_exported_or_model, reading_parts
+    from .loading import in_form, load_exported_or_model, reading_parts
     from .outgoing import OutputFile, check_output, skipped
 
     if args.output != STDOUT:
         check_output(args.output)
     elif args.resume:
         raise UsageError("Standard output cannot be gone on with; name an --output.", field="resume")
-    model = load_exported_or_model(args.model, args.device)
+    model = in_form(load_exported_or_model(args.model, args.device), args)
     source = incoming(args, args.input, args.split, reads_images(model))
     parts = reading_parts(args.model, model)
     warn_of_other_tokenizer(model, parts.get("tokenizer"))
-    tally: dict[str, Any] = {"rows": 0, "mean_layers": None, "num_layers": model.exit_layers[-1]}
+    tally: dict[str, Any] = {"rows": 0, "form": form_of(model), "mean_layers": None, "num_layers": model.exit_layers[-1]}
     if args.output == STDOUT:
         return Answer(tally, lines=_answered(args, model, parts, source, source.rows, 0, tally))
     file = OutputFile(args.output, _run_of(args, model), args.resume)
@@ -82,6 +85,8 @@ def run(args: PredictArguments) -> Answer:
     file.write_all(rows)
     tally["output"] = args.output
     text = f"saved {args.output}: {file.done + tally['rows']} {'pictures' if reads_images(model) else 'texts'}"
+    if args.form is not None:
+        text += f" in the form {tally['form']}"
     if file.done:
         text += f", {file.done} of them by the run that was stopped"
         tally["rows_before"] = file.done
@@ -92,10 +97,13 @@ def run(args: PredictArguments) -> Answer:
 
 def _run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
     """What decides the answers of a run."""
+    from ..serving.served import form_of
+
     settings = {name: value for name, value in asdict(args).items() if name not in CHANGES_NO_ANSWER}
     path = Path(args.input)
     changed = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
     certificate = getattr(model.config, "exit_certificate", None)
+    settings["form"] = form_of(model)  # what auto chose then may not be what it chooses now
     return {**settings, "input as it is": changed, "certificate": certificate}
 
 
@@ -110,6 +118,7 @@ def _answered(
     from ..serving.predict import WINDOW, stream
     from ..serving.reader import PICTURES
 
+    taken = ANSWERS if args.form is None else (*ANSWERS, FORM)
     waiting: deque[dict[str, Any]] = deque()
     layers = failed = 0
 
@@ -137,7 +146,7 @@ def _answered(
     bar = tqdm(answers, total=source.total, initial=first, disable=args.output == STDOUT, unit="row")
     for answer in bar:
         row = waiting.popleft()
-        known = {f"input_{name}" if name in ANSWERS else name: value for name, value in source.kept(row).items()}
+        known = {f"input_{name}" if name in taken else name: value for name, value in source.kept(row).items()}
         columns: dict[str, Any]
         if single:
             score, index = (None, None) if answer.error is not None else answer.logits.softmax(-1).max(-1)
@@ -148,6 +157,8 @@ def _answered(
         else:
             columns = {"logits": None if answer.error is not None else answer.logits.tolist()}
         columns["exit_layer"] = answer.exit_layer if answer.error is None else None
+        if args.form is not None:
+            columns[FORM] = tally["form"]
         if args.errors == "slot":
             columns["error"] = None if answer.error is None else str(answer.error)
         failed += answer.error is not None

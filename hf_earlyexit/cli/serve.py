@@ -17,14 +17,14 @@ from typing import Any
 
 from ..errors import UsageError
 from .answer import Answer
-from .arguments import DeviceArguments
+from .arguments import DeviceArguments, FormArguments
 
 LOOPBACK, API_KEY = "127.0.0.1", "HF_EARLYEXIT_API_KEY"
 TEXTS, PICTURES, RANKING = TASKS = ("text-classification", "image-classification", "text-ranking")
 
 
 @dataclass
-class ServeArguments(DeviceArguments):
+class ServeArguments(FormArguments, DeviceArguments):
     """Which model, where, and how much at most."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
@@ -110,9 +110,9 @@ def _load(args: ServeArguments) -> tuple[Any, dict[str, Any]]:
         UsageError: for a model of another task, or that cannot do what the flags ask.
     """
     from ..serving.reader import reads_images
-    from .loading import load_exported_or_model, reading_parts
+    from .loading import in_form, load_exported_or_model, reading_parts
 
-    model = load_exported_or_model(args.model, args.device)
+    model = in_form(load_exported_or_model(args.model, args.device), args)
     images = reads_images(model)
     task = PICTURES if images else RANKING if len(model.config.id2label) == 1 else TEXTS
     if args.task not in (None, task):

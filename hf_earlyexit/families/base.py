@@ -77,6 +77,7 @@ class Family:
         packed: a class whose objects run one layer on rows without padding; `None` for padded rows only.
         same_input: path of a layer's part, and names of its linear maps that read the same input: `packed` takes one map in
             their place, with their outputs side by side, where the part has one named `joint`.
+        between: paths of parts that run between layers, in the number format of these.
         is_watched: whether transformers collects hidden states and attentions by itself where they are asked for.
         untraced: why the family cannot become a graph; empty where it can.
         task: what the stock classifier does.
@@ -101,6 +102,7 @@ class Family:
     inputs: tuple[str, ...] = TEXT_INPUTS
     packed: Any = None
     same_input: tuple[str, tuple[str, ...]] | None = None
+    between: tuple[str, ...] = ()
     is_watched: bool = True
     untraced: str = ""
     task: str = TEXT

@@ -242,6 +242,7 @@ DEBERTA = replace(
     dropout=("cls_dropout", "hidden_dropout_prob"),
     packed=None,
     same_input=None,
+    between=("encoder.conv",),
 )
 
 

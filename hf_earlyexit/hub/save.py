@@ -112,14 +112,14 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
 
 
 def save_calibrated(
-    model: Any, folder: str | PathLike[str], result: CalibrationResult, operating_point: str | None = None
+    model: Any, folder: str | PathLike[str], result: CalibrationResult | None = None, operating_point: str | None = None
 ) -> None:
     """Save a model with one more result in the folder's calibration file; results the model no longer uses leave it.
 
     Args:
         model: uses the policy of the result already.
         folder: of the saved model.
-        result: takes the place of a former one of the same name.
+        result: takes the place of a former one of the same name; `None` where another part of the config is new.
         operating_point: its name; `None` for the default policy.
     """
     try:
@@ -133,7 +133,9 @@ def save_calibrated(
     }
     with replaced_folder(folder, needs=model.get_memory_footprint()) as new:
         model.save_pretrained(new)
-        _write_calibrations(new, results | {operating_point or DEFAULT: result})
+        results |= {} if result is None else {operating_point or DEFAULT: result}
+        if results:
+            _write_calibrations(new, results)
 
 
 def _write_calibrations(folder: Path, results: dict[str, CalibrationResult]) -> None:

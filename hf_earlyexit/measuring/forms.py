@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import EarlyExitError, UsageError
-from ..serving.int8 import quantize_int8
+from ..forms import table
+from ..serving.bf16 import narrowed, to_bf16
+from ..serving.copies import copied
+from .ways import Ways, torch_ways
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FORMS = ("fp32", *HALF, "int8", "onnx", "onnx-int8")
+FP16 = "fp16"
+FORMS = ("fp32", "bf16", FP16, "int8", "onnx", "onnx-int8")
 
 
 class Forms(NamedTuple):
@@ -60,24 +63,33 @@ def make_forms(model: Any, names: Sequence[str] | None = None) -> Forms:
 
 def what_lacks(name: str, device: torch.device) -> str | None:
     """What a form would need here, if anything."""
-    cpu = device.type == "cpu"
-    if name in ("int8", "onnx", "onnx-int8") and not cpu:
-        return f"it is for CPUs, and the model is on {device}"
-    if name.startswith("onnx") and not all(find_spec(package) for package in ("onnx", "onnxruntime", "onnxscript")):
-        return 'it needs the extra "onnx": pip install "hf_earlyexit[onnx]"'
-    if name == "bf16" and cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this processor has no instructions for bfloat16"
-    if name == "fp16" and cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if name != FP16:
+        return table.what_lacks(name, device)
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return "this processor has no instructions for float16"
     return None
 
 
-def _half(name: str) -> Callable[[Any], Any]:
-    return lambda model: copy.deepcopy(model).to(HALF[name])
+class HalfForm:
+    """A copy whose layers compute in half precision; its rival is the stock model that is in half precision throughout.
+
+    Args:
+        model: a float32 classifier with exits and a policy. It is not changed.
+        dtype: of half precision.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.served = to_bf16(model) if dtype == torch.bfloat16 else narrowed(copied(model, FP16), dtype)
+        self.served.set_exit_policy(model.exit_policy)
+        self.stock_model = copy.deepcopy(model).to(dtype)
+
+    def ways(self, batch_size: int, static_layer: int) -> Ways:
+        """As `torch_ways`."""
+        return torch_ways(self.served, batch_size, static_layer, self.stock_model)
 
 
 def _int8(model: Any) -> Any:
-    small = quantize_int8(model)
+    small = table.made(model, table.INT8)
     small.set_exit_policy(model.exit_policy)
     return small
 
@@ -92,9 +104,10 @@ def _onnx(int8: bool) -> Callable[[Any], Any]:
 
 
 _MAKE: dict[str, Callable[[Any], Any]] = {
-    "fp32": lambda model: model,
-    **{name: _half(name) for name in HALF},
-    "int8": _int8,
-    "onnx": _onnx(False),
-    "onnx-int8": _onnx(True),
+    table.FP32: lambda model: model,
+    table.BF16: partial(HalfForm, dtype=torch.bfloat16),
+    FP16: partial(HalfForm, dtype=torch.float16),
+    table.INT8: _int8,
+    table.ONNX: _onnx(False),
+    table.ONNX_INT8: _onnx(True),
 }

@@ -41,13 +41,14 @@ class Form(Protocol):
         """
 
 
-def torch_ways(model: Any, batch_size: int, static_layer: int) -> Ways:
+def torch_ways(model: Any, batch_size: int, static_layer: int, stock_model: Any = None) -> Ways:
     """Ways to answer rows with a torch model.
 
     Args:
         model: a classifier with exits and a policy.
         batch_size: rows of a batch in arrival order, padded to the longest.
         static_layer: layers of the model that always stops there, for comparison.
+        stock_model: whose stock forward is the rival; the model itself by default.
     """
     walker, policy = walker_for(model), model.exit_policy
     budget = walker.best_batch_tokens
@@ -63,7 +64,7 @@ def torch_ways(model: Any, batch_size: int, static_layer: int) -> Ways:
 
         return run
 
-    stock, first = _stock_forward(model), FIRST.format(static_layer)
+    stock, first = _stock_forward(stock_model or model), FIRST.format(static_layer)
 
     def forward(batch: dict[str, Any]) -> Any:
         return model(**batch, early_exit=True)

@@ -37,6 +37,7 @@ class EarlyExitClassifier(Walks, ModelWithExits):
 
     family: ClassVar[Family]
     pads = True  # rows of a full pass, as the stock model does; False where its answers are not to be had anyway
+    layer_dtype: torch.dtype | None = None  # of a copy whose layers compute in another one than all else, float32
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
     def __init__(self, config: Any) -> None:
@@ -78,13 +79,18 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             return ExitSignal(logits)
         states = [None, None]
         if before is not None and any(SIGNALS.get(name).reads_states for name in asks):
-            states = [_state(context.for_head(part, one_token), one_token) for part in (before, hidden)]
+            states = [_state(self._read(part, context, one_token), one_token) for part in (before, hidden)]
         return ExitSignal(logits, scalars_of(asks, ExitPoint(logits, pooled, *states, gate)))
 
     def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
         """What a head reads, behind the stock model's final norm."""
-        parts, norm = context.for_head(hidden, one_token), self.family.norm_of(self.base_model)
+        parts, norm = self._read(hidden, context, one_token), self.family.norm_of(self.base_model)
         return parts if norm is None else [part._replace(hidden=norm(part.hidden)) for part in parts]
+
+    def _read(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
+        """The states that an exit looks at, in the dtype of heads."""
+        parts = context.for_head(hidden, one_token)
+        return parts if self.layer_dtype is None else [part._replace(hidden=part.hidden.float()) for part in parts]
 
     def _stock_pool(self, hidden: Tensor) -> Tensor:
         assert self.family.pool is not None  # the config refuses heads that borrow one
@@ -108,7 +114,8 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         """Add what transformers does not collect by itself."""
         norm = self.family.norm_of(self.base_model)
         if "hidden_states" in wanted and norm is not None and self.family.task != IMAGE:
-            output.last_hidden_state = norm(states[-1])  # no key: transformers puts it at the end of the hidden states
+            last = states[-1] if self.layer_dtype is None else states[-1].float()
+            output.last_hidden_state = norm(last)  # no key: transformers puts it at the end of the hidden states
         if not self.family.is_watched:
             shown = {"hidden_states": states, "attentions": context.attentions or []}
             for name in wanted:
@@ -135,7 +142,7 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             hidden, context = self.family.begin(self.base_model, inputs, options)
         states, wanted = [hidden], self._wanted(options)
         if policy is not None:
-            early = run_early(self, hidden, context, policy, self.num_labels, shadowed)
+            early = run_early(self, hidden, context, policy, self.num_labels, shadowed, self.dtype)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=early.logits,
@@ -146,7 +153,8 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         else:
             if not self.family.is_watched and "attentions" in wanted:
                 context = replace(context, attentions=[])
-            exit_logits, scalars = run_all(self, hidden, context, self.num_labels, asks, states if wanted else None)
+            shown = states if wanted else None
+            exit_logits, scalars = run_all(self, hidden, context, self.num_labels, asks, shown, self.dtype)
             depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=exit_logits[:, -1],

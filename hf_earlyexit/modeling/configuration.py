@@ -48,6 +48,7 @@ class EarlyExitConfig(LoadedByShim):
         exit_certificate: which heads, dtype and rows the policy's thresholds were chosen on; `None` if that is not known.
         exit_operating_points: policies to choose from at call time, by name; "exact" is the full model and always there.
         exit_point_certificates: certificates of those, by name.
+        exit_forms: policy and certificate of other forms of the model, by form, as `keep_thresholds` writes them.
         exit_tokenizer: fingerprint of the tokenizer's vocabulary the model was saved with; `None` if that is not known.
         exit_cost: cost of leaving at each exit in layers, ascending; `None` for the layers' numbers.
         early_exit_version: format of the saved folder; `None` until a model with exits has been saved.
@@ -64,6 +65,7 @@ class EarlyExitConfig(LoadedByShim):
     exit_certificate: dict | None = None
     exit_operating_points: dict[str, dict] | None = None
     exit_point_certificates: dict[str, dict] | None = None
+    exit_forms: dict[str, dict] | None = None
     exit_tokenizer: str | None = None
     exit_cost: list[float | int] | None = None
     early_exit_version: str | None = None
@@ -191,6 +193,10 @@ class EarlyExitConfig(LoadedByShim):
             self.check_policy(ExitPolicy.from_dict(self.exit_policy))
         for name, policy in (self.exit_operating_points or {}).items():
             self.check_operating_point(name, ExitPolicy.from_dict(policy))
+        for form, stored in (self.exit_forms or {}).items():
+            if set(stored) != {"policy", "certificate"} or not is_certificate(stored["certificate"]):
+                raise wrong("exit_forms", {form: stored}, "for each form a policy and its certificate, or null")
+            self.check_policy(ExitPolicy.from_dict(stored["policy"]))
         certificates = {"exit_certificate": self.exit_certificate, **(self.exit_point_certificates or {})}
         for name, certificate in certificates.items():
             if certificate is not None and not is_certificate(certificate):

@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -113,9 +112,10 @@ def require_float32_on_cpu(model: ExitModel, purpose: str) -> None:
     Raises:
         UsageError: for a model on another device or of another precision.
     """
-    if model.device.type != "cpu" or model.dtype != torch.float32:
+    kind = getattr(model, "form", None) or str(model.dtype).removeprefix("torch.")  # copies in other forms have one
+    if model.device.type != "cpu" or kind != "float32":
         raise UsageError(
-            f"The model is {str(model.dtype).removeprefix('torch.')} on {model.device}; {purpose} needs float32 on the CPU: "
-            'call model.to("cpu").float() first.',
+            f"The model is {kind} on {model.device}; {purpose} needs float32 on the CPU: "
+            'call model.to("cpu").float() first, or take the model that a copy was made from.',
             field="model",
         )

@@ -38,6 +38,7 @@ EXITS = (
     "exit_certificate",
     "exit_operating_points",
     "exit_point_certificates",
+    "exit_forms",
     "exit_tokenizer",
     "exit_cost",
     "exit_drafts",

@@ -178,6 +178,11 @@ class OnnxClassifier(OperatingPoints):
         return self.walker.exit_layers
 
     @property
+    def form(self) -> str:
+        """Of its answers: see `convert`."""
+        return "onnx-int8" if self.dtype == torch.int8 else "onnx"
+
+    @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals that the exported exits give."""
         return self.walker.signals

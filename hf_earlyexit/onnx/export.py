@@ -87,16 +87,8 @@ def export_onnx(
     model = unwrapped_without_adapters(model, "ONNX")
     _check(model, forms, int8, rows)
     warn_of_other_tokenizer(model, tokenizer)
-    picture = picture_shape(model, image_processor)
-    whole = walk_graph(model) if picture is None else walk_graph(model, picture=picture)
-    config = copy.deepcopy(model.config)
-    fingerprint, dtype, changed = model_fingerprint(model), "float32", None
-    if int8:
-        whole, dtype = quantize_graph(whole), "int8"
-        fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
-        config.exit_operating_points = config.exit_point_certificates = None
-        config.exit_policy = config.exit_certificate = None
-    drop_promises_of_other_dtypes(config, dtype)
+    whole, config, fingerprint, dtype = _traced(model, int8, picture_shape(model, image_processor))
+    changed = None
     pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
     if rows is not None:
         small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
@@ -126,6 +118,36 @@ def export_onnx(
         }
         write_manifest(new, {**settings, "calibration": None if changed is None else changed.to_dict()})
     return changed
+
+
+def in_memory(model: Any, int8: bool) -> OnnxClassifier:
+    """The batched form without files.
+
+    Args:
+        model: a float32 classifier with exits, on the CPU. It is not changed.
+        int8: compute the layers in 8 bits; there are no thresholds then.
+
+    Raises:
+        UsageError, PolicyError: as `export_onnx`.
+    """
+    model = unwrapped_without_adapters(model, "ONNX")
+    whole, config, fingerprint, dtype = _traced(model, int8, picture_shape(model, None))
+    return OnnxClassifier(config, cut_pieces(whole, config).__getitem__, fingerprint, dtype)
+
+
+def _traced(model: Any, int8: bool, picture: tuple[int, ...] | None) -> tuple[ModelProto, Any, str, str]:
+    """The graph of all layers and exits, the config of what is exported, its fingerprint and the dtype of its layers."""
+    whole = walk_graph(model) if picture is None else walk_graph(model, picture=picture)
+    config = copy.deepcopy(model.config)
+    config.exit_forms = None
+    fingerprint, dtype = model_fingerprint(model), "float32"
+    if int8:
+        whole, dtype = quantize_graph(whole), "int8"
+        fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
+        config.exit_operating_points = config.exit_point_certificates = None
+        config.exit_policy = config.exit_certificate = None
+    drop_promises_of_other_dtypes(config, dtype)
+    return whole, config, fingerprint, dtype
 
 
 def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> None:

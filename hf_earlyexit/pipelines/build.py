@@ -12,6 +12,8 @@ from transformers import AutoConfig, Pipeline
 from ..doors import CAPTIONING
 from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..families.base import IMAGE, TEXT, WRITING
+from ..forms.convert import convert
+from ..forms.speed import THROUGHPUT
 from ..modeling.certificate import warn_of_other_tokenizer
 from ..modeling.loading import check_config_file, check_input_parts
 from ..modeling.tasks import TASKS
@@ -42,13 +44,22 @@ KINDS = {
 }
 
 
-def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any) -> Any:
+def pipeline(
+    task: str = "text-classification",
+    model: Any = None,
+    *,
+    form: str | None = None,
+    performance_hint: str = THROUGHPUT,
+    **kwargs: Any,
+) -> Any:
     """`transformers.pipeline` for models with exits: answers also tell where they left.
 
     Args:
         task: "text-classification", "image-classification", "text-generation" or "early-exit-captioning".
         model: a model with exits, also within torch.compile, DataParallel or PEFT; or the folder or Hub id of one; or an
             `OnnxClassifier`, together with `tokenizer` or `image_processor`.
+        form, performance_hint: of a classifier, as in `convert`, with the thresholds that are kept for the form; each answer
+            then tells its `form`.
         kwargs: as in `transformers.pipeline`; `operating_point`, the name of the policy to use; and for
             classifiers `cuda_graphs`, as in `predict`.
 
@@ -63,6 +74,8 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     if task not in KINDS:
         raise unknown_name("task", task, tuple(KINDS))
     kind = KINDS[task]
+    if form is not None and task not in (TEXT, IMAGE):
+        raise UsageError(f"form is {form!r}; forms are for classifiers, and the task is {task}.", field="form", value=form)
     if isinstance(model, (str, PathLike)):
         check_config_file(model)
         _check_task(model, kind)
@@ -90,6 +103,9 @@ def pipeline(task: str = "text-classification", model: Any = None, **kwargs: Any
     if task_of(pipe.model) != task:
         raise other_model(pipe.model)
     warn_of_other_tokenizer(pipe.model, pipe.tokenizer)
+    if form is not None:
+        pipe.model = convert(pipe.model, form, performance_hint=performance_hint)
+        pipe.tells_form = True
     return pipe
 
 

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..modeling.finite import check_finite
 from ..serving.monitor import Monitor
 from ..serving.predict import monitored, stream
+from ..serving.served import form_of
 from .options import unknown_option
 
 ENGINE = 0  # in place of a batch size where none is given
@@ -36,9 +37,11 @@ class ThroughEngine:
 
     Attributes:
         window: rows that are read before the first of them is answered, where their number is known.
+        tells_form: whether answers tell the model's form.
     """
 
     window: int
+    tells_form: bool = False
     model: Any
     _batch_size: int | None
     _num_workers: int | None
@@ -138,5 +141,7 @@ class ThroughEngine:
         check_finite(model_outputs["logits"], [0])
         answer = super().postprocess(model_outputs, **kwargs)
         layer, score = model_outputs["exit_layer"], model_outputs.get("exit_score")
-        shown = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}
+        shown: dict[str, Any] = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}
+        if self.tells_form:
+            shown["form"] = form_of(self.model)
         return [{**one, **shown} for one in answer] if isinstance(answer, list) else {**answer, **shown}

@@ -129,10 +129,10 @@ def make_trace(
 
 
 def _computing_dtype(model: ExitModel) -> str:
-    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its weights."""
+    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its layers."""
     modules = model.modules() if hasattr(model, "modules") else ()
     rounded = (str(module.computes_in) for module in modules if hasattr(module, "computes_in"))
-    return next(rounded, str(model.dtype).removeprefix("torch."))
+    return next(rounded, str(getattr(model, "layer_dtype", None) or model.dtype).removeprefix("torch."))
 
 
 def _problem_type_of(model: ExitModel) -> str:

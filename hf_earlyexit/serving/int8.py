@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import UsageError
 from ..modeling.exits import require_float32_on_cpu
 from ..modeling.protocol import Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
+from .copies import checksum, copied, joint_weight, replace_maps
 
 SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
 # Of a weight. Instructions before VNNI add two products up in 16 bits, where 2 * 255 * 63 just fits.
@@ -35,16 +32,13 @@ class Int8Linear(nn.Module):
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        weight = torch.cat([linear.weight.detach().float() for linear in linears])  # [out, in]
-        offsets = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
+        weight, self.offset = joint_weight(linears)
         scale = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
         rounded = functional.pad((weight / scale[:, None]).round(), (0, SCALE_BYTES)).to(torch.int8)
-        self.scale, self.sums, self.offset = scale, weight.sum(1), torch.cat(offsets).float()
+        self.scale, self.sums = scale, weight.sum(1)
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         fast = torch.backends.mkldnn.is_available()
-        self.register_buffer(
-            "checksum", _checksum(rounded, self.scale, self.sums, self.offset)
-        )  # for the model's fingerprint
+        self.register_buffer("checksum", checksum(rounded, self.scale, self.sums, self.offset))
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None) if fast else None
         self.rounded = None if fast else rounded.float()
 
@@ -84,14 +78,6 @@ class Int8Linear(nn.Module):
         return products[:count]
 
 
-def _checksum(*tensors: Tensor) -> Tensor:
-    """SHA-256 of these tensors' values, `[32]` bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().data)
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
-
-
 def quantize_int8(model: Wrapped) -> Any:
     """A copy of a model whose layers compute in 8 bits: 2 to 4 times as fast on CPUs with 8-bit instructions.
 
@@ -116,37 +102,7 @@ def quantize_int8(model: Wrapped) -> Any:
         >>> small.exit_policy is None
         True
     """
-    inner: Any = unwrapped_without_adapters(model, "int8")
-    require_float32_on_cpu(inner, "int8")
-    small = copy.deepcopy(inner).eval().requires_grad_(False)
-    small.set_exit_policy(None)
-    small.set_operating_points(None)
-    small.save_pretrained = _cannot_save
-    small.pads = False
-    for layer in dict.fromkeys(small.family.layers_of(small.base_model)):  # a layer may come more than once
-        if small.family.same_input is not None:
-            path, names = small.family.same_input
-            part = layer.get_submodule(path)
-            part.joint = Int8Linear(*(getattr(part, name) for name in names))
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if (linear := _as_linear(child)) is not None:
-                    setattr(parent, name, Int8Linear(linear))
+    require_float32_on_cpu(unwrapped_without_adapters(model, "int8"), "int8")
+    small = copied(model, "int8")
+    replace_maps(small, Int8Linear)
     return small
-
-
-def _as_linear(module: nn.Module) -> nn.Linear | None:
-    """A linear map as torch writes it, whoever wrote it; `None` for other modules."""
-    if isinstance(module, nn.Linear):
-        return module
-    if not isinstance(module, Conv1D):
-        return None
-    linear = nn.Linear(*module.weight.shape)
-    linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous(), False), module.bias
-    return linear
-
-
-def _cannot_save(*args: Any, **kwargs: Any) -> None:
-    raise UsageError(
-        "An int8 copy cannot be saved: save the model it was made from, and call quantize_int8 after loading.", field="model"
-    )

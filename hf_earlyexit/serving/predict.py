@@ -19,7 +19,7 @@ from .graph_walker import walker_for
 from .monitor import Monitor, require_classes
 from .reader import PICTURES, RowReader, first_error, reader_for
 from .scheduler import Scheduler
-from .served import served_classifier
+from .served import form_of, served_classifier
 from .shadow import Shadow
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
@@ -35,6 +35,7 @@ class Predictions(NamedTuple):
         exit_score: its score there `[N]`; nan without a policy or an answer.
         reason: for each row "policy", "last layer", "layer budget", "deadline" or "error".
         errors: what was wrong with a row, by its place; only with `errors="slot"`.
+        form: of the model that answered, such as "fp32" or "int8": see `convert`.
     """
 
     logits: Tensor
@@ -42,6 +43,7 @@ class Predictions(NamedTuple):
     exit_score: Tensor
     reason: list[str]
     errors: dict[int, EarlyExitError]
+    form: str = "fp32"
 
 
 class Answer(NamedTuple):
@@ -140,6 +142,7 @@ def predict(
         torch.cat([part.score for part in done]),
         [reason for part in done for reason in part.reason],
         {start + place: error for start, part in zip(starts, done, strict=False) for place, error in part.errors.items()},
+        form_of(model),
     )
 
 

@@ -28,7 +28,13 @@ class Early(NamedTuple):
 
 
 def run_early(
-    walker: Walker, hidden: Tensor, context: Any, policy: ExitPolicy, num_classes: int, shadowed: Sequence[int] = ()
+    walker: Walker,
+    hidden: Tensor,
+    context: Any,
+    policy: ExitPolicy,
+    num_classes: int,
+    shadowed: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
 ) -> Early:
     """Run until every row is decided; decided rows are dropped from hidden states, masks and policy state.
 
@@ -38,6 +44,7 @@ def run_early(
         policy: says who leaves.
         num_classes: C.
         shadowed: positions of n rows that, once decided, run on to the last layer by themselves.
+        dtype: of the answers; that of the hidden states by default.
 
     Returns:
         Answers in the order the rows came, and of the shadowed rows in that of `shadowed`.
@@ -47,10 +54,10 @@ def run_early(
     """
     batch, device = context.count(hidden), hidden.device
     result = Early(
-        hidden.new_zeros(batch, num_classes),
+        hidden.new_zeros(batch, num_classes, dtype=dtype),
         torch.full((batch,), -1, device=device),
         torch.zeros(batch, device=device),
-        hidden.new_zeros(len(shadowed), num_classes),
+        hidden.new_zeros(len(shadowed), num_classes, dtype=dtype),
     )
     number_of = {row: number for number, row in enumerate(shadowed)}
     if len(number_of) < len(shadowed) or any(not 0 <= row < batch for row in number_of):
@@ -104,6 +111,7 @@ def run_all(
     num_classes: int,
     asks: Sequence[str] = (),
     states: list[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run every layer and every exit.
 
@@ -113,6 +121,7 @@ def run_all(
         num_classes: C.
         asks: names of the signals that are wanted beside the logits.
         states: gets the hidden states after every layer.
+        dtype: of the answers to no rows; that of the hidden states by default.
 
     Returns:
         Logits of all exits `[B, E, C]`, and the signals by name: `[B, E]`, or `[B, E - 1]` of those that the last exit does
@@ -121,8 +130,8 @@ def run_all(
     exits = len(walker.exit_layers)
     if not context.count(hidden):  # stock attention cannot reshape an empty batch
         given = {name: exits if name in names_at(asks, last=True) else exits - 1 for name in asks}
-        empty = {name: hidden.new_zeros(0, count) for name, count in given.items()}
-        return hidden.new_zeros(0, exits, num_classes), empty
+        empty = {name: hidden.new_zeros(0, count, dtype=dtype) for name, count in given.items()}
+        return hidden.new_zeros(0, exits, num_classes, dtype=dtype), empty
     logits: list[Tensor] = []
     scalars: dict[str, list[Tensor]] = {name: [] for name in asks}
     for _, after, _, signal in every_exit(walker, hidden, context, asks):

@@ -94,7 +94,8 @@ def test_values_are_those_of_the_words(places, tmp_path, capsys):
     assert found["mean_layers"] == pytest.approx(sum(one["exit_layer"] for one in lines) / 12)
     saved = json.loads(run("--json", "true", "--output", str(tmp_path / "answers.jsonl")))
     assert saved.pop("output") == str(tmp_path / "answers.jsonl")
-    assert saved == {name: found[name] for name in ("rows", "mean_layers", "num_layers")}
+    assert saved == {name: found[name] for name in ("rows", "form", "mean_layers", "num_layers")}
+    assert saved["form"] == "fp32"
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == lines
 
 

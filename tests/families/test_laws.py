@@ -18,6 +18,7 @@ from hf_earlyexit.families import FAMILIES
 from hf_earlyexit.families.base import IMAGE, LAST
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.modeling.tasks import TASKS
+from hf_earlyexit.serving.bf16 import to_bf16
 from hf_earlyexit.serving.int8 import Int8Linear
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.training.weights import load_weights
@@ -367,6 +368,34 @@ def test_int8_copies_round_every_map_of_every_layer_and_serve(name):
     with torch.inference_mode():
         whole, found = model(**batch).logits, small(**batch).logits
     assert (whole - found).norm() <= 0.2 * whole.norm()
+
+
+@every
+def test_bf16_copies_round_every_layer_and_nothing_else_and_serve(name, open_policy_of):
+    model, batch = tiny(name), batch_of(name, rows=24, seed=9)
+    copied = to_bf16(model)
+    layers = [part for layer in copied.family.layers_of(copied.base_model) for part in layer.parameters()]
+    assert {part.dtype for part in layers} <= {torch.bfloat16}
+    between = {"encoder"} if name == "deberta-v2" else set()
+    others = [path for path, part in copied.base_model.named_parameters() if part.dtype == torch.bfloat16]
+    others = [path for path in others if not any(copied.base_model.get_parameter(path) is part for part in layers)]
+    assert {path.partition(".conv.")[0] for path in others} == between
+    assert {part.dtype for part in copied.exit_heads.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        whole, found = model(**batch, early_exit=False).exit_logits, copied(**batch).exit_logits
+        policy, scores, _ = open_policy_of(copied, batch, "confidence")
+        copied.set_exit_policy(policy)
+        served = copied(**batch)
+    assert found.dtype == served.logits.dtype == torch.float32
+    assert 0 < (whole - found).norm() <= 0.2 * whole.norm()
+    exits = policy.decide(scores)
+    near = (scores - torch.tensor([*policy.thresholds, 0.0])).abs().amin(1) < 0.01  # padded rows differ by a rounding
+    moved = served.exit_layer != torch.tensor(model.exit_layers)[exits]
+    assert not (moved & ~near).any()
+    images = name in IMAGES
+    predictions = ee.predict(copied, [{"pixel_values": one} for one in batch["pixel_values"]] if images else rows_of(batch))
+    assert not ((predictions.exit_layer != served.exit_layer) & ~near).any()
+    assert predictions.form == "bf16"
 
 
 def test_the_shapes_of_this_file_name_no_family_that_is_gone():

@@ -9,6 +9,7 @@ import torch
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import UsageError
+from hf_earlyexit.forms import table
 from hf_earlyexit.measuring import bench as bench_module
 from hf_earlyexit.measuring import forms as forms_module
 from hf_earlyexit.measuring import ways as ways_module
@@ -124,7 +125,7 @@ def test_forms_that_run_here_are_made_and_others_are_named(model, monkeypatch):
 def test_what_a_form_lacks(monkeypatch):
     assert "the model is on cuda" in what_lacks("int8", torch.device("cuda"))
     assert what_lacks("bf16", torch.device("cuda")) is None
-    monkeypatch.setattr(forms_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(table, "find_spec", lambda name: None)
     assert 'pip install "hf_earlyexit[onnx]"' in what_lacks("onnx", torch.device("cpu"))
 
 

@@ -1,0 +1,157 @@
+"""A model in the form that suits this machine, with thresholds that were chosen in that form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..calibration.targets import Target
+from ..errors import CheckpointError, UsageError
+from ..modeling.fingerprint import model_fingerprint, policy_fingerprint
+from ..modeling.protocol import Wrapped
+from ..modeling.wrapped import unwrapped_without_adapters
+from ..onnx.recalibrate import recalibrate
+from ..registry import unknown_name
+from ..serving.served import form_of, served_classifier
+from .speed import HINTS, THROUGHPUT, fastest
+from .table import FORMS, FP32, ONNX, SAME_NUMBERS, made, what_lacks
+
+AUTO = "auto"
+
+
+def convert(
+    model: Wrapped,
+    form: str = AUTO,
+    *,
+    performance_hint: str = THROUGHPUT,
+    rows: Any = None,
+    labels: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    target: str | Target | None = None,
+    split: str = "held-back",
+    max_length: int | None = None,
+    progress: bool = False,
+) -> Any:
+    """A classifier in another form: another number format, or another engine. What it answers tells the form.
+
+    Thresholds hold for the numbers they were chosen on. "onnx" computes in float32 as the model does and keeps them; for
+    every other form they are chosen anew on `rows`, or are those that `keep_thresholds` put into the model's config. Where
+    there are neither, a model with a policy is refused.
+
+    Args:
+        model: a float32 classifier with exits. It is not changed.
+        form: "fp32" (the model itself), "bf16", "int8", "onnx" (ONNX Runtime), "onnx-int8"; or "auto" for the one that is
+            the fastest here of those that have thresholds, by a short measurement of each; ONNX Runtime is among these where
+            the hint is "latency" or it has thresholds of its own.
+        performance_hint: what "auto" measures: "throughput" for many rows at once, "latency" for one at a time.
+        rows, labels: held-back rows to choose thresholds on, as for `collect_trace`.
+        tokenizer, image_processor, split, max_length, progress: as for `collect_trace`.
+        target: what the new thresholds are for; by default what the model's were calibrated for.
+
+    Returns:
+        A model for `predict`, `stream`, `collect_trace`, `Engine` and the pipelines. Only the default policy is there: no
+        operating points.
+
+    Raises:
+        UsageError: for a form that does not run here, with what it lacks, and for thresholds that are not to be had.
+        UnknownNameError: for another form or hint.
+        CheckpointError: for kept thresholds that were chosen on other weights, or on another kind of processor.
+
+    Examples:
+        >>> import hf_earlyexit as ee
+        >>> config = ee.EarlyExitBertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64)
+        >>> model = ee.EarlyExitBertForSequenceClassification(config)
+        >>> ee.convert(model, "int8").form
+        'int8'
+    """
+    if form not in (AUTO, *FORMS):
+        raise unknown_name("form", form, (AUTO, *FORMS))
+    if performance_hint not in HINTS:
+        raise unknown_name("performance hint", performance_hint, HINTS)
+    inner = served_classifier(unwrapped_without_adapters(model, "another form"))
+    collecting = {"labels": labels, "split": split, "max_length": max_length, "progress": progress}
+    parts = {
+        name: part for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)) if part is not None
+    }
+
+    def convert_to(name: str) -> Any:
+        new = made(inner, name)
+        if name in SAME_NUMBERS or inner.exit_policy is None:
+            return new
+        if rows is not None:
+            recalibrate(inner, new, rows, target, **collecting, **parts)
+        else:
+            _take_kept(inner, new)
+        return new
+
+    if form != AUTO:
+        if rows is not None and form in SAME_NUMBERS:
+            raise UsageError(
+                f"rows choose thresholds anew, and {form!r} computes in float32, whose thresholds the model has; leave "
+                "them out.",
+                field="rows",
+            )
+        return convert_to(form)
+    kept = inner.config.exit_forms or {}
+
+    def may(name: str) -> bool:
+        if what_lacks(name, inner.device) is not None or form_of(inner) not in (FP32, name):
+            return False
+        if name.startswith(ONNX) and name not in kept and performance_hint == THROUGHPUT:
+            return False  # an export takes longer than it saves
+        return name in SAME_NUMBERS or inner.exit_policy is None or rows is not None or name in kept
+
+    return fastest({name: convert_to(name) for name in FORMS if may(name)}, performance_hint)
+
+
+def keep_thresholds(model: Wrapped, converted: Any) -> None:
+    """Put the thresholds of a converted model into the config of the model it was made from, to be saved with it.
+
+    `convert` then finds them after loading, makes sure that they were chosen on the very numbers, and needs no rows.
+
+    Args:
+        model: in float32; its config changes.
+        converted: from `convert` with `rows`, or a copy that was calibrated.
+
+    Raises:
+        UsageError: for a model whose thresholds no calibration vouches for, and for one in float32.
+    """
+    inner: Any = unwrapped_without_adapters(model, "another form")
+    form, policy, certificate = form_of(converted), converted.config.exit_policy, converted.config.exit_certificate
+    if form in SAME_NUMBERS or form not in FORMS:
+        raise UsageError(f"The model is in {form}; expected one that `convert` made in another form.", field="converted")
+    if policy is None or certificate is None:
+        raise UsageError(
+            f"The {form} model has no thresholds that a calibration vouches for: convert with rows=..., or calibrate it.",
+            field="converted",
+        )
+    inner.config.exit_forms = {**(inner.config.exit_forms or {}), form: {"policy": policy, "certificate": certificate}}
+
+
+def _take_kept(model: Any, new: Any) -> None:
+    """Give a model in another form the thresholds that are kept for it.
+
+    Raises:
+        UsageError: if there are none.
+        CheckpointError: if they were chosen on other numbers.
+    """
+    form = new.form
+    stored = (model.config.exit_forms or {}).get(form)
+    if stored is None:
+        raise UsageError(
+            f"The model's thresholds were chosen in {form_of(model)} and do not hold in {form}, whose logits differ: pass "
+            f"rows=..., held-back rows to choose them anew on, or keep some in the model's folder (keep_thresholds, or "
+            f"`hf-earlyexit calibrate MODEL --form {form}`).",
+            field="form",
+            value=form,
+        )
+    policy, certificate = stored["policy"], stored["certificate"]
+    if certificate["policy"] != policy_fingerprint(policy) or certificate["fingerprint"] != model_fingerprint(new):
+        raise CheckpointError(
+            f"The thresholds kept for {form} were chosen on other numbers than this model has here: its weights or the "
+            f"policy have changed since, or the processor rounds otherwise. Calibrate {form} again on this machine.",
+            field="exit_forms",
+            value=certificate["fingerprint"],
+        )
+    new.config.exit_policy, new.config.exit_certificate = dict(policy), dict(certificate)
