@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 from transformers.pipelines.pt_utils import KeyDataset
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import CheckpointError
+from hf_earlyexit.errors import CheckpointError, UsageError
 from tests.conftest import SHAPE
 
 
@@ -126,6 +126,31 @@ def test_a_generator_is_read_no_further_than_it_is_answered(saved, random_texts)
     answers = ee.pipeline(model=str(saved))(supply())
     next(answers)
     assert len(read) <= 2  # the stock pipeline looks at the first to know its kind
+
+
+def test_a_generator_may_be_read_ahead_and_texts_are_tokenized_together(saved, random_texts, monkeypatch):
+    pipe, texts = ee.pipeline(model=str(saved), window=4), random_texts(9)
+    read, calls = [], []
+    one_by_one = [pipe(text)[0] for text in texts]
+    stock_call = type(pipe.tokenizer).__call__
+    monkeypatch.setattr(
+        type(pipe.tokenizer), "__call__", lambda *given, **more: (calls.append(1), stock_call(*given, **more))[1]
+    )
+    answers = pipe(text for text in texts if not read.append(text))
+    first = next(answers)
+    assert 4 <= len(read) <= 5  # the stock pipeline looks at the first to know its kind
+    together = [first, *answers]
+    assert len(calls) <= 4  # windows of 4, 4 and 1
+    for alone, one in zip(
+        one_by_one, (answer[0] if isinstance(answer, list) else answer for answer in together), strict=True
+    ):
+        assert (alone["label"], alone["exit_layer"]) == (one["label"], one["exit_layer"])
+        assert alone["score"] == pytest.approx(one["score"], abs=1e-6)
+    calls.clear()
+    assert len(pipe(texts, padding="max_length", max_length=20)) == 9
+    assert len(calls) == 9  # padding is a matter of the rows of one call
+    with pytest.raises(UsageError, match="window is 0; expected at least 1 row"):
+        pipe(texts, window=0)
 
 
 def test_pairs_and_an_operating_point_reach_the_engine(saved, random_texts):

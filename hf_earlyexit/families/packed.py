@@ -51,11 +51,11 @@ class Packed(Context):
 
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Packed]:
         lengths = tuple(self.lengths[row] for row in rows)
-        sizes = list(self.lengths)
+        assert self.starts is not None
+        tokens = _tokens(self.starts.index_select(0, index), lengths)
 
         def some(values: Tensor) -> Tensor:
-            parts = torch.split(values, sizes)
-            return torch.cat([parts[row] for row in rows])
+            return values.index_select(0, tokens)
 
         kept = {name: value.index_select(0, index) for name, value in self.kept.items()}
         new = Packed.of(lengths, None if self.real is None else some(self.real), hidden.device, kept)

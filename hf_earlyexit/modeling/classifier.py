@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..families.base import IMAGE, Family
 from ..families.context import Context, Part
 from ..families.packed import Packed
+from ..families.prepared import Layer, prepared
 from ..labels import read_labels
 from ..losses import WeightedObjective, task_loss
 from ..policies import ExitPolicy
@@ -136,13 +137,17 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         asks = self.signals_for(exit_signals, policy)
         if labels is not None:
             labels, problem_type = read_labels(labels, self.config, "the batch")
-        if self._may_pack(policy, inputs.get("attention_mask"), options) and self.family.packs(self.base_model):
+        walker: Any = self
+        if self._may_pack(policy, inputs.get("attention_mask"), options):
+            ready = prepared(self.family, self.base_model)
+            walker = _PackedWalk(self, ready.layers) if ready.packs else self
+        if walker is not self:
             hidden, context = self.family.begin_packed(self.base_model, inputs)
         else:
             hidden, context = self.family.begin(self.base_model, inputs, options)
         states, wanted = [hidden], self._wanted(options)
         if policy is not None:
-            early = run_early(self, hidden, context, policy, self.num_labels, shadowed, self.dtype)
+            early = run_early(walker, hidden, context, policy, self.num_labels, shadowed, self.dtype)
             layers = torch.tensor(self.config.exit_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=early.logits,
@@ -154,7 +159,7 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             if not self.family.is_watched and "attentions" in wanted:
                 context = replace(context, attentions=[])
             shown = states if wanted else None
-            exit_logits, scalars = run_all(self, hidden, context, self.num_labels, asks, shown, self.dtype)
+            exit_logits, scalars = run_all(walker, hidden, context, self.num_labels, asks, shown, self.dtype)
             depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
             output = EarlyExitClassifierOutput(
                 logits=exit_logits[:, -1],
@@ -171,6 +176,22 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         self._show(output, wanted, states, context)
         return output
+
+
+class _PackedWalk(Walks):
+    """A classifier as it is walked through layers that are ready for packed rows.
+
+    Args:
+        model: the classifier.
+        layers: ready, in order.
+    """
+
+    def __init__(self, model: EarlyExitClassifier, layers: Sequence[Layer]) -> None:
+        self.layers, self.exit_layers, self.exit_signal = layers, model.exit_layers, model.exit_signal
+
+    def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
+        """Hidden states after layer `layer` (1-based)."""
+        return self.layers[layer - 1](hidden, context)
 
 
 class EarlyExitTextClassifier(EarlyExitClassifier):

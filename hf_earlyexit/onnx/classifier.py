@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +33,8 @@ from ..signals import SIGNALS, ExitSignal, known_signals, names_at
 from ..walking.loop import run_all, run_early
 from .inputs import check_picture, picture_batch, reads_pictures, text_batch
 from .layer_files import BEGIN, exit_file, layer_file
-from .manifest import AGAIN, MANIFEST, read_manifest
+from .manifest import AGAIN, MANIFEST, ONE_FILE, read_manifest
+from .one_row import OneRow
 from .walk import SIGNAL, TOKENS, hidden_after, logits_of, scalar_of
 
 
@@ -58,6 +60,7 @@ class OnnxWalker(BatchWalker):
         self._begin = open_session(read, BEGIN, threads)
         self._layers = [open_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [open_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
+        self._read = [{info.name for info in session.get_inputs()} for session in self._exits]  # asking takes long
         names = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
         self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in names)
 
@@ -107,7 +110,7 @@ class OnnxWalker(BatchWalker):
         """What exit `exit_index` (0-based) tells: see `walking.step.Walker`."""
         session, layer = self._exits[exit_index], self.exit_layers[exit_index]
         states = {hidden_after(layer): hidden}
-        if before is not None and hidden_after(layer - 1) in {info.name for info in session.get_inputs()}:
+        if before is not None and hidden_after(layer - 1) in self._read[exit_index]:
             states[hidden_after(layer - 1)] = before
         wanted = [logits_of(exit_index), *(scalar_of(name, exit_index) for name in asks)]
         logits, *scalars = map(torch.from_numpy, _run(session, states, context, wanted))
@@ -142,11 +145,15 @@ class OnnxClassifier(OperatingPoints):
 
     def __init__(self, config: Any, read: Callable[[str], bytes], fingerprint: str, dtype: str, threads: int | None = None):
         self.config, self.fingerprint, self.dtype = config, fingerprint, getattr(torch, dtype)
-        self.walker = OnnxWalker(config, read, threads or torch.get_num_threads())
+        self.threads = threads or torch.get_num_threads()
+        self.walker = OnnxWalker(config, read, self.threads)
+        self.one_row: OneRow | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], *, threads: int | None = None) -> Self:
         """Load the batched form of an exported folder, once each of its files has been found unchanged.
+
+        Where the folder holds the one-file form as well, a row that is called alone runs through that.
 
         Args:
             folder: what `export_onnx` wrote.
@@ -163,9 +170,14 @@ class OnnxClassifier(OperatingPoints):
                 field="forms",
             )
         config = _config(manifest["config"], Path(folder) / MANIFEST)
-        return cls(
-            config, lambda name: (Path(folder) / name).read_bytes(), manifest["fingerprint"], manifest["dtype"], threads
-        )
+
+        def read(name: str) -> bytes:
+            return (Path(folder) / name).read_bytes()
+
+        model = cls(config, read, manifest["fingerprint"], manifest["dtype"], threads)
+        if ONE_FILE in manifest["files"] and config.exit_policy is not None:
+            model.one_row = OneRow(partial(open_session, read, ONE_FILE, model.threads), dict(config.exit_policy))
+        return model
 
     @property
     def family(self) -> Family:
@@ -242,7 +254,13 @@ class OnnxClassifier(OperatingPoints):
         policy = self.choose_policy(early_exit, operating_point, {})
         asks = self.signals_for(exit_signals, policy)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        hidden, context = self.walker.begin_batch(self.walker.read({**given, PIXELS: pixel_values}))
+        batch = self.walker.read({**given, PIXELS: pixel_values})
+        one_row = None if policy is None or operating_point is not None or len(shadowed) else self.one_row
+        if one_row is not None and len(next(iter(batch.values()))) == 1 and self.config.exit_policy == one_row.policy:
+            logits, layer, score = one_row(batch)
+            check_finite(logits, [0])
+            return EarlyExitClassifierOutput(logits=logits, exit_layer=layer, exit_score=score)
+        hidden, context = self.walker.begin_batch(batch)
         if policy is not None:
             early = run_early(self.walker, hidden, context, policy, self.num_labels, shadowed)
             check_finite(early.logits, range(len(hidden)))

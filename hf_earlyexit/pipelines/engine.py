@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -13,10 +14,11 @@ from ..modeling.finite import check_finite
 from ..serving.monitor import Monitor
 from ..serving.predict import monitored, stream
 from ..serving.served import form_of
+from ..values import is_whole
 from .options import unknown_option
 
 ENGINE = 0  # in place of a batch size where none is given
-OURS = {"operating_point", "early_exit", "cuda_graphs", "monitor"}
+OURS = {"operating_point", "early_exit", "cuda_graphs", "monitor", "window"}
 
 
 class Rows(Dataset):
@@ -64,6 +66,10 @@ class ThroughEngine:
         """
         raise NotImplementedError
 
+    def encoded_rows(self, rows: list[Any], first: int, options: dict[str, Any]) -> Iterable[Mapping[str, Any]]:
+        """What the engine reads of several rows, the first of number `first`."""
+        return (self.encoded(row, number, options) for number, row in enumerate(rows, first))
+
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         if batch_size is None and self._batch_size is None:
             batch_size = ENGINE
@@ -82,6 +88,7 @@ class ThroughEngine:
         early_exit: bool | None = None,
         cuda_graphs: bool | None = None,
         monitor: Monitor | None = None,
+        window: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
         known = self.taken()
@@ -95,6 +102,10 @@ class ThroughEngine:
             forward["cuda_graphs"] = cuda_graphs
         if monitor is not None:
             forward["monitor"] = monitor
+        if window is not None:
+            if not is_whole(window, 1):
+                raise UsageError(f"window is {window!r}; expected at least 1 row.", field="window", value=window)
+            forward["window"] = window
         if operating_point is not None:
             self.model.policy_at(operating_point)  # refuse an unknown name now
             forward["operating_point"] = operating_point
@@ -107,6 +118,7 @@ class ThroughEngine:
         early_exit: bool | None = None,
         cuda_graphs: bool = True,
         monitor: Monitor | None = None,
+        window: int | None = None,
     ) -> Any:
         if monitor is None:
             return self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
@@ -130,12 +142,19 @@ class ThroughEngine:
         self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict
     ) -> Iterator[Any]:
         rows = (inputs[place] for place in range(len(inputs))) if isinstance(inputs, Sized) else inputs
-        encoded = (self.encoded(row, number, preprocess_params) for number, row in enumerate(rows))
-        window = self.window if isinstance(inputs, Sized) else 1
+        window = forward_params.pop("window", self.window if isinstance(inputs, Sized) else 1)
+        encoded = self._encoded(iter(rows), window, preprocess_params)
         for answer in stream(self.model, encoded, window=window, **forward_params):
             score = None if math.isnan(answer.exit_score) else [answer.exit_score]
             outputs = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
             yield self.postprocess(outputs, **postprocess_params)
+
+    def _encoded(self, rows: Iterator[Any], window: int, options: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """What the engine reads of every row; so many rows are read as the engine reads at once."""
+        first = 0
+        while some := list(islice(rows, window)):
+            yield from self.encoded_rows(some, first, options)
+            first += len(some)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
         check_finite(model_outputs["logits"], [0])

@@ -22,7 +22,7 @@ class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPip
     Pictures are all that `predict` takes: files, PIL images, arrays of bytes, and data sets or columns by name.
 
     Lists and data sets run through the engine of `predict`, one picture at a time in memory and batch, and a generator is
-    read row by row. With `batch_size`, batches of so many pictures go through `forward`.
+    read row by row, or `window` rows at a time. With `batch_size`, batches of so many pictures go through `forward`.
 
     Raises:
         UsageError: for an option that the pipeline does not take, and for a model without an image processor.

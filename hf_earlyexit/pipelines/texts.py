@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import TextClassificationPipeline
@@ -25,7 +25,9 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
     the full model, and `cuda_graphs`, as `predict` does; further `top_k`, `function_to_apply` and what the tokenizer takes.
     Any other option is refused. DataFrames, columns by name and data sets with texts are rows, as in `predict`.
 
-    Lists and data sets run through the engine of `predict`, and a generator is read row by row. With `batch_size`, batches
+    Lists and data sets run through the engine of `predict`, and a generator is read row by row, so that whoever waits for an
+    answer before giving the next row gets it; `window` says how many rows are read before the first of them is answered,
+    which makes a generator as fast as a list. With `batch_size`, batches
     of so many rows, in the order they come, go through `forward`: the answers are then those of the stock pipeline, to the
     bit.
 
@@ -54,6 +56,18 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
         """Token ids of one text or pair."""
         values = self.preprocess(row, **options)
         return {name: values[name][0].tolist() for name in values if name in MODEL_COLUMNS}
+
+    def encoded_rows(self, rows: list[Any], first: int, options: dict[str, Any]) -> Iterable[Mapping[str, Any]]:
+        """Token ids of several texts, by one call of the tokenizer where nothing speaks against it."""
+        one_by_one = super().encoded_rows(rows, first, options)
+        if len(rows) == 1 or "padding" in options or not all(isinstance(row, str) for row in rows):
+            return one_by_one
+        try:
+            columns = self.tokenizer(rows, **options)
+        except Exception:  # whose fault it is comes out row by row
+            return one_by_one
+        names = [name for name in columns if name in MODEL_COLUMNS]
+        return (dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True))
 
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:
         if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import BatchEncoding
@@ -53,18 +55,19 @@ def pad_batch(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> BatchEnc
     """
     if PIXELS in rows[0]:
         return BatchEncoding({PIXELS: torch.stack([row[PIXELS] for row in rows])})
-    width = max(len(row["input_ids"]) for row in rows)
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]  # [B, T]
     columns = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}  # what a token of padding has
     if not any("token_type_ids" in row for row in rows):
         del columns["token_type_ids"]
-    filled: dict[str, list[list[int]]] = {name: [] for name in columns}
-    for row in rows:
-        length = len(row["input_ids"])
-        missing = {"attention_mask": [1] * length, "token_type_ids": [0] * length}
-        for name, padding in columns.items():
-            values = row.get(name) or missing.get(name, [])
-            filled[name].append([*values, *[padding] * (width - length)])
-    return BatchEncoding({name: torch.tensor(values) for name, values in filled.items()})
+    missing = {"attention_mask": [1], "token_type_ids": [0]}  # what every token has in a row without the column
+    batch = {}
+    for name, padding in columns.items():
+        filled = np.full(real.shape, padding)
+        values = [row.get(name) or missing.get(name, []) * len(row["input_ids"]) for row in rows]
+        filled[real] = np.fromiter(chain.from_iterable(values), filled.dtype, int(lengths.sum()))
+        batch[name] = torch.from_numpy(filled)
+    return BatchEncoding(batch)
 
 
 def evaluating(model: Any) -> Any:
@@ -80,9 +83,18 @@ def evaluating(model: Any) -> Any:
         UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
             of the model itself.
     """
-    if not any(module.training for module in model.modules()):
-        return model
-    return _view(model, {})
+    return _view(model, {}) if _trains(model) else model
+
+
+def _trains(module: Any) -> bool:
+    """Whether a module or a part of it trains; `modules()` takes five times as long, and this is asked in every call."""
+    waiting = [module] if isinstance(module, nn.Module) else list(module.modules())
+    while waiting:
+        part = waiting.pop()
+        if part.training:
+            return True
+        waiting += [child for child in part._modules.values() if child is not None]
+    return False
 
 
 def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:

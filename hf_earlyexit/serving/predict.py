@@ -240,7 +240,7 @@ def _answered(
                 require_classes(policy.problem_type)
                 chosen = frozenset(monitor.draw(len(encoded)))
                 shadow = Shadow(scheduler, chosen.__contains__, same.extend)
-            answers = scheduler.run(encoded, first, shadow)
+            answers = scheduler.run(encoded, first, shadow, checked=errors == "raise")
             if errors == "raise" and answers.errors:
                 raise answers.errors[min(answers.errors)]
             if monitor is not None and shadow is not None:

@@ -77,7 +77,8 @@ def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int, segment
         return _bad(number, f"has {len(ids)} tokens; this model takes 1 to {longest}. {cure}", row)
     if any(len(values) != len(ids) for values in row.values()):
         return _bad(number, f"has columns of different lengths ({', '.join(row)}); expected one value a token.", row)
-    if not all(isinstance(number, int) for number in ids) or not 0 <= min(ids) <= max(ids) < vocabulary:
+    plain = set(map(type, ids)) == {int} or all(isinstance(number, int) for number in ids)
+    if not plain or not 0 <= min(ids) <= max(ids) < vocabulary:
         return _bad(number, f"has token ids this model does not know; expected whole numbers from 0 to {vocabulary - 1}, "
                     "as the model's own tokenizer makes them.", row)  # fmt: skip
     types = row.get("token_type_ids", (0,))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..errors import DataError
 from ..families.base import IMAGE, Family
 from ..families.context import Context
 from ..families.packed import join as join_packed
+from ..families.prepared import prepared
 from ..modeling.protocol import TorchExitClassifier
 from ..signals import ExitSignal
 from ..walking.step import Walks
@@ -88,9 +88,7 @@ class ModelWalker(BatchWalker):
     def __init__(self, model: TorchExitClassifier, pack: bool = True) -> None:
         self.model, self.base = model, model.base_model
         self.family: Family = model.family
-        self.packs: bool = pack and self.family.packs(self.base)
-        prepared = self.family.packed_layer if self.packs else partial(partial, self.family.call)
-        self.layers = [prepared(layer) for layer in self.family.layers_of(self.base)]
+        self.packs, self.layers = prepared(self.family, self.base, pack)
         self.exit_layers = model.exit_layers
         self.num_classes = model.num_labels
         self.device = model.device

@@ -16,6 +16,7 @@ from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import CheckpointError, DataError, PolicyError, UsageError
 from hf_earlyexit.onnx import export
 from hf_earlyexit.onnx.manifest import MANIFEST
+from hf_earlyexit.onnx.one_row import OneRow
 from tests.onnx.conftest import feeds
 from tests.onnx.test_decisions import random_rows
 
@@ -78,6 +79,30 @@ def test_the_folder_answers_as_the_model(served, loaded, folder, tokenizer, rand
     session = ort.InferenceSession(folder / "model.onnx")
     alone = [session.run(["exit_layer"], dict(tokenizer(text, return_tensors="np")))[0][0] for text in texts]
     assert alone == truth.exit_layer.tolist()
+
+
+def test_a_row_that_comes_alone_runs_through_the_one_file(served, folder, tokenizer, random_texts, monkeypatch):
+    model, texts = ee.OnnxClassifier.from_pretrained(folder), random_texts(30)
+    opened = []
+    alone = model.one_row._open_file
+    monkeypatch.setattr(model.one_row, "_open_file", lambda: opened.append(1) or alone())
+    rows = [tokenizer(text, return_tensors="np") for text in texts]
+    together = [model(**row, operating_point=None, shadowed=[0]) for row in rows]  # a shadow needs the layers
+    assert not opened
+    single = [model(**row) for row in rows]
+    assert opened == [1]
+    right = ee.predict(served, texts, tokenizer=tokenizer)
+    for number, (one, layers) in enumerate(zip(single, together, strict=True)):
+        assert one.exit_layer.tolist() == layers.exit_layer.tolist() == [int(right.exit_layer[number])]
+        assert (one.logits - layers.logits).abs().max() <= 1e-5
+        assert float(one.exit_score) == pytest.approx(float(layers.exit_score), abs=1e-5)
+    assert len({int(one.exit_layer) for one in single}) > 1
+    full = model(**rows[0], early_exit=False)
+    assert full.exit_logits.shape[1] == 4
+    monkeypatch.setattr(model, "one_row", OneRow(None, model.one_row.policy))  # fails where it is called
+    model.set_exit_policy(ee.StaticPolicy.at(1, 4, exit_layers=model.exit_layers))
+    assert model(**rows[0]).exit_layer.tolist() == [model.exit_layers[1]]  # another policy than the file holds
+    assert model(**tokenizer(texts[:2], padding=True, return_tensors="np")).exit_layer.tolist() == [model.exit_layers[1]] * 2
 
 
 def test_options_of_predict_hold(served, loaded, tokenizer, random_texts):
