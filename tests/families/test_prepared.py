@@ -12,6 +12,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.families import prepared as prepared_module
 from hf_earlyexit.families.packed_bert import PackedBertLayer
 from hf_earlyexit.families.prepared import prepared
+from hf_earlyexit.policies import StaticPolicy
 from hf_earlyexit.serving.batching import pad_batch
 
 ROWS = [{"input_ids": [2, *range(5, 5 + length), 3]} for length in (1, 4, 9, 3)]
@@ -96,7 +97,7 @@ def answers(model):
 @pytest.fixture
 def model(tiny_model, open_policy):
     model = tiny_model()
-    model.set_exit_policy(ee.StaticPolicy.at(3, 4))
+    model.set_exit_policy(StaticPolicy.at(3, 4))
     return model
 
 
@@ -118,7 +119,7 @@ def test_nothing_is_made_ready_twice(model, monkeypatch):
     answers(model)
     assert len(made) == 4
     answers(model)
-    model.set_exit_policy(ee.StaticPolicy.at(1, 4))  # a setting of the config: to look again is right, and answers are new
+    model.set_exit_policy(StaticPolicy.at(1, 4))  # a setting of the config: to look again is right, and answers are new
     assert answers(model).exit_layer.tolist() == [2] * 4
     count = len(made)
     answers(model)

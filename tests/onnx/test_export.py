@@ -17,6 +17,7 @@ from hf_earlyexit.errors import CheckpointError, DataError, PolicyError, UsageEr
 from hf_earlyexit.onnx import export
 from hf_earlyexit.onnx.manifest import MANIFEST
 from hf_earlyexit.onnx.one_row import OneRow
+from hf_earlyexit.policies import StaticPolicy
 from tests.onnx.conftest import feeds
 from tests.onnx.test_decisions import random_rows
 
@@ -100,7 +101,7 @@ def test_a_row_that_comes_alone_runs_through_the_one_file(served, folder, tokeni
     full = model(**rows[0], early_exit=False)
     assert full.exit_logits.shape[1] == 4
     monkeypatch.setattr(model, "one_row", OneRow(None, model.one_row.policy))  # fails where it is called
-    model.set_exit_policy(ee.StaticPolicy.at(1, 4, exit_layers=model.exit_layers))
+    model.set_exit_policy(StaticPolicy.at(1, 4, exit_layers=model.exit_layers))
     assert model(**rows[0]).exit_layer.tolist() == [model.exit_layers[1]]  # another policy than the file holds
     assert model(**tokenizer(texts[:2], padding=True, return_tensors="np")).exit_layer.tolist() == [model.exit_layers[1]] * 2
 
