@@ -98,6 +98,21 @@ class EndWatch(StoppingCriteriaList):
         return done
 
 
+class GivenCriteria(StoppingCriteriaList):
+    """The caller's criteria of a lossless run, and the tokenizer that its stop strings need.
+
+    The stock code drops the tokenizer where a loop of one's own decodes.
+
+    Args:
+        criteria: the caller's.
+        tokenizer: the caller's, or `None`.
+    """
+
+    def __init__(self, criteria: Iterable[Any], tokenizer: Any) -> None:
+        super().__init__(criteria)
+        self.tokenizer = tokenizer
+
+
 class DecoderWalker(Walks):
     """A model that writes, as decoding walks its decoder.
 
@@ -146,7 +161,7 @@ class DecoderWalker(Walks):
         last, gates = exit_index == len(self.exit_layers) - 1, self.model.exit_gates
         point = ExitPoint(
             logits if self.policy.reads_logits else None,
-            pooled=None if last else hidden,
+            pooled=None if last or "gate" not in asks else self.model.gate_states(hidden),
             before=None if before is None else before[:, 0],
             after=hidden,
             gate=gates[str(self.exit_layers[exit_index])] if len(gates) and not last else None,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationMixin
 
 from ..errors import CalibrationError
 from ..families.decoders import cache_name
+from ..labels import LEFT_OUT
 from ..policies.base import POLICIES, ExitPolicy
 from ..values import is_whole
 from .decoding import ExitRun
@@ -21,7 +23,9 @@ from .drafts import Row, Speaker, Waiting
 from .lossless import LosslessWalker, decode_lossless
 from .samples import write_samples
 
-WIDTHS, REPEATS = (1, 4), 7
+IDS, LABELS = "input_ids", "labels"
+WIDTHS, ROUNDS = (1, 4), 15
+LAYER_CALLS = DraftCosts(layer=1, more=0, ask=0, words=0, more_words=0)  # what counts calls of layers and nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,7 @@ class DraftCalibration:
         policy, drafts: of the fastest setting; with every exit closed where nothing is faster than plain decoding.
         expected: of it.
         settings: everything that was tried, the fastest first.
-        costs: measured on this machine, in seconds.
+        costs: measured on this machine, in seconds, or those that were given.
         num_texts, num_tokens: of the trace.
         measured_speed_up: plain decoding's time over that of a real run with the chosen setting; `None` if not run.
     """
@@ -72,11 +76,12 @@ class DraftCalibration:
 
 def calibrate_drafts(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     policy: str | ExitPolicy = "confidence",
     *,
     drafts: Sequence[int] = (1, 2, 3, 4, 6, 8),
     levels: int = 12,
+    costs: DraftCosts | None = None,
     confirm: bool = True,
     batch_size: int = 8,
     **generation: Any,
@@ -89,10 +94,13 @@ def calibrate_drafts(
 
     Args:
         model: a language model with exits.
-        prompts: token ids of each; of the kind that is served, and not those the exits were trained on.
+        prompts: token ids of each; of the kind that is served, and not those the exits were trained on. Or what the full
+            model has written after them already, greedily: rows of `write_samples`.
         policy: a registered name, or a policy whose own numbers are kept.
         drafts: numbers of waiting drafts to try.
         levels: thresholds to try for each exit, at least 2.
+        costs: of the parts of a pass; by default they are measured here. With `LAYER_CALLS` the fewest calls of layers win,
+            which is the same on every machine, loaded or not.
         confirm: time a real run of the chosen setting, one text at a time, against plain decoding.
         batch_size: prompts that are written on together for the trace.
         generation: for `generate`; greedy.
@@ -116,8 +124,13 @@ def calibrate_drafts(
     else:
         rule = POLICIES.get(policy)(thresholds=closed, exit_layers=model.exit_layers)
     model.config.check_policy(rule)
-    rows = write_samples(model, prompts, batch_size, do_sample=False, **generation)
-    trace, costs = trace_drafts(model, rows, rule), measure_costs(model, rule)
+    if len(prompts) and isinstance(prompts[0], dict):
+        rows = list(prompts)
+        prompts = [[token for token, label in zip(row[IDS], row[LABELS], strict=True) if label == LEFT_OUT] for row in rows]
+    else:
+        rows = write_samples(model, prompts, batch_size, do_sample=False, **generation)
+    trace = trace_drafts(model, rows, rule)
+    costs = measure_costs(model, rule) if costs is None else costs
     layers, settings = model.exit_layers, []
     for thresholds in (closed, *_proposals(trace.scores, rule, levels)):
         for most in drafts if any(one is not None for one in thresholds) else drafts[:1]:
@@ -161,7 +174,9 @@ def _levels(scores: Any, shares: Any, rule: ExitPolicy) -> list[float]:
 
 @torch.inference_mode()
 def measure_costs(model: Any, policy: ExitPolicy, context: int = 48) -> DraftCosts:
-    """Seconds that parts of a pass take for one row, the least of several runs.
+    """Seconds that parts of a pass take for one row: medians of several rounds, in which all parts take turns.
+
+    On a CPU with one thread it is the processor's time that counts, which other work on the machine hardly changes.
 
     Args:
         model: a language model with exits.
@@ -174,36 +189,40 @@ def measure_costs(model: Any, policy: ExitPolicy, context: int = 48) -> DraftCos
     open_policy = policy.with_thresholds(policy.lowest_threshold)
     walker = LosslessWalker(model, ExitRun(open_policy), Speaker(1, (), (), samples=False), 1, cache, None, None, None)
     states = torch.randn(max(WIDTHS), model.config.hidden_size, device=model.device, dtype=model.dtype)
-    layers = walker.exit_layers[-1]
+    layers, last = walker.exit_layers[-1], len(walker.exit_layers) - 1
 
     def run_layers(width: int) -> None:
         row, contexts = Row(0, ids[0], context, 0, 0), {}  # type: ignore[var-annotated]
         row.waits = [Waiting(0, context, states[:width])]
         for layer in range(1, layers + 1):
             walker._run(layer, [row], contexts)
+        row.waits[-1].states.sum().item()  # waits for the device
 
     def ask() -> None:
         state = open_policy.init_state(1, walker.num_words, model.device)
         signal = walker.exit_signal(0, states[:1, None], None, open_policy.asks_at(0), states[:1, None])
         open_policy.step(state, signal, 0).leave.tolist()
 
-    one, several = (_seconds(lambda width=width: run_layers(width)) / layers for width in WIDTHS)  # type: ignore[misc]
-    last = len(walker.exit_layers) - 1
-    word, words = (
-        _seconds(lambda width=width: model.exit_logits(last, states[:width]).argmax(-1).tolist())  # type: ignore[misc]
-        for width in WIDTHS
-    )
-    apart = WIDTHS[1] - WIDTHS[0]
-    return DraftCosts(one, max(several - one, 0) / apart, _seconds(ask), word, max(words - word, 0) / apart)
+    def say(width: int) -> None:
+        model.exit_logits(last, states[:width]).argmax(-1).tolist()
+
+    narrow, wide = WIDTHS
+    parts = (partial(run_layers, narrow), partial(run_layers, wide), ask, partial(say, narrow), partial(say, wide))
+    one, several, asked, word, words = _seconds(parts, model.device)
+    more = max(several - one, 0) / layers / (wide - narrow)
+    return DraftCosts(one / layers, more, asked, word, max(words - word, 0) / (wide - narrow))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])  # what else runs on the machine only adds
+def _seconds(parts: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """The median time of each part, all in turns; the first round warms up."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    times: list[list[float]] = [[] for _ in parts]
+    for _ in range(ROUNDS + 1):
+        for part, kept in zip(parts, times, strict=True):
+            begin = clock()
+            part()
+            kept.append(clock() - begin)
+    return [median(kept[1:]) for kept in times]
 
 
 def _measured(model: Any, best: DraftSetting, prompts: Sequence[Sequence[int]], generation: dict[str, Any]) -> float:

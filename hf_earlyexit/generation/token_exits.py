@@ -19,7 +19,7 @@ from ..modeling.finite import check_finite
 from ..modeling.gates import new_gates
 from ..problem_types import SINGLE_LABEL
 from .checks import check_generation, check_lossless, generation_settings
-from .decoding import EndWatch, ExitRun, exit_layers_of
+from .decoding import EndWatch, ExitRun, GivenCriteria, exit_layers_of
 from .lossless import decode_lossless
 from .token_cache import require_dynamic, takes_apart
 from .word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
@@ -73,6 +73,13 @@ class ModelThatWrites(ModelWithExits):
     def exit_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of exit `exit_index` (0-based) from the states after its layer `[..., H]`."""
         return self._head(exit_index)(hidden, self._stock_head)
+
+    def gate_states(self, hidden: Tensor) -> Tensor:
+        """What gates look at, `[..., H]`: states as the decoder's own vocabulary layer reads them, behind its last norm.
+
+        Paper: so does the released code of ConsistentEE for decoders; sizes of raw states differ by orders of magnitude.
+        """
+        return self._stock_head.features(hidden)
 
     def words(self, features: Tensor) -> Tensor:
         """Logits `[..., V]` from what the decoder's own vocabulary layer reads `[..., H]`."""
@@ -132,7 +139,9 @@ class ModelThatWrites(ModelWithExits):
         output.exit_logits = torch.stack([*logits, chosen(output.logits)], -2)  # [B, T, E, V]
         if self.exit_gates:
             gates = zip(self.exit_layers, asked, strict=False)
-            leave_logits = torch.stack([self.exit_gates[str(layer)](state, None) for layer, state in gates], -1)
+            leave_logits = torch.stack(
+                [self.exit_gates[str(layer)](self.gate_states(state), None) for layer, state in gates], -1
+            )
             output.exit_scalars = {"gate": leave_logits}
         if self.training and labels is not None:
             wanted = chosen(labels).flatten()
@@ -228,6 +237,7 @@ class ModelThatWrites(ModelWithExits):
             most = self.config.exit_drafts if max_drafts is None else max_drafts
             check_lossless(policy, settings, options, most)
             streamer = options.get("streamer")
+            options["stopping_criteria"] = GivenCriteria(options.get("stopping_criteria") or (), options.get("tokenizer"))
             loop = partial(decode_lossless, draft_run=run, most_drafts=most, draft_streamer=streamer)
             output = super().generate(inputs, **options, custom_generate=loop)  # type: ignore[misc]
         else:
@@ -244,6 +254,8 @@ class ModelThatWrites(ModelWithExits):
         return next((len(rows) for rows in given if rows is not None), 1)
 
     def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
+        if isinstance(stopping_criteria, GivenCriteria):
+            kwargs["tokenizer"] = stopping_criteria.tokenizer
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)  # type: ignore[misc]
         return EndWatch(criteria, stopping_criteria.run) if isinstance(stopping_criteria, EndWatch) else criteria
 

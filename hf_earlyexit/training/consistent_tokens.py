@@ -129,7 +129,8 @@ class TokenLessons:
                 losses.append(row_losses(output.exit_logits, words, SINGLE_LABEL).cpu())
                 right.append((output.exit_logits.argmax(-1) == words[:, None]).cpu())
                 if keeps_states:
-                    states.append(torch.stack(seen, 1))
+                    made_states = torch.stack(seen, 1).to(self.model.device, self.model.dtype)
+                    states.append(self.model.gate_states(made_states).float().cpu())
                 seen.clear()
                 for line, column in where:
                     made[numbers[line], column] = len(made)

@@ -59,7 +59,8 @@ class TokenStates:
     """Tokens of texts as the gates see them; gates of models that write do not look at answers.
 
     Args:
-        states: after the layer of every exit but the last `[N, E - 1, H]`, float32 on the CPU: `4 (E - 1) H` bytes a token.
+        states: at every exit but the last, as gates look at them `[N, E - 1, H]`, float32 on the CPU: `4 (E - 1) H` bytes a
+            token.
         outcomes: how every exit fares on the same tokens.
     """
 

@@ -91,7 +91,9 @@ def test_every_token_has_its_own_hardness(writer, settings):
                 logits = output.exit_logits[0, column]
                 expected.append(-logits.log_softmax(-1)[:, word])
                 right.append(logits.argmax(-1) == word)
-                states.append(torch.stack([output.hidden_states[layer][0, column] for layer in range(1, LAYERS)]))
+                states.append(
+                    torch.stack([model.model.norm(output.hidden_states[layer][0, column]) for layer in range(1, LAYERS)])
+                )
     everything = lessons.outcomes(rows)
     assert torch.allclose(everything.losses, torch.stack(expected), atol=1e-5)
     assert torch.equal(everything.right, torch.stack(right))

@@ -5,6 +5,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
 from hf_earlyexit.generation.draft_trace import DraftCosts, DraftTrace, replay_drafts, trace_drafts
 from tests.generation.conftest import LAYERS, PAD, prompts
 from tests.generation.test_lossless import drafter  # noqa: F401
@@ -70,6 +71,15 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     assert f"{found.expected.speed_up:.2f}x" in str(found)
     found.serve(model)
     assert (model.exit_policy, model.config.exit_drafts) == (found.policy, found.drafts)
+    written = ee.generation.write_samples(model, ids, **WRITING)
+    given = ee.generation.calibrate_drafts(
+        model, written, drafts=(1, 3), levels=4, costs=LAYER_CALLS, confirm=False, **WRITING
+    )
+    assert given.costs == LAYER_CALLS, "costs that are given are not measured"
+    for one in given.settings:
+        assert one.expected.cost == pytest.approx(one.expected.layer_calls)
+    assert given.expected.layer_calls == min(one.expected.layer_calls for one in found.settings) < LAYERS
+    assert given.num_tokens == found.num_tokens, "what was written already is the same trace"
     dear = DraftCosts(layer=1, more=5, ask=9, words=2, more_words=0)
     monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: dear)
     plain = ee.generation.calibrate_drafts(model, ids, drafts=(1,), levels=4, confirm=False, **WRITING)
@@ -83,6 +93,24 @@ def test_costs_are_measured(drafter):  # noqa: F811
     costs = measure_costs(model, model.exit_policy, context=12)
     assert min(costs.layer, costs.ask, costs.words) > 0
     assert min(costs.more, costs.more_words) >= 0
+
+
+def test_one_slow_round_does_not_count(monkeypatch):
+    """Parts take turns, and each has the median of its times: a burst of other work moves none of them."""
+    from hf_earlyexit.generation import draft_calibration
+
+    now, calls = [0.0], []
+
+    def part(name, seconds):
+        calls.append(name)
+        burst = 3 <= len(calls) // 2 < 8
+        now[0] += seconds * (20 if burst else 1)
+
+    for clock in ("process_time", "perf_counter"):
+        monkeypatch.setattr(draft_calibration.time, clock, lambda: now[0])
+    parts = [lambda: part("a", 1.0), lambda: part("b", 5.0)]
+    assert draft_calibration._seconds(parts, torch.device("cpu")) == pytest.approx([1.0, 5.0])
+    assert calls[:4] == ["a", "b", "a", "b"]
 
 
 def test_what_cannot_be_chosen_is_refused(drafter, writer):  # noqa: F811

@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast, StaticCache, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.families.decoders import cache_name
 from hf_earlyexit.generation.drafts import Row, Speaker
+from hf_earlyexit.generation.lossless import LosslessWalker
 from hf_earlyexit.generation.token_cache import self_attention_of
 from tests.generation.conftest import LAYERS, PAD, WORDS, WRITERS, prompts
 
@@ -71,6 +73,37 @@ def test_ids_and_cache_are_the_full_models(drafter, name, attention):
                 assert torch.allclose(kept[:, :length][mask_of(mask[row], mine, length)],
                                       expected[:, :length][mask_of(mask[row], mine, length)], atol=close)  # fmt: skip
                 assert not kept[:, length:].any()
+
+
+@every
+def test_the_cache_is_the_full_models_after_every_acceptance(drafter, name, monkeypatch):
+    """Not only in the end: whenever drafts are accepted, entries up to there are those of plain decoding, in every layer."""
+    model = drafter(name)
+    ids, mask = prompts(3, 5, padding=(2,))
+    full = both(model, ids, mask, eos_token_id=None)[0]
+    text, layers = full.sequences, cache_of(full).layers
+    dropped = [max(0, 5 - layer.sliding_window + 1) if layer.is_sliding else 0 for layer in layers]  # prompt's columns
+    whole = torch.nn.functional.pad(mask, (0, NEW), value=1)
+    cache = DynamicCache()  # drops nothing, also of layers with a window
+    with torch.no_grad():
+        model(text, attention_mask=whole, position_ids=(whole.cumsum(1) - 1).clamp_min(0), cache=cache, early_exit=False)
+    checked, check = [], LosslessWalker._check
+
+    def checks(self, rows):
+        check(self, rows)
+        for row in rows:
+            end = row.length - 1
+            checked.append(end)
+            for mine, theirs, first in zip(self.cache.entries, cache.layers, dropped, strict=True):
+                real = whole[row.number, first:end].bool()
+                for entries, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    apart = entries[row.number, :, first:end] - expected[row.number, :, first:end]
+                    assert apart[:, real].abs().max() < 1e-10
+
+    monkeypatch.setattr(LosslessWalker, "_check", checks)
+    both(model, ids, mask, eos_token_id=None)
+    assert len(checked) > 6
+    assert len(set(checked)) > 3
 
 
 def mask_of(mask, layer, length):
@@ -230,6 +263,22 @@ def test_texts_end_inside_drafts(drafter):
     assert both(model, ids, mask, eos_token_id=first)[1].sequences.shape == (1, 6), "the first token may be the last"
 
 
+def test_a_stopping_string_ends_a_text_inside_drafts(drafter):
+    model = drafter("llama")
+    letters = Tokenizer(models.BPE(vocab={chr(33 + number): number for number in range(WORDS)}, merges=[]))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    ids, mask = prompts(1, 5)
+    free = both(model, ids, mask, eos_token_id=None)[1]
+    place = next(place for place in range(7, len(free.sequences[0]) - 1) if free.exit_layers[0, place] < LAYERS)
+    word = tokenizer.decode(free.sequences[0, place - 1 : place + 1])
+    assert len(word) == 2
+    full, drafted = both(model, ids, mask, eos_token_id=None, stop_strings=[word], tokenizer=tokenizer)
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert full.sequences.shape[1] < free.sequences.shape[1]
+    assert drafted.draft_counts.tokens == full.sequences.shape[1] - 5
+
+
 def _at(length):
     return lambda ids, scores, **_: torch.full((len(ids),), ids.shape[1] >= length)
 
@@ -337,15 +386,19 @@ def test_what_cannot_be_lossless_is_refused(drafter, writer):
     ):
         with pytest.raises(UsageError, match=words):
             model.generate(ids, attention_mask=mask, lossless=True, max_new_tokens=3, pad_token_id=PAD, **options)
+    static = StaticCache(config=model.config, max_cache_len=20)  # its entries cannot be cropped
+    with pytest.raises(UsageError, match="cannot decode over this cache"):
+        model.generate(ids, cache=static, lossless=True, max_new_tokens=3, pad_token_id=PAD)
     with pytest.raises(UsageError, match="no policy makes drafts"):
         writer("llama").generate(ids, lossless=True)
     with pytest.raises(UsageError, match="no policy makes drafts"):
         model.generate(ids, lossless=True, early_exit=False)
 
 
-def test_in_half_precision_ties_may_fall_otherwise_and_are_counted(drafter):
-    """In bfloat16 a batch of another shape rounds otherwise, so the second-best token may win: seen in how few places."""
-    model = drafter("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_ties_may_fall_otherwise_and_are_counted(drafter, dtype):
+    """There a batch of another shape rounds otherwise, so the second-best token may win: seen in how few places."""
+    model = drafter("llama").to(dtype)
     full, drafted = both(model, *prompts(8, 5), eos_token_id=None)
     first = [int((one != two).int().argmax()) for one, two in zip(full.sequences, drafted.sequences, strict=True)]
     for row, place in enumerate(first):
