@@ -11,9 +11,11 @@ from transformers.generation.streamers import BaseStreamer
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.families.decoders import cache_name
+from hf_earlyexit.generation.draft_cache import draft_cache
 from hf_earlyexit.generation.drafts import Row, Speaker
 from hf_earlyexit.generation.lossless import LosslessWalker
 from hf_earlyexit.generation.token_cache import self_attention_of
+from hf_earlyexit.modeling.outputs import EarlyExitCausalLMOutput
 from tests.generation.conftest import LAYERS, PAD, WORDS, WRITERS, prompts
 
 NEW = 14
@@ -104,6 +106,25 @@ def test_the_cache_is_the_full_models_after_every_acceptance(drafter, name, monk
     both(model, ids, mask, eos_token_id=None)
     assert len(checked) > 6
     assert len(set(checked)) > 3
+
+
+def test_what_stands_behind_the_end_of_a_row_is_not_handed_back(drafter):
+    """A row that ended inside its drafts leaves their entries behind; the cache that others go on with has zeros there."""
+    model, ids = drafter("llama"), prompts(2, 3)[0]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, early_exit=False)[cache_name(EarlyExitCausalLMOutput)]
+    entries = draft_cache(cache)
+    new = torch.ones(2, *entries.entries[0].keys.shape[1:2], 4, entries.entries[0].keys.shape[3], dtype=EXACT)
+    entries.look([0, 1], torch.arange(3, 7).expand(2, -1), 3, 7)
+    for layer in range(LAYERS):
+        entries.update(new, new, layer)
+    entries.write_back(cache.layers, [4, 7])
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == 7
+        for part in (layer.keys, layer.values):
+            assert bool((part[1, :, 3:] == 1).all())
+            assert bool((part[0, :, 3] == 1).all())
+            assert not part[0, :, 4:].any()
 
 
 def mask_of(mask, layer, length):
