@@ -339,6 +339,8 @@ def test_decaying_thresholds_let_later_tokens_go_sooner(captioner, images, mixed
     steady = captioner()
     steady.set_exit_policy(policy)
     assert not torch.equal(served.exit_layers, generated(steady, images(4), eos_token_id=None).exit_layers)
+    steady.set_exit_policy(decayed(policy, 0.3, 0))  # raised as at the first token, and never lowered
+    assert not torch.equal(served.exit_layers, generated(steady, images(4), eos_token_id=None).exit_layers)
 
 
 def test_a_static_cache_is_refused_with_the_reason(captioner, images, mixed):
