@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from transformers import BertModel
+from PIL import Image, ImageDraw
+from transformers import AutoImageProcessor, BertModel
 
 import hf_earlyexit as ee
 
@@ -93,3 +93,31 @@ def test_the_captions_of_the_example_are_those_of_the_pipeline(tmp_path):
     words = " ".join(f"{word['word']}/{word['exit_layer']}" for word in answer["words"])
     assert f"{answer['mean_exit_layer']:.2f} {words}".strip() in done.stdout
     assert picture.name in (tmp_path / "page" / "captions.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_example_leave_where_it_says(tmp_path):
+    for seed, (sides, number) in enumerate([(3, 200), (24, 200)]):
+        folder = tmp_path / "data" / ("triangle", "circle")[seed]
+        folder.mkdir(parents=True)
+        for place in range(number):
+            picture = Image.new("RGB", (32, 32), "#777777")
+            ImageDraw.Draw(picture).regular_polygon((16, 16, 8 + place % 8), sides, fill=("red", "blue")[seed])
+            picture.save(folder / f"{place:03d}.png")
+    words = ["--dataset", tmp_path / "data", "--out", tmp_path / "out", "--steps", "20"]
+    command = [sys.executable, EXAMPLES / "images.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    full, early, layers = re.search(r"full model (\S+), early (\S+) after (\S+) layers", done.stdout).groups()
+    assert float(full) > 0.9
+    assert float(early) >= 0.9
+    assert 1 <= float(layers) < 6
+    told = re.findall(r"^layer (\d)  (\w+) \((\d\.\d\d)\), really (\w+)$", done.stdout, re.MULTILINE)
+    assert len(told) == 8
+    assert {really for *_, really in told} <= {"triangle", "circle"}
+    model = ee.from_pretrained(tmp_path / "out")
+    pictures = sorted((tmp_path / "data").glob("*/*.png"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    answers = ee.predict(model, pictures, image_processor=processor)
+    assert {int(layer) for layer, *_ in told} <= set(answers.exit_layer.tolist())
+    assert (tmp_path / "out" / "report.html").is_file()

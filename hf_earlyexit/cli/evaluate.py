@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..calibration.quality import Comparison, Metric
     from ..calibration.result import CalibrationResult
+    from ..modeling.protocol import ExitClassifier
     from ..trace import ExitTrace
 
 
@@ -71,7 +72,9 @@ def run(args: EvaluateArguments) -> Answer:
     return Answer(values, _sentences(values, names))
 
 
-def figures(model: Any, rows: Any, labels: list[Any], parts: dict[str, Any], args: EvaluateArguments) -> dict[str, Any]:
+def figures(
+    model: ExitClassifier, rows: Any, labels: list[Any], parts: dict[str, Any], args: EvaluateArguments
+) -> dict[str, Any]:
     """What early exit does to the rows, as plain numbers."""
     import torch
 

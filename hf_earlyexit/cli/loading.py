@@ -20,6 +20,7 @@ from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
+from ..modeling.protocol import ExitModel
 from ..serving.reader import reads_images
 from ..serving.served import form_of
 from .arguments import AUTO, FormArguments
@@ -81,7 +82,7 @@ def in_form(model: Any, args: FormArguments) -> Any:
     return convert(model, args.form, performance_hint=args.performance_hint)
 
 
-def reading_parts(name: Any, model: Any) -> dict[str, Any]:
+def reading_parts(name: Any, model: ExitModel) -> dict[str, Any]:
     """What makes a classifier's inputs, by the name of the argument that takes it: its tokenizer or its image processor.
 
     Args:

@@ -237,7 +237,7 @@ def _eval_result(name: str, done: Replay, data_name: str) -> str:
 
 
 def _plots(
-    model: Any, calibration: Mapping[str, CalibrationResult], evaluations: Mapping[str, Replay], measure: str
+    model: ExitModel, calibration: Mapping[str, CalibrationResult], evaluations: Mapping[str, Replay], measure: str
 ) -> dict[str, bytes]:
     if not calibration:
         return {}

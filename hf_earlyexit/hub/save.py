@@ -15,7 +15,7 @@ from ..files import inside, read_json, replaced_folder, write_json
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.configuration import DEFAULT
 from ..modeling.fingerprint import model_fingerprint, tokenizer_fingerprint
-from ..modeling.protocol import ExitModel
+from ..modeling.protocol import ExitModel, TorchExitModel
 from ..serving.reader import reads_images
 from ..values import json_sum
 
@@ -26,7 +26,7 @@ Calibrations = CalibrationResult | Mapping[str, CalibrationResult] | None
 
 
 def save(
-    model: Any,
+    model: TorchExitModel,
     folder: str | PathLike[str],
     *,
     tokenizer: Any = None,
@@ -66,7 +66,7 @@ def save(
             _write_card(new, model, results, repo_id, {} if card is True else dict(card))
 
 
-def _check_parts(model: Any, tokenizer: Any, image_processor: Any) -> None:
+def _check_parts(model: ExitModel, tokenizer: Any, image_processor: Any) -> None:
     """Refuse what a classifier does not read with: it would be loaded with the model."""
     if not isinstance(model, EarlyExitClassifier):
         return
@@ -77,7 +77,7 @@ def _check_parts(model: Any, tokenizer: Any, image_processor: Any) -> None:
         raise UsageError(f"{type(model).__name__} reads {kind}; leave the {name.replace('_', ' ')} out.", field=name)
 
 
-def _input_parts(model: Any, tokenizer: Any, image_processor: Any) -> list[Any]:
+def _input_parts(model: ExitModel, tokenizer: Any, image_processor: Any) -> list[Any]:
     """What makes inputs, as it is saved: both parts of a captioner's as the one that image-text-to-text wants."""
     if tokenizer is not None and image_processor is not None:
         start = model.generation_config.decoder_start_token_id
@@ -177,7 +177,7 @@ def _check(model: ExitModel, results: dict[str, CalibrationResult]) -> None:
 
 
 def _write_card(
-    folder: Path, model: Any, results: dict[str, CalibrationResult], repo_id: str | None, fields: dict[str, Any]
+    folder: Path, model: ExitModel, results: dict[str, CalibrationResult], repo_id: str | None, fields: dict[str, Any]
 ) -> None:
     from .model_card import model_card_files  # brings plots with it, which saving alone does not need
 

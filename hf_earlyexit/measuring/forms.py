@@ -11,6 +11,7 @@ import torch
 
 from ..errors import EarlyExitError, UsageError
 from ..forms import table
+from ..modeling.protocol import TorchExitClassifier
 from ..serving.bf16 import narrowed, to_bf16
 from ..serving.copies import copied
 from .ways import Ways, torch_ways
@@ -31,7 +32,7 @@ class Forms(NamedTuple):
     left_out: dict[str, str]
 
 
-def make_forms(model: Any, names: Sequence[str] | None = None) -> Forms:
+def make_forms(model: TorchExitClassifier, names: Sequence[str] | None = None) -> Forms:
     """One model in several forms, all with its policy: good enough to time them. To serve a form, calibrate it.
 
     Args:
@@ -88,14 +89,14 @@ class HalfForm:
         return torch_ways(self.served, batch_size, static_layer, self.stock_model)
 
 
-def _int8(model: Any) -> Any:
+def _int8(model: TorchExitClassifier) -> Any:
     small = table.made(model, table.INT8)
     small.set_exit_policy(model.exit_policy)
     return small
 
 
 def _onnx(int8: bool) -> Callable[[Any], Any]:
-    def make(model: Any) -> Any:
+    def make(model: TorchExitClassifier) -> Any:
         from .onnx_forms import OnnxForm  # needs the extra
 
         return OnnxForm(model, int8)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +15,7 @@ from onnx import ModelProto, TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from ..errors import UsageError
+from ..modeling.protocol import TorchExitClassifier
 from ..onnx.classifier import OnnxClassifier, open_session
 from ..onnx.export import one_file
 from ..onnx.graphs import cut, inputs_of
@@ -45,7 +45,7 @@ class OnnxForm:
         UsageError: for a model that cannot be exported, or that has no policy.
     """
 
-    def __init__(self, model: Any, int8: bool = False, threads: int | None = None) -> None:
+    def __init__(self, model: TorchExitClassifier, int8: bool = False, threads: int | None = None) -> None:
         if model.exit_policy is None:
             raise UsageError("The model has no exit policy; calibrate it and call set_exit_policy first.", field="model")
         self.threads, self.int8 = threads or torch.get_num_threads(), int8

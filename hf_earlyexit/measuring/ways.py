@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..errors import UsageError
+from ..modeling.protocol import TorchExitClassifier
 from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
@@ -41,7 +42,7 @@ class Form(Protocol):
         """
 
 
-def torch_ways(model: Any, batch_size: int, static_layer: int, stock_model: Any = None) -> Ways:
+def torch_ways(model: TorchExitClassifier, batch_size: int, static_layer: int, stock_model: Any = None) -> Ways:
     """Ways to answer rows with a torch model.
 
     Args:

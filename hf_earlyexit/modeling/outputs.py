@@ -37,8 +37,8 @@ class EarlyExitClassifierOutput(ModelOutput):
 
 
 @dataclass
-class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
-    """The stock output of a captioner, and what its exits say; what was not computed is `None`.
+class TokenExits:
+    """What the exits of a model that writes say of its tokens; what was not computed is `None`.
 
     Attributes:
         exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.
@@ -53,16 +53,10 @@ class EarlyExitCaptionerOutput(Seq2SeqLMOutput):
 
 
 @dataclass
-class EarlyExitCausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """The stock output of a language model, and what its exits say; what was not computed is `None`.
+class EarlyExitCaptionerOutput(TokenExits, Seq2SeqLMOutput):
+    """The stock output of a captioner, then `TokenExits`."""
 
-    Attributes:
-        exit_logits: every exit's logits of every token `[B, T, E, V]`; only when all exits ran.
-        exit_scalars: learned signals by name, such as "gate", leave logits of every exit but the last `[B, T, E - 1]`; only
-            when all exits ran.
-        exit_layer: the layer each token left after `[B, T]`, 1 to L.
-    """
 
-    exit_logits: Tensor | None = None
-    exit_scalars: dict[str, Tensor] | None = None
-    exit_layer: Tensor | None = None
+@dataclass
+class EarlyExitCausalLMOutput(TokenExits, CausalLMOutputWithCrossAttentions):
+    """The stock output of a language model, then `TokenExits`."""

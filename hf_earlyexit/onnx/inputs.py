@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import DataError, UsageError
 from ..families import Family
 from ..families.base import IMAGE
+from ..modeling.protocol import TorchExitClassifier
 from ..serving.pictures import encode_picture
 from ..serving.tables import PIXELS
 
@@ -30,7 +31,7 @@ def picture_of(config: Any) -> tuple[int, int, int]:
     return config.num_channels, height, width
 
 
-def picture_shape(model: Any, image_processor: Any) -> tuple[int, ...] | None:
+def picture_shape(model: TorchExitClassifier, image_processor: Any) -> tuple[int, ...] | None:
     """Channels, height and width of the pictures that an export is made for; `None` for models that read texts.
 
     Args:

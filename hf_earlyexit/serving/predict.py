@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import EarlyExitError, UsageError
-from ..modeling.protocol import ExitModel, Wrapped
+from ..modeling.protocol import ExitClassifier, ExitModel, Wrapped
 from ..problem_types import same_prediction
 from ..values import is_whole
 from .answers import Answers
@@ -205,7 +205,7 @@ def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
 
 
 def _answered(
-    model: Any,
+    model: ExitClassifier,
     rows: Any,
     reader: RowReader,
     size: int,
@@ -251,7 +251,7 @@ def _answered(
 
 
 def monitored(
-    monitor: Monitor, model: Any, inputs: Mapping[str, Any], early_exit: bool | None, operating_point: str | None
+    monitor: Monitor, model: ExitClassifier, inputs: Mapping[str, Any], early_exit: bool | None, operating_point: str | None
 ) -> Any:
     """The output of one batch of `forward`, shown to a monitor as `predict` does.
 
