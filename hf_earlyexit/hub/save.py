@@ -77,7 +77,7 @@ def _check_parts(model: ExitModel, tokenizer: Any, image_processor: Any) -> None
         raise UsageError(f"{type(model).__name__} reads {kind}; leave the {name.replace('_', ' ')} out.", field=name)
 
 
-def _input_parts(model: ExitModel, tokenizer: Any, image_processor: Any) -> list[Any]:
+def _input_parts(model: Any, tokenizer: Any, image_processor: Any) -> list[Any]:
     """What makes inputs, as it is saved: both parts of a captioner's as the one that image-text-to-text wants."""
     if tokenizer is not None and image_processor is not None:
         start = model.generation_config.decoder_start_token_id
