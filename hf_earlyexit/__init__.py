@@ -72,6 +72,8 @@ after_import("transformers.pipelines", lambda: _register("register_pipelines"))
 def __getattr__(name: str) -> Any:
     if name in ROOMS:
         return import_module(f".{name}", __name__)
+    if name == "ray":
+        return import_module(".scale.ray", __name__)
     home = _HOMES.get(name, "doors" if name.startswith("EarlyExit") else None)  # doors of all families are made there
     try:
         return getattr(import_module(f".{home}", __name__), name) if home else _missing(name)

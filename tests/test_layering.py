@@ -50,13 +50,14 @@ ALLOWED = {
     "captions": SERVE | {"generation", "training", "reports", "images"},
     "onnx": SERVE,
     "server": SERVE,
+    "scale": SERVE | {"onnx", "doors"},
     "evaluation": BASE | {"serving"},
     "doors": SERVE | {"generation", "captions"},
     "hub": SERVE | {"training", "plots", "measuring", "captions", "doors"},
     "pipelines": SERVE | {"generation", "captions", "images", "doors", "forms"},
     "cli": SERVE
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
-    | {"server", "forms", "__init__"},
+    | {"server", "scale", "forms", "__init__"},
 }
 OUTSIDE = {"torch", "numpy", "scipy", "safetensors"}  # all that the pure parts may need, beside the standard library
 

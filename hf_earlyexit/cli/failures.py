@@ -25,6 +25,7 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "ray": "ray",
 }
 MISTAKE, INTERRUPTED, READER_GONE = 2, 130, 141  # the last two as a shell says of SIGINT and SIGPIPE
 

@@ -3,10 +3,12 @@
     hf-earlyexit predict --model bert-with-exits --input texts.txt --output answers.jsonl
     hf-earlyexit predict bert-with-exits --input reviews.csv --text_column body --output answers.csv
     hf-earlyexit predict vit-with-exits --input photos --output answers.csv
+    hf-earlyexit predict bert-with-exits --engine ray --input 'reviews/*.parquet' --output answers --workers 8
     cat rows.jsonl | hf-earlyexit predict bert-with-exits --input - --input_format jsonl | head
     hf-earlyexit predict bert-with-exits --input texts.txt --output answers.csv --form auto
 
-Every answer keeps the columns of its row. Rows are read, answered and written as they come, whatever their number.
+Every answer keeps the columns of its row. Rows are read, answered and written as they come, whatever their number. With
+--engine ray, several processes each answer a file at a time; a run that was stopped goes on with the files that are left.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 STDOUT = "-"
 ANSWERS = ("label", "score", "logits", "exit_layer", "error")
 FORM = "form"  # a column of its own where a form was asked for
-CHANGES_NO_ANSWER = ("output", "resume", "max_rows", "max_batch_tokens", "device", "performance_hint")
+CHANGES_NO_ANSWER = (
+    "output", "resume", "max_rows", "max_batch_tokens", "device", "performance_hint", "engine", "workers",
+)  # fmt: skip
+ENGINES = ("here", "ray")
 
 
 @dataclass
@@ -55,6 +60,11 @@ class PredictArguments(FileArguments, FormArguments, DeviceArguments):
     early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
+    engine: str = field(
+        default=ENGINES[0],
+        metadata={"help": "here, or ray: processes for the files of a pattern, and a folder of answers, a file for each"},
+    )
+    workers: int = field(default=0, metadata={"help": "with ray: how many processes; 0 is one for each core"})
 
 
 ARGUMENTS = (PredictArguments,)
@@ -63,24 +73,43 @@ ARGUMENTS = (PredictArguments,)
 def run(args: PredictArguments) -> Answer:
     """Read, classify, write."""
     from ..modeling.certificate import warn_of_other_tokenizer
-    from ..serving.reader import reads_images
-    from ..serving.served import form_of
-    from .incoming import incoming
     from .loading import in_form, load_exported_or_model, reading_parts
-    from .outgoing import OutputFile, check_output, skipped
+    from .outgoing import check_output
 
+    if args.engine not in ENGINES:
+        raise UsageError(f"engine is {args.engine!r}; expected {' or '.join(ENGINES)}.", field="engine", value=args.engine)
+    if args.engine == ENGINES[1]:
+        from .predict_files import answer_files
+
+        return answer_files(args)
     if args.output != STDOUT:
         check_output(args.output)
     elif args.resume:
         raise UsageError("Standard output cannot be gone on with; name an --output.", field="resume")
     model = in_form(load_exported_or_model(args.model, args.device), args)
-    source = incoming(args, args.input, args.split, reads_images(model))
     parts = reading_parts(args.model, model)
     warn_of_other_tokenizer(model, parts.get("tokenizer"))
+    return answer_input(args, model, parts)
+
+
+def answer_input(args: PredictArguments, model: Any, parts: dict[str, Any]) -> Answer:
+    """Answer what the flags name.
+
+    Args:
+        args: flags.
+        model: that has been loaded.
+        parts: its tokenizer or image processor, from `reading_parts`.
+    """
+    from ..serving.reader import reads_images
+    from ..serving.served import form_of
+    from .incoming import incoming
+    from .outgoing import OutputFile, skipped
+
+    source = incoming(args, args.input, args.split, reads_images(model))
     tally: dict[str, Any] = {"rows": 0, "form": form_of(model), "mean_layers": None, "num_layers": model.exit_layers[-1]}
     if args.output == STDOUT:
         return Answer(tally, lines=_answered(args, model, parts, source, source.rows, 0, tally))
-    file = OutputFile(args.output, _run_of(args, model), args.resume)
+    file = OutputFile(args.output, run_of(args, model), args.resume)
     rows = _answered(args, model, parts, source, skipped(source.rows, file.done), file.done, tally)
     file.write_all(rows)
     tally["output"] = args.output
@@ -95,7 +124,7 @@ def run(args: PredictArguments) -> Answer:
     return Answer(tally, text)
 
 
-def _run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
+def run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
     """What decides the answers of a run."""
     from ..serving.served import form_of
 
