@@ -25,8 +25,8 @@ import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.measuring.onnx_forms import _in_8_bits, by_length
 from hf_earlyexit.onnx.classifier import open_session
-from hf_earlyexit.onnx.graphs import cut
-from hf_earlyexit.onnx.walk import INPUTS, logits_of, walk_graph
+from hf_earlyexit.onnx.graphs import cut, inputs_of
+from hf_earlyexit.onnx.walk import logits_of, walk_graph
 from hf_earlyexit.server.app import make_app
 from hf_earlyexit.server.rows import Limits
 from hf_earlyexit.serving.batching import sorted_batches
@@ -60,9 +60,9 @@ def prepare(work: Path, folder: Path | None) -> list[str]:
     small = ee.OnnxClassifier.from_pretrained(work / "small", threads=1)
     policy = spread_out(ee.collect_trace(small, texts[:300], labels=[0] * 300, tokenizer=tokenizer, progress=False))
     (work / "policy.json").write_text(json.dumps(policy.to_dict()))
-    ids = dict.fromkeys(INPUTS, (TensorProto.INT64, ("batch", "length")))
+    whole = walk_graph(model)
     last = {logits_of(len(model.exit_layers) - 1): (TensorProto.FLOAT, ("batch", "classes"))}
-    (work / "full.onnx").write_bytes(_in_8_bits(cut(walk_graph(model), ids, last)))
+    (work / "full.onnx").write_bytes(_in_8_bits(cut(whole, inputs_of(whole), last)))
     return texts
 
 
