@@ -3,10 +3,6 @@
 import io
 import json
 import os
-import socket
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,6 @@ from tests.families.tiny import new_model
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ROWS = 240
-EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_serve.py"
 
 
 class DiesOnce(Classify):
@@ -193,23 +188,3 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
     os.utime(places[0], ns=(1, 1))
     assert main([*words, "--resume", "true"]) == 2
     assert "has changed" in capsys.readouterr().err
-
-
-def test_the_example_of_ray_serve_answers(cluster, folder, texts, expected):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(EXAMPLE), str(folder), "--port", str(port), "--operating_point", "fast"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "RAY_ADDRESS": "auto"}
-    )
-    try:
-        address = next(line for line in process.stdout if line.startswith("http")).strip()
-        for text, label, layer in list(zip(texts, expected["label"], expected["exit_layer"], strict=True))[:8]:
-            request = urllib.request.Request(address, json.dumps({"inputs": [text]}).encode())
-            with urllib.request.urlopen(request, timeout=60) as response:
-                (answer,) = json.load(response)
-            assert (answer["label"], answer["exit_layer"]) == (label, layer)
-    finally:
-        process.terminate()
-        process.wait(60)
