@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging
+
 from ..calibration.targets import Target
 from ..errors import CheckpointError, UsageError
 from ..modeling.fingerprint import model_fingerprint, policy_fingerprint
@@ -17,6 +19,12 @@ from .speed import HINTS, THROUGHPUT, fastest
 from .table import FORMS, FP32, ONNX, SAME_NUMBERS, made, what_lacks
 
 AUTO = "auto"
+
+logger = logging.get_logger(__name__)
+
+
+class _FormError(UsageError):
+    """A model cannot have a form."""
 
 
 def convert(
@@ -42,8 +50,8 @@ def convert(
     Args:
         model: a float32 classifier with exits. It is not changed.
         form: "fp32" (the model itself), "bf16", "int8", "onnx" (ONNX Runtime), "onnx-int8"; or "auto" for the one that is
-            the fastest here of those that have thresholds, by a short measurement of each; ONNX Runtime is among these where
-            the hint is "latency" or it has thresholds of its own.
+            the fastest here of those that the model can have and that have thresholds, by a short measurement of each; ONNX
+            Runtime is among these where the hint is "latency" or it has thresholds of its own.
         performance_hint: what "auto" measures: "throughput" for many rows at once, "latency" for one at a time.
         rows, labels: held-back rows to choose thresholds on, as for `collect_trace`.
         tokenizer, image_processor, split, max_length, progress: as for `collect_trace`.
@@ -76,7 +84,10 @@ def convert(
     }
 
     def convert_to(name: str) -> Any:
-        new = made(inner, name)
+        try:
+            new = made(inner, name)
+        except UsageError as error:
+            raise _FormError(str(error), field=error.field, value=error.value) from error
         if name in SAME_NUMBERS or inner.exit_policy is None:
             return new
         if rows is not None:
@@ -102,7 +113,15 @@ def convert(
             return False  # an export takes longer than it saves
         return name in SAME_NUMBERS or inner.exit_policy is None or rows is not None or name in kept
 
-    return fastest({name: convert_to(name) for name in FORMS if may(name)}, performance_hint)
+    models = {}
+    for name in filter(may, FORMS):
+        try:
+            models[name] = convert_to(name)
+        except (_FormError, CheckpointError) as error:
+            if name == form_of(inner):
+                raise
+            logger.warning(f"The form {name} is left out of the choice: {error}")
+    return fastest(models, performance_hint)
 
 
 def keep_thresholds(model: Wrapped, converted: Any) -> None:

@@ -46,8 +46,7 @@ def _rows(model: Any) -> list[dict[str, Any]]:
         size = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return [{PIXELS: torch.zeros(config.num_channels, height, width)} for _ in range(ROWS)]
-    longest = getattr(model, "walker", None)
-    most = longest.longest if longest is not None else model.family.longest(config)
+    most = model.family.longest(config)
     pad = getattr(config, "pad_token_id", None) or 0
     ids = [token for token in range(config.vocab_size) if token != pad][:ROWS] or [0]
     return [{"input_ids": [ids[row % len(ids)]] * min(TOKENS, most)} for row in range(ROWS)]

@@ -144,6 +144,27 @@ def test_auto_measures_the_forms_that_have_thresholds(model, converted, monkeypa
     ]
 
 
+def test_auto_leaves_out_what_the_model_cannot_have_and_says_so(model, converted, monkeypatch):
+    def fails(given, form):
+        if form == "onnx":
+            raise UsageError("it cannot be exported: a test", field="model")
+        return given if form == "fp32" else ee.quantize_int8(given)
+
+    said = []
+    stale = {"int8": {"policy": model.config.exit_policy, "certificate": model.config.exit_certificate}}
+    monkeypatch.setattr(convert_module, "made", fails)
+    monkeypatch.setattr(convert_module, "what_lacks", lambda form, device: "a test" if form == "bf16" else None)
+    monkeypatch.setattr(model.config, "exit_forms", stale)
+    monkeypatch.setattr(convert_module.logger, "warning", said.append)
+    assert ee.convert(model, performance_hint="latency") is model
+    assert [text.split(":")[0] for text in said] == [
+        "The form int8 is left out of the choice",
+        "The form onnx is left out of the choice",
+    ]
+    with pytest.raises(UsageError, match="it cannot be exported"):
+        ee.convert(model, "onnx")
+
+
 @pytest.mark.parametrize("hint", ["throughput", "latency"])
 def test_the_fastest_is_the_one_that_takes_the_least_time(model, monkeypatch, hint):
     now, asked, in_a_turn = [0.0], [], 1 if hint == "throughput" else 4
