@@ -189,15 +189,14 @@ class RankedExits:
 
     def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
         self.scores, self.lowest, self.counts = scores, lowest, counts
-        self.order = [np.argsort(-column, kind="stable").astype(np.int32) for column in scores.T[:-1]]
+        self.order = [np.argsort(-column, kind="stable") for column in scores.T[:-1]]
         self.errors = [errors[order, index] for index, order in enumerate(self.order)]
         self.excess = [wrong - errors[order, -1] for wrong, order in zip(self.errors, self.order, strict=True)]
-        self.places, self.allowed = [], []  # of each row's score among the different ones; how many of those may be cut at
+        self.places, self.allowed = [], []  # of each row's score among the different ones; how many rows may be cut behind
         for index, order in enumerate(self.order):
             score = scores[order, index]
             self.places.append(np.cumsum(np.append(False, score[1:] < score[:-1]), dtype=np.int32))
-            may_leave = (score >= lowest) & (score > -np.inf)
-            self.allowed.append(self.places[index][may_leave].max(initial=-1) + 1)
+            self.allowed.append(int(((score >= lowest) & (score > -np.inf)).sum()))
 
     def thresholds(self, rule: LeaverRule) -> tuple[Array, NDArray[np.int64]]:
         """One threshold per exit, in order: each exit takes as many of the rows that reached it as the rule allows.
@@ -207,26 +206,41 @@ class RankedExits:
         """
         rows, exits = self.scores.shape
         thresholds, taken = np.full(exits - 1, np.nan), np.full(rows, exits - 1)
-        staying = None  # everybody
+        staying = np.ones(rows, dtype=bool)
+        here = np.arange(rows)  # positions in the exit's order of the rows that reached it
         for index, order in enumerate(self.order):
-            places, errors = self.places[index], (self.excess if rule.bound is None else self.errors)[index]
-            if staying is not None:
-                here = staying[order]
-                order, places, errors = order[here], places[here], errors[here]
-            fine = rule.holds(errors, index)
-            fine[:-1] &= places[:-1] != places[1:]  # equal scores leave together
-            fine[np.searchsorted(places, self.allowed[index]) :] = False
-            if not fine.any():
+            errors = (self.excess if rule.bound is None else self.errors)[index]
+            if len(here) < rows or not staying.all():
+                here = np.flatnonzero(staying.take(order))
+                errors = errors.take(here)
+            last = self._last_leaver(rule.holds(errors, index), here, index)
+            if last is None:
                 continue
-            last = len(fine) - 1 - int(fine[::-1].argmax())
-            score = self.scores[order[last], index]
-            below = self.scores[order[last + 1], index] if last + 1 < len(order) else -np.inf
+            score = self.scores[order[here[last]], index]
+            below = self.scores[order[here[last + 1]], index] if last + 1 < len(here) else -np.inf
             cut = score if self.counts or not np.isfinite(below) else cut_between(np.array(below), np.array(score))
             thresholds[index] = max(float(cut), self.lowest)
-            staying = np.ones(rows, dtype=bool) if staying is None else staying
-            staying[order[: last + 1]] = False
-            taken[order[: last + 1]] = index
+            leaving = order.take(here[: last + 1])
+            staying[leaving] = False
+            taken[leaving] = index
         return thresholds, taken
+
+    def _last_leaver(self, fine: NDArray[np.bool_], here: NDArray[np.int64], index: int) -> int | None:
+        """The last of the rows at positions `here` of an exit's order who may leave; equal scores leave together."""
+        fine[np.searchsorted(here, self.allowed[index]) :] = False
+        if (last := _last(fine)) is not None and last + 1 < len(here):
+            places = self.places[index]
+            if places[here[last]] == places[here[last + 1]]:
+                places = places.take(here)
+                fine[:-1] &= places[:-1] != places[1:]
+                last = _last(fine)
+        return last
+
+
+def _last(true: NDArray[np.bool_]) -> int | None:
+    """The last place that is true."""
+    last = len(true) - 1 - int(true[::-1].argmax()) if len(true) else 0
+    return last if len(true) and true[last] else None
 
 
 def per_exit_thresholds(scores: Array, errors: Array, rule: LeaverRule, lowest: float, counts: bool) -> Array:
