@@ -5,6 +5,7 @@ python benchmarks/promises.py --parts page
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def _rows_of(cells: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
     return rows
 
 
+TARGETS = (
+    "MaxDrop(0)",
+    "MaxDrop(0, sigmas=1)",
+    "MaxDrop(0.01)",
+    "MaxDrop(0.01) per exit",
+    "FinalLayerError()",
+    "Certified(0.01, 0.9)",
+    "Certified(0.01, 0.9) harm",
+)
 HEAD = (
     "trace",
     "policy",
@@ -79,7 +89,30 @@ HEAD = (
 )
 
 
+def _summary(cells: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """A row for each policy and target, over all traces that were tried."""
+    together: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name, cell in cells.items():
+        trace, policy, target = name.split("|")
+        if cell["splits"] > cell["refused"] and cell["drop"] is not None:
+            together.setdefault((target, policy), {})[trace] = cell
+    rows = []
+    for (target, policy), parts in sorted(together.items(), key=lambda item: (TARGETS.index(item[0][0]), item[0][1])):
+        kept = {trace: cell["splits"] - cell["refused"] for trace, cell in parts.items()}
+        shares = {trace: cell["broken"] / kept[trace] for trace, cell in parts.items()}
+        worst = max(shares, key=lambda trace: shares[trace])
+        broken = sum(cell["broken"] for cell in parts.values())
+        speed = math.exp(sum(math.log(cell["speed_up"]) for cell in parts.values()) / len(parts))
+        rows.append((target, policy, len(parts), f"{broken} of {sum(kept.values())}", f"{worst}: {shares[worst]:.0%}",
+                     f"{speed:.2f}"))  # fmt: skip
+    return rows
+
+
+SUMMARY_HEAD = ("target", "policy", "traces", "broken", "worst trace", "layer speed-up, geometric mean")
+
+
 def _traces(cells: dict[str, dict[str, Any]]) -> str:
+    cells = dict(sorted(cells.items()))
     _plot(cells)
     return f"""## On real traces
 
@@ -100,6 +133,11 @@ a good part of the splits at `MaxDrop(0)`. The two kinds of rows in the table ar
 
 ![share of broken promises against layer speed-up, one point for each trace, policy and target]({PLOT})
 
+{_table(SUMMARY_HEAD, _summary(cells))}
+Of the traces of 1,000 rows or more, `expected` is off by more than 0.3 points on RTE alone. Its folds choose on 553 rows
+where the choice itself has 691; on heads that are hardly better than the most frequent answer, fewer rows close other exits
+as weak. Whether that is the whole reason was not measured.
+
 {_table(HEAD, _rows_of(cells))}"""
 
 
@@ -111,15 +149,16 @@ def _plot(cells: dict[str, dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    rules: dict[str, list[tuple[float, float]]] = {}
-    for name, cell in cells.items():
-        if kept := cell["splits"] - cell["refused"]:
-            rules.setdefault(name.split("|")[2], []).append((cell["speed_up"], cell["broken"] / kept))
-    for marker, (rule, points) in zip("osv^D*PX", rules.items(), strict=False):
-        axes.scatter(*zip(*points, strict=True), marker=marker, label=rule, alpha=0.7, s=22)
+    for marker, rule in zip("osv^D*P", TARGETS, strict=True):
+        mine = [(cell, cell["splits"] - cell["refused"]) for name, cell in cells.items() if name.endswith(f"|{rule}")]
+        points = [(cell["speed_up"], cell["broken"] / kept) for cell, kept in mine if kept]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=marker, label=rule, alpha=0.6, s=20)
     axes.axhline(0.1, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="layer speed-up", ylabel="share of splits that break their word", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=7)
+    axes.set(xlabel="layer speed-up", ylabel="share of splits that break their word", ylim=(-0.03, 1.03), xscale="log")
+    axes.set_xticks([1, 1.5, 2, 3, 4, 6, 8, 12], ["1", "1.5", "2", "3", "4", "6", "8", "12"])
+    axes.minorticks_off()
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(DOCS / PLOT, metadata={"Date": None})
     pyplot.close(figure)
@@ -253,6 +292,7 @@ def _shadow(cells: list[dict[str, Any]]) -> str:
 `predict` with a monitor (shadow 0.01) and without, in turns, one thread, the real small encoder; CPU time of the process.
 A shadowed row goes on from the exit it left at, so that a share s of them costs about s times the layers that its exit saves
 over those that it runs: s x (speed-up - 1). *More layers*: tokens that go through a layer, counted, padding included.
+Others were at work on the machine: where the middle half of the rounds is wide, the CPU time says nothing, the count does.
 
 {_table(head, rows)}"""
 
