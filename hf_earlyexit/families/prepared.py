@@ -34,7 +34,7 @@ class _Known(NamedTuple):
     family: Family
     config: dict[str, Any]
     stock: list[nn.Module]
-    parts: list[tuple[nn.Module, dict[str, Any]]]
+    parts: list[tuple[nn.Module, type, dict[str, Any]]]
     prepared: Prepared
 
 
@@ -66,7 +66,7 @@ def prepared(family: Family, base: Any, pack: bool = True) -> Prepared:
 def _new(family: Family, base: Any) -> _Known:
     layers = list(family.layers_of(base))
     once = dict.fromkeys(part for layer in layers for part in layer.modules())
-    parts = [(part, _seen(vars(part))) for part in once]
+    parts = [(part, type(part), _seen(vars(part))) for part in once]
     packs = family.packs(base)
     ready = [family.packed_layer(layer) if packs else partial(family.call, layer) for layer in layers]
     return _Known(family, _seen(vars(base.config)), layers, parts, Prepared(packs, ready))
@@ -77,7 +77,9 @@ def _is_as_it_was(known: _Known, base: Any) -> bool:
     if len(stock) != len(known.stock) or not all(map(is_, stock, known.stock)):
         return False
     try:
-        return vars(base.config) == known.config and all(vars(part) == seen for part, seen in known.parts)
+        return vars(base.config) == known.config and all(
+            type(part) is kind and vars(part) == seen for part, kind, seen in known.parts
+        )
     except (RuntimeError, ValueError):  # a tensor or an array in the place of another: they do not compare to a truth
         return False
 

@@ -63,11 +63,21 @@ def _frame_beit(frame: Frame) -> Framed:
     model, side = frame.model, frame.model.config.image_size
     side = side if isinstance(side, (list, tuple)) else (side, side)
     mask = both_ways(frame)
+    grid = tuple(length // model.config.patch_size for length in side)
+    if torch.is_inference_mode_enabled():
+        _keep_places(model, grid)
     if model.shared_position_bias is not None:
-        grid = tuple(length // model.config.patch_size for length in side)
         bias = model.shared_position_bias(grid, interpolate_pos_encoding=False, dim_size=frame.hidden.shape[1])
         mask = bias if mask is None else bias + mask
     return framed(frame, {}, {MASK: mask, "resolution": tuple(side)})
+
+
+def _keep_places(model: Any, grid: tuple[int, ...]) -> None:
+    """Have transformers make its table of relative places as a plain tensor: it keeps it for passes that may learn."""
+    biased = next((part for part in model.modules() if hasattr(part, "generate_relative_position_index")), None)
+    if biased is not None:
+        with torch.inference_mode(False):
+            biased.generate_relative_position_index(grid)
 
 
 def _call_beit(layer: nn.Module, hidden: Tensor, context: Context) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
-from hf_earlyexit.cli.predict import PredictArguments, _run_of
+from hf_earlyexit.cli.predict import PredictArguments, run_of
 from hf_earlyexit.forms import convert as convert_module
 from hf_earlyexit.hub.save import load_calibrations
 from hf_earlyexit.serving.bf16 import lacks_bf16
@@ -60,7 +60,7 @@ def test_a_form_is_calibrated_kept_and_answers(places, capsys, monkeypatch):
     assert main(["predict", *map(str, words), "--output", str(out), "--form", "int8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["form"] == "int8"
     auto = PredictArguments(model="model", input="texts.csv", form="auto")
-    assert _run_of(auto, loaded) != _run_of(auto, small)  # a stopped run does not go on in another form
+    assert run_of(auto, loaded) != run_of(auto, small)  # a stopped run does not go on in another form
 
 
 def test_forms_that_cannot_be_are_refused(places, capsys, monkeypatch):

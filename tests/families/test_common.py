@@ -119,3 +119,11 @@ def test_images_in_half_precision_are_read(name):
         served = ee.predict(model, [{"pixel_values": one} for one in batch["pixel_values"]]).logits
     assert logits.dtype == torch.bfloat16
     assert torch.equal(served, logits.float())
+
+
+def test_a_beit_that_has_answered_can_still_learn():
+    model, batch = new_model("beit", image_size=48), batch_of("beit")
+    with torch.inference_mode():
+        model(**{**batch, "pixel_values": torch.randn(2, 3, 48, 48)})
+    output = model.train()(pixel_values=torch.randn(2, 3, 48, 48), labels=torch.tensor([0, 1]))
+    output.exit_logits.sum().backward()

@@ -172,7 +172,7 @@ def never(right, meaning):
 
 
 def test_config(saved):
-    counts = judge(saved, "config.json", json_edits, answers, 120, hides)
+    counts = judge(saved, "config.json", json_edits, answers, 150, hides)
     assert counts["refused"] > 60
     assert counts["same"] > 10
 
