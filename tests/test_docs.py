@@ -25,6 +25,7 @@ from hf_earlyexit.cli.parsing import parse_arguments
 from hf_earlyexit.losses import OBJECTIVES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.signals import SIGNALS
 from hf_earlyexit.training.metrics import EXIT_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +66,9 @@ def commands():
 @pytest.fixture
 def clean_registries(monkeypatch):
     """What a page registers is forgotten afterwards."""
-    POLICIES.names()
-    monkeypatch.setattr(POLICIES, "_items", dict(POLICIES._items))
+    for registry in (POLICIES, SIGNALS):
+        registry.names()
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
 
 
 @pytest.fixture(scope="module")

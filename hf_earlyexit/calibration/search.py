@@ -210,7 +210,7 @@ class RankedExits:
         here = np.arange(rows)  # positions in the exit's order of the rows that reached it
         for index, order in enumerate(self.order):
             errors = (self.excess if rule.bound is None else self.errors)[index]
-            if len(here) < rows or not staying.all():
+            if not staying.all():
                 here = np.flatnonzero(staying.take(order))
                 errors = errors.take(here)
             last = self._last_leaver(rule.holds(errors, index), here, index)
@@ -239,8 +239,9 @@ class RankedExits:
 
 def _last(true: NDArray[np.bool_]) -> int | None:
     """The last place that is true."""
-    last = len(true) - 1 - int(true[::-1].argmax()) if len(true) else 0
-    return last if len(true) and true[last] else None
+    if not true.any():
+        return None
+    return len(true) - 1 - int(true[::-1].argmax())
 
 
 def per_exit_thresholds(scores: Array, errors: Array, rule: LeaverRule, lowest: float, counts: bool) -> Array:

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..families.base import Family, Frame, Framed
 from ..families.context import each
 from ..modeling.protocol import Wrapped
+from ..modeling.wrapped import unwrapped_without_adapters
 from .copies import checksum, copied, joint_weight, layers_of, replace_maps
 
 MOST, STEP = 448, 32  # inputs that are added up in one go whatever the number of tokens; a multiple of the second
@@ -54,7 +55,7 @@ class Bf16Linear(nn.Module):
 
 
 def to_bf16(model: Wrapped) -> Any:
-    """A copy of a model whose layers compute in bfloat16: several times as fast where the processor has instructions for it.
+    """A copy of a model whose layers compute in bfloat16, for processors with instructions for it.
 
     Embeddings, pooler, norms before exits, heads and policies stay in float32: in bfloat16 scores tie. The copy has no
     policy and no operating points, and nothing that was promised of the model holds for it: its logits differ from the
@@ -76,9 +77,9 @@ def to_bf16(model: Wrapped) -> Any:
         >>> model = ee.EarlyExitBertForSequenceClassification(config)
         >>> copy = to_bf16(model) if lacks_bf16(model.device) is None else None
     """
-    new = copied(model, "bf16")
-    if (lacking := lacks_bf16(new.device)) is not None:
+    if (lacking := lacks_bf16(unwrapped_without_adapters(model, "bf16").device)) is not None:
         raise UsageError(f"The form 'bf16' does not run here: {lacking}.", field="model")
+    new = copied(model, "bf16")
     if new.device.type == "cpu":
         replace_maps(new, Bf16Linear)
     return narrowed(new, torch.bfloat16)

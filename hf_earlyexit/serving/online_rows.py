@@ -75,13 +75,17 @@ class RowFuture(Future[Answer]):
         if leave is not None:
             leave(self)
 
-    def finish(self, answer: Answer | None = None, error: BaseException | None = None) -> bool:
-        """Hand over an answer or an error, once; whether anybody still wants it."""
+    def finish(
+        self, answer: Answer | None = None, error: BaseException | None = None, count: Callable[[], Any] | None = None
+    ) -> bool:
+        """Hand over an answer or an error, once; whether anybody still wants it. If so, `count` is called before."""
         if self.finished:
             return False
         self.finished, self.row, self.leave_queue = True, None, None
         if not self.set_running_or_notify_cancel():
             return False
+        if count is not None:
+            count()
         if error is not None:
             self.set_exception(error)
         elif answer is not None:
@@ -155,7 +159,7 @@ class Line:
                 future.left_queue()
         self.inside, self.groups, self.courses = {}, {}, {}
         for future in futures:
-            self.failed += future.finish(error=error())
+            future.finish(error=error(), count=self._count_failure)
 
     # --- in ---------------------------------------------------------------------------------------------------------
 
@@ -173,7 +177,7 @@ class Line:
                 future.finish()
             elif future.ends_at <= now:
                 nothing = torch.full((self.scheduler.walker.num_classes,), torch.nan)
-                self.num_answered += future.finish(Answer(nothing, 0, math.nan, DEADLINE, None))
+                future.finish(Answer(nothing, 0, math.nan, DEADLINE, None), count=self._count_answer)
             else:
                 wanted.append((future, row))
         self.inside.update(wanted)
@@ -265,9 +269,7 @@ class Line:
                 self._fail(future, not_finite(0))
             else:
                 answer = Answer(logits[row].clone(), layer, scores[row], reason, None)
-                wanted = future.finish(answer)
-                self.num_answered += wanted
-                seen += wanted and index >= 0
+                seen += future.finish(answer, count=self._count_answer) and index >= 0
                 self.inside.pop(future, None)
         if seen and self.monitor is not None:
             self.monitor.record([layer] * seen)
@@ -277,8 +279,14 @@ class Line:
             self._fail(future, _failed("Its layers failed", error))
 
     def _fail(self, future: RowFuture, error: BaseException) -> None:
-        self.failed += future.finish(error=error)
+        future.finish(error=error, count=self._count_failure)
         self.inside.pop(future, None)
+
+    def _count_answer(self) -> None:
+        self.num_answered += 1
+
+    def _count_failure(self) -> None:
+        self.failed += 1
 
 
 def _nobody_waits(futures: Sequence[Any], error: Exception) -> None:

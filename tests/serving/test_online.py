@@ -11,6 +11,7 @@ import time
 import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_rows_that_come_at_random_are_answered_as_by_predict(model, tokenizer, t
     assert set(expected.exit_layer.tolist()) == {1, 2, 3, 4}
     assert engine.state.answered == len(texts)
     assert engine.state.batches < 0.8 * int(expected.exit_layer.sum())  # rows have met
+
+
+def test_counts_are_never_behind_what_callers_know(engine):
+    """Who has an answer, or an error, finds it counted."""
+    counts = Queue()
+    for row, expected in (("w5", (1, 0)), ({"input_ids": [10**6]}, (1, 1)), ("w6", (2, 1))):
+        engine.submit(row).add_done_callback(lambda _: counts.put((engine.state.answered, engine.state.failed)))
+        assert counts.get(timeout=SECONDS) == expected
 
 
 def test_one_engine_serves_operating_points_budgets_and_models(model, tiny_model, tokenizer, texts):
