@@ -252,7 +252,7 @@ def _plain_value(word: str) -> object:
     try:
         value = ast.literal_eval(word)
         return float(value) if isinstance(value, int) else value
-    except (ValueError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
         raise CalibrationError(f"{shown(word)} is no number") from error
 
 

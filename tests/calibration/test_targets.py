@@ -231,6 +231,7 @@ def test_words_become_a_target(text, target):
         "max-drop:0.01:drop=2",
         "max-drop:0.01:sigmas=-1",
         "max-drop:0.01:sigmas=__import__('os')",
+        "max-drop:{[]}",
         "final-layer-error:paired=maybe",
     ],
 )
