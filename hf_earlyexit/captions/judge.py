@@ -73,10 +73,16 @@ class Judge:
     def _scores(self, written: list[Captions]) -> np.ndarray:
         captions = self._texts(written)
         scores = np.asarray(self.metric(captions, self.references), dtype=float)
-        if scores.shape != (len(captions),) or not np.isfinite(scores).all():
+        if scores.shape != (len(captions),):
             raise DataError(
                 f"The metric {self.metric_name} gave {scores.shape} for {len(captions)} captions; expected one finite "
                 "number per caption.",
+                field="metric",
+            )
+        if (wrong := np.flatnonzero(~np.isfinite(scores))).size:
+            raise DataError(
+                f"The metric {self.metric_name} gave {scores[wrong[0]]} for caption {wrong[0]}, {captions[wrong[0]]!r}; "
+                "expected one finite number per caption.",
                 field="metric",
             )
         return scores

@@ -334,7 +334,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"references": ["a"] * 3, "tokenizer": Words()}, DataError, "3 entries for 4 images"),
         ({"references": ["a", "b", "c", []], "tokenizer": Words()}, DataError, r"references\[3\] is empty"),
         ({"metric": lambda captions, references: [1.0]}, DataError, "one finite number"),
-        ({"metric": lambda captions, references: [float("nan")] * len(captions)}, DataError, "one finite number"),
+        ({"metric": lambda captions, references: [float("nan")] * len(captions)}, DataError, "gave nan for caption 0, "),
         ({"max_new_tokens": 1}, CalibrationError, "No caption has a token that may leave early"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
