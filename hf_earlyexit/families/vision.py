@@ -59,9 +59,15 @@ def embed_any_size(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model.embeddings(pixels.to(model.embeddings.patch_embeddings.projection.weight.dtype))
 
 
+def picture_of(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the pictures that a config is made for."""
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return config.num_channels, height, width
+
+
 def _frame_beit(frame: Frame) -> Framed:
-    model, side = frame.model, frame.model.config.image_size
-    side = side if isinstance(side, (list, tuple)) else (side, side)
+    model, (_, *side) = frame.model, picture_of(frame.model.config)
     mask = both_ways(frame)
     grid = tuple(length // model.config.patch_size for length in side)
     if torch.is_inference_mode_enabled():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..families.vision import picture_of
 from ..serving.predict import predict
 from ..serving.reader import reads_images
 from ..serving.tables import PIXELS
@@ -43,9 +44,7 @@ def _rows(model: Any) -> list[dict[str, Any]]:
     """Rows of the usual size: token ids, or pixel values."""
     config = model.config
     if reads_images(model):
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return [{PIXELS: torch.zeros(config.num_channels, height, width)} for _ in range(ROWS)]
+        return [{PIXELS: torch.zeros(picture_of(config))} for _ in range(ROWS)]
     most = model.family.longest(config)
     pad = getattr(config, "pad_token_id", None) or 0
     ids = [token for token in range(config.vocab_size) if token != pad][:ROWS] or [0]

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from ..calibration.result import CalibrationResult
 from ..errors import CheckpointError, DataError, UsageError
 from ..families import FAMILIES, Family
+from ..families.base import IMAGE
 from ..families.context import Context, row_lengths
 from ..modeling.certificate import Fingerprints
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
@@ -31,7 +32,7 @@ from ..serving.tables import PIXELS
 from ..serving.walker import BatchWalker
 from ..signals import SIGNALS, ExitSignal, known_signals, names_at
 from ..walking.loop import run_all, run_early
-from .inputs import check_picture, picture_batch, reads_pictures, text_batch
+from .inputs import check_picture, picture_batch, text_batch
 from .layer_files import BEGIN, exit_file, layer_file
 from .manifest import AGAIN, MANIFEST, ONE_FILE, read_manifest
 from .one_row import OneRow
@@ -55,7 +56,7 @@ class OnnxWalker(BatchWalker):
         self.exit_layers = tuple(config.exit_layers)
         self.num_classes = config.num_labels
         family = FAMILIES[config.stock_model_type]
-        self.images = reads_pictures(family)
+        self.images = family.task == IMAGE
         self.longest, self.segments = family.longest(config), family.segments_of(config)
         self._begin = open_session(read, BEGIN, threads)
         self._layers = [open_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]

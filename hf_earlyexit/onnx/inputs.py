@@ -9,26 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from ..families import Family
 from ..families.base import IMAGE
+from ..families.vision import picture_of
 from ..modeling.protocol import TorchExitClassifier
 from ..serving.pictures import encode_picture
 from ..serving.tables import PIXELS
 
 IDS = ("input_ids", "attention_mask", "token_type_ids")
 CURE = "Prepare pictures with the image processor that the model was exported with, or export it again for this size."
-
-
-def reads_pictures(family: Family) -> bool:
-    """Whether models of a family read pictures."""
-    return family.task == IMAGE
-
-
-def picture_of(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the pictures that a config is made for."""
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return config.num_channels, height, width
 
 
 def picture_shape(model: TorchExitClassifier, image_processor: Any) -> tuple[int, ...] | None:
@@ -41,7 +29,7 @@ def picture_shape(model: TorchExitClassifier, image_processor: Any) -> tuple[int
     Raises:
         UsageError: for an image processor of a model that reads texts, or one that makes pictures the model does not take.
     """
-    if not reads_pictures(model.family):
+    if model.family.task != IMAGE:
         if image_processor is not None:
             raise UsageError(
                 f"image_processor is given, and {type(model).__name__} reads texts: pass tokenizer=...",

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..families.base import Family
+from ..families.base import IMAGE, Family
+from ..families.vision import picture_of
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
 from ..modeling.protocol import ExitModel, TorchExitClassifier
 from ..serving.tables import PIXELS
 from ..signals import SIGNALS, known_signals
 from ..walking.step import every_exit
-from .inputs import IDS, picture_of, reads_pictures
+from .inputs import IDS
 
 SIGNAL = "signal_"
 TOKENS, EMBEDDED = "tokens", "hidden_0"  # attention_mask as booleans; hidden states before the first layer
@@ -112,7 +113,7 @@ def _example(
 ) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[int, Any]]:
     """Names of a model's inputs, one batch of them, and the axes of each whose sizes are left open."""
     batch = torch.export.Dim("batch")
-    if reads_pictures(family):
+    if family.task == IMAGE:
         return (PIXELS,), (torch.zeros(2, *(picture or picture_of(config))),), {0: batch}
     length = torch.export.Dim("length", max=family.longest(config))
     example = tuple(torch.full((2, 3), value) for value in (1, 1, 0))  # three tensors: one given twice would be one input

@@ -14,15 +14,16 @@ from ..doors import from_pretrained
 from ..errors import UsageError
 from ..onnx.manifest import MANIFEST
 from ..problem_types import SINGLE_LABEL
+from ..serving.pictures import PICTURE_COLUMNS, picture_columns
 from ..serving.predict import Predictions
 from ..serving.predict import predict as predict_rows
 from ..serving.reader import reads_images
-from ..serving.tables import text_columns
+from ..serving.tables import PIXELS, text_columns
 from ..values import is_whole
 
 ROWS, PICTURES = 4096, 256  # of a block
 ADDED = ("label", "score", "logits", "exit_layer", "error")
-PIXELS = ("pixel_values", "image", "img", "bytes")
+FILE = "bytes"  # what Ray calls the column of files that it has read
 
 
 class Classify:
@@ -50,11 +51,10 @@ class Classify:
 
     def _rows(self, block: Mapping[str, np.ndarray]) -> list[Any]:
         if reads_images(self.model):
-            names = self.columns or tuple(name for name in PIXELS if name in block)[:1]
-            if not names:
-                raise UsageError(f"No column of pictures among {', '.join(block)}; name it in columns=...", field="columns")
-            values = list(block[names[0]])
-            return [{"bytes": value} if isinstance(value, bytes) else value for value in values]
+            (name,) = self.columns or ((FILE,) if FILE in block else picture_columns(block))
+            if name == PIXELS:
+                return [{PIXELS: value} for value in block[name]]
+            return [{FILE: value} if isinstance(value, bytes) else value for value in block[name]]
         columns = [list(map(_text, block[name])) for name in self.columns or text_columns(block)]
         return columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
 
@@ -146,7 +146,7 @@ def predict(
     if batch_size is not None and not is_whole(batch_size, 1):
         raise UsageError(f"batch_size is {batch_size!r}; expected at least 1 row.", field="batch_size", value=batch_size)
     if batch_size is None:
-        batch_size = PICTURES if set(columns or dataset.columns()) & set(PIXELS) else ROWS
+        batch_size = PICTURES if set(columns or dataset.columns()) & {FILE, PIXELS, *PICTURE_COLUMNS} else ROWS
     if not ray.is_initialized():
         ray.init(include_dashboard=False)
     given: dict[str, Any] = {

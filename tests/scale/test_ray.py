@@ -19,7 +19,7 @@ from hf_earlyexit.errors import UsageError
 from hf_earlyexit.scale.ray import Classify
 from tests.families.tiny import new_model
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="ray is missing, which runs the processes (extra: ray)")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ROWS = 240
 
@@ -120,7 +120,8 @@ def test_pictures_and_refusals(cluster, folder, tmp_path):
         encoded.append(file.getvalue())
     classify = Classify(str(tmp_path / "vit"), "cpu", None, {})
     answers = ee.predict(vit, pictures, image_processor=processor)
-    for block in ({"bytes": np.array(encoded, dtype=object)}, {"image": noise.numpy()}):
+    pixels = processor(pictures, return_tensors="np")["pixel_values"]
+    for block in ({"bytes": np.array(encoded, dtype=object)}, {"image": noise.numpy()}, {"pixel_values": pixels}):
         found = classify(block)
         assert list(found["label"]) == [vit.config.id2label[index] for index in answers.logits.argmax(-1).tolist()]
         assert found["exit_layer"].tolist() == answers.exit_layer.tolist()
@@ -180,8 +181,8 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
     assert main([*words, "--resume", "true", "--early_exit", "false"]) == 2
     assert "early_exit differs" in capsys.readouterr().err
     assert main([*words, "--resume", "true", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["files"], told["files_before"], told["rows"]) == (1, 2, ROWS // 3)
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["files"], summary["files_before"], summary["rows"]) == (1, 2, ROWS // 3)
     assert {name: (out / name).stat().st_mtime_ns for name in answered} == times
     check(pandas.concat([pandas.read_parquet(path) for path in out.rglob("*.parquet")]), expected)
     assert not list(out.rglob("*.part*"))
