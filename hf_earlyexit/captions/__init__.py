@@ -1,8 +1,6 @@
 """Captioners: pictures in, sentences out, from the model to the page that shows where each word was decided."""
 
-from typing import Any
-
-from ..lazy import load
+from ..lazy import lazy_names
 
 _HOMES = {
     "CaptionRows": "data",
@@ -22,10 +20,4 @@ __all__ = [
     "caption_page",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

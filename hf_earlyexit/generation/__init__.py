@@ -1,8 +1,6 @@
 """Text written token by token: each token leaves the decoder where it is decided."""
 
-from typing import Any
-
-from ..lazy import load
+from ..lazy import lazy_names
 
 _HOMES = {
     "write_samples": "samples",
@@ -12,10 +10,4 @@ _HOMES = {
 
 __all__ = ["DraftCalibration", "calibrate_drafts", "write_samples"]
 
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -1,8 +1,6 @@
 """Sharing models: one folder that tells all, and one commit that carries it."""
 
-from typing import Any
-
-from ..lazy import load
+from ..lazy import lazy_names
 
 _HOMES = {
     "card_figures": "figures",
@@ -10,10 +8,4 @@ _HOMES = {
 
 __all__ = ["card_figures"]
 
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

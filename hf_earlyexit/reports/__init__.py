@@ -1,8 +1,6 @@
 """Pages for people: one HTML file that needs nothing else. Needs the [report] or the [caption] extra."""
 
-from typing import Any
-
-from ..lazy import load
+from ..lazy import lazy_names
 
 _HOMES = {
     "write_report": "write",
@@ -10,10 +8,4 @@ _HOMES = {
 
 __all__ = ["write_report"]
 
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

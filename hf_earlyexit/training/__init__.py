@@ -1,8 +1,6 @@
 """Training models with exits through transformers' Trainer."""
 
-from typing import Any
-
-from ..lazy import load
+from ..lazy import lazy_names
 from .arguments import EarlyExitTrainingArguments
 from .consistent import ConsistentTrainer
 from .consistent_arguments import ConsistentTrainingArguments
@@ -23,10 +21,4 @@ __all__ = [
     "pack_texts",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    return load(__name__, _HOMES, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -43,6 +43,23 @@ class ChosenExits(EarlyExitTrainer):
         super()._choose_what_learns(model)
         model.exit_gates.requires_grad_(self.teaches_gates)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss where they leave; evaluations are those of all exits."""
+        inputs = dict(inputs)
+        hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
+        if hardness is None or keys is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._loss_and_outputs(model, inputs, hardness, keys)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], hardness: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Any]:
+        """`_chosen_loss` of a batch, and what the model gave."""
+        raise NotImplementedError
+
     def _chosen_loss(self, gates: Tensor, losses: Tensor, hardness: Tensor, keys: Tensor) -> Tensor:
         """The loss where they leave, and with `teaches_gates` the gates' own.
 
@@ -69,14 +86,9 @@ class ChosenExits(EarlyExitTrainer):
 class ChosenExitTrainer(ChosenExits):
     """Of classifiers: each row leaves at one exit."""
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss where rows leave; evaluations are those of all exits."""
-        inputs = dict(inputs)
-        hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
-        if hardness is None or keys is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], hardness: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Any]:
         if self.objective.freezes_backbone:
             self._rest_frozen_parts()
         rest, labels = pop_labels(inputs, self._label_names, self.exit_model.config)
@@ -84,8 +96,7 @@ class ChosenExitTrainer(ChosenExits):
             raise no_labels(inputs, self.label_names)
         outputs = model(**rest, early_exit=False)
         losses = row_losses(outputs.exit_logits, *labels)
-        loss = self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness, keys)
-        return (loss, outputs) if return_outputs else loss
+        return self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness, keys), outputs
 
 
 class ChosenTokenTrainer(ChosenExits, EarlyExitLanguageModelTrainer):
@@ -94,21 +105,15 @@ class ChosenTokenTrainer(ChosenExits, EarlyExitLanguageModelTrainer):
     def _usual_collator(self) -> ChosenTokenCollator:
         return ChosenTokenCollator()
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss where tokens leave; evaluations are those of all exits."""
-        inputs = dict(inputs)
-        hardness, keys = inputs.pop(HARDNESS_COLUMN, None), inputs.pop(KEY_COLUMN, None)
-        if hardness is None or keys is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], hardness: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Any]:
         self._rest_what_does_not_learn()
         truth = self._truth(inputs.get(LABELS))
         learned = truth != LEFT_OUT
         outputs = model(**{"use_cache": False, **self._given(inputs)}, early_exit=False, exit_tokens=learned)
         losses = row_losses(outputs.exit_logits, truth[learned], SINGLE_LABEL)
-        loss = self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness[learned], keys[learned])
-        return (loss, outputs) if return_outputs else loss
+        return self._chosen_loss(outputs.exit_scalars["gate"], losses, hardness[learned], keys[learned]), outputs
 
 
 class ChosenTokenCollator(TokenCollator):
