@@ -45,8 +45,8 @@ _KNOWING = Lock()
 def prepared(family: Family, base: Any, pack: bool = True) -> Prepared:
     """The layers of a stock backbone, ready to be walked.
 
-    To look whether every module of the layers is as it was takes a tenth of the time of making them ready; values of weights
-    that change in place need no look, as layers hold the very weights.
+    Every call looks whether every module of the layers is as it was; values of weights that change in place need no look, as
+    layers hold the very weights.
 
     Args:
         family: of the backbone.

@@ -27,9 +27,8 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
 
     Lists and data sets run through the engine of `predict`, and a generator is read row by row, so that whoever waits for an
     answer before giving the next row gets it; `window` says how many rows are read before the first of them is answered,
-    which makes a generator as fast as a list. With `batch_size`, batches
-    of so many rows, in the order they come, go through `forward`: the answers are then those of the stock pipeline, to the
-    bit.
+    so that a generator runs in the batches of a list. With `batch_size`, batches of so many rows, in the order they come, go
+    through `forward`: the answers are then those of the stock pipeline, to the bit.
 
     Raises:
         UsageError: for an option that neither the pipeline nor the tokenizer takes, and for token ids in place of texts.

@@ -83,18 +83,7 @@ def evaluating(model: Any) -> Any:
         UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
             of the model itself.
     """
-    return _view(model, {}) if _trains(model) else model
-
-
-def _trains(module: Any) -> bool:
-    """Whether a module or a part of it trains; `modules()` takes five times as long, and this is asked in every call."""
-    waiting = [module] if isinstance(module, nn.Module) else list(module.modules())
-    while waiting:
-        part = waiting.pop()
-        if part.training:
-            return True
-        waiting += [child for child in part._modules.values() if child is not None]
-    return False
+    return _view(model, {}) if any(module.training for module in model.modules()) else model
 
 
 def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:

@@ -32,7 +32,7 @@ def copied(model: Wrapped, form: str) -> Any:
     if form_of(inner) != "fp32":
         raise UsageError(
             f"The model is {form_of(inner)} on {inner.device}; {form} needs float32: "
-            " take the model it was made from, or call model.float() first.",
+            "take the model it was made from, or call model.float() first.",
             field="model",
         )
     new = copy.deepcopy(inner).eval().requires_grad_(False)
