@@ -112,12 +112,12 @@ def test_the_pictures_of_the_example_leave_where_it_says(tmp_path):
     assert float(full) > 0.9
     assert float(early) >= 0.9
     assert 1 <= float(layers) < 6
-    told = re.findall(r"^layer (\d)  (\w+) \((\d\.\d\d)\), really (\w+)$", done.stdout, re.MULTILINE)
-    assert len(told) == 8
-    assert {really for *_, really in told} <= {"triangle", "circle"}
+    leavings = re.findall(r"^layer (\d)  (\w+) \((\d\.\d\d)\), really (\w+)$", done.stdout, re.MULTILINE)
+    assert len(leavings) == 8
+    assert {really for *_, really in leavings} <= {"triangle", "circle"}
     model = ee.from_pretrained(tmp_path / "out")
     pictures = sorted((tmp_path / "data").glob("*/*.png"))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     answers = ee.predict(model, pictures, image_processor=processor)
-    assert {int(layer) for layer, *_ in told} <= set(answers.exit_layer.tolist())
+    assert {int(layer) for layer, *_ in leavings} <= set(answers.exit_layer.tolist())
     assert (tmp_path / "out" / "report.html").is_file()

@@ -127,3 +127,6 @@ def test_a_beit_that_has_answered_can_still_learn():
         model(**{**batch, "pixel_values": torch.randn(2, 3, 48, 48)})
     output = model.train()(pixel_values=torch.randn(2, 3, 48, 48), labels=torch.tensor([0, 1]))
     output.exit_logits.sum().backward()
+    tables = [p.grad for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert tables
+    assert all(bool((grad != 0).any()) for grad in tables)

@@ -14,7 +14,12 @@ from hf_earlyexit.serving.online import Engine
 
 OTHERS = [
     "int8",
-    pytest.param("bf16", marks=pytest.mark.skipif(lacks_bf16(torch.device("cpu")) is not None, reason="no bf16")),
+    pytest.param(
+        "bf16",
+        marks=pytest.mark.skipif(
+            lacks_bf16(torch.device("cpu")) is not None, reason="this processor has no instructions for bfloat16"
+        ),
+    ),
 ]
 
 
@@ -150,14 +155,14 @@ def test_auto_leaves_out_what_the_model_cannot_have_and_says_so(model, converted
             raise UsageError("it cannot be exported: a test", field="model")
         return given if form == "fp32" else ee.quantize_int8(given)
 
-    said = []
+    warnings = []
     stale = {"int8": {"policy": model.config.exit_policy, "certificate": model.config.exit_certificate}}
     monkeypatch.setattr(convert_module, "made", fails)
     monkeypatch.setattr(convert_module, "what_lacks", lambda form, device: "a test" if form == "bf16" else None)
     monkeypatch.setattr(model.config, "exit_forms", stale)
-    monkeypatch.setattr(convert_module.logger, "warning", said.append)
+    monkeypatch.setattr(convert_module.logger, "warning", warnings.append)
     assert ee.convert(model, performance_hint="latency") is model
-    assert [text.split(":")[0] for text in said] == [
+    assert [text.split(":")[0] for text in warnings] == [
         "The form int8 is left out of the choice",
         "The form onnx is left out of the choice",
     ]

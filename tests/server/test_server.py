@@ -158,8 +158,8 @@ def test_a_limit_of_tokens_cuts_texts_or_refuses_them(make_client, model):
     refused = client.post("/predict", json={"inputs": long, "truncate": False})
     assert (refused.status_code, "8 tokens; at most 6" in refused.json()["error"]) == (422, True)
     assert client.post("/predict", json={"inputs": cut, "truncate": False}).status_code == 200
-    told = client.post("/v1/classify", json={"inputs": [long, cut], "exits": True}).json()
-    assert told[0]["exits"] == told[1]["exits"]
+    answers = client.post("/v1/classify", json={"inputs": [long, cut], "exits": True}).json()
+    assert answers[0]["exits"] == answers[1]["exits"]
 
 
 def test_several_processes_keep_one_monitor_in_a_file(make_client, model, tmp_path):

@@ -19,13 +19,6 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
-@pytest.fixture(scope="module")
 def small(model, open_policy):
     small = to_bf16(model)
     small.set_exit_policy(open_policy(small, "confidence"))

@@ -58,13 +58,6 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
-@pytest.fixture(scope="module")
 def rows(tokenizer, random_texts):
     return encode_rows(random_texts(500, longest=40), tokenizer)
 

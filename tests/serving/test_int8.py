@@ -35,13 +35,6 @@ assert right == [True, False], right
 """
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
 def test_a_linear_map_in_8_bits_is_nearly_the_same():
     torch.manual_seed(0)
     linear, inputs = torch.nn.Linear(64, 32), torch.randn(4, 5, 64)

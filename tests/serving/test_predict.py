@@ -8,13 +8,6 @@ from datasets import Dataset
 import hf_earlyexit as ee
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
 def test_answers_keep_the_order_and_equal_single_rows(model, tokenizer, random_texts):
     texts = random_texts(40)
     answers = ee.predict(model, texts, tokenizer=tokenizer, max_batch_tokens=64)

@@ -45,13 +45,6 @@ class CountingWalker(ModelWalker):
         return super().exit_signal(exit_index, hidden, context, asks, before)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
 @pytest.fixture(params=[1, 2, 3])
 def lanes(request):
     """Chunks under way at once; no number of them changes a law."""

@@ -10,13 +10,6 @@ from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model, open_policy):
-    model = tiny_model()
-    model.set_exit_policy(open_policy(model, "confidence"))
-    return model
-
-
 @pytest.fixture
 def short_windows(monkeypatch):
     """Windows that are shorter than asked, as data sets that are read part by part give them; the fourth row is broken."""
