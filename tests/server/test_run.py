@@ -175,8 +175,14 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
 
 def workers_of(process):
     """Processes that answer; a helper of multiprocessing's is none of them."""
-    children = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
-    return {child.pid for child in children if "spawn_main" in " ".join(child.cmdline())}
+    return {child.pid for child in psutil.Process(process.pid).children() if answers(child)}
+
+
+def answers(child):
+    try:
+        return child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in " ".join(child.cmdline())
+    except psutil.NoSuchProcess:  # it has ended since its parent was asked for its children
+        return False
 
 
 def metric(address, name):
