@@ -3,6 +3,12 @@
 import io
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +195,34 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
     os.utime(places[0], ns=(1, 1))
     assert main([*words, "--resume", "true"]) == 2
     assert "has changed" in capsys.readouterr().err
+
+
+def test_copies_behind_ray_serve_answer_as_predict_does(cluster, folder, texts, expected):
+    """The example, as its own process in the cluster that is there."""
+    pytest.importorskip("ray.serve", reason="ray[serve] is missing, which starts the copies (extra: ray)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    example = Path(__file__).parents[2] / "examples" / "ray_serve.py"
+    words = [sys.executable, example, folder, "--port", str(port), "--operating_point", "fast"]
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, env=os.environ | address, text=True, **pipes) as process:
+        try:
+            assert process.stdout.readline() == f"http://127.0.0.1:{port}\n", process.communicate(timeout=60)[1][-3000:]
+
+            def ask(inputs):
+                body = json.dumps({"inputs": inputs}).encode()
+                url, header = f"http://127.0.0.1:{port}/v1/classify", {"Content-Type": "application/json"}
+                with urllib.request.urlopen(urllib.request.Request(url, body, header), timeout=60) as response:
+                    return json.load(response)
+
+            answers = ask(texts[:32])
+            assert [answer["label"] for answer in answers] == expected["label"][:32].tolist()
+            assert [answer["exit_layer"] for answer in answers] == expected["exit_layer"][:32].tolist()
+            with pytest.raises(urllib.error.HTTPError, match="422"):
+                ask(7)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
