@@ -42,7 +42,9 @@ class ServeArguments(FormArguments, DeviceArguments):
         default=None, metadata={"help": "most tokens of a row; longer texts are cut, or refused if truncate is false"}
     )
     max_queue: int = field(default=512, metadata={"help": "most rows that wait, of a process; further ones get 429"})
-    max_seconds: float = field(default=30.0, metadata={"help": "most seconds that a request waits; then 503"})
+    max_seconds: float = field(
+        default=30.0, metadata={"help": "most seconds that a request, or its body, waits; then 503, or 408"}
+    )
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
     monitor: str | None = field(
         default=None, metadata={"help": "file in which a monitor keeps what it sees; `hf-earlyexit monitor` prints it"}

@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..serving.monitor import Monitor
 from ..serving.online import Engine
@@ -42,6 +43,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, words in (
         (400, "No JSON"),
         (401, "No key, or another"),
+        (408, "The body did not come in time"),
         (413, "Too much"),
         (422, "What cannot be read"),
         (429, "The queue is full"),
@@ -104,7 +106,7 @@ def make_app(
     @app.middleware("http")
     async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         start, path = time.perf_counter(), request.url.path
-        response = _refused_before(request, api_key, limits) or await call(request)
+        response = _refused_before(request, api_key, limits) or await _body_refused(request, limits) or await call(request)
         known = path if path in paths else "other"  # whoever asks for many paths makes no many counters
         metrics.requests.labels(known, response.status_code).inc()
         metrics.seconds.labels(known).observe(time.perf_counter() - start)
@@ -208,6 +210,18 @@ def _refused_before(request: Request, api_key: str | None, limits: Limits) -> Re
         return _problem(411, "The request needs the header Content-Length.", "validation")
     if int(size[:20]) > limits.max_body:
         return _problem(413, f"The body has {size[:20]} bytes; at most {limits.max_body} are taken.")
+    return None
+
+
+async def _body_refused(request: Request, limits: Limits) -> Response | None:
+    """Wait for the body, but not for ever: nor does a stopping server, then."""
+    try:
+        await asyncio.wait_for(request.body(), limits.max_seconds)
+    except TimeoutError:
+        words = f"The body was not all there within {limits.max_seconds:g} seconds."
+        return _problem(408, words, headers={"Connection": "close"})
+    except ClientDisconnect:
+        return _problem(400, "The client has gone.")
     return None
 
 

@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 
 SECONDS = 150
+PATIENCE = 6  # of the server, with one request
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def serving(folder, *flags):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder) as running:
+    with serving(folder, "--max_seconds", str(PATIENCE)) as running:
         yield running
 
 
@@ -135,6 +137,38 @@ def test_pages_fit_a_phone_and_a_screen_and_tell_what_exits_say(server, chromium
             assert len(right.getcolors()) == 1, (width, path)
 
 
+BODY = json.dumps({"inputs": ["w5 w6"]}).encode()
+HEAD = (
+    "POST /v1/classify HTTP/1.1\r\nHost: l\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BODY)}\r\n\r\n"
+).encode()
+
+
+def hanging(address, sent):
+    """A client that has sent so much of its request and sends no more."""
+    host, port = address.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)), timeout=SECONDS)
+    client.sendall(sent)
+    return client
+
+
+def test_clients_that_hang_hold_nobody_up(server):
+    address = server[0]
+    (expected,) = ask(address, rows=1)
+    with ExitStack() as stack:
+        sent = [b"", HEAD[:9], HEAD[:-2], HEAD, HEAD + BODY[:-1], HEAD + BODY]  # the last does not read its answer
+        clients = [stack.enter_context(hanging(address, part)) for part in sent * 20]
+        start = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: ask(address, rows=1)[0], range(20)))
+        assert time.monotonic() - start < PATIENCE  # before the server gives any of them up
+        clients[4].sendall(BODY[-1:])
+        head, _, body = b"".join(iter(lambda: clients[4].recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+    for answer in (*answers, *json.loads(body)):
+        assert (answer["label"], answer["exit_layer"]) == (expected["label"], expected["exit_layer"])
+
+
 def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accepted(server, folder, tiny_model, tokenizer):
     address, process, lines = server
     assert address.startswith("http://127.0.0.1:")
@@ -148,6 +182,7 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
             answers.append(ask(address, "w7 w8 w9")[0]["label"])
         return answers
 
+    hangs = hanging(address, HEAD + BODY[:-1])
     with ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(client) for _ in range(3)]
         try:
@@ -161,13 +196,13 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
         answers = [label for one in clients for label in one.result(SECONDS)]  # not one has failed
     assert set(answers) & {"bad", "so-so", "good"}
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(6) as pool, hangs:
         connected = [pool.submit(ask, address) for _ in range(6)]
         while not any(one.done() for one in connected):
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         done = [one for one in connected if one.exception(SECONDS) is None]
-    assert process.wait(SECONDS) == 0
+        assert process.wait(SECONDS) == 0
     assert done
     assert all(len(one.result()) == 8 for one in done)
     assert not re.search(r"w[5-9]|Traceback", "".join(lines))

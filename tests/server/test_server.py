@@ -1,5 +1,6 @@
 """Answers over HTTP: the shapes clients know, limits in words, and no 500 whatever comes."""
 
+import asyncio
 import base64
 import io
 import logging
@@ -375,3 +376,28 @@ def test_no_request_that_the_schema_can_think_of_is_a_500(client, mode):
     assert {"/predict", "/rerank", "/v1/classify"} <= {path for path, _ in tried}
     if mode == schemathesis.GenerationMode.POSITIVE:
         assert ("/predict", 200) in tried
+
+
+@pytest.mark.parametrize(("then", "status"), [("hangs", 408), ("goes", 400)])
+def test_a_body_that_does_not_come_is_not_waited_for(make_client, model, then, status):
+    app = make_client(model, limits=Limits(max_seconds=0.2)).app
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"90")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"",
+             "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": "", "client": ("c", 1)}  # fmt: skip
+    coming, sent = [{"type": "http.request", "body": b'{"inputs": ["w5', "more_body": True}], []
+    if then == "goes":
+        coming.append({"type": "http.disconnect"})
+
+    async def receive():
+        return coming.pop(0) if coming else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    async def ask():
+        await asyncio.wait_for(app(scope, receive, send), 20)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == status
+    assert ((b"connection", b"close") in sent[0]["headers"]) == (then == "hangs")
+    assert b"error" in sent[1]["body"]
