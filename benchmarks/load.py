@@ -1,0 +1,246 @@
+"""Requests as they come, one text each, against servers with and without early exit, on this machine alone.
+
+    HF_EARLYEXIT_DATA=../shared/data python benchmarks/load.py --equal 10000  # whether the engine answers as predict
+    HF_EARLYEXIT_DATA=../shared/data python benchmarks/load.py                # times: about 35 minutes
+
+Both add to results/load.json; the second makes the docs' page anew. Every contestant is one process with one thread behind
+the same FastAPI and uvicorn. Its capacity is what 32 clients that never wait get out of it; then texts of SST-2 arrive at
+random (Poisson) at shares of the capacity of the best full-depth rival of the same precision. Everybody gets the same texts
+at the same moments. A latency counts from the moment of arrival, not of sending. The run is bounded in time.
+
+Without `--model`, the layers are bge-small's (12 x 384), heads are untrained, and thresholds are set so that rows leave
+after about 6 of 12 layers: good enough to time, not to judge answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+from load_page import CONTESTANTS, RIVAL, missed, overloaded, page, quantiles
+
+ROOT = Path(__file__).parent
+RESULTS, PAGE = ROOT / "results" / "load.json", ROOT.parent / "docs" / "results-serving.md"
+SHARES = (0.3, 0.6, 0.9, 1.1, 1.3, 1.6, 1.9, 2.3, 2.8)
+CLIENTS, TIMEOUT = 32, 10.0
+HEAD = "POST /v1/classify HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1") | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+class Connections:
+    """Kept connections to a server."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.free = port, []
+
+    async def ask(self, body: bytes) -> int:
+        """The status of one request; 0 for none in time."""
+        head = (
+            f"POST /v1/classify HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer = None
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                while self.free and self.free[-1][0].at_eof():  # the server has closed it
+                    self.free.pop()[1].close()
+                reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
+                writer.write(head.encode() + body)
+                headers = await reader.readuntil(b"\r\n\r\n")
+                length = int(headers.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+                await reader.readexactly(length)
+        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+            if writer is not None:
+                writer.close()
+            return 0
+        self.free.append((reader, writer))
+        return int(headers.split(b" ", 2)[1])
+
+    def close(self) -> None:
+        for _, writer in self.free:
+            writer.close()
+
+
+class Server:
+    """A contestant in a process of its own."""
+
+    def __init__(self, name: str, work: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, str(ROOT / "load_servers.py"), name, "--work", str(work), "--port", str(self.port)]
+        log = work / f"{name}.log"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | ONE_THREAD)
+        ends_at = time.monotonic() + 180
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > ends_at:
+                    self.process.kill()
+                    raise SystemExit(f"{name} does not start: {log.read_text()[-2000:]}") from None
+                time.sleep(0.1)
+
+    def cpu_seconds(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    async def settle(self) -> None:
+        """Until nothing is left of requests that nobody waits for any more."""
+        for _ in range(100):
+            before = self.cpu_seconds()
+            await asyncio.sleep(0.2)
+            if self.cpu_seconds() - before <= 0.02:
+                return
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+async def closed_loop(server: Server, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
+    """Clients that each send the next request when they have the answer to the last."""
+    connections, took, spent = Connections(server.port), [], server.cpu_seconds()
+    start = time.perf_counter()
+
+    async def client(number: int) -> None:
+        chosen = random.Random(number)
+        while (sent := time.perf_counter()) < start + seconds:
+            status = await connections.ask(chosen.choice(bodies))
+            if status != 200:
+                raise SystemExit(f"A request that waits for the one before it was answered by {status}.")
+            took.append(time.perf_counter() - sent)
+
+    await asyncio.gather(*map(client, range(clients)))
+    rate, spent = len(took) / (time.perf_counter() - start), server.cpu_seconds() - spent
+    connections.close()
+    return {"rows": len(took), "rows_per_second": rate, "rows_per_cpu_second": len(took) / spent, **quantiles(took)}
+
+
+async def poisson(server: Server, bodies: list[bytes], rate: float, seconds: float, seed: str) -> dict[str, Any]:
+    """Requests that arrive at random, whether or not earlier ones are answered."""
+    chosen, connections, took, statuses = random.Random(seed), Connections(server.port), [], []
+    spent, start, due, tasks = server.cpu_seconds(), time.perf_counter(), 0.0, []
+
+    async def one(due: float, body: bytes) -> None:
+        statuses.append(await connections.ask(body))
+        if statuses[-1] == 200:
+            took.append(time.perf_counter() - due)
+
+    while (due := due + chosen.expovariate(rate)) < seconds:
+        await asyncio.sleep(max(start + due - time.perf_counter(), 0))
+        tasks.append(asyncio.create_task(one(start + due, chosen.choice(bodies))))
+    await asyncio.gather(*tasks)
+    spent, sent = server.cpu_seconds() - spent, max(len(tasks), 1)
+    connections.close()
+    refused = sum(status in (429, 503) for status in statuses)
+    return {
+        "rate": rate,
+        "sent": len(tasks),
+        "refused": refused / sent,
+        "failed": (len(tasks) - refused - len(took)) / sent,
+        "rows_per_cpu_second": len(took) / spent if spent else None,
+        **quantiles(took),
+    }
+
+
+async def measure(servers: dict[str, Server], bodies: list[bytes], seconds: float, turns: int) -> dict[str, Any]:
+    """Every contestant, turn by turn, in another order each."""
+    order = random.Random(0)
+    results: dict[str, Any] = {}
+    for name in servers:
+        precision, kind, _ = CONTESTANTS[name]
+        results[name] = {"precision": precision, "kind": kind, "alone": [], "capacity": [], "arrivals": []}
+        await closed_loop(servers[name], bodies, 4, min(seconds, 2.0))  # warm
+    for _ in range(turns):
+        for name in order.sample(list(servers), len(servers)):
+            results[name]["alone"].append(await closed_loop(servers[name], bodies, 1, seconds / 2))
+            results[name]["capacity"].append(full := await closed_loop(servers[name], bodies, CLIENTS, seconds))
+            print(
+                f"{name}: {full['rows_per_second']:.0f} rows/s, {full['rows_per_cpu_second']:.0f} a CPU second", flush=True
+            )
+    best: dict[str, float] = {}
+    for one in results.values():
+        if one["kind"] == RIVAL:
+            rate = median(turn["rows_per_second"] for turn in one["capacity"])
+            best[one["precision"]] = max(rate, best.get(one["precision"], 0.0))
+    for turn in range(turns):
+        for one in results.values():
+            one["arrivals"].append([])
+        for share in SHARES:
+            for name in order.sample(list(servers), len(servers)):
+                cells = results[name]["arrivals"][-1]
+                if (cells and overloaded(cells[-1])) or results[name]["precision"] not in best:
+                    continue
+                rate = share * best[results[name]["precision"]]
+                cell = await poisson(servers[name], bodies, rate, seconds, f"{turn} {share}")
+                cells.append({"share": share, **cell})
+                print(f"{name} at {share:.0%}: p95 {cell['p95'] or 0:.0f} ms, {missed(cell):.0%} missed", flush=True)
+                await servers[name].settle()
+    before, start = {name: server.cpu_seconds() for name, server in servers.items()}, time.perf_counter()
+    await asyncio.sleep(5.0)
+    for name, server in servers.items():
+        results[name]["idle_cpu_share"] = (server.cpu_seconds() - before[name]) / (time.perf_counter() - start)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a trained BERT with exits, a policy and a tokenizer")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--equal", type=int, default=0, help="rows whose answers by the engine are compared with predict's")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file that is read and added to")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    args = parser.parse_args()
+    from load_servers import compare, environment, prepare
+
+    known = json.loads(args.results.read_text()) if args.results.exists() else {}
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every late request holds a connection
+    load = psutil.getloadavg()[0]
+    with TemporaryDirectory() as folder:
+        work = Path(folder)
+        texts, mean_layer = prepare(work, args.model, exports=not args.equal)
+        if args.equal:
+            known["equal"] = compare(work, args.equal)
+            print(known["equal"])
+        else:
+            bodies = [json.dumps({"inputs": [text]}).encode() for text in texts]
+            servers: dict[str, Server] = {}
+            try:
+                for name in args.contestants:
+                    servers[name] = Server(name, work)
+                results = asyncio.run(measure(servers, bodies, args.seconds, args.turns))
+            finally:
+                for server in servers.values():
+                    server.stop()
+            known |= {"environment": environment(), "load_average": [load, psutil.getloadavg()[0]], "servers": results}
+            known |= {"seconds": args.seconds, "turns": args.turns, "clients": CLIENTS, "texts": len(texts)}
+            known |= {"model": "trained" if args.model else "untrained heads", "mean_layer": mean_layer}
+    args.results.write_text(json.dumps(known, indent=1) + "\n")
+    if "servers" in known:
+        args.page.write_text(page(known))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the page of serving under load makes of measured cells."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("load_page")
+
+
+def cell(rate, p95, refused=0.0, failed=0.0, share=0.3):
+    times = {"p50": None if p95 is None else p95 / 2, "p95": p95, "p99": None if p95 is None else p95 * 2}
+    counts = {"sent": 100, "refused": refused, "failed": failed, "rows_per_cpu_second": 50.0}
+    return {"share": share, "rate": rate, **counts, **times}
+
+
+def test_quantiles_are_times_of_requests(load_page):
+    hundred = [number / 1000 for number in range(100, 0, -1)]
+    assert load_page.quantiles(hundred) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert load_page.quantiles([0.003]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
+    assert load_page.quantiles([0.001, 0.002, 0.003]) == {"p50": 2.0, "p95": 3.0, "p99": 3.0}
+    assert load_page.quantiles([]) == {"p50": None, "p95": None, "p99": None}
+
+
+def test_the_rate_within_a_limit_lies_between_measured_rates(load_page):
+    cells = [cell(10, 20.0), cell(20, 40.0), cell(40, 160.0)]
+    assert load_page.rate_within(cells, 80) == (pytest.approx(30), False)  # half way from 40 to 160 on their scale
+    assert load_page.rate_within(cells, 40) == (pytest.approx(20), False)
+    assert load_page.rate_within(cells, 160) == (40, True)
+    assert load_page.rate_within(cells, 10) is None
+    assert load_page.rate_within([], 10) is None
+
+
+def test_requests_that_were_refused_or_failed_are_never_in_time(load_page):
+    for misses in ({"refused": 0.011}, {"failed": 0.011}, {"refused": 0.006, "failed": 0.006}):
+        assert load_page.rate_within([cell(10, 20.0), cell(20, 21.0, **misses)], 80) == (10, False)
+    assert load_page.rate_within([cell(10, 20.0), cell(20, None, failed=1.0)], 80) == (10, False)
+    assert load_page.rate_within([cell(10, 20.0), cell(20, 21.0, refused=0.005, failed=0.005)], 80) == (20, True)
+    assert all(map(load_page.overloaded, [cell(9, 1001), cell(9, 9, 0.11), cell(9, None, failed=1.0)]))
+    assert not load_page.overloaded(cell(9, 999, 0.1))
+
+
+def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_page):
+    turns = {
+        "pipeline": [[cell(10, 50.0), cell(30, 5000.0)], [cell(10, 100.0), cell(30, 9000.0)]],
+        "torch-batcher": [[cell(10, 25.0), cell(30, 400.0)], [cell(10, 101.0)]],
+        "torch-engine": [[cell(10, 25.0), cell(60, 100.0), cell(90, 300.0)], [cell(10, 99.0), cell(30, 101.0)]],
+    }
+    capacity = {"rows_per_second": 40.0, "rows_per_cpu_second": 50.0}
+    servers = {}
+    for name, arrivals in turns.items():
+        for cells in arrivals:
+            for share, one in zip((0.3, 0.9, 1.3), cells, strict=False):
+                one["share"] = share
+        precision, kind, _ = load_page.CONTESTANTS[name]
+        faster = {key: value * (2 if kind == load_page.EARLY else 1) for key, value in capacity.items()}
+        servers[name] = {"precision": precision, "kind": kind, "arrivals": arrivals, "capacity": [faster] * 2,
+                         "alone": [{"p50": 10.0}, {"p50": 20.0}], "idle_cpu_share": 0.001}  # fmt: skip
+    where = {"machine": "Linux", "cpu": "AVX2", "cores": 2}
+    where["versions"] = {"torch": "1", "transformers": "2", "onnxruntime": "3"}
+    results = {"environment": where, "servers": servers, "load_average": [0.1, 1.2], "seconds": 8.0, "turns": 2,
+               "texts": 872, "clients": 32, "model": "untrained heads", "mean_layer": {"float32": 6.04}}  # fmt: skip
+    text = load_page.page(results)
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| float32")]
+    equal = {row[1]: row[3:] for row in rows if len(row) == 7}
+    # at 100 ms: 60 over 10 + 20 log(4) / log(16) = 20, then between 10 and 30 over 10
+    second = 10 + 20 * math.log(100 / 99) / math.log(101 / 99)
+    both = (3.0, second / 10)
+    assert equal["100"] == [
+        "15",
+        "`serve`",
+        f"{(60 + second) / 2:.0f}",
+        f"{sum(both) / 2:.2f}x ({min(both):.2f}-{max(both):.2f})",
+    ]
+    assert equal["50"][0] == "15"  # of the one turn in which a rival was within it
+    assert [row[4] for row in rows if len(row) == 8] == ["1.00x", "1.00x", "2.00x"]
+    assert [row[6] for row in rows if len(row) == 8 and row[1] == "`serve`"] == ["2.07x"]  # 31 over 15
+    assert "872 texts; 8 seconds a cell, 2 turns" in text
+    assert "(load average 0.1 and 1.2 before and after)" in text
+    assert "The same answers" not in text
+    equal = {"rows": 10000, "batches": 4321, "other_layer": 0, "other_label": 1, "at_threshold": 2}
+    assert "10,000 rows of SST-2" in load_page.page(results | {"equal": equal})
+    for name in ("pipeline", "torch-batcher"):
+        servers[name]["arrivals"] = [cells[:1] for cells in servers[name]["arrivals"]]
+    equal = [line for line in load_page.page(results).splitlines() if line.startswith("| float32 | 100 ")]
+    assert [line.split("|")[-2].strip() for line in equal] == ["-"]  # over rivals that might do more there is no ratio
