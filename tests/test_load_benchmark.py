@@ -1,6 +1,7 @@
 """What the page of serving under load makes of measured cells."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -91,3 +92,10 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
         servers[name]["arrivals"] = [cells[:1] for cells in servers[name]["arrivals"]]
     equal = [line for line in load_page.page(results).splitlines() if line.startswith("| float32 | 100 ")]
     assert [line.split("|")[-2].strip() for line in equal] == ["-"]  # over rivals that might do more there is no ratio
+
+
+@pytest.mark.skipif(not (BENCHMARKS / "results" / "load.json").exists(), reason="nothing has been measured yet")
+def test_the_page_is_that_of_the_results(load_page):
+    results = json.loads((BENCHMARKS / "results" / "load.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "results-serving.md").read_text(encoding="utf-8")
+    assert page == load_page.page(results), "run python benchmarks/load.py"
