@@ -24,7 +24,7 @@ from .families import FAMILIES
 from .families.base import IMAGE, TEXT, WRITING
 from .modeling.configuration import EarlyExitClassifierConfig
 from .modeling.tasks import TASKS
-from .values import shown
+from .values import unexpected
 
 CAPTIONING = "early-exit-captioning"
 CAPTIONER = "vision-encoder-decoder"
@@ -119,7 +119,7 @@ def from_pretrained(name: Any, task: str | None = None, **kwargs: Any) -> Any:
         'EarlyExitRobertaForSequenceClassification'
     """
     if not isinstance(name, (str, PathLike)):
-        raise UsageError(f"name is {shown(name)}; expected a folder or a Hub id.", field="name", value=name)
+        raise unexpected("name", name, "a folder or a Hub id")
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in kwargs}
     stock_type, able = _door_in(name, task, **hub)
     return __getattr__(door_of(stock_type, able).model).from_pretrained(name, **kwargs)

@@ -8,7 +8,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 
 MOST_LAYERS = 1024
 MOST_BYTES = 1 << 28  # of a JSON file; 1,024 exits with a curve of 400 points take 10 MB
@@ -30,6 +30,34 @@ def is_real(value: Any, lowest: float = -math.inf, highest: float = math.inf) ->
     if isinstance(value, int) and abs(value) > LARGEST_EXACT:
         return False
     return math.isfinite(value) and lowest <= value <= highest
+
+
+def unexpected(name: str, value: Any, expected: str) -> UsageError:
+    """The error for an argument that cannot be."""
+    return UsageError(f"{name} is {shown(value)}; expected {expected}.", field=name, value=value)
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither true nor false; `None` passes, as what a caller may leave out.
+
+    Raises:
+        UsageError: naming the first; a string, even "false", would count as true.
+    """
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            raise unexpected(name, value, "True or False")
+
+
+def check_whole(lowest: int = 0, highest: int = LARGEST_EXACT, **numbers: Any) -> None:
+    """Refuse what is no whole number in a range.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, value in numbers.items():
+        if not is_whole(value, lowest, highest):
+            most = "" if highest == LARGEST_EXACT else f" and at most {highest}"
+            raise unexpected(name, value, f"a whole number, at least {lowest}{most}")
 
 
 def plain(value: Any) -> Any:

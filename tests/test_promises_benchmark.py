@@ -10,7 +10,7 @@ import torch
 
 from hf_earlyexit import replay
 from hf_earlyexit.calibration import Certified, MaxDrop, calibrate
-from hf_earlyexit.serving.monitor import disagreement_bounds
+from hf_earlyexit.serving.disagreement import disagreement_bounds
 from tests.samples import learned_trace
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
+from ..values import check_flags, check_whole, is_real, shown, unexpected
 from .certify import Certified, certify_setting
 from .copies import check_not_learned_from
 from .cross_fit import Expectation, expect
@@ -23,6 +24,7 @@ from .quality_metrics import Accuracy
 from .replay import replay
 from .result import CalibrationResult
 from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
+from .stored import SEEDS
 from .targets import Target, parse_target
 
 
@@ -76,8 +78,19 @@ def calibrate(
         UnknownNameError: for an unknown policy, target or metric.
         PolicyError: for options the policy refuses, or a problem type it cannot serve.
     """
+    check_flags(per_exit=per_exit, keep_weak_exits=keep_weak_exits)
+    check_whole(min_leavers=min_leavers, folds=folds)
+    check_whole(-SEEDS, SEEDS - 1, seed=seed)
     target = parse_target(target) if isinstance(target, str) else target
     _check(trace, target)
+    if not is_real(learning_share, 0, 1) or learning_share in (0, 1):
+        raise CalibrationError(
+            f"learning_share is {shown(learning_share)}; expected a share between 0 and 1.",
+            field="learning_share",
+            value=learning_share,
+        )
+    if groups is not None and not (isinstance(target, Certified) and target.by == "group"):
+        raise CalibrationError(f"groups go with Certified(by='group'); {target} would not see them.", field="groups")
     per_exit = target.per_exit if per_exit is None else per_exit
     if not per_exit and not target.serves_single_threshold:
         raise CalibrationError(f"{target} sets each exit's own threshold; use per_exit=True.", field="per_exit")
@@ -108,6 +121,8 @@ def calibrate(
 
 
 def _check(trace: ExitTrace, target: Target) -> None:
+    if not isinstance(trace, ExitTrace):
+        raise unexpected("trace", trace, "an ExitTrace, from `collect_trace`")
     if not isinstance(target, Target):
         raise CalibrationError(
             f"target is {target!r}; expected a Target such as MaxDrop(0.01).", field="target", value=target

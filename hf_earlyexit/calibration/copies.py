@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import CalibrationError
 from ..trace import ExitTrace
+from ..values import unexpected
 
 
 def marks(trace: ExitTrace) -> list[int]:
@@ -25,9 +26,12 @@ def check_not_learned_from(trace: ExitTrace, learned_from: ExitTrace | None) -> 
 
     Raises:
         CalibrationError: with how many there are, and the first.
+        UsageError: for what is no trace.
     """
     if learned_from is None:
         return
+    if not isinstance(learned_from, ExitTrace):
+        raise unexpected("learned_from", learned_from, "the trace of those rows")
     known = set(marks(learned_from))
     if seen := [place for place, mark in enumerate(marks(trace)) if mark in known]:
         raise CalibrationError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy, Scan
 from ..trace import ExitTrace, dead_exits
+from ..values import unexpected
 from .quality import Metric
 from .search import Array, Curve, exits_taken, means_along, per_exit_curve, single_threshold_curve, standard_error
 from .targets import Target
@@ -208,10 +209,6 @@ def split_places(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         CalibrationError: if one of them would be empty.
     """
-    if not 0 < share < 1:
-        raise CalibrationError(
-            f"learning_share is {share!r}; expected a share between 0 and 1.", field="learning_share", value=share
-        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     first = round(share * count)
     if first in (0, count):
@@ -244,8 +241,10 @@ def check_options(policy: str | ExitPolicy, options: dict[str, Any] | None) -> d
     """Options for a policy's name.
 
     Raises:
-        UsageError: for options beside a ready policy.
+        UsageError: for options beside a ready policy, or that are no dict of names.
     """
+    if options is not None and not (isinstance(options, dict) and all(isinstance(name, str) for name in options)):
+        raise unexpected("options", options, "a dict of the policy's own numbers by name")
     if isinstance(policy, ExitPolicy) and options:
         raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")
     return dict(options or {})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..values import unexpected
 from .answer import Answer
 from .arguments import DeviceArguments
 
@@ -51,7 +52,7 @@ def run(args: CaptionArguments) -> Answer:
         ("max_new_tokens", args.max_new_tokens),
     ):
         if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; expected at least 1.", field=name, value=value)
+            raise unexpected(name, value, "at least 1")
     model = load_captioner(args.model, args.device)
     pipe = pipeline(
         CAPTIONING,

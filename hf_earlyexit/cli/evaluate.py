@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..values import unexpected
 from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 
@@ -54,7 +55,7 @@ def run(args: EvaluateArguments) -> Answer:
     from .rows import labelled_rows, read_rows
 
     if args.repeats < 1:
-        raise UsageError(f"repeats is {args.repeats}; expected at least 1.", field="repeats", value=args.repeats)
+        raise unexpected("repeats", args.repeats, "at least 1")
     model = load_model(args.model, args.device)
     if args.operating_point == EXACT:
         raise UsageError(

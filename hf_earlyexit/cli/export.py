@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import UsageError
+from ..values import unexpected
 from .answer import Answer
 from .arguments import SLICES, SPLITS, RowArguments
 
@@ -53,7 +53,7 @@ def run(args: ExportArguments) -> Answer:
     from .loading import load_model, load_parts_there, reading_parts
 
     if args.format not in FORMATS:
-        raise UsageError(f"format is {args.format!r}; expected {', '.join(FORMATS)}.", field="format", value=args.format)
+        raise unexpected("format", args.format, ", ".join(FORMATS))
     model = load_model(args.model)
     model.family.require_traceable()
     if args.operating_point is not None:

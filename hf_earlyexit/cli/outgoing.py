@@ -13,6 +13,7 @@ from typing import Any
 from ..data.forms import PACKED, plain_suffix
 from ..errors import CheckpointError, DataError, UsageError
 from ..files import read_json, write_json
+from ..values import unexpected
 from .answer import as_line, finite
 
 Row = dict[str, Any]
@@ -184,13 +185,9 @@ def check_output(path: str) -> None:
     """
     place = Path(path)
     if plain_suffix(path) not in SUFFIXES or (place.suffix in PACKED and plain_suffix(path) in SUFFIXES[-2:]):
-        raise UsageError(
-            f"output is {path!r}; expected a name that ends in {', '.join(SUFFIXES)}; .gz may follow the first four.",
-            field="output",
-            value=path,
-        )
+        raise unexpected("output", path, f"a name that ends in {', '.join(SUFFIXES)}; .gz may follow the first four")
     if not place.parent.is_dir() or place.is_dir():
-        raise UsageError(f"output is {path!r}; expected a file in a folder that is there.", field="output", value=path)
+        raise unexpected("output", path, "a file in a folder that is there")
 
 
 def _cell(value: Any) -> Any:

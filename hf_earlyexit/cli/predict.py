@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..values import unexpected
 from .answer import Answer
 from .arguments import SLICES, DeviceArguments, FileArguments, FormArguments
 
@@ -77,7 +78,7 @@ def run(args: PredictArguments) -> Answer:
     from .outgoing import check_output
 
     if args.engine not in ENGINES:
-        raise UsageError(f"engine is {args.engine!r}; expected {' or '.join(ENGINES)}.", field="engine", value=args.engine)
+        raise unexpected("engine", args.engine, " or ".join(ENGINES))
     if args.engine == ENGINES[1]:
         from .predict_files import answer_files
 

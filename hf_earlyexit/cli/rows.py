@@ -17,6 +17,7 @@ from ..serving.collect import collect_trace
 from ..serving.reader import reads_images
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
 from ..trace import ExitTrace
+from ..values import unexpected
 from .arguments import FileArguments, RowArguments
 from .pictures import check_columns, with_pictures
 
@@ -27,7 +28,7 @@ USUAL = {name for names in TEXT_COLUMNS for name in names}
 def reading(args: FileArguments) -> Reading:
     """How files are read, as the flags say."""
     if args.max_rows is not None and args.max_rows < 1:
-        raise UsageError(f"max_rows is {args.max_rows}; expected at least 1.", field="max_rows", value=args.max_rows)
+        raise unexpected("max_rows", args.max_rows, "at least 1")
     if args.text_column is not None and len(args.text_column) > 2:
         raise UsageError(
             f"text_column names {len(args.text_column)} columns; expected one, or two for pairs.", field="text_column"

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import UsageError
+from ..values import unexpected
 from .answer import Answer
 from .arguments import DeviceArguments, FormArguments
 
@@ -89,13 +90,13 @@ def _check(args: ServeArguments) -> None:
     for name in ("max_rows", "max_body", "max_characters", "max_queue", "max_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; expected at least 1.", field=name, value=value)
+            raise unexpected(name, value, "at least 1")
     if args.workers < 0:
-        raise UsageError(f"workers is {args.workers}; expected 0 or more.", field="workers", value=args.workers)
+        raise unexpected("workers", args.workers, "0 or more")
     if args.task not in (None, *TASKS):
-        raise UsageError(f"task is {args.task!r}; expected {', '.join(TASKS)}.", field="task", value=args.task)
+        raise unexpected("task", args.task, ", ".join(TASKS))
     if not 0 <= args.port <= 65535:
-        raise UsageError(f"port is {args.port}; expected 0 to 65535.", field="port", value=args.port)
+        raise unexpected("port", args.port, "0 to 65535")
     if not args.max_seconds > 0:
         raise UsageError(f"max_seconds is {args.max_seconds}; expected seconds, above 0.", field="max_seconds")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError, EarlyExitError, UsageError
+from ..values import unexpected
 
 FORMS = {
     ".csv": "csv",
@@ -51,11 +52,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in FORMS.values():
-            raise UsageError(
-                f"form is {self.form!r}; expected one of {', '.join(dict.fromkeys(FORMS.values()))}.",
-                field="form",
-                value=self.form,
-            )
+            raise unexpected("form", self.form, f"one of {', '.join(dict.fromkeys(FORMS.values()))}")
         if self.encoding is not None:
             try:
                 "".encode(self.encoding)
@@ -66,9 +63,7 @@ class Reading:
                     value=self.encoding,
                 ) from error
         if self.separator is not None and len(self.separator) != 1:
-            raise UsageError(
-                f"separator is {self.separator!r}; expected one character.", field="separator", value=self.separator
-            )
+            raise unexpected("separator", self.separator, "one character")
 
     def form_of(self, path: str | Path) -> str | None:
         """What a file holds: as told, else by its name; `None` where neither says."""

@@ -73,9 +73,9 @@ def convert(
         >>> ee.convert(model, "int8").form
         'int8'
     """
-    if form not in (AUTO, *FORMS):
+    if not isinstance(form, str) or form not in (AUTO, *FORMS):
         raise unknown_name("form", form, (AUTO, *FORMS))
-    if performance_hint not in HINTS:
+    if not isinstance(performance_hint, str) or performance_hint not in HINTS:
         raise unknown_name("performance hint", performance_hint, HINTS)
     inner = served_classifier(unwrapped_without_adapters(model, "another form"))
     collecting = {"labels": labels, "split": split, "max_length": max_length, "progress": progress}

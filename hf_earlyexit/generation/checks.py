@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
-from ..errors import UsageError
-from ..values import is_whole
+from ..errors import DataError, UsageError
+from ..values import is_whole, shown, unexpected
 
 
 def generation_settings(model: Any, options: Mapping[str, Any]) -> GenerationConfig:
@@ -125,7 +127,7 @@ def check_lossless(policy: Any, settings: GenerationConfig, options: Mapping[str
             field="lossless",
         )
     if not is_whole(most, 1, 1 << 16):
-        raise UsageError(f"max_drafts is {most!r}; expected a whole number above 0.", field="max_drafts", value=most)
+        raise unexpected("max_drafts", most, "a whole number above 0")
     if (settings.num_beams or 1) > 1:
         raise UsageError(
             f"num_beams is {settings.num_beams}; drafts are checked one text at a time, and beams change places at "
@@ -138,4 +140,32 @@ def check_lossless(policy: Any, settings: GenerationConfig, options: Mapping[str
             "watermarking_config marks tokens by what it has seen before, and would see drafts that are taken back; leave "
             "it out, or leave lossless out.",
             field="watermarking_config",
+        )
+
+
+def check_prompts(ids: Any, words: int) -> None:
+    """Refuse what are no prompts.
+
+    Args:
+        ids: token ids of prompts `[B, T]`.
+        words: size V of the vocabulary.
+
+    Raises:
+        DataError: for anything else, naming the first row with an id out of range.
+    """
+    right = isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0
+    if not right or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        came = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else shown(ids)
+        raise DataError(
+            f"The prompts are {came}; expected token ids [rows, tokens] as whole numbers, at least one of each.",
+            field="input_ids",
+        )
+    outside = ((ids < 0) | (ids >= words)).any(1)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise DataError(
+            f"Row {row} of the prompts has ids from {int(ids[row].min())} to {int(ids[row].max())}; expected 0 to "
+            f"{words - 1}: use the model's own tokenizer.",
+            field="input_ids",
+            value=row,
         )

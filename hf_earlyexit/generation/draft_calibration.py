@@ -16,7 +16,7 @@ from ..errors import CalibrationError
 from ..families.decoders import cache_name
 from ..labels import LEFT_OUT
 from ..policies.base import POLICIES, ExitPolicy
-from ..values import is_whole
+from ..values import check_flags, is_whole
 from .decoding import ExitRun
 from .draft_trace import DraftCosts, Replayed, replay_drafts, trace_drafts
 from .drafts import Row, Speaker, Waiting
@@ -108,6 +108,7 @@ def calibrate_drafts(
     Raises:
         CalibrationError: for a model without early exits, numbers that cannot be, or sampling.
     """
+    check_flags(confirm=confirm)
     if len(model.exit_layers) == 1:
         raise CalibrationError("The model has no early exit; set exit_layers and train the exits.", field="exit_layers")
     if not is_whole(levels, 2, 1000) or not drafts or not all(is_whole(one, 1, 1 << 16) for one in drafts):

@@ -18,7 +18,8 @@ from ..modeling.exits import ModelWithExits
 from ..modeling.finite import check_finite
 from ..modeling.gates import new_gates
 from ..problem_types import SINGLE_LABEL
-from .checks import check_generation, check_lossless, generation_settings
+from ..values import check_flags
+from .checks import check_generation, check_lossless, check_prompts, generation_settings
 from .decoding import EndWatch, ExitRun, GivenCriteria, exit_layers_of
 from .lossless import decode_lossless
 from .token_cache import require_dynamic, takes_apart
@@ -220,6 +221,7 @@ class ModelThatWrites(ModelWithExits):
             DataError: for images that the encoder does not take, tokens that generation needs and nobody set, or an answer
                 that is not finite, naming the row.
         """
+        check_flags(early_exit=early_exit, return_exit_layers=return_exit_layers, lossless=lossless)
         bound = signature(GenerationMixin.generate).bind(self, inputs, generation_config, *args)
         options = {**dict(list(bound.arguments.items())[2:]), **kwargs}  # all but self and inputs
         cache = given_cache(None, options)
@@ -250,8 +252,10 @@ class ModelThatWrites(ModelWithExits):
 
     def check_inputs(self, inputs: Any, settings: GenerationConfig, options: dict[str, Any]) -> int:
         """Refuse inputs of `generate` that the model cannot read; says how many images or prompts there are."""
-        given = (inputs, options.get("input_ids"), options.get("inputs_embeds"))
-        return next((len(rows) for rows in given if rows is not None), 1)
+        ids = options.get("input_ids") if inputs is None else inputs
+        if ids is not None and options.get("inputs_embeds") is None:
+            check_prompts(ids, self.config.word_config.vocab_size)
+        return next((len(rows) for rows in (ids, options.get("inputs_embeds")) if rows is not None), 1)
 
     def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
         if isinstance(stopping_criteria, GivenCriteria):

@@ -19,6 +19,7 @@ from ..serving.graph_walker import walker_for
 from ..serving.reader import reader_for, reads_images
 from ..serving.scheduler import Scheduler
 from ..serving.served import served_classifier
+from ..values import unexpected
 from .save import Calibrations, by_name
 
 
@@ -62,7 +63,7 @@ def card_figures(
     if not results:
         raise UsageError("There is no calibration to judge; calibrate first.", field="calibration")
     if repeats < 0:
-        raise UsageError(f"repeats is {repeats}; expected at least 0.", field="repeats", value=repeats)
+        raise unexpected("repeats", repeats, "at least 0")
     parts = {"tokenizer": tokenizer, "image_processor": image_processor}
     trace = collect_trace(model, rows, **parts, labels=labels, split="card", progress=progress)
     evaluations = {name: replay(result.policy, trace) for name, result in results.items()}

@@ -13,6 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from ..errors import CheckpointError, UsageError
 from ..files import WEIGHTS
 from ..modeling.protocol import TorchExitModel
+from ..values import unexpected
 from .save import CALIBRATION_FILE, Calibrations, save
 
 
@@ -50,6 +51,8 @@ def push_to_hub(
         CheckpointError: if the upload fails; its `path` is a folder that holds everything, its message says how to retry.
         UsageError: for `revision` together with `create_pr`, and as in `save`.
     """
+    if not isinstance(repo_id, str) or not repo_id:
+        raise unexpected("repo_id", repo_id, "owner/name")
     if create_pr and revision is not None:
         raise UsageError("create_pr proposes to the main branch; leave out revision, or push to it.", field="revision")
     home = Path(mkdtemp(prefix="hf_earlyexit-"))

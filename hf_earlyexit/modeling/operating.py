@@ -10,6 +10,7 @@ from ..errors import EarlyExitConfigError, UsageError
 from ..policies import ExitPolicy
 from ..registry import unknown_name
 from ..signals import SIGNALS, known_signals, signals_of
+from ..values import check_flags, unexpected
 from .certificate import Fingerprints, certify
 from .configuration import DEFAULT, EXACT
 
@@ -56,8 +57,11 @@ class OperatingPoints:
 
         Raises:
             UnknownNameError: for a default that is none of the points.
+            UsageError: for points that do not come by name.
             EarlyExitConfigError, CheckpointError: as in `set_exit_policy`, or for the names "exact" and "default".
         """
+        if points is not None and not isinstance(points, Mapping):
+            raise unexpected("points", points, "policies or calibration results by name")
         points = dict(points or {})
         if DEFAULT in points:  # a config that has it still loads
             raise EarlyExitConfigError(
@@ -94,7 +98,7 @@ class OperatingPoints:
         """
         if operating_point is None:
             return self.exit_policy
-        if operating_point not in self.operating_points:
+        if not isinstance(operating_point, str) or operating_point not in self.operating_points:
             raise unknown_name("operating point", operating_point, self.operating_points)
         return None if operating_point == EXACT else ExitPolicy.from_dict(self.config.exit_operating_points[operating_point])
 
@@ -111,6 +115,7 @@ class OperatingPoints:
             UsageError: for arguments that contradict each other, or early exit where it cannot be.
             UnknownNameError: for an unknown operating point.
         """
+        check_flags(early_exit=early_exit)
         policy = self.policy_at(operating_point)
         if operating_point is not None:
             if early_exit is not None and early_exit != (policy is not None):
@@ -187,9 +192,7 @@ class OperatingPoints:
         """A policy as the config holds it, and its certificate."""
         policy = source.policy if isinstance(source, CalibrationResult) else source
         if not isinstance(policy, ExitPolicy):
-            raise UsageError(
-                f"policy is {policy!r}; expected an ExitPolicy or what `calibrate` returned.", field="policy", value=policy
-            )
+            raise unexpected("policy", policy, "an ExitPolicy or what `calibrate` returned")
         if name is None:
             self.config.check_policy(policy)
         else:

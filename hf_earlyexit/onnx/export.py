@@ -21,6 +21,7 @@ from ..modeling.fingerprint import model_fingerprint
 from ..modeling.protocol import ExitModel
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
+from ..values import unexpected
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
 from .graphs import append, inputs_of, nest
@@ -82,7 +83,7 @@ def export_onnx(
         CheckpointError: if the folder cannot be written.
     """
     if layout not in LAYOUTS:
-        raise UsageError(f"layout is {layout!r}; expected {' or '.join(LAYOUTS)}.", field="layout", value=layout)
+        raise unexpected("layout", layout, " or ".join(LAYOUTS))
     forms = (ONE,) if layout == TRITON else forms
     model = unwrapped_without_adapters(model, "ONNX")
     _check(model, forms, int8, rows)
@@ -152,7 +153,7 @@ def _traced(model: Any, int8: bool, picture: tuple[int, ...] | None) -> tuple[Mo
 
 def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> None:
     if not forms or not set(forms) <= set(FORMS):
-        raise UsageError(f"forms is {forms!r}; expected some of {', '.join(FORMS)}.", field="forms", value=forms)
+        raise unexpected("forms", forms, f"some of {', '.join(FORMS)}")
     if rows is not None and not int8:
         raise UsageError("rows are for int8, whose thresholds are chosen anew; float32 keeps the model's.", field="rows")
     if ONE in forms and model.exit_policy is None:

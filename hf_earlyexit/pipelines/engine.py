@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from ..modeling.finite import check_finite
-from ..serving.monitor import Monitor
+from ..serving.monitor import Monitor, check_monitor
 from ..serving.predict import monitored, stream
 from ..serving.served import form_of
-from ..values import is_whole
+from ..values import check_flags, check_whole
 from .options import unknown_option
 
 ENGINE = 0  # in place of a batch size where none is given
@@ -96,15 +96,16 @@ class ThroughEngine:
             if name not in known:
                 raise unknown_option(name, OURS | {"batch_size"} | known)
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        check_flags(early_exit=early_exit, cuda_graphs=cuda_graphs)
         if early_exit is not None:
             forward["early_exit"] = early_exit
         if cuda_graphs is not None:
             forward["cuda_graphs"] = cuda_graphs
+        check_monitor(monitor)
         if monitor is not None:
             forward["monitor"] = monitor
         if window is not None:
-            if not is_whole(window, 1):
-                raise UsageError(f"window is {window!r}; expected at least 1 row.", field="window", value=window)
+            check_whole(1, window=window)
             forward["window"] = window
         if operating_point is not None:
             self.model.policy_at(operating_point)  # refuse an unknown name now

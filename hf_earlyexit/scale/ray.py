@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..doors import from_pretrained
-from ..errors import UsageError
 from ..onnx.manifest import MANIFEST
 from ..problem_types import SINGLE_LABEL
 from ..serving.pictures import PICTURE_COLUMNS, picture_columns
@@ -19,7 +18,7 @@ from ..serving.predict import Predictions
 from ..serving.predict import predict as predict_rows
 from ..serving.reader import reads_images
 from ..serving.tables import PIXELS, text_columns
-from ..values import is_whole
+from ..values import is_whole, unexpected
 
 ROWS, PICTURES = 4096, 256  # of a block
 ADDED = ("label", "score", "logits", "exit_layer", "error")
@@ -142,9 +141,9 @@ def predict(
 
     bounds: Any = (workers, workers) if is_whole(workers, 1) else workers
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not all(is_whole(one, 1) for one in bounds):
-        raise UsageError(f"workers is {workers!r}; expected how many, or fewest and most.", field="workers", value=workers)
+        raise unexpected("workers", workers, "how many, or fewest and most")
     if batch_size is not None and not is_whole(batch_size, 1):
-        raise UsageError(f"batch_size is {batch_size!r}; expected at least 1 row.", field="batch_size", value=batch_size)
+        raise unexpected("batch_size", batch_size, "at least 1 row")
     if batch_size is None:
         batch_size = PICTURES if set(columns or dataset.columns()) & {FILE, PIXELS, *PICTURE_COLUMNS} else ROWS
     if not ray.is_initialized():

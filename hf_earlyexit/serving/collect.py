@@ -17,6 +17,7 @@ from ..modeling.finite import check_finite
 from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
+from ..values import check_flags, check_whole, unexpected
 from .batching import sorted_batches
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
@@ -59,6 +60,8 @@ def collect_trace(
     Raises:
         DataError: for no rows, no labels, or a row whose label cannot be, naming it.
     """
+    check_flags(labelled=labelled, progress=progress)
+    check_whole(1, max_batch_tokens=max_batch_tokens)
     served = served_classifier(model)
     reader = reader_for(served, tokenizer, max_length, image_processor)
     if labelled:
@@ -179,7 +182,10 @@ def full_pass(
 def _labels_of(rows: Any, labels: Any, reader: RowReader) -> tuple[Any, str]:
     """The labels, one a row, and the column they stand in."""
     if labels is not None:
-        return (labels if hasattr(labels, "__len__") else list(labels)), "labels"
+        try:
+            return (labels if hasattr(labels, "__len__") and len(labels) >= 0 else list(labels)), "labels"
+        except TypeError as error:
+            raise unexpected("labels", labels, "one a row") from error
     rows = plain_rows(rows, reader.columns)
     column = find_label_column(list(rows) if isinstance(rows, dict) else getattr(rows, "column_names", None) or ())
     if column is None:

@@ -17,6 +17,8 @@ import numpy as np
 from ..errors import CheckpointError, UsageError
 from ..files import read_json, write_json
 from ..problem_types import REGRESSION
+from ..values import are_layers, check_flags, check_whole, is_real, unexpected
+from .disagreement import disagreement_bounds
 
 logger = logging.getLogger(__name__)
 FORMAT = "hf_earlyexit.monitor/1"
@@ -120,6 +122,8 @@ class Monitor:
     def __post_init__(self, operating_point: str | None) -> None:
         if hasattr(self.exit_layers, "config"):
             self._read_certificate(self.exit_layers, operating_point)
+        if not isinstance(self.exit_layers, (tuple, list)) or not are_layers(tuple(self.exit_layers)):
+            raise unexpected("exit_layers", self.exit_layers, "a model with exits, or its layers, ascending")
         self.exit_layers = tuple(self.exit_layers)
         self.limit = LIMIT if self.limit is None else self.limit
         for name, value, low, high in (
@@ -127,20 +131,22 @@ class Monitor:
             ("shadow", self.shadow, 0.0, 1.0),
             ("confidence", self.confidence, 0.5, 1.0),
         ):
-            if not low <= value <= high or value == 0 or (value == 1 and name != "shadow"):
-                raise UsageError(f"{name} is {value!r}; expected a share above 0 and below 1.", field=name, value=value)
-        if self.window < 100:
-            raise UsageError(f"window is {self.window!r}; expected at least 100 rows.", field="window", value=self.window)
-        if self.reference is not None and len(self.reference) != len(self.exit_layers):
-            raise UsageError(
-                f"reference has {len(self.reference)} shares; expected one for each of {len(self.exit_layers)} exits.",
-                field="reference",
-            )
+            if not is_real(value, low, high) or value == 0 or (value == 1 and name != "shadow"):
+                raise unexpected(name, value, "a share above 0 and below 1")
+        check_whole(100, window=self.window)
+        check_flags(fall_back=self.fall_back)
+        shares = self.exit_layers if self.reference is None else self.reference
+        if not isinstance(shares, (tuple, list)) or len(shares) != len(self.exit_layers):
+            raise unexpected("reference", self.reference, f"a share for each of {len(self.exit_layers)} exits")
+        if self.on_alarm is not None and not callable(self.on_alarm):
+            raise unexpected("on_alarm", self.on_alarm, "a function of an alarm")
+        check_whole(seed=self.seed)
         self._draws = np.random.default_rng(self.seed)
         self._lock = threading.Lock()
 
     def _read_certificate(self, model: Any, operating_point: str | None) -> None:
         """Take exits from a model, and from its certificate, if it has one, what was not given."""
+        model.policy_at(operating_point)  # refuse an unknown name now
         points = model.config.exit_point_certificates or {}
         certificate = model.config.exit_certificate if operating_point is None else points.get(operating_point)
         self.exit_layers = model.exit_layers
@@ -298,6 +304,16 @@ class Monitor:
         return "\n".join(lines + [f"ALARM after {alarm.num_rows} rows: {alarm.message}" for alarm in state.alarms])
 
 
+def check_monitor(monitor: Any) -> None:
+    """Refuse what is neither a monitor nor `None`.
+
+    Raises:
+        UsageError: with what came.
+    """
+    if monitor is not None and not isinstance(monitor, Monitor):
+        raise unexpected("monitor", monitor, "an `ee.Monitor`")
+
+
 def require_classes(problem_type: str) -> None:
     """Refuse a model whose answers can hardly be the same.
 
@@ -306,34 +322,3 @@ def require_classes(problem_type: str) -> None:
     """
     if problem_type == REGRESSION:
         raise UsageError("A monitor compares classes; values hardly ever agree exactly.", field="monitor")
-
-
-def disagreement_bounds(different: int, shadowed: int, delta: float) -> tuple[float, float]:
-    """Bounds of a share, from k of n, that hold for all n at once with probability 1 - delta.
-
-    They hold the shares p at which the likelihood of what was seen, averaged over all shares, is below 1 / delta of p's own.
-    """
-    from scipy.special import betaln
-
-    if not shadowed:
-        return 0.0, 1.0
-    threshold = float(betaln(different + 1, shadowed - different + 1)) + math.log(delta)
-
-    def inside(share: float) -> bool:
-        wrong = different * math.log(share) if different else 0.0
-        right = (shadowed - different) * math.log1p(-share) if different < shadowed else 0.0
-        return wrong + right > threshold
-
-    middle = different / shadowed
-    return _edge(inside, middle, 0.0), _edge(inside, middle, 1.0)
-
-
-def _edge(inside: Callable[[float], bool], within: float, end: float) -> float:
-    """Where a range that holds `within` ends on the way to `end`."""
-    for _ in range(60):
-        middle = (within + end) / 2
-        if 0 < middle < 1 and inside(middle):
-            within = middle
-        else:
-            end = middle
-    return end

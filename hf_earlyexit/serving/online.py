@@ -13,9 +13,9 @@ from typing import Any, Self
 from ..errors import UsageError
 from ..policies.base import ExitPolicy
 from ..registry import unknown_name
-from ..values import is_real, is_whole
+from ..values import check_flags, check_whole, is_real, unexpected
 from .graph_walker import walker_for
-from .monitor import Monitor, require_classes
+from .monitor import Monitor, check_monitor, require_classes
 from .online_rows import RowFuture
 from .online_worker import EngineState, Worker
 from .reader import reader_for
@@ -71,9 +71,10 @@ class Engine:
         monitor: Monitor | None = None,
     ) -> None:
         if not is_real(max_wait, 0):
-            raise UsageError(f"max_wait is {max_wait!r}; expected seconds, at least 0.", field="max_wait", value=max_wait)
-        if not is_whole(max_queue, 1):
-            raise UsageError(f"max_queue is {max_queue!r}; expected at least 1 row.", field="max_queue", value=max_queue)
+            raise unexpected("max_wait", max_wait, "seconds, at least 0")
+        check_whole(1, max_queue=max_queue)
+        check_flags(cuda_graphs=cuda_graphs)
+        check_monitor(monitor)
         models = dict(model) if isinstance(model, Mapping) else {DEFAULT: model}
         if not models:
             raise UsageError("model holds no models; expected at least one.", field="model")
@@ -126,13 +127,13 @@ class Engine:
             UsageError: with the field "max_queue" if the queue is full: try again later.
         """
         for name, value in (("deadline", deadline), ("priority", priority)):
-            if value is not None and not is_real(value, 0 if name == "deadline" else -math.inf):
+            left_out = name == "deadline" and value is None
+            if not left_out and not is_real(value, 0 if name == "deadline" else -math.inf):
                 expected = "seconds, at least 0" if name == "deadline" else "a number"
-                raise UsageError(f"{name} is {value!r}; expected {expected}.", field=name, value=value)
-        if layer_budget is not None and not is_whole(layer_budget, 1):
-            raise UsageError(
-                f"layer_budget is {layer_budget!r}; expected a number of layers.", field="layer_budget", value=layer_budget
-            )
+                raise unexpected(name, value, expected)
+        check_flags(early_exit=early_exit)
+        if layer_budget is not None:
+            check_whole(1, layer_budget=layer_budget)
         ends_at = math.inf if deadline is None else time.monotonic() + deadline
         future = RowFuture(row, priority, ends_at)
         self._model(model).put(future, early_exit, operating_point, layer_budget)
@@ -190,7 +191,7 @@ class Engine:
             return next(iter(self._served.values()))
         if name is None:
             raise UsageError(f"The engine serves {', '.join(self._served)}; say which: model=...", field="model")
-        if name not in self._served:
+        if not isinstance(name, str) or name not in self._served:
             raise unknown_name("model", name, tuple(self._served))
         return self._served[name]
 
@@ -226,6 +227,8 @@ class _Served:
 
     def scheduler(self, early_exit: bool | None, point: str | None, budget: int | None, clocked: bool) -> Scheduler:
         """The scheduler of rows that are run in one way, the same as long as the model keeps its policies."""
+        if point is not None:
+            self.model.policy_at(point)  # refuse an unknown name now
         config, layers = self.model.config, self.walker.exit_layers
         budget = None if budget is None or budget >= layers[-1] else budget
         values = config.exit_policy if point is None else (config.exit_operating_points or {}).get(point)

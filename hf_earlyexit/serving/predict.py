@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import EarlyExitError, UsageError
+from ..errors import EarlyExitError
 from ..modeling.protocol import ExitClassifier, ExitModel, Wrapped
 from ..problem_types import same_prediction
-from ..values import is_whole
+from ..values import check_flags, check_whole, is_real, unexpected
 from .answers import Answers
 from .graph_walker import walker_for
-from .monitor import Monitor, require_classes
+from .monitor import Monitor, check_monitor, require_classes
 from .reader import PICTURES, RowReader, first_error, reader_for
 from .scheduler import Scheduler
 from .served import form_of, served_classifier
@@ -104,8 +105,9 @@ def predict(
         UsageError: for arguments out of range, and for what is no model with exits or holds no rows.
     """
     model = served_classifier(model)
-    if deadline is not None and not deadline >= 0:
-        raise UsageError(f"deadline is {deadline!r}; expected seconds, at least 0.", field="deadline", value=deadline)
+    check_flags(progress=progress)
+    if deadline is not None and not (is_real(deadline, 0) or (isinstance(deadline, float) and deadline == math.inf)):
+        raise unexpected("deadline", deadline, "seconds, at least 0")
     ends_at = None if deadline is None else time.monotonic() + deadline
     reader = reader_for(model, tokenizer, max_length, image_processor)
     with_clock = deadline is not None
@@ -177,8 +179,7 @@ def stream(
     reader = reader_for(model, tokenizer, max_length, image_processor)
     if window is None:
         window = PICTURES if reader.images else WINDOW
-    if not is_whole(window, 1):
-        raise UsageError(f"window is {window!r}; expected a whole number of at least 1 row.", field="window", value=window)
+    check_whole(1, window=window)
     return _one_by_one(
         model,
         _answered(
@@ -219,8 +220,10 @@ def _answered(
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
     """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
-    if errors not in ("raise", "slot"):
-        raise UsageError(f"errors is {errors!r}; expected 'raise' or 'slot'.", field="errors", value=errors)
+    if not isinstance(errors, str) or errors not in ("raise", "slot"):
+        raise unexpected("errors", errors, "'raise' or 'slot'")
+    check_monitor(monitor)
+    check_flags(cuda_graphs=cuda_graphs)
     walker, first = walker_for(model, cuda_graphs), 0
     budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
     for window in reader.windows(rows, size):

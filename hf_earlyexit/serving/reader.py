@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import EarlyExitError, UsageError
 from ..families.base import IMAGE
 from ..modeling.protocol import Wrapped
-from ..values import is_whole, shown
+from ..values import is_whole, shown, unexpected
 from .pictures import PictureRows, encode_pictures, picture_columns
 from .rows import encode_rows, encode_window
 from .tables import named_columns, windows
@@ -85,11 +85,7 @@ def reader_for(
                 value=value,
             )
     if max_length is not None and not is_whole(max_length, 1):
-        raise UsageError(
-            f"max_length is {shown(max_length)}; expected a whole number of tokens, at least 1.",
-            field="max_length",
-            value=max_length,
-        )
+        raise unexpected("max_length", max_length, "a whole number of tokens, at least 1")
     return RowReader(images, tokenizer, max_length, image_processor)
 
 

@@ -137,6 +137,26 @@ def test_every_exit_answers_where_it_is_asked(writer):
     assert loss.item() == pytest.approx(((each * depths).sum() / depths.sum()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.empty(1, 0, dtype=torch.long), r"shape \[1, 0\]"),
+        (torch.empty(0, 3, dtype=torch.long), r"shape \[0, 3\]"),
+        (torch.tensor([4, 5, 6]), r"shape \[3\]"),
+        (torch.ones(1, 3), "float32"),
+        (torch.ones(1, 3, dtype=torch.bool), "bool"),
+        (torch.tensor([[4, 5], [6, WORDS]]), f"Row 1 .* to {WORDS}; expected 0 to {WORDS - 1}"),
+        (torch.tensor([[4, -100]]), "Row 0 .* from -100"),
+        ("a text", "'a text'"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(writer, ids, words):
+    model = writer("gpt2", share=0.5)
+    for options in ({"inputs": ids}, {"input_ids": ids}, {"inputs": ids, "lossless": True}):
+        with pytest.raises(DataError, match=words):
+            model.generate(**options, max_new_tokens=2, pad_token_id=PAD)
+
+
 def test_a_policy_that_cannot_work_is_refused(writer):
     model = writer("llama", share=0.5)
     ids, mask = prompts(2, 5)

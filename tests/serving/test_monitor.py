@@ -12,7 +12,8 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, DataError, UsageError
 from hf_earlyexit.serving import monitor as module
 from hf_earlyexit.serving import scheduler
-from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor, disagreement_bounds
+from hf_earlyexit.serving.disagreement import disagreement_bounds
+from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor
 from hf_earlyexit.serving.predict import Answer, monitored
 
 LAYERS = (2, 4, 6, 8)
