@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError
@@ -70,6 +71,10 @@ class Metric(ABC):
         weight = weight[labels]
         return quality * (weight if quality.ndim == 1 else weight[:, None])
 
+    def values_on(self, parts: Tensor, logits: Tensor, labels: Tensor, problem_type: str) -> NDArray[np.float64]:
+        """The metric over some parts of the rows `[P]`, which are booleans `[P, N]`; the others as for `value`."""
+        return np.array([self.value(logits[rows], labels[rows], problem_type) for rows in parts])
+
     def compare(self, early: Tensor, full: Tensor, labels: Tensor, problem_type: str) -> Comparison:
         """Judge early answers and the full model's `[N, C]` on the same rows; the error is a jackknife over groups."""
         quality, full_quality = (self.value(part, labels, problem_type) for part in (early, full))
@@ -78,12 +83,9 @@ class Metric(ABC):
             return Comparison(quality, full_quality, 0.0)
         group = torch.arange(len(labels)) * count // len(labels)
         group = group[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-        differences = []
-        for left_out in range(count):
-            kept = group != left_out
-            parts = [self.value(part[kept], labels[kept], problem_type) for part in (early, full)]
-            differences.append(parts[0] - parts[1])
-        spread = np.var(differences) * (count - 1)
+        kept = group != torch.arange(count)[:, None]
+        early_values, full_values = (self.values_on(kept, part, labels, problem_type) for part in (early, full))
+        spread = np.var(early_values - full_values) * (count - 1)
         return Comparison(quality, full_quality, float(math.sqrt(spread)))
 
     @property

@@ -6,7 +6,9 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError
@@ -174,15 +176,19 @@ class RecallAtPrecision(Metric):
             raise CalibrationError(f"precision is {self.precision!r}; expected a share in (0, 1].", field="metric")
 
     def value(self, logits: Tensor, labels: Tensor, problem_type: str) -> float:
+        return float(self.values_on(torch.ones(1, len(labels), dtype=torch.bool), logits, labels, problem_type)[0])
+
+    def values_on(self, parts: Tensor, logits: Tensor, labels: Tensor, problem_type: str) -> NDArray[np.float64]:
         if logits.shape[-1] != 2:
             raise CalibrationError(f"recall-at-precision is for 2 classes; there are {logits.shape[-1]}.", field="metric")
-        positive = (labels == 1).double()
         score, order = (logits[:, 1].double() - logits[:, 0].double()).sort(descending=True, stable=True)
-        caught = positive[order].cumsum(0)
-        precision = caught / torch.arange(1, len(labels) + 1)
+        taken = parts[:, order]
+        caught = (taken & (labels[order] == 1)).cumsum(1).double()
+        precision = caught / taken.cumsum(1).clamp_min(1)
         is_cut = torch.cat([score[:-1] > score[1:], torch.ones(1, dtype=torch.bool)])  # equal scores stand together
-        reached = caught[is_cut & (precision >= self.precision)]
-        return float(reached.max() / positive.sum()) if len(reached) and bool(positive.any()) else 0.0
+        reached = caught.masked_fill(~is_cut | (precision < self.precision), 0).amax(1)
+        recall: NDArray[np.float64] = (reached / caught[:, -1].clamp_min(1)).numpy()
+        return recall
 
     def title(self, problem_type: str) -> str:
         return f"recall at precision {self.precision:g}"

@@ -93,6 +93,15 @@ def test_standard_errors_are_those_of_a_bootstrap(name):
         )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_metric_on_parts_of_the_rows_is_that_of_the_rows_alone(name):
+    trace, metric = uneven_trace(200, share=0.3), find_metric(name, SINGLE_LABEL)
+    logits, labels = trace.logits[:, 1].round(), trace.labels  # with ties
+    parts = torch.rand(8, 200, generator=torch.Generator().manual_seed(0)) < 0.8
+    alone = [metric.value(logits[rows], labels[rows], SINGLE_LABEL) for rows in parts]
+    assert metric.values_on(parts, logits, labels, SINGLE_LABEL).tolist() == alone
+
+
 @pytest.mark.parametrize("per_exit", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_target_is_kept_in_the_metric_that_was_named(name, per_exit):

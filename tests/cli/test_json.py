@@ -53,7 +53,7 @@ CASES = {
         {"output", "rows", "rows_that_chose", "best", "policies", "left_out"},
     ),
     "bench": (
-        ["{model}", "--input", "{texts}", "--repeats", "1", "--latency_rows", "2", "--batch_size", "4"],
+        ["{model}", "--input", "{texts}", "--repeats", "1", "--latency_rows", "2", "--batch_size", "4", "--forms", "fp32"],
         {"rows", "exits", "throughput", "latency", "advice", "environment"},
     ),
     "export": (["onnx", "{model}", "{out}", "--forms", "layers"], {"output", "forms", "int8"}),

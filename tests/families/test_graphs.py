@@ -1,5 +1,10 @@
 """Families as ONNX files, and with states and attentions asked for."""
 
+import ast
+from dataclasses import replace
+from importlib import import_module
+from inspect import getsource
+
 import pytest
 import torch
 
@@ -10,8 +15,9 @@ from hf_earlyexit.families import FAMILIES
 from .tiny import batch_of, new_model, rows_of, stock_of, tiny
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing, which runs the exported graphs (extra: onnx)")
-ALIKE = ("deit", "dinov2")  # vit under another name; and tests/onnx/test_pictures.py
-TRACED = [name for name in FAMILIES if not FAMILIES[name].untraced and name not in ALIKE]
+PICTURES = ("deit", "dinov2")  # tests/onnx/test_pictures.py
+ALIKE = {"camembert": "Camembert", "xlm-roberta": "XLMRoberta"}  # roberta under another name
+TRACED = [name for name in FAMILIES if not FAMILIES[name].untraced and name not in (*PICTURES, *ALIKE)]
 SHALLOW = {"distilbert": {"n_layers": 2}}
 
 
@@ -36,6 +42,20 @@ def test_exported_files_let_rows_go_where_the_model_does(name, tmp_path):
         given["attention_mask"] = torch.ones(1, len(row.get("input_ids", ())), dtype=torch.long)
         told = session.run(["exit_layer"], {part.name: given[part.name].numpy() for part in session.get_inputs()})
         assert told[0].tolist() == [layer]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_family_that_is_another_under_another_name_needs_no_files_of_its_own(name):
+    """Every part that a graph is traced from is the same code."""
+
+    def code(family, prefix, part):
+        module = import_module(f"transformers.models.{family}.modeling_{family}")
+        source = getsource(getattr(module, prefix + part)).replace(prefix, "Roberta").replace(family, "roberta")
+        return ast.dump(ast.parse(source))  # without comments
+
+    for part in ("Embeddings", "SelfAttention", "SelfOutput", "Attention", "Intermediate", "Output", "Layer", "Pooler"):
+        assert code(name.replace("-", "_"), ALIKE[name], part) == code("roberta", "Roberta", part)
+    assert replace(FAMILIES[name], name="Roberta") == FAMILIES["roberta"]
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].untraced])

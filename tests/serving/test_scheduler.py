@@ -302,35 +302,26 @@ def test_no_layer_begins_after_a_deadline(model, rows, lanes):
         assert len(late) <= 1  # the clock may strike between the look at it and the layer's begin
 
 
-def in_eight_threads(model, run, rows, calls):
-    """Calls with 5 of 100 rows each, made by eight threads at once, answer as they do one after the other."""
-    parts = [rows[start : start + 5] for start in range(0, 100, 5)]
-    expected = [run(part) for part in parts]
-    before = dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()}
-
-    def call(number):
-        got, same = run(parts[number % 20]), expected[number % 20]
-        return torch.equal(got.logits, same.logits) and torch.equal(got.exit_index, same.exit_index)
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(call, range(calls)))
-    assert before == (dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()})
-
-
-def test_eight_threads_share_a_model(model, rows):
-    in_eight_threads(model, lambda part: Scheduler(ModelWalker(model), model.exit_policy, 64).run(part), rows, 1000)
-
-
 @pytest.mark.slow
 def test_eight_threads_share_a_model_and_engines(model, rows):
     """Engines of one and of two lanes take turns; threads change places a hundred thousand times a second if they can."""
+    parts = [rows[start : start + 5] for start in range(0, 100, 5)]
     turns = cycle([Scheduler(ModelWalker(model), model.exit_policy, 64, lanes=lanes) for lanes in (1, 2)])
+    expected = [next(turns).run(part) for part in parts]
+    before = dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()}
+
+    def call(number):
+        got, same = next(turns).run(parts[number % 20]), expected[number % 20]
+        return torch.equal(got.logits, same.logits) and torch.equal(got.exit_index, same.exit_index)
+
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        in_eight_threads(model, lambda part: next(turns).run(part), rows, 5000)
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(call, range(2000)))
     finally:
         sys.setswitchinterval(usual)
+    assert before == (dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()})
 
 
 def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(model, lanes):

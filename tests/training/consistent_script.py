@@ -1,11 +1,7 @@
-"""A tiny run of all phases, taken up where it stopped; the tests kill it.
-
-Usage: consistent_script.py <folder> [<settings as JSON>]
-"""
+"""A tiny run of all phases, taken up where it stopped; the tests kill it."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -61,10 +57,3 @@ def run(folder, **fields):
         weights = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
         save_file(weights, Path(folder).parent / f"rank-{os.environ['RANK']}.safetensors")
     trainer.save_model()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    cases = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {"": {}}
-    for name, fields in cases.items():  # one start of the processes for all
-        run(Path(sys.argv[1], name), **fields)

@@ -15,6 +15,7 @@ from transformers import default_data_collator
 
 import hf_earlyexit as ee
 from tests.captions.toy import make_captioner
+from tests.training import consistent_script
 
 CLASSIFIERS = {  # name: settings
     "find-unused": {"objective": "weighted", "ddp_find_unused_parameters": True},
@@ -29,6 +30,11 @@ CAPTIONERS = {  # name: settings, and whether the gates learn
     "caption-gates": ({}, True),
 }
 CASES = (*CLASSIFIERS, *CAPTIONERS)
+BY_REWARD = {  # name: settings of a run of all phases
+    "sampled": {"chosen_phase": "joint"},
+    "exact": {"chosen_phase": "joint", "estimator": "exact"},
+    "parted": {},
+}
 
 
 def rows(count, seed):
@@ -115,5 +121,8 @@ def train(folder, case):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    place = Path(sys.argv[1])
     for name in CASES:
-        train(Path(sys.argv[1]), name)
+        train(place, name)
+    for name, settings in BY_REWARD.items():
+        consistent_script.run(place / name / "run", ddp_backend="gloo", ddp_find_unused_parameters=False, **settings)

@@ -1,11 +1,8 @@
 """Exits learned by reward: one run of all phases, told in the log, the same after any interruption."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, DataError, TrainingError, UnknownNameError, UsageError
 from hf_earlyexit.training.consistent import ConsistentTrainer
+from tests.processes import started
 
 from . import consistent_script as script
 
@@ -27,7 +25,7 @@ def trainer(tmp_path):
         kept = {name: settings.pop(name) for name in ("gate_dataset", "hardness_table", "callbacks") if name in settings}
         return ConsistentTrainer(
             model or script.make_model(),
-            script.make_args(tmp_path / folder, **settings),
+            script.make_args(tmp_path / folder, **{"save_strategy": "no", **settings}),
             rows or script.make_rows(48),
             script.make_rows(40, seed=1) if eval_rows else None,
             **kept,
@@ -255,32 +253,6 @@ def test_a_damaged_phase_is_an_error(straight, tmp_path):
         script.run(target)
 
 
-TWO_RANKS = {"sampled": {"chosen_phase": "joint"}, "exact": {"chosen_phase": "joint", "estimator": "exact"}, "parted": {}}
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """A folder with what two ranks wrote for every case; one launch for all, since starting takes longest."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script.__file__]
-    usual = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    cases = {f"{name}/run": {**usual, **settings} for name, settings in TWO_RANKS.items()}
-    done = subprocess.run(
-        [*command, str(folder), json.dumps(cases)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_end_with_equal_weights(two_ranks, case):
-    first, second = (load_file(two_ranks / case / f"rank-{rank}.safetensors") for rank in (0, 1))
-    assert same(first, second)
-    assert not same(first, state(script.make_model()))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", ["01-exits/checkpoint-4", "01-exits/done.json", "03-gates/model", "04-chosen/checkpoint-2"]
@@ -288,15 +260,13 @@ def test_two_ranks_end_with_equal_weights(two_ranks, case):
 def test_a_killed_run_ends_the_same(straight, tmp_path, moment):
     weights, _, _ = straight
     target = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(
-        [sys.executable, script.__file__, str(target)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = started(script.run, target)
     deadline = time.monotonic() + 120
-    while not (target / moment).exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (target / moment).exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
     assert not (target / "model.safetensors").exists()
     script.run(target)
     assert same(weights, load_file(target / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""Two processes train one model: equal weights on both, the metrics of one process."""
+"""Two processes train one model: equal weights on both, the metrics of one process where exits learn together."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from . import ddp_script
+from . import consistent_script, ddp_script
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +52,12 @@ def test_two_ranks_end_with_equal_weights_and_the_metrics_of_one_process(two_ran
     kinds, more = (("token_accuracy", "agreement"), {"eval_gate_agreement"}) if captions else (("accuracy",), set())
     assert set(report["metrics"]) == {f"eval_exit_{layer}_{kind}" for layer in (1, 2, 3, 4) for kind in kinds} | more
     assert report["metrics"] == other_report["metrics"] == pytest.approx(alone_report["metrics"])
+
+
+@pytest.mark.parametrize("case", ddp_script.BY_REWARD)
+def test_two_ranks_that_learn_by_reward_end_with_equal_weights(two_ranks, case):
+    first, second = (load_file(two_ranks / case / f"rank-{rank}.safetensors") for rank in (0, 1))
+    start = consistent_script.make_model().state_dict()
+    assert first.keys() == second.keys() == start.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], start[name]) for name in first)
