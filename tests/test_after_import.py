@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python
+
 ROOT = Path(__file__).resolve().parents[1]
 KNOWS = """
 from transformers import AutoConfig
@@ -24,12 +26,13 @@ assert "early-exit-captioning" in PIPELINE_REGISTRY.get_supported_tasks()
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
-    run("import sys, hf_earlyexit; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too much'")
+    code = "import sys, hf_earlyexit; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'too much'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
 """Children that drive the real client against the Hub on the loopback interface."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from tests.hub_server import HubServer
+from tests.processes import python
 
-ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import json, os
 from pathlib import Path
@@ -29,12 +25,8 @@ def run_child():
 
     def run(hub, folder, code, home="home", token=None):
         script = f"{PRELUDE}\n{textwrap.dedent(code)}\nPath('out.json').write_text(json.dumps(out))"
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = hub.environment(folder / home, token) | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         (folder / "out.json").unlink(missing_ok=True)
-        child = subprocess.run(
-            [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
-        )
+        child = python(script, cwd=folder, environment=hub.environment(folder / home, token))
         assert child.returncode == 0, child.stderr[-4000:]
         return json.loads((folder / "out.json").read_text()) | {"stdout": child.stdout, "stderr": child.stderr}
 

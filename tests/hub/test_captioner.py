@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from hf_earlyexit.calibration.result import CalibrationResult
 from hf_earlyexit.hub.model_card import model_card_files
 from tests.captions.toy import essence, make_captioner, make_image_processor, make_pictures, make_tokenizer, save_all
 from tests.hub.test_round_trip import assert_no_trace
+from tests.processes import python
 
 ROOT = Path(__file__).resolve().parents[2]
 PUSH = """
@@ -174,11 +173,7 @@ def test_installed_but_not_imported_loads_with_trust(tmp_path):
     make_pictures(1)[0].save(tmp_path / "0.png")
     parts = {"tokenizer": make_tokenizer(), "image_processor": make_image_processor()}
     expected = ee.pipeline("early-exit-captioning", model=model, **parts)(make_pictures(1)[0])["generated_text"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    words = [sys.executable, "-c", LOAD]
-    child = subprocess.run(
-        words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
-    )
+    child = python(LOAD, cwd=tmp_path, environment=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")})
     assert child.returncode == 0, child.stderr[-3000:]
     found = json.loads(child.stdout.splitlines()[-1])
     assert "trust_remote_code=True" in found["untrusted"]

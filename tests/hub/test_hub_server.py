@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hub_server import HubServer
+from tests.processes import python
 
 Client = Callable[..., dict[str, Any]]
 PRELUDE = """
@@ -54,9 +53,7 @@ def run_child(
     script = f"{PRELUDE}\n{textwrap.dedent(code)}\nPath('out.json').write_text(json.dumps(out))"
     environment = hub.environment(folder / home, token) | extra
     (folder / "out.json").unlink(missing_ok=True)
-    child = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    child = python(script, cwd=folder, environment=environment)
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads((folder / "out.json").read_text()) | {"stderr": child.stderr}
 

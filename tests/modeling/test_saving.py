@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, UsageError
+from tests.processes import python
 from tests.test_files import DAMAGED, content
 
 Door = ee.EarlyExitBertForSequenceClassification
@@ -100,16 +99,7 @@ print(json.dumps(found))
 
 
 def run(folder, code, *words):
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code, *words],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    child = python(PRELUDE + code, *words, cwd=folder)
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import hf_earlyexit as ee
 from hf_earlyexit import doors
 from hf_earlyexit.modeling.shim import auto_map
+from tests.processes import python
 from tests.test_files import content
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,12 +54,8 @@ def folder(tiny_model, tokenizer, tmp_path_factory):
 
 
 def run(folder, code):
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": paths, "HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", code + '\nprint("\\n" + json.dumps(out))']
-    child = subprocess.run(
-        words, env=environment, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules")}
+    child = python(code + '\nprint("\\n" + json.dumps(out))', cwd=folder, environment=environment)
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
 
