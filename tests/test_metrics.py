@@ -24,6 +24,13 @@ def test_bins_and_gap_by_hand():
     assert found.ece == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
 
 
+def test_a_bin_counts_as_much_as_the_rows_it_holds():
+    # confidences .62 .68 .66, all wrong, and .99, right
+    found = reliability(rows(0.62, 0.68, 0.66, 0.01), torch.tensor([1, 1, 1, 1]))
+    assert found.share == (0.75, 0.25)
+    assert found.ece == pytest.approx((0.62 + 0.68 + 0.66) / 4 + 0.25 * 0.01)
+
+
 def test_certainty_falls_into_the_last_bin():
     found = reliability(torch.tensor([[1e4, -1e4]]), torch.tensor([1]), num_bins=3)
     assert (found.confidence, found.accuracy, found.ece) == ((1.0,), (0.0,), 1.0)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 
 from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate, replay
@@ -60,6 +61,20 @@ def test_thresholds_are_chosen_and_judged_by_what_the_policy_answers(policy, per
     for cost, quality, thresholds in found.curve[:: max(len(found.curve) // 9, 1)]:
         taken = found.policy.with_thresholds(thresholds).decide(answers.softmax(-1).amax(-1)).numpy()
         assert (cost, quality) == pytest.approx(((taken + 1).mean(), right[np.arange(400), taken].mean()))
+
+
+@pytest.mark.parametrize("per_exit", [True, False])
+def test_so_are_they_in_a_metric_that_is_no_mean(policy, per_exit):
+    trace = learned_trace(400, seed=2)
+    answers, _ = means(trace)
+    found = calibrate(trace, policy, MaxDrop(0.02), metric="matthews", per_exit=per_exit, keep_weak_exits=True)
+    taken = found.policy.decide(found.policy.scan(trace).scores)
+    by_answers, by_exits = (
+        matthews_corrcoef(trace.labels, part[torch.arange(400), taken].argmax(-1)) for part in (answers, trace.logits)
+    )
+    assert found.quality == pytest.approx(by_answers)
+    assert found.quality != pytest.approx(by_exits)
+    assert min(abs(quality - by_answers) for _, quality, _ in found.curve) < 1e-9
 
 
 def test_so_is_a_replay_on_other_rows(policy):

@@ -17,3 +17,14 @@ def test_a_loss_once_seen_along_the_path_stays():
     walk = _Walk(target, Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
     assert [walk.at(place).sum() for place in range(3)] == [0, 8, 8]
     assert walk.last_certified() == 1
+
+
+def test_the_row_to_come_counts_as_lost():
+    # ten of a hundred rows err: 10 / 100 is within .1, (10 + 1) / 101 is not; with nine, (9 + 1) / 101 is
+    everybody, path = {"all rows": np.ones(100, dtype=bool)}, np.array([[np.nan], [0.5]])
+    for wrong, kept in ((10, 0), (9, 1)):
+        losses = np.zeros((100, 2))
+        losses[:wrong, 0] = 1.0
+        scores = np.full((100, 2), 0.8)
+        walk = _Walk(Certified(0.1, procedure="crc"), Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
+        assert walk.last_certified() == kept

@@ -200,6 +200,13 @@ def test_thresholds_per_exit_take_the_rows_of_the_slow_reference(
         assert np.array_equal(found, wanted, equal_nan=True)
 
 
+def test_the_reserve_of_the_paired_rule_by_hand():
+    # one row worse than the last exit, then rows better: sums 1 0 -1 -2 -3, one standard error 1 1.4 1.7 2 2.2
+    excess = np.array([1.0, -1.0, -1.0, -1.0, -1.0])
+    assert LeaverRule(None).holds(excess, 0).tolist() == [False, True, True, True, True]
+    assert LeaverRule(None, sigmas=1.0).holds(excess, 0).tolist() == [False, False, False, True, True]
+
+
 def test_an_exit_whose_error_is_not_monotone_takes_all_it_may():
     # errors in order of leaving 1 0 0 0: rates 1, 1/2, 1/3, 1/4; only all four together are below .3
     scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.7, 0.0], [0.6, 0.0]])

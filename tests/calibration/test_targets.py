@@ -181,6 +181,12 @@ def test_numbers_just_out_of_range_are_refused(make, value):
         make(value)
 
 
+def test_the_bound_of_the_theorem_by_hand():
+    # p = .2 is odds of 1/4; a / b^(i - 1): 1, 2/2, 3/9; odds 1/4, 1/4, 1/12
+    target = FinalLayerError(paired=False, a=[1.0, 2.0, 3.0], b=[1.0, 2.0, 3.0])
+    assert target.bound(0.2, 4) == pytest.approx([1 / 5, 1 / 5, 1 / 13])
+
+
 @pytest.mark.parametrize(
     "constants", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], ["x", 1.0]], ids=repr
 )
