@@ -242,6 +242,25 @@ def test_zero_rows_and_one_row(model, rows, lanes):
     assert_same(scheduler.run(rows[:1]), alone(model, rows[:1]), model.exit_policy)
 
 
+def test_chunks_that_join_keep_the_budget_of_tokens(tiny_model, tokenizer, random_texts):
+    """Padding counts: few short rows that wait and a long one who comes would be many tokens together."""
+    sizes, rows = [], encode_rows(random_texts(60, longest=30, seed=2), tokenizer)
+
+    class Noting(ModelWalker):
+        def run_layer(self, layer, hidden, context):
+            sizes.append((hidden.shape[0], hidden.shape[0] * hidden.shape[1]))
+            return super().run_layer(layer, hidden, context)
+
+    model = tiny_model()
+    with torch.inference_mode():
+        each = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits[0] for row in rows]
+    sure = torch.stack(each).softmax(-1).amax(-1)
+    policy = ee.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
+    Scheduler(Noting(model, pack=False), policy, 64).run(rows)
+    assert all(tokens <= 64 for count, tokens in sizes if count > 1)
+    assert max(count for count, _ in sizes) > 4
+
+
 def test_a_layer_budget_is_kept_and_said(model, rows, lanes):
     free = Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=lanes).run(rows)
     walker = CountingWalker(model)
