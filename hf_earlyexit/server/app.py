@@ -206,15 +206,17 @@ def _refused_before(request: Request, api_key: str | None, limits: Limits) -> Re
     if request.method != "POST":
         return None
     size = request.headers.get("content-length", "")
-    if not size.isdecimal():
-        return _problem(411, "The request needs the header Content-Length.", "validation")
+    if not size.isdecimal() or "transfer-encoding" in request.headers:  # which would let a body grow beyond it
+        return _problem(411, "The request needs the header Content-Length, and no Transfer-Encoding.", "validation")
     if int(size[:20]) > limits.max_body:
         return _problem(413, f"The body has {size[:20]} bytes; at most {limits.max_body} are taken.")
     return None
 
 
 async def _body_refused(request: Request, limits: Limits) -> Response | None:
-    """Wait for the body, but not for ever: nor does a stopping server, then."""
+    """Wait for the body, but not for ever: nor does a stopping server, then. Only that of a POST is read."""
+    if request.method != "POST":
+        return None
     try:
         await asyncio.wait_for(request.body(), limits.max_seconds)
     except TimeoutError:

@@ -378,15 +378,12 @@ def test_no_request_that_the_schema_can_think_of_is_a_500(client, mode):
         assert ("/predict", 200) in tried
 
 
-@pytest.mark.parametrize(("then", "status"), [("hangs", 408), ("goes", 400)])
-def test_a_body_that_does_not_come_is_not_waited_for(make_client, model, then, status):
-    app = make_client(model, limits=Limits(max_seconds=0.2)).app
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"90")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"",
-             "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": "", "client": ("c", 1)}  # fmt: skip
-    coming, sent = [{"type": "http.request", "body": b'{"inputs": ["w5', "more_body": True}], []
-    if then == "goes":
-        coming.append({"type": "http.disconnect"})
+def asked(app, coming, headers, method="POST", path="/v1/classify"):
+    """What an app sends to one who sends these messages and then nothing more."""
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+             "headers": [(b"content-type", b"application/json"), *headers], "http_version": "1.1", "scheme": "http",
+             "root_path": "", "client": ("c", 1)}  # fmt: skip
+    sent = []
 
     async def receive():
         return coming.pop(0) if coming else await asyncio.Event().wait()
@@ -398,6 +395,31 @@ def test_a_body_that_does_not_come_is_not_waited_for(make_client, model, then, s
         await asyncio.wait_for(app(scope, receive, send), 20)
 
     asyncio.run(ask())
+    return sent
+
+
+@pytest.mark.parametrize(("then", "status"), [("hangs", 408), ("goes", 400)])
+def test_a_body_that_does_not_come_is_not_waited_for(make_client, model, then, status):
+    app = make_client(model, limits=Limits(max_seconds=0.2)).app
+    coming = [{"type": "http.request", "body": b'{"inputs": ["w5', "more_body": True}]
+    if then == "goes":
+        coming.append({"type": "http.disconnect"})
+    sent = asked(app, coming, [(b"content-length", b"90")])
     assert sent[0]["status"] == status
     assert ((b"connection", b"close") in sent[0]["headers"]) == (then == "hangs")
     assert b"error" in sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/health", [(b"transfer-encoding", b"chunked")], 200),
+        ("POST", "/v1/classify", [(b"transfer-encoding", b"chunked")], 411),
+        ("POST", "/v1/classify", [(b"transfer-encoding", b"chunked"), (b"content-length", b"9")], 411),
+        ("POST", "/v1/classify", [(b"content-length", b"9000")], 413),
+    ],
+)
+def test_a_body_that_may_be_of_any_size_is_not_read(client, method, path, headers, status):
+    coming = [{"type": "http.request", "body": b"x" * 1000, "more_body": True} for _ in range(1000)]
+    assert asked(client.app, coming, headers, method, path)[0]["status"] == status
+    assert len(coming) > 990
