@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.serving.rows import check_ids, encode_window
+from hf_earlyexit.serving.rows import check_any_token, check_ids, encode_window
 from hf_earlyexit.serving.tables import windows
 
 
@@ -75,8 +75,16 @@ def test_padding_at_the_end_is_cut_and_masked_tokens_elsewhere_stay():
         ({"input_ids": [1, -1]}, "does not know"),
         ({"input_ids": [1, 2.5]}, "does not know"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "different lengths"),
+        ({"input_ids": [1, 2], "token_type_ids": [0, 2]}, "has token_type_ids from 0 to 2; this model knows 0 to 1"),
+        ({"input_ids": [1, 2], "token_type_ids": [-1, 0]}, "has token_type_ids from -1 to 0"),
     ],
 )
 def test_ids_a_model_cannot_read_are_told(row, said):
-    assert said in str(check_ids(row, 0, 9, 4))
-    assert check_ids({"input_ids": [0, 8]}, 0, 9, 4) is None
+    assert said in str(check_ids(row, 0, 9, 4, 2))
+    assert check_ids({"input_ids": [0, 8], "token_type_ids": [0, 1]}, 0, 9, 4, 2) is None
+
+
+def test_a_row_needs_a_real_token_where_attention_to_nothing_has_no_answer():
+    assert check_any_token({"input_ids": [5, 6], "attention_mask": [0, 1]}, 3) is None
+    assert check_any_token({"input_ids": [5, 6]}, 3) is None
+    assert str(check_any_token({"input_ids": [5, 6], "attention_mask": [0, 0]}, 3)).startswith("Row 3 has no real token")
