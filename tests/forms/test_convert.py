@@ -112,6 +112,7 @@ def test_kept_thresholds_are_saved_found_and_held_to_the_model(model, converted,
         loaded.base_model.encoder.layer[0].output.dense.weight[0, 0] += 1
     with pytest.raises(CheckpointError, match=f"kept for {form} were chosen on other numbers"):
         ee.convert(loaded, form)
+    loaded = ee.from_pretrained(tmp_path)
     loaded.config.exit_forms[form]["policy"] = loaded.exit_policy.to_dict()
     with pytest.raises(CheckpointError, match=f"kept for {form} were chosen on other numbers"):
         ee.convert(loaded, form)

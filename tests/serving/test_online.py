@@ -257,6 +257,13 @@ def test_rows_whose_deadline_passes_in_the_queue_have_no_answer_as_in_predict(ga
     assert all(future.result(SECONDS).reason in ("policy", "last layer") for future in good)
 
 
+def test_a_row_whose_deadline_passed_in_the_queue_is_not_even_read(engine):
+    late = engine.submit({"input_ids": []}, deadline=0).result(SECONDS)
+    assert (late.reason, late.exit_layer) == ("deadline", 0)
+    with pytest.raises(DataError):
+        engine.submit({"input_ids": []}).result(SECONDS)
+
+
 def test_a_row_whose_time_is_up_leaves_at_the_exit_it_has_passed(walked):
     futures, counts = [], []
 
