@@ -26,7 +26,7 @@ from hf_earlyexit.scale.ray import Classify
 from tests.families.tiny import new_model
 
 ray = pytest.importorskip("ray", reason="ray is missing, which runs the processes (extra: ray)")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 ROWS = 240
 
 
@@ -99,6 +99,7 @@ def check(table, expected):
     assert np.allclose(table["score"].astype(float), expected["score"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_are_answered_once_in_any_split_though_a_process_dies(cluster, folder, texts, expected):
     rows = pandas.DataFrame({"id": range(ROWS), "text": texts, "label": 7})
     dataset = ray.data.from_pandas(rows).repartition(7)
@@ -113,6 +114,7 @@ def test_rows_are_answered_once_in_any_split_though_a_process_dies(cluster, fold
     check(pandas.DataFrame(whole({name: rows[name].to_numpy() for name in rows})), expected)  # as one block
 
 
+@pytest.mark.slow
 def test_pictures_and_refusals(cluster, folder, tmp_path):
     vit = new_model("vit")
     processor = DeiTImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
@@ -163,6 +165,7 @@ class DiesAtFile(predict_files.AnswerFile):
         return super().__call__(job)
 
 
+@pytest.mark.slow
 def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, texts, expected, tmp_path, capsys, monkeypatch):
     (tmp_path / "in" / "more").mkdir(parents=True)
     places = [tmp_path / "in" / name for name in ("a.parquet", "b.parquet", "more/a.parquet")]
@@ -197,6 +200,7 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
     assert "has changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_copies_behind_ray_serve_answer_as_predict_does(cluster, folder, texts, expected):
     """The example, as its own process in the cluster that is there."""
     pytest.importorskip("ray.serve", reason="ray[serve] is missing, which starts the copies (extra: ray)")

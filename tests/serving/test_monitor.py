@@ -148,6 +148,15 @@ def test_states_of_several_processes_add_up():
         parts[0].state + Monitor((1, 2), state=module.MonitorState(exits=(1, 2))).state
 
 
+def test_a_monitor_that_goes_on_does_not_draw_what_it_drew_before(tmp_path):
+    monitor = Monitor(LAYERS, shadow=0.5, reference=SHARES, seed=3)
+    first = monitor.draw(200)
+    monitor.record([LAYERS[0]] * 200)
+    monitor.save(tmp_path / "monitor.json")
+    assert Monitor(LAYERS, shadow=0.5, seed=3).draw(200) == first
+    assert Monitor.load(tmp_path / "monitor.json").draw(200) != first
+
+
 def test_threads_lose_no_row():
     monitor = Monitor(LAYERS, shadow=0.5, reference=SHARES)
     threads = [threading.Thread(target=feed, args=(monitor, 5000, 0.0, SHARES, seed, 10)) for seed in range(8)]
