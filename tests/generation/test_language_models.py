@@ -137,6 +137,21 @@ def test_every_exit_answers_where_it_is_asked(writer):
     assert loss.item() == pytest.approx(((each * depths).sum() / depths.sum()).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("early_exit", [None, False])
+def test_words_after_the_end_of_a_text_have_no_layer(writer, early_exit):
+    model = writer("gpt2", share=0.5)
+    ids, mask = prompts(4, 6)
+    free = generated(model, ids, mask, early_exit=early_exit)[:, 6:]
+    end = int(free[0, 3])  # where the first text is to end
+    done = generated(model, ids, mask, early_exit=early_exit, eos_token_id=end, return_exit_layers=True)
+    written, layers = done.sequences[:, 6:], done.exit_layers[:, 6:]
+    lengths = [row.tolist().index(end) + 1 if end in row else len(row) for row in written]
+    assert lengths[0] <= 4 < max(lengths)
+    for row, length in zip(layers, lengths, strict=True):
+        assert (row[:length] > 0).all()
+        assert not row[length:].any()
+
+
 @pytest.mark.parametrize(
     ("ids", "words"),
     [

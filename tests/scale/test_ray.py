@@ -149,6 +149,7 @@ def test_columns_of_a_block_become_rows(folder, model, tokenizer):
     answers = ee.predict(model, [("w5 w6", "w8"), ("w7", "w9 w10")], tokenizer=tokenizer)
     found = pairs(block)
     assert found["exit_layer"].tolist() == answers.exit_layer.tolist()
+    assert found["score"].tolist() == pytest.approx(answers.logits.softmax(-1).amax(-1).tolist(), abs=1e-6)
     assert found["input_label"].tolist() == [1, 2]
     assert list(found) == ["first", "second", "input_label", "label", "score", "exit_layer"]
 
