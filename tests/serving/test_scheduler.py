@@ -337,7 +337,7 @@ def test_eight_threads_share_a_model_and_engines(model, rows):
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(call, range(2000)))
+            assert all(pool.map(call, range(1200)))
     finally:
         sys.setswitchinterval(usual)
     assert before == (dict(vars(model)), {name: dict(vars(module)) for name, module in model.named_modules()})
