@@ -6,9 +6,8 @@ BUILD := "pip>=23.2" "setuptools>=77"
 DEVELOPMENT := dev,docs
 LOCKED := constraints/locked.txt
 OLDEST := constraints/oldest.txt
-# Tests of a file stay in one process, so that what they share is made once; files go in their order, as those with the fewest
-# tests, which start servers, would otherwise come last and leave one process without work.
-PYTEST := -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+# Tests of a file stay in one process, so that what they share is made once.
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist loadscope
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check docs test-newest test-oldest constraints clean
