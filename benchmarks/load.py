@@ -1,7 +1,7 @@
 """Requests as they come, one text each, against servers with and without early exit, on this machine alone.
 
     HF_EARLYEXIT_DATA=../shared/data python benchmarks/load.py --equal 10000  # whether the engine answers as predict
-    HF_EARLYEXIT_DATA=../shared/data python benchmarks/load.py                # times: about 35 minutes
+    HF_EARLYEXIT_DATA=../shared/data python benchmarks/load.py
 
 Both add to results/load.json; the second makes the docs' page anew. Every contestant is one process with one thread behind
 the same FastAPI and uvicorn. Its capacity is what 32 clients that never wait get out of it; then texts of SST-2 arrive at

@@ -26,7 +26,7 @@ AUTOSCALING = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 
 @serve.deployment(
     autoscaling_config=AUTOSCALING,
     max_ongoing_requests=256,  # of a copy
-    max_queued_requests=512,  # for which no copy has room; others are refused with 503
+    max_queued_requests=512,  # for which no copy has room; others are refused
     ray_actor_options={"num_cpus": 1},
 )
 @serve.ingress()

@@ -38,7 +38,7 @@ SHAPE = {
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap():
     """What is there before a file's tests is no garbage of theirs: Trainer collects at the end of every run, and would look
-    at all that is imported, half a second each time."""
+    at all that is imported."""
     gc.collect()
     gc.freeze()
 

@@ -94,8 +94,9 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
     assert [line.split("|")[-2].strip() for line in equal] == ["-"]  # over rivals that might do more there is no ratio
 
 
-@pytest.mark.skipif(not (BENCHMARKS / "results" / "load.json").exists(), reason="nothing has been measured yet")
 def test_the_page_is_that_of_the_results(load_page):
-    results = json.loads((BENCHMARKS / "results" / "load.json").read_text())
-    page = (BENCHMARKS.parent / "docs" / "results-serving.md").read_text(encoding="utf-8")
-    assert page == load_page.page(results), "run python benchmarks/load.py"
+    """There is none before anything has been measured."""
+    results, page = BENCHMARKS / "results" / "load.json", BENCHMARKS.parent / "docs" / "results-serving.md"
+    expected = [load_page.page(json.loads(file.read_text())) for file in [results] if file.exists()]
+    found = [file.read_text(encoding="utf-8") for file in [page] if file.exists()]
+    assert found == expected, "run python benchmarks/load.py"

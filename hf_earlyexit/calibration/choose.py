@@ -75,6 +75,7 @@ def calibrate(
 
     Raises:
         CalibrationError: for an empty or train-tagged trace, a target that cannot be met, or too few rows to certify.
+        UsageError: for arguments of another kind.
         UnknownNameError: for an unknown policy, target or metric.
         PolicyError: for options the policy refuses, or a problem type it cannot serve.
     """

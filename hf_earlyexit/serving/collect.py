@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -182,10 +182,9 @@ def full_pass(
 def _labels_of(rows: Any, labels: Any, reader: RowReader) -> tuple[Any, str]:
     """The labels, one a row, and the column they stand in."""
     if labels is not None:
-        try:
-            return (labels if hasattr(labels, "__len__") and len(labels) >= 0 else list(labels)), "labels"
-        except TypeError as error:
-            raise unexpected("labels", labels, "one a row") from error
+        if not isinstance(labels, Iterable) or getattr(labels, "shape", None) == ():
+            raise unexpected("labels", labels, "one a row")
+        return (labels if hasattr(labels, "__len__") else list(labels)), "labels"
     rows = plain_rows(rows, reader.columns)
     column = find_label_column(list(rows) if isinstance(rows, dict) else getattr(rows, "column_names", None) or ())
     if column is None:

@@ -1,7 +1,4 @@
-"""Bounds of a share that hold however often they are looked at.
-
-Source: Robbins' mixture (Statistical methods related to the law of the iterated logarithm, 1970), with a uniform prior.
-"""
+"""Bounds of a share that hold however often they are looked at; `Monitor` tells the source."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from types import NoneType
 from typing import Any, Self
 
 from ..errors import UsageError
@@ -126,11 +127,10 @@ class Engine:
                 closed, or was used before this process was forked.
             UsageError: with the field "max_queue" if the queue is full: try again later.
         """
-        for name, value in (("deadline", deadline), ("priority", priority)):
-            left_out = name == "deadline" and value is None
-            if not left_out and not is_real(value, 0 if name == "deadline" else -math.inf):
-                expected = "seconds, at least 0" if name == "deadline" else "a number"
-                raise unexpected(name, value, expected)
+        if deadline is not None and not is_real(deadline, 0):
+            raise unexpected("deadline", deadline, "seconds, at least 0")
+        if not is_real(priority):
+            raise unexpected("priority", priority, "a number")
         check_flags(early_exit=early_exit)
         if layer_budget is not None:
             check_whole(1, layer_budget=layer_budget)
@@ -227,8 +227,8 @@ class _Served:
 
     def scheduler(self, early_exit: bool | None, point: str | None, budget: int | None, clocked: bool) -> Scheduler:
         """The scheduler of rows that are run in one way, the same as long as the model keeps its policies."""
-        if point is not None:
-            self.model.policy_at(point)  # refuse an unknown name now
+        if not isinstance(point, (str, NoneType)):
+            self.model.policy_at(point)  # refuses what is no name
         config, layers = self.model.config, self.walker.exit_layers
         budget = None if budget is None or budget >= layers[-1] else budget
         values = config.exit_policy if point is None else (config.exit_operating_points or {}).get(point)
