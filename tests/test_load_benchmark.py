@@ -95,8 +95,8 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
 
 
 def test_the_page_is_that_of_the_results(load_page):
-    """There is none before anything has been measured."""
+    """There is none before servers have been measured."""
     results, page = BENCHMARKS / "results" / "load.json", BENCHMARKS.parent / "docs" / "results-serving.md"
-    expected = [load_page.page(json.loads(file.read_text())) for file in [results] if file.exists()]
-    found = [file.read_text(encoding="utf-8") for file in [page] if file.exists()]
-    assert found == expected, "run python benchmarks/load.py"
+    measured = json.loads(results.read_text()) if results.exists() else {}
+    found = page.read_text(encoding="utf-8") if page.exists() else None
+    assert found == (load_page.page(measured) if "servers" in measured else None), "run python benchmarks/load.py"
