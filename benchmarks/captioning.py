@@ -29,7 +29,7 @@ from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.captions.result import curve_of
+from hf_earlyexit.calibration.generation import curve_of
 from hf_earlyexit.measuring.timing import compare_speed
 
 RESULTS = Path(__file__).parent / "results"
@@ -144,7 +144,7 @@ def compare(rules: dict[str, tuple[str, str, str]], known: dict[str, Any], args:
                 key.split(": ")[1]: ee.policies.ExitPolicy.from_dict(v) for key, v in found.items() if "refused" not in v
             }
         else:
-            result = ee.captions.calibrate_captions(
+            result = ee.generation.calibrate_generation(
                 model,
                 [{"encoder_hidden_states": torch.from_numpy(states.astype(np.float32))} for states in dev],
                 policy,

@@ -5,30 +5,38 @@
 EXITS is a folder that `benchmarks/lossless_exits.py` wrote, with the gates of `benchmarks/lossless_rules.py`, and
 PLAIN the checkpoint it began with. For every rule, thresholds and the number of waiting drafts are those with the
 fewest calls of layers on texts of wikitext-2's validation part that the exits were not trained on. Texts are then
-written from prompts of its test part, plain and without loss in turns, until the rule's minutes are over. A few are
-written in fours, in bfloat16, and by stock transformers with `assistant_early_exit`, whose calls of layers are
-counted by hooks. Times are processor seconds of one thread.
+written from prompts of its test part, plain and without loss in turns, until the part's minutes are over. The best rule
+then writes in fours and in bfloat16, and stock transformers with `assistant_early_exit`. Calls of layers are counted by
+hooks, and a run whose own count differs ends with an error. Where a text differs, the gap between both words is measured in
+the full model's logits. Times are processor seconds of one thread. `--parts` makes some of these; the report keeps the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import time
 from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, DraftSetting, calibrate_drafts, measure_costs
+from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, calibrate_drafts, measure_costs
+from hf_earlyexit.generation.draft_trace import DraftCosts
+from hf_earlyexit.policies.base import POLICIES
 
 RESULT = Path(__file__).parent / "results" / "lossless.json"
 ASKED = "Write a short paragraph that starts with: "
 FOURS = 4
+RULES = ("confidence", "gate")
+CHOSEN = ("rule", "thresholds", "drafts", "expected_layer_calls", "expected_speed_up")
 
 
 def plain(text: str) -> str:
@@ -57,29 +65,54 @@ def batch_of(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"inputs": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def compare(model: object, prompts: list[list[int]], new: int, drafts: int, turn: int) -> dict[str, float]:
-    """One batch written plain and without loss: equal ids, calls of layers, drafts, and times."""
+def counted(model: object) -> list[int]:
+    """The number of calls of layers from now on."""
+    calls = [0]
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    return calls
+
+
+def compare(model: object, calls: list[int], prompts: list[list[int]], new: int, drafts: int, turn: int) -> dict[str, float]:
+    """One batch written plain and without loss: equal ids, calls of layers behind the prompt, drafts, and times."""
     given = {**batch_of(prompts), "max_new_tokens": new, "do_sample": False, "return_exit_layers": True}
     ways = {"plain": {"early_exit": False}, "lossless": {"lossless": True, "max_drafts": drafts}}
-    outputs, seconds = {}, {}
+    outputs, seconds, made = {}, {}, {}
     for way in sorted(ways, reverse=bool(turn % 2)):
-        begin = time.process_time()
+        calls[0], begin = 0, time.process_time()
         outputs[way] = model.generate(**given, **ways[way])
-        seconds[way] = time.process_time() - begin
-    full, counts = outputs["plain"].sequences, outputs["lossless"].draft_counts
+        seconds[way], made[way] = time.process_time() - begin, calls[0] - len(model.model.layers)
+    full, drafted, counts = outputs["plain"].sequences, outputs["lossless"].sequences, outputs["lossless"].draft_counts
     written = (outputs["plain"].exit_layers > 0).sum(1)
-    equal = [bool((one == two).all()) for one, two in zip(full, outputs["lossless"].sequences, strict=True)]
+    steps = int(written.max()) - 1
+    if made["lossless"] != counts.layer_calls or made["plain"] != steps * len(model.model.layers):
+        raise RuntimeError(f"Hooks counted {made}; the run {counts.layer_calls}, and {steps} plain steps.")
+    equal = [one.tolist() == two.tolist() for one, two in zip(full, drafted, strict=True)]
+    width = max(map(len, prompts))
+    gaps = [gap(model, full[row], drafted[row], width - len(prompts[row])) for row, same in enumerate(equal) if not same]
     return {
-        "texts": len(prompts), "equal": sum(equal), "tokens": int(written.sum()) - len(prompts),
-        "steps": int(written.max()) - 1, "layer_calls": counts.layer_calls, "drafted": sum(counts.drafted),
-        "accepted": sum(counts.accepted), "plain_seconds": seconds["plain"], "lossless_seconds": seconds["lossless"],
+        "texts": len(prompts), "equal": sum(equal), "tokens": int(written.sum()) - len(prompts), "steps": steps,
+        "layer_calls": made["lossless"], "drafted": sum(counts.drafted), "accepted": sum(counts.accepted),
+        "plain_seconds": seconds["plain"], "lossless_seconds": seconds["lossless"], "gaps": gaps,
     }  # fmt: skip
 
 
+def gap(model: object, full: torch.Tensor, drafted: torch.Tensor, padding: int) -> float:
+    """Where a text first differs: how far its two words are apart in the full model's logits, in roundings of the dtype."""
+    width = min(len(full), len(drafted))
+    place = int((full[:width] != drafted[:width]).int().argmax())
+    logits = model(full[None, padding:place], use_cache=False).logits[0, -1].float()
+    first, second = logits[full[place]], logits[drafted[place]]
+    return float((first - second).abs() / (torch.finfo(model.dtype).eps * first.abs()))
+
+
 def total_of(rows: list[dict[str, float]], layers: int) -> dict[str, float]:
-    total = {name: sum(row[name] for row in rows) for name in rows[0]}
+    """Sums, and the time saved with the middle half of the texts' own ratios."""
+    total = {name: sum((row[name] for row in rows), [] if name == "gaps" else 0) for name in rows[0]}
     calls = {"layer_calls_per_step": total["layer_calls"] / total["steps"], "plain_layer_calls_per_step": layers}
-    return total | calls | {"speed_up": total["plain_seconds"] / total["lossless_seconds"]}
+    ratios = [row["plain_seconds"] / row["lossless_seconds"] for row in rows]
+    spread = quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2
+    return total | calls | {"speed_up": total["plain_seconds"] / total["lossless_seconds"], "speed_up_middle_half": spread}
 
 
 def stock(name: Path, prompts: list[list[int]], new: int, depth: int) -> dict[str, float]:
@@ -101,57 +134,81 @@ def stock(name: Path, prompts: list[list[int]], new: int, depth: int) -> dict[st
     return result
 
 
+def closed_policy(model: object, rule: str) -> ee.policies.ExitPolicy:
+    """A rule without thresholds."""
+    layers = model.exit_layers
+    return POLICIES.get(rule)(thresholds=(None,) * (len(layers) - 1), exit_layers=layers)
+
+
+class Part(NamedTuple):
+    """Texts that are written plain and without loss: which, how, and for how long."""
+
+    size: int
+    texts: int
+    minutes: float
+
+
+def run_part(model: object, calls: list[int], prompts: list[list[int]], part: Part, chosen: dict, new: int) -> dict:
+    """What both ways gave for a rule's setting."""
+    model.set_exit_policy(closed_policy(model, chosen["rule"]).with_thresholds(tuple(chosen["thresholds"])))
+    rows, begin = [], time.process_time()
+    for turn, start in enumerate(range(0, part.texts, part.size)):
+        if time.process_time() - begin > 60 * part.minutes:
+            break
+        rows.append(compare(model, calls, prompts[start : start + part.size], new, chosen["drafts"], turn))
+    return {**chosen, **total_of(rows, model.exit_layers[-1])}
+
+
+def choose(model: object, held: list[dict], rule: str, costs: DraftCosts) -> dict:
+    """The best setting in which something leaves, on texts that were held back."""
+    found = calibrate_drafts(model, held, rule, drafts=(1, 2, 3, 4), costs=costs, confirm=False)
+    best = next(one for one in found.settings if one.policy.may_leave)
+    return {
+        "rule": rule, "thresholds": list(best.policy.thresholds), "drafts": best.drafts,
+        "expected_layer_calls": best.expected.layer_calls, "expected_speed_up": best.expected.speed_up,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--plain", type=Path, required=True)
-    parser.add_argument("--rules", nargs="+", default=["confidence", "gate"])
-    parser.add_argument("--minutes", type=float, default=3, help="for each rule, of processor time")
+    parser.add_argument("--parts", nargs="+", default=[*RULES, "time", "fours", "bfloat16", "stock"])
+    parser.add_argument("--minutes", type=float, default=15, help="for each part, of processor time")
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--fours", type=int, default=2, help="batches of four, also in bfloat16")
-    parser.add_argument("--stock_prompts", type=int, default=2)
+    parser.add_argument("--stock_prompts", type=int, default=10)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--report", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     model = ee.from_pretrained(args.model, task="text-generation").eval()
-    tokenizer, layers = AutoTokenizer.from_pretrained(args.model), model.exit_layers[-1]
+    calls = counted(model)
     held = json.loads((args.model / "samples.json").read_text())["held_back"]
-    prompts = chat_prompts(tokenizer, "test")[: args.prompts]
-    result = {"layers": layers, "exit_layers": list(model.exit_layers), "new_tokens": args.new_tokens,
-              "shortlist": model.config.exit_shortlist, "torch": torch.__version__, "rules": {}}  # fmt: skip
-    best: DraftSetting | None = None
-    for rule in args.rules:
-        found = calibrate_drafts(model, held, rule, drafts=(1, 2, 3, 4), costs=LAYER_CALLS, confirm=False)
-        chosen = next(one for one in found.settings if one.policy.may_leave)
-        model.set_exit_policy(chosen.policy)
-        rows, begin = [], time.process_time()
-        for turn, prompt in enumerate(prompts):
-            if time.process_time() - begin > 60 * args.minutes:
-                break
-            rows.append(compare(model, [prompt], args.new_tokens, chosen.drafts, turn))
-        result["rules"][rule] = {
-            "thresholds": list(chosen.policy.thresholds), "drafts": chosen.drafts,
-            "expected_layer_calls": chosen.expected.layer_calls, "costs": measure_costs(model, chosen.policy)._asdict(),
-            **total_of(rows, layers),
-        }  # fmt: skip
-        print(rule, result["rules"][rule], flush=True)
+    prompts = chat_prompts(AutoTokenizer.from_pretrained(args.model), "test")[: args.prompts]
+    result = json.loads(args.report.read_text()) if args.report.is_file() else {"parts": {}}
+    result |= {"layers": model.exit_layers[-1], "exit_layers": list(model.exit_layers), "new_tokens": args.new_tokens,
+               "shortlist": model.config.exit_shortlist, "torch": torch.__version__}  # fmt: skip
+    for name in args.parts:
+        if name == "stock":
+            result["stock"] = [stock(args.plain, prompts[: args.stock_prompts], args.new_tokens, depth) for depth in (6, 26)]
+        elif name in RULES:
+            chosen = choose(model, held, name, LAYER_CALLS)
+            part = Part(1, len(prompts), args.minutes)
+            result["parts"][name] = run_part(model, calls, prompts, part, chosen, args.new_tokens)
+        elif not result["parts"]:
+            parser.error(f"{name} goes on from the best of {', '.join(RULES)}; make those first.")
+        else:
+            rule = min(RULES, key=lambda one: result["parts"].get(one, {}).get("expected_layer_calls", math.inf))
+            chosen = {key: result["parts"][rule][key] for key in CHOSEN}
+            if name == "time":
+                costs = measure_costs(model, closed_policy(model, rule))
+                result["costs"], chosen = costs._asdict(), choose(model, held, rule, costs)
+            model.to(torch.bfloat16 if name == "bfloat16" else torch.float32)
+            part = Part(FOURS if name == "fours" else 1, len(prompts), args.minutes)
+            result["parts"][name] = run_part(model, calls, prompts, part, chosen, args.new_tokens)
+        print(name, result["parts"].get(name, result.get(name)), flush=True)
         args.report.write_text(json.dumps(result, indent=1) + "\n")
-        if best is None or chosen.expected.layer_calls < best.expected.layer_calls:
-            best = chosen
-    model.set_exit_policy(best.policy)
-    fours = [prompts[start : start + FOURS] for start in range(0, FOURS * args.fours, FOURS)]
-    rows = [compare(model, four, args.new_tokens, best.drafts, turn) for turn, four in enumerate(fours)]
-    result["fours"] = total_of(rows, layers)
-    print("fours", result["fours"], flush=True)
-    result["stock"] = [stock(args.plain, prompts[: args.stock_prompts], args.new_tokens, depth) for depth in (6, 26)]
-    print("stock", result["stock"], flush=True)
-    model.to(torch.bfloat16)
-    rows = [compare(model, [prompt], args.new_tokens, best.drafts, turn) for turn, prompt in enumerate(prompts[: 2 * FOURS])]
-    result["bfloat16"] = total_of(rows, layers)
-    print("bfloat16", result["bfloat16"], flush=True)
-    args.report.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from hf_earlyexit.training.outcomes import Outcomes
 from hf_earlyexit.training.states import TokenStates
 
 RESULT = Path(__file__).parent / "results" / "lossless-rules.json"
-PRICES = (0.02, 0.05, 0.1)
+PRICES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 DRAFTS = (1, 2, 3, 4)
 MOST_LOSS = 12.0  # of a word that is not on the exits' shortlist
 

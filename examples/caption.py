@@ -52,7 +52,9 @@ def train(out, steps):
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
     held_back, inputs = rows(150), {"image_processor": processor, "tokenizer": tokenizer}
     captions = [row["captions"] for row in held_back]
-    result = ee.captions.calibrate_captions(model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs)
+    result = ee.generation.calibrate_generation(
+        model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs
+    )
     print(result)
     model.set_exit_policy(result)
     ee.save(model, out, calibration=result, **inputs)

@@ -43,7 +43,7 @@ ALLOWED = {
     "serving": WALK | {"images", "modeling"},
     "measuring": SERVE | {"onnx", "forms"},
     "forms": SERVE | {"onnx"},
-    "generation": WALK | {"modeling"},
+    "generation": SERVE,
     "training": SERVE | {"data", "generation"},
     "plots": PURE,
     "reports": PURE | {"plots", "images"},
@@ -57,7 +57,7 @@ ALLOWED = {
     "pipelines": SERVE | {"generation", "captions", "images", "doors", "forms"},
     "cli": SERVE
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
-    | {"server", "scale", "forms", "__init__"},
+    | {"server", "scale", "forms", "generation", "__init__"},
 }
 OUTSIDE = {"torch", "numpy", "scipy", "safetensors"}  # all that the pure parts may need, beside the standard library
 

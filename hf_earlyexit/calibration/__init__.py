@@ -3,6 +3,7 @@
 from .certify import Certified
 from .choose import calibrate
 from .cross_fit import Expectation
+from .generation import GenerationCalibrationResult, GenerationSetting
 from .promise import Promise
 from .quality import METRICS, Metric
 from .replay import ExitReport, Replay, replay
@@ -17,6 +18,8 @@ __all__ = [
     "ExitReport",
     "Expectation",
     "FinalLayerError",
+    "GenerationCalibrationResult",
+    "GenerationSetting",
     "LayerBudget",
     "MaxDrop",
     "Metric",

@@ -80,7 +80,7 @@ class CalibrationResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CalibrationResult:
-        """The result that `to_dict` described, a captioner's as such.
+        """The result that `to_dict` described, one of a model that writes as such.
 
         Raises:
             CheckpointError: for another format, a field that is missing or cannot be, figures that do not fit each other, or

@@ -6,17 +6,13 @@ _HOMES = {
     "CaptionRows": "data",
     "CaptionCollator": "data",
     "EarlyExitCaptioningTrainer": "trainer",
-    "calibrate_captions": "calibrate",
-    "CaptionCalibrationResult": "result",
     "caption_page": "page",
 }
 
 __all__ = [
-    "CaptionCalibrationResult",
     "CaptionCollator",
     "CaptionRows",
     "EarlyExitCaptioningTrainer",
-    "calibrate_captions",
     "caption_page",
 ]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import VisionEncoderDecoderConfig, VisionEncoderDecoderModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..families.decoders import DecoderBackbone, cache_name, crossing_backbone, given_cache
 from ..generation.decoding import ExitRun, decode
 from ..generation.token_exits import ModelThatWrites, require_prompt
 from ..modeling.outputs import EarlyExitCaptionerOutput
+from .batches import image_batches
 from .checks import check_caption_tokens, check_images
 from .configuration import EarlyExitVisionEncoderDecoderConfig
 from .labels import decoder_inputs, read_caption_labels
@@ -176,5 +180,29 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
         images = options.get("pixel_values") if inputs is None else inputs
         if images is not None or options.get("encoder_outputs") is None:
             check_images(images, self, options.get("interpolate_pos_encoding", False))
-        check_caption_tokens(settings, options)
+        self.check_tokens(settings, options)
         return len(options["encoder_outputs"][0] if images is None else images)
+
+    def check_tokens(self, settings: Any, options: Any) -> None:
+        check_caption_tokens(settings, options)
+
+    # --- what it is asked to write ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def read_prompts(self, rows: Any, tokenizer: Any, image_processor: Any, batch_size: int) -> list[Tensor]:
+        """The encoder's last states of all images `[tokens, width]`, on the CPU: made once for many runs of the decoder."""
+        states: list[Tensor] = []
+        for batch in image_batches(rows, image_processor, batch_size):
+            if "encoder_outputs" in batch:
+                states.extend(batch["encoder_outputs"][0])
+            else:
+                pixels = batch["pixel_values"].to(self.device, self.dtype)
+                states.extend(self.encoder(pixel_values=pixels).last_hidden_state.cpu())
+        return states
+
+    def prompt_inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return {"encoder_outputs": BaseModelOutput(torch.stack(list(prompts)).to(self.device, self.dtype))}
+
+    def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
+        output = self(**inputs, decoder_input_ids=ids, token_exits=ExitRun(None), output_hidden_states=True, use_cache=False)
+        return [states[:, start:] for states in output.decoder_hidden_states], output.logits[:, start:]

@@ -29,6 +29,20 @@ class FormArguments:
 
 
 @dataclass(kw_only=True)
+class TextArguments:
+    """How a model that writes goes on from its prompts."""
+
+    lossless: bool = field(
+        default=False,
+        metadata={"help": "of language models: exits draft, the layers above check; texts stay the full model's own"},
+    )
+    chat: bool = field(default=False, metadata={"help": "a text is what a user says, in the chat template of the tokenizer"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "longest text; 64 for language models, for captioners as their own config says"}
+    )
+
+
+@dataclass(kw_only=True)
 class FileArguments:
     """How rows are found in files."""
 

@@ -3,9 +3,12 @@
     hf-earlyexit calibrate --model bert-with-exits --policy confidence --target max-drop:0.01
     hf-earlyexit calibrate --model bert-with-exits --target speed-up:2 --operating_point fast
     hf-earlyexit calibrate --model bert-with-exits --dataset data --form int8
+    hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --target max-drop:0.05
+    hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --lossless true
 
 Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json. A policy with a
-name is used where that is asked for; it becomes the default only if there is none.
+name is used where that is asked for; it becomes the default only if there is none. Captioners and language models write:
+their thresholds are chosen by texts that they really write.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .answer import Answer
-from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments
+from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments, TextArguments
 
 POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
 TARGETS = (
@@ -28,15 +31,16 @@ METRICS = (
     "unit of quality: accuracy, balanced-accuracy, f1:LABEL, f1-macro, matthews, recall-at-precision:PRECISION, mae, mse or "
     "spearman; by default accuracy, f1-macro where classes are uneven, mse for values"
 )
+MAX_DROP = "max-drop:0"
 
 
 @dataclass
-class CalibrateArguments(RowArguments, DeviceArguments):
+class CalibrateArguments(RowArguments, TextArguments, DeviceArguments):
     """Which policy, for what, on which rows."""
 
     model: str = field(metadata={"help": "folder of a trained model with exits"})
     policy: str = field(default="confidence", metadata={"help": POLICIES})
-    target: str = field(default="max-drop:0", metadata={"help": TARGETS})
+    target: str | None = field(default=None, metadata={"help": f"{TARGETS}; max-drop:0 by default"})
     metric: str | None = field(default=None, metadata={"help": METRICS})
     unlabelled: bool = field(default=False, metadata={"help": "choose for agreement with the full model; read no labels"})
     per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
@@ -54,6 +58,10 @@ class CalibrateArguments(RowArguments, DeviceArguments):
     )
     keep_weak_exits: bool = field(default=False, metadata={"help": "do not close exits no better than a constant answer"})
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
+    proposals: int | None = field(
+        default=None, metadata={"help": "settings that a model which writes tries, each on all rows; 12 by default"}
+    )
+    batch_size: int | None = field(default=None, metadata={"help": "texts that a model writes together; 8 by default"})
 
 
 ARGUMENTS = (CalibrateArguments,)
@@ -64,7 +72,8 @@ def run(args: CalibrateArguments) -> Answer:
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
     from ..trace import ExitTrace
-    from .loading import load_model
+    from .calibrate_writer import calibrate_writer, refuse_flags_of_writers, writes
+    from .loading import load_model_or_writer
 
     folder = Path(args.model)
     if not folder.is_dir():
@@ -73,7 +82,10 @@ def run(args: CalibrateArguments) -> Answer:
         options = json.loads(args.options)
     except json.JSONDecodeError as error:
         raise UsageError(f"options is {args.options!r}; expected JSON ({error}).", field="options") from error
-    model = load_model(folder, args.device)
+    model = load_model_or_writer(folder, args.device)
+    if writes(model):
+        return calibrate_writer(args, model, options)
+    refuse_flags_of_writers(args)
     served = model if args.form is None else _in_form(model, args)
     if args.dataset is not None:
         from .loading import reading_parts
@@ -89,14 +101,13 @@ def run(args: CalibrateArguments) -> Answer:
     result = calibrate(
         trace,
         args.policy,
-        args.target,
+        args.target or MAX_DROP,
         metric=args.metric,
         per_exit=args.per_exit,
         options=options,
         keep_weak_exits=args.keep_weak_exits,
         seed=args.seed,
     )
-    point = args.operating_point
     if args.form is not None:
         from ..forms.convert import keep_thresholds
 
@@ -104,13 +115,21 @@ def run(args: CalibrateArguments) -> Answer:
         keep_thresholds(model, served)
         save_calibrated(model, folder)
         return Answer({"model": str(folder), "form": args.form, **result.to_dict()}, f"{args.form}: {result}")
+    return keep(args, model, result)
+
+
+def keep(args: CalibrateArguments, model: Any, result: Any) -> Answer:
+    """Put a result into the model and its folder, as the default or under the name that the flags give."""
+    from ..hub.save import save_calibrated
+
+    point = args.operating_point
     if point is None:
         model.set_exit_policy(result)
     else:
         default = point if model.exit_policy is None else None
         model.set_operating_points({point: result}, default, keep_others=True)
-    save_calibrated(model, folder, result, point)
-    return Answer({"model": str(folder), "operating_point": point, **result.to_dict()}, str(result))
+    save_calibrated(model, args.model, result, point)
+    return Answer({"model": args.model, "operating_point": point, **result.to_dict()}, str(result))
 
 
 def _in_form(model: Any, args: CalibrateArguments) -> Any:

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
@@ -41,6 +42,18 @@ def load_model(name: Any, device: str = "cpu") -> Any:
     """
     model = _load(CLASSIFIERS, name, f"run `hf-earlyexit train --model {name}` first")
     return on_device(model.eval(), device)
+
+
+def load_model_or_writer(name: Any, device: str = "cpu") -> Any:
+    """A classifier, captioner or language model with exits; otherwise as `load_model`."""
+    autos = (*CLASSIFIERS, AutoModelForCausalLM, AutoModelForImageTextToText)
+    return on_device(_load(autos, name, f"run `hf-earlyexit train --model {name}` first").eval(), device)
+
+
+def load_language_model(name: Any, device: str = "cpu") -> Any:
+    """A language model with exits; otherwise as `load_model`."""
+    remedy = "load it with ee.from_pretrained(..., task='text-generation') and train its exits first"
+    return on_device(_load((AutoModelForCausalLM,), name, remedy).eval(), device)
 
 
 def load_exported_or_model(name: Any, device: str = "cpu") -> Any:

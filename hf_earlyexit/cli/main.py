@@ -27,6 +27,7 @@ for _name, _help in (
     ("predict", "classify texts, each with the layer it left after"),
     ("serve", "answer over HTTP, on this machine unless told otherwise"),
     ("monitor", "tell what a monitor saw; ends with status 1 after an alarm"),
+    ("generate", "write on from prompts, each token with the layer it left after"),
     ("caption", "caption pictures, each word with the layer it was decided at"),
     ("push", "push a model with all that belongs to it and a card to the Hub"),
     ("export", "write a model as ONNX files that skip layers, also in 8 bits"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, UsageError
 from ..families.decoders import cache_name
-from ..labels import LEFT_OUT
 from ..policies.base import POLICIES, ExitPolicy
+from ..serving.batching import evaluating
 from ..values import check_flags, is_whole
 from .decoding import ExitRun
 from .draft_trace import DraftCosts, Replayed, replay_drafts, trace_drafts
 from .drafts import Row, Speaker, Waiting
+from .language_model import EarlyExitLanguageModel
 from .lossless import LosslessWalker, decode_lossless
+from .prompts import LABELS, read_prompts
 from .samples import write_samples
 
-IDS, LABELS = "input_ids", "labels"
 WIDTHS, ROUNDS = (1, 4), 15
 LAYER_CALLS = DraftCosts(layer=1, more=0, ask=0, words=0, more_words=0)  # what counts calls of layers and nothing else
 
@@ -76,9 +77,10 @@ class DraftCalibration:
 
 def calibrate_drafts(
     model: Any,
-    prompts: Sequence[Any],
+    prompts: Any,
     policy: str | ExitPolicy = "confidence",
     *,
+    tokenizer: Any = None,
     drafts: Sequence[int] = (1, 2, 3, 4, 6, 8),
     levels: int = 12,
     costs: DraftCosts | None = None,
@@ -94,9 +96,10 @@ def calibrate_drafts(
 
     Args:
         model: a language model with exits.
-        prompts: token ids of each; of the kind that is served, and not those the exits were trained on. Or what the full
-            model has written after them already, greedily: rows of `write_samples`.
+        prompts: in any form of `read_prompts`: texts, chats, or token ids; of the kind that is served, and not those the
+            exits were trained on. Or what the full model has written after them already, greedily: rows of `write_samples`.
         policy: a registered name, or a policy whose own numbers are kept.
+        tokenizer: needed for texts and chats.
         drafts: numbers of waiting drafts to try.
         levels: thresholds to try for each exit, at least 2.
         costs: of the parts of a pass; by default they are measured here. With `LAYER_CALLS` the fewest calls of layers win,
@@ -107,8 +110,12 @@ def calibrate_drafts(
 
     Raises:
         CalibrationError: for a model without early exits, numbers that cannot be, or sampling.
+        DataError: for no prompts, or what is none.
+        UsageError: for another kind of model, or texts without a tokenizer.
     """
     check_flags(confirm=confirm)
+    if not isinstance(model, EarlyExitLanguageModel):
+        raise UsageError(f"{type(model).__name__} is no language model with exits.", field="model")
     if len(model.exit_layers) == 1:
         raise CalibrationError("The model has no early exit; set exit_layers and train the exits.", field="exit_layers")
     if not is_whole(levels, 2, 1000) or not drafts or not all(is_whole(one, 1, 1 << 16) for one in drafts):
@@ -118,18 +125,19 @@ def calibrate_drafts(
         )
     if generation.get("do_sample") or generation.get("num_beams", 1) > 1:
         raise CalibrationError("Drafts are compared with what the full model writes greedily; leave sampling and beams out.")
-    model = model.eval()
+    generation["do_sample"] = False
+    model = evaluating(model)
     closed = (None,) * (len(model.exit_layers) - 1)
     if isinstance(policy, ExitPolicy):
         rule = replace(policy, thresholds=closed, exit_layers=model.exit_layers)
     else:
         rule = POLICIES.get(policy)(thresholds=closed, exit_layers=model.exit_layers)
     model.config.check_policy(rule)
-    if len(prompts) and isinstance(prompts[0], dict):
-        rows = list(prompts)
-        prompts = [[token for token, label in zip(row[IDS], row[LABELS], strict=True) if label == LEFT_OUT] for row in rows]
+    read = read_prompts(prompts, tokenizer, model.config.word_config.vocab_size)
+    if isinstance(prompts[0], Mapping) and LABELS in prompts[0]:
+        rows = [prompts[place] for place in range(len(read))]
     else:
-        rows = write_samples(model, prompts, batch_size, do_sample=False, **generation)
+        rows = write_samples(model, read, batch_size, **generation)
     trace = trace_drafts(model, rows, rule)
     costs = measure_costs(model, rule) if costs is None else costs
     layers, settings = model.exit_layers, []
@@ -139,7 +147,7 @@ def calibrate_drafts(
             settings.append(DraftSetting(policy=made, drafts=most, expected=replay_drafts(trace, made, most, layers, costs)))
     settings.sort(key=lambda one: one.expected.cost)
     best = settings[0]
-    measured = _measured(model, best, prompts, generation) if confirm else None
+    measured = _measured(model, best, read, generation) if confirm else None
     return DraftCalibration(
         policy=best.policy,
         drafts=best.drafts,
@@ -235,6 +243,6 @@ def _measured(model: Any, best: DraftSetting, prompts: Sequence[Sequence[int]], 
             loop = partial(decode_lossless, draft_run=ExitRun(best.policy), most_drafts=best.drafts)
             way = {"custom_generate": loop} if lossless else {"token_exits": ExitRun(None)}
             begin = time.perf_counter()
-            GenerationMixin.generate(model, ids, do_sample=False, **way, **generation)
+            GenerationMixin.generate(model, ids, **way, **generation)
             times[lossless] += time.perf_counter() - begin
     return times[False] / times[True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..errors import UsageError
 from ..families.decoders import DECODERS, DecoderBackbone, cache_name, given_cache
 from ..modeling.outputs import EarlyExitCausalLMOutput
 from .decoding import ExitRun, decode
+from .prompts import left_padded, read_prompts
 from .token_exits import ModelThatWrites, require_prompt
 
 
@@ -64,6 +66,28 @@ class EarlyExitLanguageModel(ModelThatWrites):
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
         self.resize_exits(mean_resizing)
         return embeddings
+
+    def read_prompts(self, rows: Any, tokenizer: Any, image_processor: Any, batch_size: int) -> list[list[int]]:
+        if image_processor is not None:
+            raise UsageError("A language model reads no pictures; leave image_processor out.", field="image_processor")
+        return read_prompts(rows, tokenizer, self.config.vocab_size)
+
+    def prompt_inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        return left_padded(prompts, self.device)  # type: ignore[attr-defined]
+
+    def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
+        prompt = inputs["attention_mask"]
+        mask = functional.pad(prompt, (0, ids.shape[1] - prompt.shape[1]), value=1)
+        output = self(
+            ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            token_exits=ExitRun(None),
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=ids.shape[1] - start,
+        )
+        return [states[:, start:] for states in output.hidden_states], output.logits
 
     def forward(
         self,

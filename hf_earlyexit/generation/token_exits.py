@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -119,6 +120,40 @@ class ModelThatWrites(ModelWithExits):
         if self.config.exit_shortlist is not None:
             self.exit_shortlist = self.exit_shortlist[self.exit_shortlist < words]
             self.config.exit_shortlist = len(self.exit_shortlist)
+
+    # --- what it is asked to write ---------------------------------------------------------------------------------
+
+    def read_prompts(self, rows: Any, tokenizer: Any, image_processor: Any, batch_size: int) -> Sequence[Any]:
+        """What the model writes after, one for each row, as `prompt_inputs` takes it: token ids, or an image's states.
+
+        Args:
+            rows: in any form that calibration takes.
+            tokenizer, image_processor: the model's, or `None`.
+            batch_size: images that are encoded together.
+        """
+        raise NotImplementedError
+
+    def prompt_inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """What `generate` takes of the prompts of one batch."""
+        raise NotImplementedError
+
+    def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
+        """States before and after every layer, `[B, T - start, H]` each, and logits of whole texts, all layers run.
+
+        Args:
+            inputs: from `prompt_inputs`.
+            ids: of the texts with their prompts `[B, T]`.
+            start: the first column that is wanted.
+        """
+        raise NotImplementedError
+
+    def check_tokens(self, settings: GenerationConfig, options: Mapping[str, Any]) -> None:
+        """Refuse generation without tokens that it needs.
+
+        Args:
+            settings: from `generation_settings`.
+            options: arguments of the call by name.
+        """
 
     # --- passes ---------------------------------------------------------------------------------------------------
 

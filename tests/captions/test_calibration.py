@@ -12,7 +12,6 @@ from transformers.modeling_outputs import BaseModelOutput
 import hf_earlyexit as ee
 from hf_earlyexit.calibration import CalibrationResult
 from hf_earlyexit.calibration.proposals import propose
-from hf_earlyexit.captions import token_trace as tracing
 from hf_earlyexit.errors import (
     CalibrationError,
     CheckpointError,
@@ -22,6 +21,8 @@ from hf_earlyexit.errors import (
     UnknownNameError,
     UsageError,
 )
+from hf_earlyexit.generation import token_trace as tracing
+from hf_earlyexit.generation.metrics import rouge_l
 from tests.captions.conftest import LAYERS, WORDS
 
 NEW = 6
@@ -30,12 +31,13 @@ RULES = ["confidence", "entropy", "margin", "patience", "beem-c", "beem-a", "gat
 
 def calibrated(model, rows, policy="confidence", target="speed-up:1.2", **options):
     usual = {"max_new_tokens": NEW, "progress": False, "batch_size": 8, "proposals": 4}
-    return ee.captions.calibrate_captions(model, rows, policy, target, **{**usual, **options})
+    return ee.generation.calibrate_generation(model, rows, policy, target, **{**usual, **options})
 
 
 def full_captions(model, images, **options):
-    states = tracing.encoded_images(model, images, None, 4)
-    return [(part, tracing.write_captions(model, part, None, {"max_new_tokens": NEW, **options})) for part in states]
+    states = model.read_prompts(images, None, None, 4)
+    batches = [states[start : start + 4] for start in range(0, len(states), 4)]
+    return [(part, tracing.write(model, part, None, {"max_new_tokens": NEW, **options})) for part in batches]
 
 
 # --- the trace --------------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def test_scores_of_the_trace_are_those_decoding_computes(captioner, images, mixe
 
     monkeypatch.setattr(type(policy), "update", spy)
     monkeypatch.setattr(type(policy), "wants", lambda *_: True)
-    tracing.write_captions(model, batches[0][0], policy, {"max_new_tokens": NEW, "eos_token_id": None})
+    tracing.write(model, batches[0][0], policy, {"max_new_tokens": NEW, "eos_token_id": None})
     decoded = torch.stack(seen, 1).reshape(4, NEW - 1, LAYERS - 1)
     torch.testing.assert_close(scores[:, :, :-1], decoded, atol=1e-5, rtol=1e-4)
 
@@ -74,7 +76,7 @@ def test_the_first_early_token_leaves_where_the_trace_says(captioner, images, mi
     scores = tracing.token_trace(model, [(states, full)], policy).scores
     starts = [0, *(full.exit_layers > 0).sum(1).sub(1).cumsum(0).tolist()][:-1]
     taken = policy.decide(scores[starts])
-    written = tracing.write_captions(model, states, policy, {"max_new_tokens": NEW})
+    written = tracing.write(model, states, policy, {"max_new_tokens": NEW})
     assert written.exit_layers[:, 2].tolist() == (taken + 1).tolist()
     assert len(set(taken.tolist())) > 1
 
@@ -88,7 +90,7 @@ def test_words_of_the_trace_are_the_captions_own(captioner, images):
     assert torch.equal(trace.words[:, -1], torch.cat(own))
     with torch.no_grad():
         said = model(
-            encoder_outputs=BaseModelOutput(states), decoder_input_ids=full.sequences[:1, :-1], early_exit=False
+            encoder_outputs=BaseModelOutput(torch.stack(states)), decoder_input_ids=full.sequences[:1, :-1], early_exit=False
         ).exit_logits[0]
     length = len(own[0])
     assert torch.equal(trace.words[:length], said[1 : 1 + length].argmax(-1))
@@ -247,7 +249,7 @@ def test_references_and_beams(captioner, images):
     assert "references" in found.metric
     assert found.full_quality < 1
     full = Words().batch_decode(model.generate(batch, max_new_tokens=NEW, num_beams=2, early_exit=False).tolist(), True)
-    expected = ee.captions.metrics.rouge_l(full, [["w5 w6"], *[["w7"]] * 9])
+    expected = rouge_l(full, [["w5 w6"], *[["w7"]] * 9])
     assert found.full_quality == pytest.approx(np.mean(expected))
     assert found.generation == {"max_new_tokens": NEW, "num_beams": 2}
 
@@ -257,8 +259,8 @@ def test_weights_of_beem_a_are_agreement_on_other_images(captioner, images):
     found = calibrated(model, batch, "beem-a", learning_share=0.3, seed=3)
     assert (found.num_learning_rows, found.num_rows) == (6, 14)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))[:6].sort().values
-    states = torch.cat(tracing.encoded_images(model, batch[order], None, 8))
-    trace = tracing.token_trace(model, [(states, tracing.write_captions(model, states, None, {"max_new_tokens": NEW}))])
+    states = model.read_prompts(batch[order], None, None, 8)
+    trace = tracing.token_trace(model, [(states, tracing.write(model, states, None, {"max_new_tokens": NEW}))])
     expected = (trace.words == trace.words[:, -1:]).float().mean(0).tolist()
     assert found.policy.weights == pytest.approx(expected)
     assert found.policy.weights[-1] == 1.0
@@ -289,8 +291,8 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
     found = calibrated(model, images(12), num_beams=1)
     found.save(tmp_path / "calibration.json")
     assert CalibrationResult.load(tmp_path / "calibration.json") == found
-    assert json.loads((tmp_path / "calibration.json").read_text())["format"] == "hf_earlyexit.caption-calibration/1"
-    assert ee.captions.CaptionCalibrationResult.from_dict(found.to_dict()) == found
+    assert json.loads((tmp_path / "calibration.json").read_text())["format"] == "hf_earlyexit.generation-calibration/1"
+    assert ee.calibration.GenerationCalibrationResult.from_dict(found.to_dict()) == found
     table = str(found).splitlines()
     assert len([line for line in table if "one threshold" in line or "per exit" in line or "full model   " in line]) == len(
         found.settings
@@ -315,7 +317,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"policy": "nonsense"}, UnknownNameError, "nonsense"),
         ({"policy": "gate"}, CalibrationError, "learn_gates=True"),
         ({"policy": "beem-calibrated"}, CalibrationError, "logits of many rows"),
-        ({"policy": "beem-a", "learning_share": 0.01}, CalibrationError, "images on both sides"),
+        ({"policy": "beem-a", "learning_share": 0.01}, CalibrationError, "rows on both sides"),
         ({"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
         (
             {"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 3), "options": {"muted": (0,)}},
@@ -331,11 +333,11 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"rows": [Image.new("RGB", (16, 16))]}, UsageError, "image_processor"),
         ({"rows": [{"photo": 1}]}, DataError, "expected pixel_values"),
         ({"references": ["a"] * 4}, DataError, "pass the tokenizer"),
-        ({"references": ["a"] * 3, "tokenizer": Words()}, DataError, "3 entries for 4 images"),
+        ({"references": ["a"] * 3, "tokenizer": Words()}, DataError, "3 entries for 4 rows"),
         ({"references": ["a", "b", "c", []], "tokenizer": Words()}, DataError, r"references\[3\] is empty"),
         ({"metric": lambda captions, references: [1.0]}, DataError, "one finite number"),
-        ({"metric": lambda captions, references: [float("nan")] * len(captions)}, DataError, "gave nan for caption 0, "),
-        ({"max_new_tokens": 1}, CalibrationError, "No caption has a token that may leave early"),
+        ({"metric": lambda captions, references: [float("nan")] * len(captions)}, DataError, "gave nan for text 0, "),
+        ({"max_new_tokens": 1}, CalibrationError, "No text has a token that may leave early"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

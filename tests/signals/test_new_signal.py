@@ -174,7 +174,7 @@ def test_tokens_of_a_captioner_leave_by_them():
     model = ee.EarlyExitVisionEncoderDecoder(config).eval()
     options = {"max_new_tokens": 12, "decoder_start_token_id": 1, "pad_token_id": 0, "progress": False}
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    result = ee.captions.calibrate_captions(model, images, "settled", ee.LayerBudget(3.5), proposals=4, **options)
+    result = ee.generation.calibrate_generation(model, images, "settled", ee.LayerBudget(3.5), proposals=4, **options)
     model.set_exit_policy(result)
     del options["progress"]
     written = model.generate(images, return_exit_layers=True, **options)

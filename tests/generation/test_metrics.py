@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from hf_earlyexit.captions.metrics import bleu_1, rouge_l
 from hf_earlyexit.errors import DataError
+from hf_earlyexit.generation.metrics import bleu_1, rouge_l
 
 
 def f(precision, recall):
@@ -43,9 +43,9 @@ def test_bleu_1(caption, references, expected):
 
 @pytest.mark.parametrize("metric", [rouge_l, bleu_1])
 def test_references_that_do_not_fit(metric):
-    with pytest.raises(DataError, match="2 captions and references of 1 images"):
+    with pytest.raises(DataError, match="2 texts and references of 1;"):
         metric(["a", "b"], [["a"]])
-    with pytest.raises(DataError, match="references of image 0"):
+    with pytest.raises(DataError, match="references of text 0"):
         metric(["a"], [[]])
-    with pytest.raises(DataError, match="references of image 0"):
+    with pytest.raises(DataError, match="references of text 0"):
         metric(["a"], ["a"])

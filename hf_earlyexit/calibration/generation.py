@@ -1,4 +1,4 @@
-"""What a calibration of a captioner found: settings that were tried by real generation, and the one chosen."""
+"""What a calibration of a model that writes found: settings that were tried by real generation, and the one chosen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..calibration.proposals import Thresholds
-from ..calibration.result import CalibrationResult
-from ..calibration.search import Curve
-from ..calibration.stored import check_fields, check_known, check_thresholds, wrong
+from .proposals import Thresholds
+from .result import CalibrationResult
+from .search import Curve
+from .stored import check_fields, check_known, check_thresholds, wrong
 
 FULL = "full model"
-CAPTION_FIELDS = {
+GENERATION_FIELDS = {
     "metric": "text",
     "settings": "objects",
     "chosen": "count",
@@ -35,14 +35,14 @@ SETTING_FIELDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSetting:
+class GenerationSetting:
     """A setting and what real generation with it gave.
 
     Attributes:
         kind: "full model", "one threshold" or "per exit".
         thresholds: one per exit but the last; `None` closes the exit.
         mean_layers, mean_cost: per generated token; layer_speed_up: number of layers over mean layers.
-        score: mean over captions; difference: to the full model's captions, image by image; standard_error: of it.
+        score: mean over texts; difference: to the full model's texts, one by one; standard_error: of it.
         trace_layers: mean layers that the token trace let expect.
     """
 
@@ -58,40 +58,40 @@ class CaptionSetting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionCalibrationResult(CalibrationResult):
-    """Thresholds of a captioner, how they were chosen and what real generation with them gave.
+class GenerationCalibrationResult(CalibrationResult):
+    """Thresholds of a captioner or language model, how they were chosen and what real generation with them gave.
 
-    What it shares with `CalibrationResult` is about captions (quality, standard error, `num_rows`) and generated tokens
+    What it shares with `CalibrationResult` is about texts (quality, standard error, `num_rows`) and generated tokens
     (layers, shares). In `exits`, quality is agreement with the full model's word on the token trace.
 
     Attributes:
-        metric: name of the caption score; settings: everything that was tried, the full model first; chosen: its place.
-        exit_decay: of the model whose captions were scored; num_tokens: of the trace.
+        metric: name of the score; settings: everything that was tried, the full model first; chosen: its place.
+        exit_decay: of the model whose texts were scored; num_tokens: of the trace.
         generation: what `generate` was told.
     """
 
-    FORMAT: ClassVar[str] = "hf_earlyexit.caption-calibration/1"
+    FORMAT: ClassVar[str] = "hf_earlyexit.generation-calibration/1"
 
-    settings: tuple[CaptionSetting, ...]
+    settings: tuple[GenerationSetting, ...]
     chosen: int
     exit_decay: float | None
     num_tokens: int
     generation: dict[str, Any]
 
     @classmethod
-    def _from_values(cls, values: dict[str, Any]) -> CaptionCalibrationResult:
-        check_fields(values, CAPTION_FIELDS)
+    def _from_values(cls, values: dict[str, Any]) -> GenerationCalibrationResult:
+        check_fields(values, GENERATION_FIELDS)
         policy = values.get("policy")
         thresholds = policy.get("thresholds") if isinstance(policy, dict) else None
         count = len(thresholds) if isinstance(thresholds, list) else 0
         for index, setting in enumerate(values["settings"]):
             place = f"settings[{index}]."
-            check_known(setting, (field.name for field in dataclasses.fields(CaptionSetting)), place)
+            check_known(setting, (field.name for field in dataclasses.fields(GenerationSetting)), place)
             check_fields(setting, SETTING_FIELDS, place)
             check_thresholds(setting.get("thresholds"), count, f"{place}thresholds")
         if values["chosen"] >= len(values["settings"]):
             raise wrong("chosen", values["chosen"], f"a place among the {len(values['settings'])} settings")
-        settings = tuple(CaptionSetting(**{**one, "thresholds": tuple(one["thresholds"])}) for one in values["settings"])
+        settings = tuple(GenerationSetting(**{**one, "thresholds": tuple(one["thresholds"])}) for one in values["settings"])
         return super()._from_values({**values, "settings": settings})  # type: ignore[return-value]
 
     def _values(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class CaptionCalibrationResult(CalibrationResult):
 
     def __str__(self) -> str:
         head = [
-            f"{self.policy.name} for {self.target}, thresholds chosen on the captions of {self.num_rows} images of "
+            f"{self.policy.name} for {self.target}, thresholds chosen on the texts of {self.num_rows} rows of "
             f"{self.split!r}, {self.metric}",
             f"score {self.quality:.4f} against {self.full_quality:.4f} of the full model "
             f"({self.quality - self.full_quality:+.4f}, standard error {self.standard_error:.4f})",
@@ -117,7 +117,7 @@ class CaptionCalibrationResult(CalibrationResult):
         return "\n".join(head + lines + [f"note: {note}" for note in self.notes])
 
 
-def curve_of(settings: tuple[CaptionSetting, ...]) -> Curve:
+def curve_of(settings: tuple[GenerationSetting, ...]) -> Curve:
     """The settings as targets read them, the full model first."""
     vectors = [[np.nan if value is None else value for value in one.thresholds] for one in settings]
     columns = ([getattr(one, name) for one in settings] for name in ("mean_cost", "score", "standard_error"))

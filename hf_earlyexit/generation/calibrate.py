@@ -1,4 +1,4 @@
-"""Thresholds of a captioner: proposed by a token trace, confirmed by generating captions."""
+"""Thresholds of a model that writes: proposed by a token trace, confirmed by generating texts."""
 
 from __future__ import annotations
 
@@ -9,36 +9,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..calibration.generation import FULL, GenerationCalibrationResult, curve_of
 from ..calibration.notes import on_drop
 from ..calibration.proposals import Proposal, propose
 from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
-from ..generation.checks import check_generation, generation_settings
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.wrapped import unwrapped
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..signals import known_signals
-from .checks import check_caption_tokens
-from .judge import CaptionMetric, Judge, listed_references
-from .result import FULL, CaptionCalibrationResult, curve_of
-from .token_trace import Captions, TokenLessons, TokenTrace, encoded_images, token_trace, write_captions
+from ..values import is_whole, shown, unexpected
+from .checks import check_generation, generation_settings
+from .judge import Judge, TextMetric, listed_references
+from .token_exits import ModelThatWrites
+from .token_trace import TokenLessons, TokenTrace, Written, token_trace, write
+
+NOT_HERE = {
+    "decoder_input_ids": "images come as rows, captions start afresh",
+    **dict.fromkeys(("pixel_values", "encoder_outputs", "inputs"), "images come as rows"),
+    **dict.fromkeys(("input_ids", "inputs_embeds", "attention_mask"), "prompts come as rows"),
+    **dict.fromkeys(("early_exit", "operating_point"), "the full model is compared with the policy that is calibrated"),
+    **dict.fromkeys(("lossless", "max_drafts"), "lossless texts are the full model's own; calibrate_drafts is for them"),
+    "return_exit_layers": "they are in the result",
+}
 
 
-def calibrate_captions(
+def calibrate_generation(
     model: Any,
     rows: Any,
     policy: str | ExitPolicy = "confidence",
     target: str | Target = "max-drop:0",
     *,
-    image_processor: Any = None,
     tokenizer: Any = None,
+    image_processor: Any = None,
     references: Sequence[str | Sequence[str]] | None = None,
-    metric: CaptionMetric | None = None,
+    metric: TextMetric | None = None,
     options: dict[str, Any] | None = None,
     proposals: int = 12,
     learning_share: float = 0.2,
@@ -47,57 +57,61 @@ def calibrate_captions(
     batch_size: int = 32,
     progress: bool = True,
     **generation: Any,
-) -> CaptionCalibrationResult:
-    """Choose a captioner's thresholds so that a target is met by the captions it really writes of held-back images.
+) -> GenerationCalibrationResult:
+    """Choose thresholds so that a target is met by the texts that a model really writes after held-back prompts or images.
 
-    The full model's own captions are traced token by token; the trace proposes thresholds, shared by all exits or one for
-    each. Every proposal then writes all captions, since a token that leaves early changes what follows. A caption is scored
-    as a whole, and compared with the full model's of the same image. `config.exit_decay` is used as it is served.
+    The full model's own texts are traced token by token; the trace proposes thresholds, shared by all exits or one for each.
+    Every proposal then writes all texts, since a token that leaves early changes what follows. A text is scored as a whole,
+    and compared with the full model's of the same row. `config.exit_decay` is used as it is served. For thresholds of drafts
+    in lossless runs, where nothing can be lost, see `calibrate_drafts`.
 
     Args:
-        model: a captioner with exits.
-        rows: images the exits were not trained on: a data set or list with `image`, `pixel_values` or
+        model: a captioner or language model with exits.
+        rows: what the exits were not trained on. Of a language model prompts, in any form of `read_prompts`: texts, chats,
+            token ids, or rows with one of these. Of a captioner images: a data set or list with `image`, `pixel_values` or
             `encoder_hidden_states`; or pictures; or pixel values `[N, channels, height, width]`. The encoder runs once, and
             its states are kept on the CPU.
         policy: a registered name, or a policy whose own numbers are kept. What a policy learns, such as beem-a's weights, is
-            agreement with the full model's word, on other images than those that choose the thresholds.
+            agreement with the full model's word, on other rows than those that choose the thresholds.
         target: `MaxDrop` in the unit of the score, `SpeedUp`, `LayerBudget`, or words such as "max-drop:0.01".
+        tokenizer: reads prompts that are texts, and turns ids into texts; without one, scores compare ids, which needs
+            `references=None`.
         image_processor: needed for pictures.
-        tokenizer: turns ids into captions; without one, scores compare ids, which needs `references=None`.
-        references: for each image a caption or several; by default the full model's own caption.
-        metric: gets captions and references, gives one score per caption, bigger is better; ROUGE-L by default.
+        references: for each row a text or several; by default the full model's own text.
+        metric: gets texts and references, gives one score per text, bigger is better; ROUGE-L by default.
         options: fields of the policy or of its `learn`; with a name only.
-        proposals: settings to try, at least 2. Each writes all captions once.
-        learning_share: share of the images that a policy learns its own numbers from, in `(0, 1)`.
+        proposals: settings to try, at least 2. Each writes all texts once.
+        learning_share: share of the rows that a policy learns its own numbers from, in `(0, 1)`.
         seed: of the split between these and the others.
-        split: where the images come from; "train" is refused.
-        batch_size: images in a batch.
+        split: where the rows come from; "train" is refused.
+        batch_size: rows in a batch.
         progress: show a bar.
         generation: for `generate`, such as `max_new_tokens` or `num_beams`; no sampling.
 
     Returns:
-        The policy with thresholds, everything that was tried, and what it gave. Report figures on other images.
+        The policy with thresholds, everything that was tried, and what it gave. Report figures on other rows.
 
     Raises:
-        CalibrationError: for images tagged "train", a model without early exits, a policy that cannot learn from tokens, or
+        CalibrationError: for rows tagged "train", a model without early exits, a policy that cannot learn from tokens, or
             a target that cannot be met.
-        DataError: for no images, or references that do not fit.
+        DataError: for no rows, or references that do not fit.
         UnknownNameError, PolicyError, EarlyExitConfigError: for a policy that is unknown or cannot serve the model.
-        UsageError: for sampling, or pictures or references without what they need.
+        UsageError: for a model that does not write, sampling, or texts, pictures or references without what they need.
     """
     target = parse_target(target) if isinstance(target, str) else target
-    _check(model, policy, options, target, split, proposals, generation)
+    model = unwrapped(model)
+    _check(model, policy, options, target, split, proposals, batch_size, generation)
     model = evaluating(model)
     with tqdm(unit="batch", disable=not progress) as bar:
         writer = _Writer(model, batch_size, generation, bar)
-        states = torch.cat(encoded_images(model, rows, image_processor, batch_size))
-        known = listed_references(references, len(states), tokenizer)
-        learners, kept = _split(policy, len(states), learning_share, seed)
-        rule = _make_policy(policy, options, writer, states[learners])
-        states = states[kept]
-        full = writer.write(states, None)
-        trace = token_trace(model, zip(states.split(batch_size), full, strict=True), rule)
-        judge = Judge(model, full, tokenizer, known and [known[row] for row in kept.tolist()], metric)
+        prompts = model.read_prompts(rows, tokenizer, image_processor, batch_size)
+        known = listed_references(references, len(prompts), tokenizer)
+        learners, kept = _split(policy, len(prompts), learning_share, seed)
+        rule = _make_policy(policy, options, writer, [prompts[place] for place in learners])
+        prompts = [prompts[place] for place in kept]
+        full = writer.write(prompts, None)
+        trace = token_trace(model, zip(writer.batches(prompts), full, strict=True), rule)
+        judge = Judge(model, full, tokenizer, known and [known[place] for place in kept], metric)
         deep = float(model.exit_layers[-1])
         candidates = propose(
             trace.scores.double().numpy(),
@@ -107,15 +121,15 @@ def calibrate_captions(
             rule.lowest_threshold,
             rule.counts,
         )
-        share = len(trace.words) / (len(trace.words) + len(states))  # the first token of a caption runs in full
+        share = len(trace.words) / (len(trace.words) + len(prompts))  # the first token of a text runs in full
         candidates = [one._replace(trace_layers=deep + share * (one.trace_layers - deep)) for one in candidates]
         bar.reset(len(candidates) * len(full))
         tried = [(Proposal(FULL, rule.thresholds, deep), full)]
-        tried += [(one, writer.write(states, rule.with_thresholds(one.thresholds))) for one in candidates]
+        tried += [(one, writer.write(prompts, rule.with_thresholds(one.thresholds))) for one in candidates]
     settings = tuple(judge.setting(*one) for one in tried)
     chosen = target.pick(curve_of(settings))
     best, rule = settings[chosen], rule.with_thresholds(settings[chosen].thresholds)
-    return CaptionCalibrationResult(
+    return GenerationCalibrationResult(
         policy=rule,
         target=str(target),
         quality=best.score,
@@ -126,7 +140,7 @@ def calibrate_captions(
         layer_speed_up=best.layer_speed_up,
         exits=_reports(rule, trace, judge.exits_of(tried[chosen][1]), model.exit_layers),
         curve=tuple((one.mean_cost, one.score, one.thresholds) for one in sorted(settings, key=lambda one: -one.mean_cost)),
-        num_rows=len(states),
+        num_rows=len(prompts),
         num_learning_rows=len(learners),
         seed=seed,
         split=split,
@@ -146,15 +160,18 @@ def calibrate_captions(
 
 
 class _Writer:
-    """Writes captions of encoded images, batch by batch."""
+    """Writes after prompts, batch by batch."""
 
     def __init__(self, model: Any, batch_size: int, options: dict[str, Any], bar: Any) -> None:
         self.model, self.batch_size, self.options, self.bar = model, batch_size, options, bar
 
-    def write(self, states: Tensor, policy: ExitPolicy | None) -> list[Captions]:
+    def batches(self, prompts: Sequence[Any]) -> list[Sequence[Any]]:
+        return [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
+
+    def write(self, prompts: Sequence[Any], policy: ExitPolicy | None) -> list[Written]:
         written = []
-        for batch in states.split(self.batch_size):
-            written.append(write_captions(self.model, batch, policy, self.options))
+        for batch in self.batches(prompts):
+            written.append(write(self.model, batch, policy, self.options))
             self.bar.update()
         return written
 
@@ -166,27 +183,36 @@ def _check(
     target: Target,
     split: str,
     proposals: int,
+    batch_size: int,
     generation: dict[str, Any],
 ) -> None:
-    """Refuse what cannot work before the encoder runs."""
+    """Refuse what cannot work before anything runs."""
+    if not isinstance(model, ModelThatWrites):
+        raise UsageError(
+            f"{type(model).__name__} does not write; expected a captioner or language model with exits. Classifiers are "
+            "calibrated on a trace, by `calibrate`.",
+            field="model",
+        )
     if not isinstance(target, (MaxDrop, SpeedUp, LayerBudget)):
         raise CalibrationError(
-            f"target is {target!r}; captions take MaxDrop, SpeedUp or LayerBudget: their unit of error is the caption, not "
-            "the exit.",
+            f"target is {target!r}; models that write take MaxDrop, SpeedUp or LayerBudget: their unit of error is the "
+            "text, not the exit.",
             field="target",
             value=target,
         )
     if split == "train":
         raise CalibrationError(
-            "The images are tagged 'train': on what the exits were trained on, every exit looks better than it is. Use "
-            "images held back from training.",
+            "The rows are tagged 'train': on what the exits were trained on, every exit looks better than it is. Use rows "
+            "held back from training.",
             field="split",
             value=split,
         )
     if len(model.exit_layers) == 1:
         raise CalibrationError("The model has no early exit; set exit_layers and train the exits.", field="exit_layers")
-    if isinstance(proposals, bool) or not isinstance(proposals, int) or proposals < 2:
-        raise CalibrationError(f"proposals is {proposals!r}; expected a whole number from 2.", field="proposals")
+    if not is_whole(proposals, 2, 1 << 16):
+        raise CalibrationError(f"proposals is {shown(proposals)}; expected a whole number from 2.", field="proposals")
+    if not is_whole(batch_size, 1, 1 << 20):
+        raise unexpected("batch_size", batch_size, "a whole number from 1")
     if isinstance(policy, ExitPolicy):
         if options:
             raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")
@@ -196,47 +222,49 @@ def _check(
             model.require_signals(known_signals(POLICIES.get(policy).asks))
         except UsageError as error:
             raise CalibrationError(f"The {policy} policy cannot decide: {error}", field="policy", value=policy) from error
+    given = next((name for name in NOT_HERE if name in generation), None)
+    if given is not None:
+        raise UsageError(f"{given} cannot be given here: {NOT_HERE[given]}.", field=given)
     settings = generation_settings(model, generation)
     for name, most in (("do_sample", False), ("num_return_sequences", 1)):
         value = getattr(settings, name)
         if value is not None and value > most:
             raise UsageError(
-                f"{name} is {value!r}; captions are compared one by one with the full model's, so expected one caption per "
-                "image and no chance in it. Calibrate with greedy or beam search.",
+                f"{name} is {value!r}; texts are compared one by one with the full model's, so expected one text per row "
+                "and no chance in it. Calibrate with greedy or beam search.",
                 field=name,
                 value=value,
             )
-    given = sorted({"decoder_input_ids", "pixel_values", "encoder_outputs", "early_exit"} & set(generation))
-    if given:
-        raise UsageError(f"{given[0]} cannot be given here; images come as `rows`, captions start afresh.", field=given[0])
-    check_caption_tokens(settings, generation)
+    model.check_tokens(settings, generation)
     check_generation(settings, generation, early=True, wants_layers=True)
 
 
-def _split(policy: str | ExitPolicy, count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Places of the images that a policy learns its numbers from, and of those that choose the thresholds."""
+def _split(policy: str | ExitPolicy, count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that a policy learns its numbers from, and of those that choose the thresholds."""
     if isinstance(policy, ExitPolicy) or not POLICIES.get(policy).learns:
-        return torch.arange(0), torch.arange(count)
+        return [], list(range(count))
     learners = round(share * count)
     if not 0 < learners < count:
         raise CalibrationError(
-            f"learning_share is {share!r} of {count} images; expected a share that leaves images on both sides.",
+            f"learning_share is {share!r} of {count} rows; expected a share that leaves rows on both sides.",
             field="learning_share",
             value=share,
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[:learners].sort().values, order[learners:].sort().values
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[:learners]), sorted(order[learners:])
 
 
-def _make_policy(policy: str | ExitPolicy, options: dict[str, Any] | None, writer: _Writer, learners: Tensor) -> ExitPolicy:
+def _make_policy(
+    policy: str | ExitPolicy, options: dict[str, Any] | None, writer: _Writer, learners: Sequence[Any]
+) -> ExitPolicy:
     """The policy, every exit closed."""
     model = writer.model
     closed = (None,) * (len(model.exit_layers) - 1)
     if isinstance(policy, ExitPolicy):
         return replace(policy, thresholds=closed, exit_layers=model.exit_layers)
     trace = None
-    if len(learners):
-        trace = token_trace(model, zip(learners.split(writer.batch_size), writer.write(learners, None), strict=True))
+    if learners:
+        trace = token_trace(model, zip(writer.batches(learners), writer.write(learners, None), strict=True))
     return POLICIES.get(policy).from_trace(TokenLessons(model, trace), **(options or {}))
 
 
@@ -262,7 +290,7 @@ def _reports(policy: ExitPolicy, trace: TokenTrace, exits: np.ndarray, layers: t
 def _notes(policy: ExitPolicy, decay: float | None) -> list[str]:
     notes = []
     if not policy.may_leave:
-        notes.append("no token leaves early: nothing that was tried meets the target on these images")
+        notes.append("no token leaves early: nothing that was tried meets the target on these rows")
     elif decay is not None and not policy.counts:
-        notes.append(f"thresholds fall along the caption by config.exit_decay={decay:g}, and hold for that value only")
+        notes.append(f"thresholds fall along the text by config.exit_decay={decay:g}, and hold for that value only")
     return notes

@@ -1,33 +1,30 @@
-"""What a policy's scores are along a captioner's own captions: enough to propose thresholds, little enough to keep."""
+"""What a policy's scores are along what a model writes by itself: enough to propose thresholds, little enough to keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import CalibrationError
-from ..generation.checks import check_generation, generation_settings
-from ..generation.decoding import DecoderWalker, ExitRun, exit_layers_of
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL
-from .batches import image_batches
-from .checks import check_caption_tokens
+from .checks import check_generation, generation_settings
+from .decoding import DecoderWalker, ExitRun, exit_layers_of
 
 
-class Captions(NamedTuple):
-    """Captions of a batch of images: token ids `[B, S]`, the layer each left after `[B, S]` (0: prompt, padding)."""
+class Written(NamedTuple):
+    """Texts of a batch: token ids with their prompts `[B, S]`, the layer each left after `[B, S]` (0: prompt, padding)."""
 
     sequences: Tensor
     exit_layers: Tensor
 
 
 class TokenTrace(NamedTuple):
-    """Every exit on N tokens that may leave early, those of a full-depth caption after its first.
+    """Every exit on N tokens that may leave early, those of a full-depth text after its first.
 
     Attributes:
         words: each exit's first word `[N, E]`; the last column is the full model's.
@@ -47,7 +44,7 @@ class TokenLessons:
     """What a policy may learn its own numbers from; stands in for an `ExitTrace`.
 
     Args:
-        model: the captioner.
+        model: the captioner or language model.
         trace: tokens to learn from, where the policy learns.
 
     Attributes:
@@ -83,57 +80,45 @@ class TokenLessons:
     labels = logits
 
 
-@torch.inference_mode()
-def encoded_images(model: Any, rows: Any, image_processor: Any, batch_size: int) -> list[Tensor]:
-    """The encoder's last states of all images, by batch, on the CPU: made once for many runs of the decoder."""
-    states = []
-    for batch in image_batches(rows, image_processor, batch_size):
-        if "encoder_outputs" in batch:
-            states.append(batch["encoder_outputs"][0])
-        else:
-            pixels = batch["pixel_values"].to(model.device, model.dtype)
-            states.append(model.encoder(pixel_values=pixels).last_hidden_state.cpu())
-    return states
-
-
-def write_captions(model: Any, states: Tensor, policy: ExitPolicy | None, options: dict[str, Any]) -> Captions:
-    """Captions of a batch as `generate` writes them with this policy; the model's own is not looked at.
+def write(model: Any, prompts: Sequence[Any], policy: ExitPolicy | None, options: dict[str, Any]) -> Written:
+    """Texts of a batch as `generate` writes them with this policy; the model's own is not looked at.
 
     Args:
-        model: the captioner, in evaluation mode.
-        states: of the images, from `encoded_images`.
+        model: the captioner or language model, in evaluation mode.
+        prompts: from its `read_prompts`.
         policy: `None` for the full model.
         options: for `generate`.
     """
-    run = ExitRun(policy)
+    run, inputs = ExitRun(policy), model.prompt_inputs(prompts)
     options = {**options, "return_dict_in_generate": True}
     settings = generation_settings(model, options)
-    check_caption_tokens(settings, options)
+    model.check_inputs(None, settings, {**options, **inputs})
     check_generation(settings, options, policy is not None and policy.may_leave, wants_layers=True)
-    given = BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype))
-    output = GenerationMixin.generate(model, encoder_outputs=given, token_exits=run, **run.watching(options, settings))
-    return Captions(output.sequences.cpu(), exit_layers_of(output, run).cpu())
+    output = GenerationMixin.generate(model, **inputs, token_exits=run, **run.watching(options, settings))
+    return Written(output.sequences.cpu(), exit_layers_of(output, run).cpu())
 
 
-def token_trace(model: Any, batches: Iterable[tuple[Tensor, Captions]], policy: ExitPolicy | None = None) -> TokenTrace:
-    """Scores and first words of every exit along given captions, batch by batch.
+def token_trace(
+    model: Any, batches: Iterable[tuple[Sequence[Any], Written]], policy: ExitPolicy | None = None
+) -> TokenTrace:
+    """Scores and first words of every exit along given texts, batch by batch.
 
     Each token is asked with the full-depth states of those before it. Serving differs once a token has left early, so what
     follows from a trace has to be confirmed by generation.
 
     Args:
-        model: the captioner, in evaluation mode.
-        batches: states of the images `[B, tokens, width]` and their full-depth captions.
+        model: the captioner or language model, in evaluation mode.
+        batches: prompts, and what the full model wrote after them.
         policy: whose scores; `None` for words alone, with scores 0.
 
     Raises:
-        CalibrationError: if no caption has a token that may leave early.
+        CalibrationError: if no text has a token that may leave early.
     """
-    parts = [_trace_batch(model, states, captions, policy) for states, captions in batches]
+    parts = [_trace_batch(model, prompts, written, policy) for prompts, written in batches]
     trace = TokenTrace(torch.cat([part.words for part in parts]), torch.cat([part.scores for part in parts]))
     if not len(trace.words):
         raise CalibrationError(
-            "No caption has a token that may leave early: the first runs in full, and all captions end there. Let "
+            "No text has a token that may leave early: the first runs in full, and all texts end there. Let "
             "generation go on (max_new_tokens), or train the model further.",
             field="rows",
         )
@@ -141,35 +126,31 @@ def token_trace(model: Any, batches: Iterable[tuple[Tensor, Captions]], policy: 
 
 
 @torch.inference_mode()
-def _trace_batch(model: Any, states: Tensor, captions: Captions, policy: ExitPolicy | None) -> TokenTrace:
-    written = captions.exit_layers > 0
-    early = (written & (written.cumsum(1) > 1))[:, 1:].to(model.device)  # the first token comes from the prompt
-    ids = captions.sequences[:, :-1]
-    ids = torch.where(written[:, :-1], ids, ids[:, :1])  # nobody looks at what comes after the end
-    output = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=states.to(model.device, model.dtype)),
-        decoder_input_ids=ids.to(model.device),
-        token_exits=ExitRun(None),
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    hidden, count = [part[early][:, None] for part in output.decoder_hidden_states], int(early.sum())  # [N, 1, H]
+def _trace_batch(model: Any, prompts: Sequence[Any], texts: Written, policy: ExitPolicy | None) -> TokenTrace:
+    written = texts.exit_layers > 0
+    start = max(int(written.any(0).int().argmax()) - 1, 0)  # the prompts' last column
+    early = (written & (written.cumsum(1) > 1))[:, start + 1 :].to(model.device)  # the first token comes from the prompt
+    ids = texts.sequences[:, :-1].clone()
+    ended = ~written[:, start + 1 : -1]
+    ids[:, start + 1 :] = torch.where(ended, ids[:, start, None], ids[:, start + 1 :])  # nobody looks there
+    states, logits = model.full_pass(model.prompt_inputs(prompts), ids.to(model.device), start)
+    hidden, count = [part[early][:, None] for part in states], int(early.sum())  # [N, 1, H]
     walker = state = None
     if policy is not None:
         walker = DecoderWalker(model, policy, ExitRun(policy))
         state = policy.init_state(count, walker.num_words, model.device)
     words, scores = [], []
     for index, layer in enumerate(model.exit_layers[:-1]):
-        logits, score = None, torch.zeros(count, device=model.device)
+        answer, score = None, torch.zeros(count, device=model.device)
         if policy is not None and index in policy.muted:
             score = score - torch.inf
         elif policy is not None and walker is not None:
             signal = walker.exit_signal(index, hidden[layer], None, policy.asks_at(index), hidden[layer - 1])
             state, score, _ = policy.update(state, signal, index)
-            logits = signal.logits if walker.policy_answers else None
-        logits = model.exit_logits(index, hidden[layer][:, 0]) if logits is None else logits
-        words.append(logits.argmax(-1))
+            answer = signal.logits if walker.policy_answers else None
+        answer = model.exit_logits(index, hidden[layer][:, 0]) if answer is None else answer
+        words.append(answer.argmax(-1))
         scores.append(score)
-    words.append(output.logits[early].argmax(-1))
+    words.append(logits[early].argmax(-1))
     scores.append(torch.zeros(count, device=model.device))
     return TokenTrace(torch.stack(words, 1).cpu(), torch.stack(scores, 1).float().cpu())
