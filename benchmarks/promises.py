@@ -20,6 +20,7 @@ from typing import Any
 import promises_page
 import promises_shadow as shadow
 import promises_simulated as simulated
+import promises_sizes as size
 import promises_splits as splits
 
 ROOT = Path(__file__).parent
@@ -49,7 +50,7 @@ def main() -> None:
     made = json.loads(RESULTS.read_text()).get("commands", []) if RESULTS.exists() else []
     keep("commands", [*(one for one in made if one != command), command] if args.parts != ["page"] else made)
     if "sizes" in args.parts:
-        keep("sizes", simulated.sizes())
+        keep("sizes", size.sizes())
     if "monitor" in args.parts:
         keep("false_alarms", simulated.false_alarms(args.streams))
         keep("detection", simulated.detection(args.streams))

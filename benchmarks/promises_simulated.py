@@ -1,15 +1,11 @@
-"""What must hold by theory, in draws from pools whose risk is known: certified settings, and the monitor's alarms; sizes.
+"""What must hold by theory, in draws from pools whose risk is known: certified settings, and the monitor's alarms.
 
 Called by benchmarks/promises.py; the pools are made up, with the shapes that are said beside each table.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -232,51 +228,3 @@ def _stream_of(policy: Any, trace: ExitTrace) -> tuple[np.ndarray, np.ndarray]:
     taken = policy.decide(scores).numpy()
     same = answers[np.arange(trace.num_rows), taken].argmax(-1) == trace.logits[:, -1].argmax(-1)
     return np.asarray(trace.exit_layers)[taken], same.numpy()
-
-
-SIZES = """
-import json, resource, sys, time
-import numpy as np, torch
-import hf_earlyexit as ee
-from hf_earlyexit.calibration import Certified, calibrate
-kind, rows, exits, classes = sys.argv[1], *map(int, sys.argv[2:5])
-draw = torch.Generator().manual_seed(0)
-labels = torch.randint(classes, (rows,), generator=draw)
-logits = torch.randn(rows, exits, classes, generator=draw)
-logits[torch.arange(rows), :, labels] += torch.linspace(1, 6, exits)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-trace = ee.ExitTrace(logits=logits, labels=labels, exit_layers=tuple(range(1, exits + 1)))
-target = Certified(0.01, 0.9) if kind == "certify" else ee.MaxDrop(0.01)
-start = time.perf_counter()
-calibrate(trace, "confidence", target)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"kind": kind, "rows": rows, "exits": exits, "classes": classes, "before": before, "peak": peak,
-                  "seconds": time.perf_counter() - start}))
-"""
-
-
-def certify_seconds(settings: int = 400, rows: int = 100_000) -> dict[str, Any]:
-    """Time to walk along the whole of a path whose every setting is certified, so that none is spared."""
-    draw = np.random.default_rng(0)
-    scores = draw.random((rows, 12))
-    losses = (draw.random((rows, 12)) < 0.001).astype(float)
-    losses[:, -1] = 0
-    path = np.repeat(np.linspace(1, 0, settings)[:, None], 11, 1)
-    everyone = {"all rows": np.ones(rows, dtype=bool)}
-    found = {"settings": settings, "rows": rows, "exits": 12}
-    for risk, low in (("harm", 0.0), ("drop", -1.0)):
-        given = losses - (draw.random((rows, 12)) < 0.005) * (losses == 0) * (np.arange(12) < 11) if low else losses
-        walk = _Walk(Certified(0.01, 0.9, risk=risk), Losses(given, low, 1.0), scores, path, everyone, (scores, given))
-        start = time.process_time()
-        assert walk.last_certified() == settings - 1
-        found[risk] = time.process_time() - start
-    return found
-
-
-def sizes() -> dict[str, Any]:
-    """Seconds and peak memory, each in a process of its own."""
-    whole = []
-    for kind in ("calibrate", "certify"):
-        command = [sys.executable, "-c", SIZES, kind, "100000", "12", "150"]
-        whole.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    return {"walk": certify_seconds(), "whole": whole}

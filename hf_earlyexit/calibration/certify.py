@@ -118,7 +118,8 @@ def certify_setting(
         policy=policy.with_thresholds(as_thresholds(path[chosen])),
         rows=rows,
         num_learning_rows=path_rows.num_rows,
-        scores=pool.scan(policy).scores,
+        scan=pool.scan(policy),
+        quality=pool.row_quality(policy),
         curve=curve_of(path, policy, pool, torch.arange(rows.num_rows)),
         weak=weak,
     )

@@ -21,7 +21,7 @@ from .notes import on_expectation, on_rare_classes, on_ready_policy, on_rows, on
 from .promise import Promise
 from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
-from .replay import replay
+from .replay import replay_scanned
 from .result import CalibrationResult
 from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
 from .stored import SEEDS
@@ -147,7 +147,7 @@ def _result(
     promise: Promise | None = None,
 ) -> CalibrationResult:
     policy, rows = setting.policy, setting.rows
-    done = replay(policy, rows, recipe.metric)
+    done = replay_scanned(policy, rows, setting.scan, setting.quality, recipe.metric)
     outcome = {field.name: getattr(done, field.name) for field in fields(done)}
     del outcome["exit_layer"]
     curve = thinned(setting.curve)

@@ -111,8 +111,8 @@ def on_setting(setting: Setting) -> list[str]:
         notes.append(
             f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
         )
-    if bool((policy.decide(setting.scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
-        open_scores = setting.scores[:, :-1][torch.isfinite(setting.scores[:, :-1])]
+    if bool((policy.decide(setting.scan.scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
+        open_scores = setting.scan.scores[:, :-1][torch.isfinite(setting.scan.scores[:, :-1])]
         score_range = (
             f"scores run from {float(open_scores.min()):.4g} to {float(open_scores.max()):.4g}"
             if open_scores.numel()
@@ -127,7 +127,7 @@ def on_rare_classes(setting: Setting, metric: Metric) -> list[str]:
     policy, rows = setting.policy, setting.rows
     if not metric.is_mean or not uneven_classes(rows.labels, rows.problem_type, rows.logits.shape[-1]):
         return []
-    early = policy.scan(rows).answers[torch.arange(rows.num_rows), policy.decide(setting.scores)]
+    early = setting.scan.answers[torch.arange(rows.num_rows), policy.decide(setting.scan.scores)]
     f1s = [f1(logits, rows.labels, rows.problem_type) for logits in (rows.logits[:, -1], early)]
     quality = [float(row_quality(logits, rows.labels, rows.problem_type).mean()) for logits in (rows.logits[:, -1], early)]
     if f1s[0] - f1s[1] <= max(quality[0] - quality[1], 0.0) + RARE_LOSS:

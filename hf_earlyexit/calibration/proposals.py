@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .search import Array, LeaverRule, exits_taken, per_exit_thresholds, single_threshold_curve
+from .exit_by_exit import LeaverRule, thresholds_by_rule
+from .search import Array, single_threshold_curve
 
 ONE, EACH = "one threshold", "per exit"
 MILDEST, BOLDEST = 0.005, 0.3  # share of an exit's leavers whose word is not the full model's
@@ -54,8 +55,8 @@ def propose(scores: Array, agrees: Array, layers: Array, count: int, lowest: flo
     for wanted in np.linspace(layers[-1], curve.cost.min(), count // 2 + 2)[1:-1]:
         place = int(np.abs(curve.cost - wanted).argmin())
         add(ONE, curve.thresholds[place], float(curve.cost[place]))
-    for share in np.geomspace(MILDEST, BOLDEST, count - count // 2):
-        rule = LeaverRule(np.full(scores.shape[1] - 1, share), min_leavers=MIN_LEAVERS)
-        vector = per_exit_thresholds(scores, 1 - agrees, rule, lowest, counts)
-        add(EACH, vector, float(layers[exits_taken(scores, vector)].mean()))
+    bounds = [np.full(scores.shape[1] - 1, share) for share in np.geomspace(MILDEST, BOLDEST, count - count // 2)]
+    rules = [LeaverRule(bound, min_leavers=MIN_LEAVERS) for bound in bounds]
+    for vector, leaving in thresholds_by_rule(scores, 1 - agrees, rules, lowest, counts):
+        add(EACH, vector, float(layers[leaving.left].mean()))
     return list(proposals.values())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..metrics import uneven_classes
-from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, row_quality
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, quality_name, row_quality
 from ..registry import Registry
 from ..trace import ExitTrace
 
@@ -112,6 +112,16 @@ class RowMean(Metric):
         values, full_values = (self.per_row(part, labels, problem_type) for part in (early, full))
         spread = (values - full_values).std(correction=0) / math.sqrt(len(labels))
         return Comparison(float(values.mean()), float(full_values.mean()), float(spread))
+
+
+class RowQuality(RowMean):
+    """The mean of `problem_types.row_quality`."""
+
+    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+        return row_quality(logits, labels, problem_type)
+
+    def title(self, problem_type: str) -> str:
+        return quality_name(problem_type)
 
 
 @dataclass(frozen=True)

@@ -12,36 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, quality_name, row_quality
-from .quality import METRICS, Comparison, Metric, RowMean
+from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
+from .quality import METRICS, Comparison, Metric, RowMean, RowQuality
 
 
 @METRICS.register("accuracy")
 @dataclass(frozen=True)
-class Accuracy(RowMean):
+class Accuracy(RowQuality):
     """Share of right answers; with many labels, the share of right labels."""
 
     problem_types = frozenset({SINGLE_LABEL, MULTI_LABEL})
 
-    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-        return row_quality(logits, labels, problem_type)
-
-    def title(self, problem_type: str) -> str:
-        return quality_name(problem_type)
-
 
 @METRICS.register("mse")
 @dataclass(frozen=True)
-class SquaredError(RowMean):
+class SquaredError(RowQuality):
     """Minus the mean squared error."""
 
     problem_types = frozenset({REGRESSION})
-
-    def per_row(self, logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-        return row_quality(logits, labels, problem_type)
-
-    def title(self, problem_type: str) -> str:
-        return quality_name(problem_type)
 
 
 @METRICS.register("mae")

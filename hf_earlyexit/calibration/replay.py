@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
-from ..policies.base import ExitPolicy
+from ..policies.base import ExitPolicy, Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace
 from .by_class import ClassReport, class_reports
@@ -88,12 +89,17 @@ def replay(policy: ExitPolicy, trace: ExitTrace, metric: str | Metric | None = N
             "expected the exits of one model, and rows.",
             field="trace",
         )
-    metric = find_metric(metric, trace.problem_type)
-    scores, answers = policy.scan(trace)
+    metric, scan = find_metric(metric, trace.problem_type), policy.scan(trace)
+    return replay_scanned(policy, trace, scan, row_quality(scan.answers, trace.labels, trace.problem_type), metric)
+
+
+def replay_scanned(policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_quality: Tensor, metric: Metric) -> Replay:
+    """`replay`, with what the policy makes of the rows and the quality of its answers at each exit `[N, E]`."""
+    scores, answers = scan
     taken = policy.decide(scores).numpy()
     given = answers[torch.arange(trace.num_rows), torch.from_numpy(taken)]
     compared = metric.compare(given, trace.logits[:, -1], trace.labels, trace.problem_type)
-    quality = row_quality(answers, trace.labels, trace.problem_type).numpy()
+    quality = exit_quality.numpy()
     full = row_quality(trace.logits[:, -1], trace.labels, trace.problem_type).numpy()
     layers = np.asarray(trace.exit_layers)[taken]
     return Replay(

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy, Scan
+from ..problem_types import row_quality
 from ..trace import ExitTrace, dead_exits
 from ..values import unexpected
-from .quality import Metric
-from .search import Array, Curve, exits_taken, means_along, per_exit_curve, single_threshold_curve, standard_error
+from .exit_by_exit import per_exit_curve
+from .quality import Metric, RowQuality
+from .search import Array, Curve, exits_taken, means_along, single_threshold_curve, standard_error
 from .targets import Target
 
 CURVE_POINTS = 400
@@ -44,7 +46,7 @@ class Setting:
     Attributes:
         policy: with thresholds.
         rows: that chose them; num_learning_rows: others, that taught the policy its own numbers.
-        scores: of every exit on the rows `[N, E]`.
+        scan: what the policy makes of the rows; quality: of its answer at each exit `[N, E]`, whatever the metric.
         curve: of all settings that were looked at.
         weak: exits (0-based) that were muted.
     """
@@ -52,7 +54,8 @@ class Setting:
     policy: ExitPolicy
     rows: ExitTrace
     num_learning_rows: int
-    scores: Tensor
+    scan: Scan
+    quality: Tensor
     curve: Curve
     weak: tuple[int, ...]
 
@@ -85,6 +88,11 @@ class Pool:
             self._policy, self._scan, self._quality = bare, bare.scan(self.trace), None
         return self._scan
 
+    def row_quality(self, policy: ExitPolicy) -> Tensor:
+        """Quality of the policy's answer at each exit `[N, E]`, whatever the metric."""
+        answers, trace = self.scan(policy).answers, self.trace
+        return self.full_quality if answers is trace.logits else row_quality(answers, trace.labels, trace.problem_type)
+
     def quality(self, policy: ExitPolicy, places: Tensor) -> Array:
         """What the policy's answer at each exit is worth on some of the rows `[n, E]`."""
         answers, labels, problem_type = self.scan(policy).answers, self.trace.labels, self.trace.problem_type
@@ -92,7 +100,8 @@ class Pool:
             part: Array = self.metric.per_row(answers[places], labels[places], problem_type).numpy()
             return part
         if self._quality is None:
-            self._quality = self.metric.per_row(answers, labels, problem_type)
+            plain = type(self.metric).per_row is RowQuality.per_row
+            self._quality = self.row_quality(policy) if plain else self.metric.per_row(answers, labels, problem_type)
         quality: Array = self._quality[places].numpy()
         return quality
 
@@ -126,11 +135,17 @@ def choose_setting(recipe: Recipe, pool: Pool) -> Setting:
     """Follow a recipe on all rows of a trace."""
     trace = pool.trace
     policy, places, curve, weak = choose(recipe, pool, torch.arange(trace.num_rows))
+    rows, scan = trace, pool.scan(policy)
+    if len(places) < trace.num_rows:
+        rows = trace.select(places)
+        answers = rows.logits if scan.answers is trace.logits else scan.answers[places]
+        scan = Scan(scan.scores[places], answers)
     return Setting(
         policy=policy,
-        rows=trace if len(places) == trace.num_rows else trace.select(places),
+        rows=rows,
         num_learning_rows=trace.num_rows - len(places),
-        scores=pool.scan(policy).scores[places],
+        scan=scan,
+        quality=pool.row_quality(policy)[places],
         curve=curve,
         weak=weak,
     )

@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import CalibrationError
 from ..registry import Registry
 from ..values import is_real, shown
-from .search import Array, Curve, LeaverRule
+from .exit_by_exit import LeaverRule
+from .search import Array, Curve
 
 TARGETS: Registry[type[Target]] = Registry("target")
 LONGEST = 100_000  # characters; two constants for each of 1,024 exits take half of it

@@ -19,6 +19,7 @@ from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
 from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, plain, shown
+from .scanning import Scan, scan
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
 
@@ -30,13 +31,6 @@ class ExitStep(NamedTuple):
     score: Tensor
     answer: Tensor
     leave: Tensor
-
-
-class Scan(NamedTuple):
-    """A policy folded over a trace: scores `[N, E]` (float32, -inf at muted exits) and answers `[N, E, C]`."""
-
-    scores: Tensor
-    answers: Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,20 +169,7 @@ class ExitPolicy(ABC):
         Returns:
             Scores `[N, E]` and answers `[N, E, C]`.
         """
-        scores, answers, state = [], [], None
-        for exit_index in range(trace.num_exits):
-            signal = trace.signal(exit_index)
-            if exit_index in self.muted:
-                scores.append(torch.full(signal.logits.shape[:1], -math.inf))
-                answers.append(signal.logits)
-                continue
-            if state is None:
-                rows, classes = signal.logits.shape
-                state = self.init_state(rows, classes, signal.logits.device)
-            state, score, answer = self.update(state, signal, exit_index)
-            scores.append(score)
-            answers.append(answer)
-        return Scan(torch.stack(scores, 1), torch.stack(answers, 1))
+        return scan(self, trace)
 
     def decide(self, scores: Tensor) -> Tensor:
         """Exit index of each row, `[N]`, from scores `[N, E]`."""

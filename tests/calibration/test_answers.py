@@ -10,7 +10,7 @@ from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 
 from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate, replay
-from hf_earlyexit.policies import POLICIES, ExitPolicy
+from hf_earlyexit.policies import POLICIES, ExitPolicy, scanning
 from tests.samples import learned_trace
 
 
@@ -45,6 +45,17 @@ def means(trace):
     """The mean answers `[N, E, C]`, and whether they are right `[N, E]`."""
     answers = trace.logits.cumsum(1) / torch.arange(1, 5)[:, None]
     return answers, (answers.argmax(-1) == trace.labels[:, None]).double().numpy()
+
+
+def test_rows_are_answered_alike_however_many_are_scanned_at_a_time(policy, monkeypatch):
+    trace, muting = learned_trace(50), AveragingPolicy(thresholds=(None,) * 3, muted=(1,))
+    whole = [one.scan(trace) for one in (policy, muting)]
+    assert torch.allclose(whole[0].answers, means(trace)[0])
+    assert torch.equal(whole[1].answers[:, 1], trace.logits[:, 1])
+    assert not torch.equal(whole[1].answers[:, 2], trace.logits[:, 2])
+    monkeypatch.setattr(scanning, "SCANNED", 7)
+    for one, before in zip((policy, muting), whole, strict=True):
+        assert all(map(torch.equal, one.scan(trace), before))
 
 
 @pytest.mark.parametrize("per_exit", [True, False])

@@ -5,13 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_earlyexit.calibration.exit_by_exit import LeaverRule, per_exit_curve
 from hf_earlyexit.calibration.search import (
-    LeaverRule,
     candidates,
     cut_between,
     exits_taken,
-    per_exit_curve,
-    per_exit_thresholds,
     single_threshold_curve,
     sweep,
 )
@@ -149,78 +147,6 @@ def test_candidates_of_counts_stay_whole():
 def test_a_cut_is_above_the_lower_and_at_most_the_upper(lower, upper):
     assert lower < cut_between(lower, upper) <= upper
     assert cut_between(0.25, 0.75) == 0.5
-
-
-def naive_per_exit(scores, errors, allowed, min_leavers, lowest):
-    """For each exit in order, the lowest observed score at which its leavers satisfy `allowed`, or nan."""
-    staying, chosen = list(range(len(scores))), []
-    for index in range(scores.shape[1] - 1):
-        best = np.nan
-        for threshold in sorted({scores[row, index] for row in staying if scores[row, index] >= lowest}):
-            leavers = [row for row in staying if scores[row, index] >= threshold]
-            if len(leavers) >= min_leavers and allowed(errors[leavers, index], errors[leavers, -1], index):
-                best = threshold
-                break
-        chosen.append(best)
-        staying = [row for row in staying if not scores[row, index] >= best]
-    return np.array(chosen)
-
-
-@given(
-    seed=SEEDS,
-    **SIZES,
-    ties=st.booleans(),
-    counts=st.booleans(),
-    muted=st.sets(st.integers(0, 4)),
-    slack=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
-    sigmas=st.sampled_from([0.0, 0.5, 2.0]),
-    least=st.integers(1, 5),
-    paired=st.booleans(),
-)
-def test_thresholds_per_exit_take_the_rows_of_the_slow_reference(
-    seed, rows, exits, ties, counts, muted, slack, sigmas, least, paired
-):
-    scores, quality, _ = case(seed, rows, exits, counts, ties, muted)
-    errors, lowest = 1 - quality, 1.0 if counts else 0.0
-    bound = np.random.default_rng(seed + 1).random(exits - 1)
-
-    def allowed(mine, last, index):
-        if paired:
-            excess = mine - last
-            return excess.sum() + sigmas * np.sqrt((excess**2).sum()) <= slack * len(mine) + 1e-9
-        rate = mine.mean()
-        return rate + sigmas * np.sqrt(rate * (1 - rate) / len(mine)) < bound[index] + slack
-
-    rule = LeaverRule(None if paired else bound, slack=slack, sigmas=sigmas, min_leavers=least)
-    found = per_exit_thresholds(scores, errors, rule, lowest, counts)
-    wanted = naive_per_exit(scores, errors, allowed, least, lowest)
-    assert np.isnan(found).tolist() == np.isnan(wanted).tolist()
-    assert exits_taken(scores, found).tolist() == exits_taken(scores, wanted).tolist()
-    if counts:
-        assert np.array_equal(found, wanted, equal_nan=True)
-
-
-def test_the_reserve_of_the_paired_rule_by_hand():
-    # one row worse than the last exit, then rows better: sums 1 0 -1 -2 -3, one standard error 1 1.4 1.7 2 2.2
-    excess = np.array([1.0, -1.0, -1.0, -1.0, -1.0])
-    assert LeaverRule(None).holds(excess, 0).tolist() == [False, True, True, True, True]
-    assert LeaverRule(None, sigmas=1.0).holds(excess, 0).tolist() == [False, False, False, True, True]
-
-
-def test_an_exit_whose_error_is_not_monotone_takes_all_it_may():
-    # errors in order of leaving 1 0 0 0: rates 1, 1/2, 1/3, 1/4; only all four together are below .3
-    scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.7, 0.0], [0.6, 0.0]])
-    errors = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    found = per_exit_thresholds(scores, errors, LeaverRule(np.array([0.3])), 0.0, False)
-    assert found == pytest.approx([0.6])
-
-
-def test_equal_scores_leave_together_or_not_at_all():
-    # two rows share the score .8 and one of them errs: 1/2 is above the bound, so nobody leaves at .8
-    scores = np.array([[0.9, 0.0], [0.8, 0.0], [0.8, 0.0]])
-    errors = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-    found = per_exit_thresholds(scores, errors, LeaverRule(np.array([0.2])), 0.0, False)
-    assert 0.8 < found[0] <= 0.9
 
 
 def loop(scores, cost, quality, thresholds):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_earlyexit.errors import PolicyError
-from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy
+from hf_earlyexit.policies import POLICIES, BeemPolicy, ConfidencePolicy, ExitPolicy, scanning
 from hf_earlyexit.policies.reward import NUM_WEIGHTS
 from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
 from hf_earlyexit.walking.laws import LAWS, check_exit_policy
@@ -192,10 +192,13 @@ def _own_numbers(name, problem_type):
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGURATIONS))
-def test_the_answer_is_that_of_the_exit_itself(name):
+def test_the_answer_is_that_of_the_exit_itself(name, monkeypatch):
     policy = POLICIES.get(name).from_trace(learned_trace(), **_own_numbers(name, None))
     trace = learned_trace(seed=1)
-    assert torch.equal(policy.scan(trace).answers, trace.logits)
+    whole = policy.scan(trace)
+    assert whole.answers is trace.logits  # not a copy of it
+    monkeypatch.setattr(scanning, "SCANNED", 7)
+    assert torch.equal(policy.scan(trace).scores, whole.scores)
 
 
 # --- policies that cannot work -------------------------------------------------------------------------------------

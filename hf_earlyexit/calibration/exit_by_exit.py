@@ -1,0 +1,250 @@
+"""Thresholds chosen exit by exit, for a series of rules: each rule looks at no more than what it changes about the last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .search import Array, Curve, cut_between, standard_error
+
+Rows = NDArray[np.int64]
+NOBODY: Rows = np.empty(0, dtype=np.int64)
+BLOCK = 256  # rows whose sums are kept together
+
+
+class LeaverRule(NamedTuple):
+    """When a set of rows may leave at an exit, by their errors there.
+
+    Attributes:
+        bound: `[E - 1]`: the largest error rate allowed to the leavers; `None` to compare with the last exit's errors on
+            the same rows.
+        slack: errors per row allowed on top; 0 or more.
+        sigmas: standard errors of the difference that must be to spare; 0 or more.
+        min_leavers: fewest rows that count as evidence.
+    """
+
+    bound: Array | None
+    slack: float = 0.0
+    sigmas: float = 0.0
+    min_leavers: int = 1
+
+    def holds(self, count: Array, total: Array, squares: Array, exit_index: int) -> NDArray[np.bool_]:
+        """Whether sets of rows may leave; more likely for more rows, a smaller total, and without a bound smaller squares.
+
+        Args:
+            count: rows of each set `[n]`.
+            total, squares: sum of their errors and of the squares `[n]`; without a bound, of what they err beyond the last
+                exit.
+            exit_index: 0-based.
+        """
+        if self.bound is None:
+            spare = self.sigmas * np.sqrt(squares) if self.sigmas else 0.0
+            fine = total + spare <= self.slack * count + 1e-9
+        else:
+            rate = total / np.maximum(count, 1)
+            spare = self.sigmas * np.sqrt(rate * (1 - rate).clip(0) / np.maximum(count, 1)) if self.sigmas else 0.0
+            fine = rate + spare < self.bound[exit_index] + self.slack
+        return np.asarray(fine & (count >= max(self.min_leavers, 1)), dtype=np.bool_)
+
+
+class Leavers(NamedTuple):
+    """Whom an exit lets go.
+
+    Attributes:
+        place: of the last of them in the exit's order; -1 for nobody.
+        last, next: score of the last one, and of the first that stays, -inf where none does.
+        sums: how many there are, and the sums of their errors and squares `[3]`.
+    """
+
+    place: int
+    last: float
+    next: float
+    sums: Array
+
+
+NOBODY_LEAVES = Leavers(-1, math.nan, math.nan, np.zeros(3))
+
+
+class _Exit:
+    """The rows in the order in which they would leave at one exit, and sums over those that have reached it, by blocks.
+
+    Args:
+        score: `[N]`.
+        errors: that rules judge `[N]`, as `summable` makes them.
+        lowest: the smallest threshold the policy allows.
+    """
+
+    def __init__(self, score: Array, errors: Array, lowest: float) -> None:
+        self.order = np.argsort(-score)
+        self.score = score[self.order]
+        self.rank = np.empty_like(self.order)
+        self.rank[self.order] = np.arange(len(score))
+        self.may_end = np.append(self.score[1:] < self.score[:-1], True)[: len(score)]  # equal scores leave together
+        self.may_end &= (self.score >= lowest) & (self.score > -np.inf)
+        errors = errors[self.order]
+        self.values = np.stack([np.ones(len(score)), errors, summable(errors * errors)])
+        starts = np.arange(0, len(score), BLOCK)
+        self.sums = np.add.reduceat(self.values, starts, axis=1)  # [3, blocks]
+        self.gains = np.add.reduceat(np.minimum(errors, 0), starts)  # sums of errors below 0 [blocks]
+
+    def change(self, come: Rows, gone: Rows) -> tuple[Rows, Rows]:
+        """Count some rows as having reached the exit, and others no longer; gives their places in the order."""
+        places = self.rank[np.concatenate([come, gone])]
+        if len(places):
+            blocks, signs, count = places // BLOCK, np.ones(len(places)), len(self.gains)
+            signs[len(come) :] = -1
+            self.sums[0] += np.bincount(blocks, signs, count)
+            errors = self.values[1][places]
+            some = np.flatnonzero(errors)  # most rows err neither more nor less than at the last exit
+            blocks, signs, errors = blocks[some], signs[some], errors[some]
+            self.sums[1] += np.bincount(blocks, signs * errors, count)
+            self.sums[2] += np.bincount(blocks, signs * self.values[2][places[some]], count)
+            self.gains += np.bincount(blocks, signs * np.minimum(errors, 0), count)
+        return places[: len(come)], places[len(come) :]
+
+    def leavers(self, rule: LeaverRule, left: NDArray[np.int16], index: int) -> Leavers:
+        """As many rows, from the front of the order, as a rule allows.
+
+        Args:
+            rule: what the leavers must keep.
+            left: where each row leaves `[N]`; those that left before this exit are not here.
+            index: of the exit.
+        """
+        ends = np.cumsum(self.sums, axis=1)
+        starts = ends - self.sums
+        at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
+        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index)
+        for block in np.flatnonzero(possible)[::-1].tolist():
+            part = slice(block * BLOCK, (block + 1) * BLOCK)
+            here = left[self.order[part]] >= index
+            sums = starts[:, block, None] + np.cumsum(self.values[:, part] * here, axis=1)
+            fine = rule.holds(*sums, index) & self.may_end[part]
+            if fine.any():
+                place = len(fine) - 1 - int(fine[::-1].argmax())
+                number = int(sums[0, place])
+                last, following = (self._score_of(one, ends[0], left, index) for one in (number, number + 1))
+                return Leavers(part.start + place, last, following, sums[:, place])
+        return NOBODY_LEAVES
+
+    def _score_of(self, number: int, ends: Array, left: NDArray[np.int16], index: int) -> float:
+        """Score of the row that comes at a place, from 1, among those that have reached the exit; -inf beyond the last."""
+        block = int(ends.searchsorted(number))
+        if block == len(ends):
+            return -math.inf
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        here = (left[self.order[part]] >= index).nonzero()[0]
+        return float(self.score[part.start + here[number - int(ends[block]) - 1]])
+
+
+class ExitByExit:
+    """Where rows leave under one rule after the other.
+
+    Args:
+        scores: `[N, E]`.
+        errors: that rules judge `[N, E - 1]`.
+        lowest, counts: see `search.candidates`.
+
+    Attributes:
+        left: exit index of each row under the last rule `[N]`.
+        sums: of the leavers of each exit but the last: see `Leavers` `[E - 1, 3]`.
+    """
+
+    def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
+        self.lowest, self.counts, self.last = lowest, counts, scores.shape[1] - 1
+        errors = summable(errors)
+        self.exits = [_Exit(scores[:, index], errors[:, index], lowest) for index in range(self.last)]
+        self.cuts = [-1] * self.last  # how far each exit's order leaves
+        self.left = np.full(len(scores), self.last, dtype=np.int16)
+        self.sums = np.zeros((self.last, 3))
+
+    def thresholds(self, rule: LeaverRule) -> Array:
+        """One threshold per exit, in order: each exit takes as many of the rows that reached it as the rule allows.
+
+        Returns:
+            Thresholds `[E - 1]`, nan for exits that cannot satisfy the rule.
+        """
+        thresholds, left = np.full(self.last, np.nan), self.left
+        come = gone = NOBODY  # who reaches the exit under this rule alone, and who did under the rule before alone
+        for index, here in enumerate(self.exits):
+            come_at, gone_at = here.change(come, gone)
+            leavers = here.leavers(rule, left, index)
+            cut, before = leavers.place, self.cuts[index]
+            self.cuts[index], self.sums[index] = cut, leavers.sums
+            if cut >= 0:
+                halfway = not self.counts and leavers.next > -math.inf
+                between = cut_between(np.array(leavers.next), np.array(leavers.last)) if halfway else leavers.last
+                thresholds[index] = max(float(between), self.lowest)
+            left[come[come_at <= cut]] = index
+            back = here.order[cut + 1 : before + 1]
+            back = back[left[back] >= index]
+            left[back] = self.last
+            out = here.order[before + 1 : cut + 1]
+            out = out[left[out] > index]
+            left[out] = index
+            come = np.concatenate([back, come[come_at > max(cut, before)]])
+            gone = np.concatenate([out, gone[gone_at > before]])
+        return thresholds
+
+
+def summable(values: Array) -> Array:
+    """Values rounded so little that it does not matter, so that any sum of them is exact in whatever order it is taken.
+
+    Whole numbers stay as they are, as long as their sums are below 2**52.
+    """
+    most = float(np.abs(values).max(initial=0.0)) * len(values)
+    if most == 0:
+        return values
+    step = 2.0 ** (math.ceil(math.log2(most)) - 52)
+    rounded: Array = np.rint(values / step) * step
+    return rounded
+
+
+def thresholds_by_rule(
+    scores: Array, errors: Array, rules: Sequence[LeaverRule], lowest: float, counts: bool
+) -> Iterator[tuple[Array, ExitByExit]]:
+    """Thresholds `[E - 1]` of each rule, nan for closed exits, and where rows leave under them.
+
+    Args:
+        scores: `[N, E]`.
+        errors: `[N, E]`: error of each exit's answer, one minus its quality.
+        rules: in an order in which neighbours are much alike.
+        lowest, counts: see `search.candidates`.
+    """
+    series: dict[bool, ExitByExit] = {}
+    for rule in rules:
+        paired = rule.bound is None
+        if paired not in series:
+            judged = errors[:, :-1] - errors[:, -1:] if paired else errors[:, :-1]
+            series[paired] = ExitByExit(scores, judged, lowest, counts)
+        yield series[paired].thresholds(rule), series[paired]
+
+
+def per_exit_curve(
+    scores: Array, quality: Array, cost: Array, rules: Sequence[LeaverRule], lowest: float, counts: bool
+) -> Curve:
+    """The curve of threshold vectors that a series of ever laxer rules gives.
+
+    Args:
+        scores: `[N, E]`; a column of -inf is an exit that stays closed.
+        quality: `[N, E]`: quality of each exit's answer.
+        cost: `[E]`: cost of leaving there.
+        rules: from strict to lax.
+        lowest, counts: see `search.candidates`.
+    """
+    count, full = len(scores), quality[:, -1]
+    vectors, figures = [np.full(scores.shape[1] - 1, np.nan)], [(cost[-1], 0.0, 0.0)]
+    for rule, (vector, leaving) in zip(rules, thresholds_by_rule(scores, 1 - quality, rules, lowest, counts), strict=True):
+        leavers, errors, squares = leaving.sums.T
+        mean_cost = (leavers @ cost[:-1] + (count - leavers.sum()) * cost[-1]) / count
+        if rule.bound is None:
+            figures.append((mean_cost, -errors.sum() / count, squares.sum() / count))
+        else:  # its errors are not against the last exit's
+            gains = quality[np.arange(count), leaving.left] - full
+            figures.append((mean_cost, gains.mean(), (gains * gains).mean()))
+        vectors.append(vector)
+    costs, gains, squares = np.array(figures).T
+    return Curve(np.stack(vectors), costs, gains + full.mean(), standard_error(gains, squares, count))

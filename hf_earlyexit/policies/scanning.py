@@ -1,0 +1,48 @@
+"""A policy folded over the exits of a trace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..signals import ExitSignal, SignalSource
+
+SCANNED = 4096  # rows at a time, so that what is made of them stays small
+
+
+class Scan(NamedTuple):
+    """A policy folded over a trace: scores `[N, E]` (float32, -inf at muted exits) and answers `[N, E, C]`."""
+
+    scores: Tensor
+    answers: Tensor
+
+
+def scan(policy: Any, trace: SignalSource) -> Scan:
+    """See `ExitPolicy.scan`; answers are the trace's own logits, not copied, where the policy gives no others."""
+    signals = [trace.signal(exit_index) for exit_index in range(trace.num_exits)]
+    scores: list[list[Tensor]] = [[] for _ in signals]
+    answers: Tensor | None = None
+    for first in range(0, max(len(signals[0].logits), 1), SCANNED):
+        part, state = slice(first, first + SCANNED), None
+        for exit_index, signal in enumerate(signals):
+            here = ExitSignal(signal.logits[part], {name: values[part] for name, values in signal.scalars.items()})
+            if exit_index in policy.muted:
+                scores[exit_index].append(torch.full(here.logits.shape[:1], -math.inf))
+                continue
+            if state is None:
+                state = policy.init_state(*here.logits.shape, here.logits.device)
+            state, score, answer = policy.update(state, here, exit_index)
+            scores[exit_index].append(score)
+            if answer is not here.logits:
+                if answers is None:
+                    logits = torch.stack([signal.logits for signal in signals], 1)
+                    answers = logits.to(torch.promote_types(logits.dtype, answer.dtype))
+                answers[part, exit_index] = answer
+    if answers is None:
+        answers = getattr(trace, "logits", None)
+    if answers is None:
+        answers = torch.stack([signal.logits for signal in signals], 1)
+    return Scan(torch.stack([torch.cat(parts) for parts in scores], 1), answers)
