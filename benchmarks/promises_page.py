@@ -278,15 +278,17 @@ def _shadow(cells: list[dict[str, Any]]) -> str:
     rows = [
         (
             f"{cell['layer_speed_up']:.2f}",
-            cell["rows"],
+            f"{cell['counted_rows']:,}",
             f"{100 * cell['shadowed']:.2f} %",
             f"{100 * cell['more_layers']:+.2f} %",
+            f"{cell['rows']:,}",
             f"{100 * cell['cost']:+.1f} %",
             f"{100 * cell['middle_half'][0]:+.1f} to {100 * cell['middle_half'][1]:+.1f} %",
         )
         for cell in cells
     ]
-    head = ("layer speed-up", "rows", "shadowed", "more layers", "more CPU time, median", "middle half")
+    head = ("layer speed-up", "rows counted", "of them shadowed", "more layers", "rows timed", "more CPU time, median",
+            "middle half")  # fmt: skip
     return f"""## The monitor: what it costs
 
 `predict` with a monitor (shadow 0.01) and without, in turns, one thread, the real small encoder; CPU time of the process.
@@ -298,17 +300,32 @@ Others were at work on the machine: where the middle half of the rounds is wide,
 
 
 def _sizes(sizes: dict[str, Any]) -> str:
-    walk = sizes["walk"]
-    rows = [
-        (cell["kind"], f"{cell['rows']:,} x {cell['exits']} x {cell['classes']}", f"{cell['seconds']:.1f}",
-         f"{cell['before']:.2f}", f"{cell['peak']:.2f}")
-        for cell in sizes["whole"]
-    ]  # fmt: skip
-    head = ("what", "rows x exits x classes", "seconds", "GiB before", "GiB at most")
+    walk, rows = sizes["walk"], []
+    for cell in sizes["whole"]:
+        parts = [(cell["kind"], cell["seconds"], cell["peak"])]
+        if cell["kind"] == "collect":
+            parts = [("`collect_trace`", cell["collect_seconds"], cell["collect_peak"]), ("then `calibrate`", *parts[0][1:])]
+        for kind, seconds, peak in parts:
+            taken = peak - cell["before"]
+            size = f"{cell['rows']:,} x {cell['exits']} x {cell['classes']}"
+            rows.append((kind, "" if kind == "`collect_trace`" else cell["policy"], size, f"{seconds:.1f}",
+                         f"{cell['trace'] / 2**30:.2f}", f"{taken / cell['trace']:.2f}", f"{peak / 2**30:.2f}"))  # fmt: skip
+    head = (
+        "what",
+        "policy",
+        "rows x exits x classes",
+        "CPU seconds",
+        "trace, GiB",
+        "most memory, x the trace",
+        "process, GiB",
+    )
     return f"""## Size
 
 Walking along {walk["settings"]} settings x {walk["rows"]:,} rows x {walk["exits"]} exits, none of which fails, takes
-{walk["harm"]:.1f} s of CPU time for `harm` and {walk["drop"]:.1f} s for `drop`, on one thread of a busy machine. Calls of
-`calibrate` (`MaxDrop(0.01)`, five folds; `Certified(0.01, 0.9)`), wall-clock seconds on the same machine:
+{walk["harm"]:.2f} s of CPU time for `harm` and {walk["drop"]:.2f} s for `drop`. Below, `collect_trace` runs a tiny model on
+rows of 4 tokens, so its seconds are those of the host; `calibrate` chooses by `MaxDrop(0.01)` with five folds,
+*one threshold* or *per exit*, or by `Certified(0.01, 0.9)`. Each line is the most of a process of its own, one thread of a
+busy machine: *most memory* is its peak without what was there before the trace, *process* the whole of it. The rows that
+certify are a copy apart from those that make the path, so that certifying holds the trace twice.
 
 {_table(head, rows)}"""
