@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
@@ -17,7 +17,7 @@ from .errors import CheckpointError, DataError
 from .files import read_tensors, write_tensors
 from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 from .signals import SIGNALS, ExitSignal
-from .values import MOST_LAYERS, are_layers, is_real
+from .values import MOST_LAYERS, are_layers, is_real, plain, shown
 
 FORMAT = "hf_earlyexit.trace/1"
 SCALAR = "scalars."  # before the names of signals in a file
@@ -57,13 +57,17 @@ class ExitTrace:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        layers = plain(self.exit_layers)
+        object.__setattr__(self, "exit_layers", tuple(layers) if isinstance(layers, Iterable) else layers)
+        _check_plain(self)
+        for name, values in {"logits": self.logits, "labels": self.labels, **self.scalars}.items():
+            if not isinstance(values, Tensor):
+                raise DataError(f"{name} is {shown(values)}; expected a tensor.", field=name)
         if self.logits.ndim != 3 or self.logits.shape[1] != len(self.exit_layers):
             raise DataError(
                 f"logits has shape {list(self.logits.shape)}; expected [rows, {len(self.exit_layers)} exits, classes].",
                 field="logits",
             )
-        _check_plain(self)
         object.__setattr__(self, "scalars", dict(self.scalars))
         for name, values in self.scalars.items():
             exits = self.num_exits - (not SIGNALS.get(name).at_last)

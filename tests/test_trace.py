@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -45,13 +46,17 @@ def test_shapes_that_do_not_fit_each_other_are_refused(field, value):
         ("exit_layers", (0, 4, 6)),
         ("cost", (1.0, 2.0)),
         ("cost", (1.0, float("nan"), 3.0)),
+        ("exit_layers", 6),
+        ("logits", np.zeros((5, 3, 2))),
+        ("labels", [0] * 5),
+        ("scalars", {"gate": [[0.0] * 2] * 5}),
         ("problem_type", "clasification"),
     ],
 )
 def test_fields_that_cannot_be_true_are_refused_by_name(field, value):
     with pytest.raises(DataError) as caught:
         trace(**{field: value})
-    assert caught.value.field == field
+    assert caught.value.field == ("gate" if field == "scalars" else field)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
+from ..values import is_real, shown
 from .along import LossesAlong
 from .evidence import fallback, fixed_sequence, holm, least_rows
 from .promise import GroupEvidence, Promise
@@ -65,14 +66,18 @@ class Certified(Target):
     named_by_words: ClassVar[frozenset[str]] = frozenset({"risk", "procedure", "by"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field, value, low, high in (("drop", self.drop, 0.0, 1.0), ("confidence", self.confidence, 0.5, 1.0)):
-            real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not real or not low <= value < high or value == 0:
+            if not is_real(value, low, high) or value in (0, high):
                 reach = f"from {low:g} up to, not including, {high:g}" if low else "between 0 and 1, both excluded"
                 raise CalibrationError(f"{field} is {value!r}; expected a number {reach}.", field=field, value=value)
         for field, word, known in (("risk", self.risk, RISKS), ("procedure", self.procedure, PROCEDURES)):
             if word not in known:
                 raise CalibrationError(f"{field} is {word!r}; expected one of {', '.join(known)}.", field=field, value=word)
+        if self.bound is not None and (not is_real(self.bound, 0) or self.bound == 0):
+            raise CalibrationError(
+                f"bound is {shown(self.bound)}; expected a finite number above 0.", field="bound", value=self.bound
+            )
         if self.by not in (None, "label", "group"):
             raise CalibrationError(f"by is {self.by!r}; expected None, 'label' or 'group'.", field="by", value=self.by)
 
@@ -101,6 +106,10 @@ def certify_setting(
     if groups is not None and np.shape(groups) != (trace.num_rows,):
         raise CalibrationError(
             f"groups has shape {np.shape(groups)}; expected one number for each of {trace.num_rows} rows.", field="groups"
+        )
+    if groups is not None and np.asarray(groups).dtype.kind not in "biuUS":
+        raise CalibrationError(
+            f"groups are {np.asarray(groups).dtype}; expected a whole number or a name for each row's slice.", field="groups"
         )
     path_places, places = split_places(trace.num_rows, recipe.learning_share, recipe.seed)
     path_pool, pool = (Pool(trace.select(part), recipe.metric) for part in (path_places, places))

@@ -122,7 +122,7 @@ class _Exit:
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             here = left[self.order[part]] >= index
             sums = starts[:, block, None] + np.cumsum(self.values[:, part] * here, axis=1)
-            fine = rule.holds(*sums, index) & self.may_end[part]
+            fine = rule.holds(sums[0], sums[1], sums[2], index) & self.may_end[part]
             if fine.any():
                 place = len(fine) - 1 - int(fine[::-1].argmax())
                 number = int(sums[0, place])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
-from ..policies.base import ExitPolicy, Scan
+from ..policies.base import ExitPolicy
+from ..policies.scanning import Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace
 from .by_class import ClassReport, class_reports

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
-from ..policies.base import POLICIES, ExitPolicy, Scan
+from ..policies.base import POLICIES, ExitPolicy
+from ..policies.scanning import Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace, dead_exits
 from ..values import unexpected

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..registry import Registry
-from ..values import is_real, shown
+from ..values import is_real, plain, shown
 from .exit_by_exit import LeaverRule
 from .search import Array, Curve
 
@@ -28,6 +28,10 @@ class Target(ABC):
     per_exit: ClassVar[bool] = False  # whether thresholds are chosen exit by exit unless the caller says otherwise
     example: ClassVar[str] = ""  # its fields in words, for errors
     named_by_words: ClassVar[frozenset[str]] = frozenset()  # fields that hold a word, not a number
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # numbers of NumPy or torch would not be read back from a printed target
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     @property
     def serves_single_threshold(self) -> bool:
@@ -85,6 +89,7 @@ class MaxDrop(Target):
     sigmas: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require("drop", self.drop, 0.0)
         _require("sigmas", self.sigmas, 0.0)
 
@@ -111,6 +116,7 @@ class SpeedUp(Target):
     ratio: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require("ratio", self.ratio, 1.0)
 
     def pick(self, curve: Curve) -> int:
@@ -131,6 +137,7 @@ class LayerBudget(Target):
     layers: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require("layers", self.layers, 1e-9)
 
     def pick(self, curve: Curve) -> int:
@@ -164,6 +171,7 @@ class FinalLayerError(Target):
     example: ClassVar[str] = "sigmas=1"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require("sigmas", self.sigmas, 0.0)
         if self.paired and (self.a is not None or self.b is not None):
             raise CalibrationError(
@@ -278,8 +286,7 @@ def _parse_printed(cls: type[Target], text: str) -> Target:
 
 
 def _require(field: str, value: float, lowest: float) -> None:
-    plain = value.item() if isinstance(value, np.number) else value
-    if not is_real(plain, lowest):
+    if not is_real(value, lowest):
         raise CalibrationError(
             f"{field} is {shown(value)}; expected a number of at least {lowest:g}.", field=field, value=value
         )

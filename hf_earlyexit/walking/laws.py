@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PolicyError
-from ..policies.base import ExitPolicy, Scan
+from ..policies.base import ExitPolicy
+from ..policies.scanning import Scan
 from ..problem_types import REGRESSION
 from ..signals import SIGNALS, ExitSignal, known_signals
 from .loop import run_early

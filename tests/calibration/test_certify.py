@@ -307,6 +307,8 @@ def test_slices_follow_their_rows_through_the_split():
     assert [group.num_rows for group in result.promise.groups] == np.bincount(groups[order.numpy()]).tolist()
     with pytest.raises(CalibrationError, match="groups has shape"):
         calibrate(trace, "confidence", Certified(0.1, by="group"), groups=groups[:10])
+    with pytest.raises(CalibrationError, match="groups are float64; expected a whole number or a name"):
+        calibrate(trace, "confidence", Certified(0.1, by="group"), groups=np.where(groups == 1, np.nan, groups))
     with pytest.raises(CalibrationError, match="by is 'group'"):
         calibrate(trace, "confidence", Certified(0.1, by="group"))
 
@@ -356,6 +358,14 @@ def test_rows_that_taught_a_policy_do_not_certify_it():
             trace.select([*range(1000, 3000), 7]), policy, Certified(0.05), learned_from=teaching, keep_weak_exits=True
         )
     assert (caught.value.field, caught.value.value) == ("learned_from", 2000)
+    rounded = dataclasses.replace(teaching, logits=teaching.logits.half())
+    with pytest.raises(CalibrationError, match=r"1000 of 3000 rows"):
+        calibrate(trace, policy, Certified(0.05), learned_from=rounded, keep_weak_exits=True)
+    named = dataclasses.replace(trace, fingerprint="a")
+    for field, value in {"exit_layers": (1, 2, 3, 5), "fingerprint": "b"}.items():
+        other_model = dataclasses.replace(teaching, **{field: value})
+        with pytest.raises(CalibrationError, match=f"learned_from has {field}"):
+            calibrate(named, policy, Certified(0.05), learned_from=other_model)
     result = calibrate(others, policy, Certified(0.05), learned_from=teaching, keep_weak_exits=True)
     assert result.policy.may_leave
     assert not any("learned elsewhere" in note for note in result.notes)
@@ -419,6 +429,9 @@ def test_f1_cannot_be_certified():
         ({"risk": "harms"}, "risk"),
         ({"procedure": "ltt"}, "procedure"),
         ({"by": "class"}, "by"),
+        ({"bound": 0}, "bound"),
+        ({"bound": math.inf}, "bound"),  # every loss would be none
+        ({"bound": math.nan}, "bound"),
     ],
 )
 def test_impossible_promises_are_refused(fields, field):
@@ -434,6 +447,8 @@ def test_words_and_print():
     with pytest.raises(CalibrationError, match=r"write it like `certified:0.01@0.95:risk=harm`"):
         parse_target("certified:0.02:risk=harms")
     assert parse_target(str(Certified(0.02, by="label"))) == Certified(0.02, by="label")
+    for number in (np.float64(0.25), np.float32(0.25), torch.tensor(0.25)):
+        assert parse_target(str(Certified(number, 1 - number))) == Certified(0.25, 0.75)
 
 
 def test_train_rows_and_no_rows_are_refused():
