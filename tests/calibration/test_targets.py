@@ -47,13 +47,6 @@ CURVE = Curve(
     ],
     ids=str,
 )
-def test_numbers_of_numpy_and_torch_are_printed_as_python_does():
-    for number in (np.float64(0.25), np.float32(0.25), torch.tensor(0.25)):
-        assert parse_target(str(MaxDrop(number, sigmas=number))) == MaxDrop(0.25, sigmas=0.25)
-    printed = FinalLayerError(paired=False, a=np.array([1.0, 2.0]))
-    assert parse_target(str(printed)) == FinalLayerError(paired=False, a=[1.0, 2.0])
-
-
 def test_a_target_picks_the_point_worked_out_by_hand(target, point):
     assert target.pick(CURVE) == point
 
@@ -307,3 +300,10 @@ def test_every_target_by_name_is_tried_here():
         for text in ("max-drop:0", "speed-up:2", "layer-budget:5", "final-layer-error", "certified:0.01")
     }
     assert tried == {TARGETS.get(name) for name in TARGETS.names()}
+
+
+def test_numbers_of_numpy_and_torch_are_printed_as_python_does():
+    for number in (np.float64(0.25), np.float32(0.25), torch.tensor(0.25)):
+        assert parse_target(str(MaxDrop(number, sigmas=number))) == MaxDrop(0.25, sigmas=0.25)
+    printed = FinalLayerError(paired=False, a=np.array([1.0, 2.0]))
+    assert parse_target(str(printed)) == FinalLayerError(paired=False, a=[1.0, 2.0])
