@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scipy.stats import chi2
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import hf_earlyexit as ee
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, calibrate_drafts, measure_costs
@@ -140,6 +141,36 @@ def closed_policy(model: object, rule: str) -> ee.policies.ExitPolicy:
     return POLICIES.get(rule)(thresholds=(None,) * (len(layers) - 1), exit_layers=layers)
 
 
+def sampled(rows: int, words: int = 90, new: int = 3) -> dict[str, float]:
+    """Texts drawn with and without drafts by a tiny Llama of random weights: two samples of one distribution.
+
+    Each text is one outcome; outcomes seen fewer than ten times stand together. Chi-square of the two rows of counts.
+    """
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    plain_config = LlamaConfig(vocab_size=words, initializer_range=0.3, **shape)
+    model = ee.EarlyExitLlamaForCausalLM(ee.EarlyExitLlamaLMConfig(**plain_config.to_diff_dict(), exit_layers=[1, 4])).eval()
+    for layer in model.model.layers[1:]:  # so that the upper layers change little, and many drafts are right
+        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            part.weight *= 0.15
+    model.set_exit_policy(ee.ConfidencePolicy(thresholds=(0.1,)))
+    ids = torch.randint(4, words, (1, 4)).expand(rows, -1)
+    options = {"do_sample": True, "top_k": 5, "temperature": 0.9, "max_new_tokens": new, "pad_token_id": 0}
+    full = model.generate(ids, early_exit=False, eos_token_id=None, **options)[:, 4:]
+    drafted = model.generate(ids, lossless=True, return_exit_layers=True, eos_token_id=None, **options)
+    base = words ** torch.arange(new - 1, -1, -1)
+    _, kinds = torch.cat([full @ base, drafted.sequences[:, 4:] @ base]).unique(return_inverse=True)
+    counts = torch.stack([torch.bincount(part, minlength=int(kinds.max()) + 1) for part in kinds.split(rows)])
+    often = counts.sum(0) >= 10
+    counts = torch.cat([counts[:, often], counts[:, ~often].sum(1, keepdim=True)], 1).double()
+    statistic = float(((counts[0] - counts[1]) ** 2 / counts.sum(0).clamp_min(1)).sum())
+    degrees = counts.shape[1] - 1
+    return {
+        "tokens": rows * new, "drafted": sum(drafted.draft_counts.drafted), "accepted": sum(drafted.draft_counts.accepted),
+        "statistic": statistic, "degrees": degrees, "chance": float(chi2.sf(statistic, degrees)),
+    }  # fmt: skip
+
+
 class Part(NamedTuple):
     """Texts that are written plain and without loss: which, how, and for how long."""
 
@@ -173,10 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--plain", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", default=[*RULES, "time", "fours", "bfloat16", "stock"])
+    parser.add_argument("--parts", nargs="+", default=[*RULES, "time", "fours", "bfloat16", "stock", "sampling"])
     parser.add_argument("--minutes", type=float, default=15, help="for each part, of processor time")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--stock_prompts", type=int, default=10)
+    parser.add_argument("--sampled_texts", type=int, default=6700)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--report", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -192,6 +224,8 @@ def main() -> None:
     for name in args.parts:
         if name == "stock":
             result["stock"] = [stock(args.plain, prompts[: args.stock_prompts], args.new_tokens, depth) for depth in (6, 26)]
+        elif name == "sampling":
+            result["sampling"] = sampled(args.sampled_texts)
         elif name in RULES:
             chosen = choose(model, held, name, LAYER_CALLS)
             part = Part(1, len(prompts), args.minutes)

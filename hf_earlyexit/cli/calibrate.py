@@ -72,8 +72,9 @@ def run(args: CalibrateArguments) -> Answer:
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
     from ..trace import ExitTrace
-    from .calibrate_writer import calibrate_writer, refuse_flags_of_writers, writes
+    from .calibrate_writer import calibrate_writer, refuse_flags_of_writers
     from .loading import load_model_or_writer
+    from .texts import writes
 
     folder = Path(args.model)
     if not folder.is_dir():

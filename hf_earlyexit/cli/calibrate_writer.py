@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from ..errors import DataError, UsageError
@@ -16,13 +16,6 @@ WRITERS_ONLY = ("lossless", "chat", "max_new_tokens", "proposals", "batch_size")
 LOSSLESS = "lossless"  # the operating point of drafts where no other name is given
 NEW_TOKENS = 64  # of language models
 BATCH, PROPOSALS = 8, 12
-
-
-def writes(model: Any) -> bool:
-    """Whether a model is a captioner or language model."""
-    from ..generation.token_exits import ModelThatWrites
-
-    return isinstance(model, ModelThatWrites)
 
 
 def refuse_flags_of_writers(args: CalibrateArguments) -> None:
@@ -56,6 +49,7 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
     from ..generation.calibrate import calibrate_generation
     from ..generation.language_model import EarlyExitLanguageModel
     from .rows import read_rows, texts_of
+    from .texts import as_prompts, text_rows
 
     _refuse(args, CLASSIFIERS_ONLY, "classifiers, and this model writes")
     for name in ("max_new_tokens", "batch_size"):
@@ -67,8 +61,8 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
         _refuse(args, ("lossless", "chat"), "language models, and this is a captioner")
     if args.dataset is None:
         raise UsageError(f"Name {'prompts' if speaks else 'pictures'} to choose on with --dataset.", field="dataset")
-    rows = _plain_lines(args) if speaks else None
-    rows = read_rows(args, args.dataset, args.split, "validation", images=not speaks) if rows is None else rows
+    read = text_rows if speaks else partial(read_rows, images=True)
+    rows = read(args, args.dataset, args.split, "validation")
     references = None if args.label_column is None else _references(rows, args.label_column)
     generation: dict[str, Any] = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     if speaks:
@@ -98,37 +92,6 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
         **generation,
     )
     return keep(args, model, result)
-
-
-def _plain_lines(args: CalibrateArguments) -> Any:
-    """Rows of a text file with a prompt a line; `None` for what else there is."""
-    from datasets import Dataset
-
-    from ..data.forms import STDIN
-    from .incoming import incoming
-    from .rows import reading
-
-    place = str(args.dataset)
-    if not (place == STDIN or Path(place).is_file()) or reading(args).form_of(place) not in (None, "text"):
-        return None
-    source = incoming(args, place, args.split)
-    lines = [source.text(row) for row in source.rows]
-    if not lines:
-        raise DataError(f"{place} has no rows here; expected at least one.", path=place)
-    return Dataset.from_dict({"text": lines})
-
-
-def as_prompts(texts: list[Any], chat: bool) -> list[Any]:
-    """Texts as prompts: as they are, or each as what a user says.
-
-    Raises:
-        UsageError: for pairs of texts.
-    """
-    if texts and not isinstance(texts[0], str):
-        raise UsageError(
-            "The rows hold pairs of texts; name the column of the prompts with --text_column.", field="text_column"
-        )
-    return [[{"role": "user", "content": text}] for text in texts] if chat else texts
 
 
 def _references(rows: Any, column: str) -> list[Any]:

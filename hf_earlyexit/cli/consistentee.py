@@ -3,6 +3,9 @@
 A run that was stopped goes on with `--resume_from_checkpoint true`.
 
     hf-earlyexit consistentee --model bert-base-uncased --dataset reviews --output_dir bert-with-gates --alpha 0.05
+    hf-earlyexit consistentee --model llama --dataset texts.txt --objective two-stage --output_dir llama-with-gates
+
+Of a language model each token counts for itself, and there is no trace.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     """Train in phases, save, trace."""
     from ..serving.collect import collect_trace
     from ..training import ConsistentTrainer
+    from .texts import writes
 
     model, parts, train, held = prepare(
         args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
@@ -53,8 +57,10 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
         trainer = ConsistentTrainer(model, training, train, held, processing_class=processing)
     log = trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint) is True)
     trainer.save_model()
-    trace = Path(str(training.output_dir)) / TRACE_FILE
-    collect_trace(model, held, **parts).save(trace)
+    trace = None
+    if not writes(model):
+        trace = str(Path(str(training.output_dir)) / TRACE_FILE)
+        collect_trace(model, held, **parts).save(trace)
     lines, phases = [], []
     for phase in trainer.phases:
         log_entry = [entry for entry in log if entry["phase"] == phase.folder][-1]
@@ -62,5 +68,8 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
         gates, layers = log_entry["gate_quality"], log_entry["gate_layers"]
         phases.append(log_entry)
         lines.append(f"{phase.folder:12s} last exit {last:.4f}   gates {gates:.4f} at {layers:.2f} layers")
-    lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate")
-    return Answer({"model": training.output_dir, "held_back": str(trace), "phases": phases}, "\n".join(lines))
+    rows = " --dataset prompts.txt" if trace is None else ""
+    lines.append(
+        f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate{rows}"
+    )
+    return Answer({"model": training.output_dir, "held_back": trace, "phases": phases}, "\n".join(lines))

@@ -132,7 +132,8 @@ def _written(
     from tqdm.auto import tqdm
 
     from ..generation.prompts import left_padded, read_prompts
-    from .calibrate_writer import LOSSLESS, as_prompts
+    from .calibrate_writer import LOSSLESS
+    from .texts import as_prompts
 
     point = args.operating_point
     if args.lossless:

@@ -3,6 +3,9 @@
 Rows held back from training are run through the trained model once; the trace is saved beside it for `calibrate`.
 
     hf-earlyexit train --model bert-base-uncased --dataset reviews --output_dir bert-with-exits
+    hf-earlyexit train --model llama --dataset texts.txt --objective two-stage --output_dir llama-with-exits
+
+A language model learns from texts, end to end, and has no trace.
 """
 
 from __future__ import annotations
@@ -44,9 +47,19 @@ class TrainArguments(RowArguments):
         metadata={"help": "single_label_classification, multi_label_classification or regression; as the labels tell"},
     )
     exit_layers: list[int] | None = field(default=None, metadata={"help": "layers with an exit; all by default"})
-    exit_head: str = field(default="linear-mean", metadata={"help": "linear, linear-cls, linear-mean or pooler"})
+    exit_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "linear, linear-cls, linear-mean or pooler, linear-mean by default; of language models tied, tuned, "
+            "linear or low-rank, tuned by default"
+        },
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": f"tokens of a text, in training and when the model is used; {LONGEST} by default"}
+        default=None,
+        metadata={
+            "help": f"tokens of a text, in training and when the model is used, {LONGEST} by default; language models learn "
+            "from rows of 256"
+        },
     )
 
 
@@ -63,21 +76,26 @@ def more_arguments() -> tuple[type, ...]:
 def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     """Train, save, trace."""
     from ..serving.collect import collect_trace
-    from ..training import EarlyExitTrainer
+    from ..training import EarlyExitLanguageModelTrainer, EarlyExitTrainer
+    from .texts import writes
 
     model, parts, train, held = prepare(args, training.seed)
     (processing,) = parts.values()
+    kind = EarlyExitLanguageModelTrainer if writes(model) else EarlyExitTrainer
     with settings():
-        trainer = EarlyExitTrainer(model, training, train_dataset=train, eval_dataset=held, processing_class=processing)
+        trainer = kind(model, training, train_dataset=train, eval_dataset=held, processing_class=processing)
     trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint))
     trainer.save_model()
-    trace = Path(str(training.output_dir)) / TRACE_FILE
-    collect_trace(model, held, **parts).save(trace)
+    trace = None
+    if not writes(model):
+        trace = str(Path(str(training.output_dir)) / TRACE_FILE)
+        collect_trace(model, held, **parts).save(trace)
     metrics = trainer.evaluate()
     by_layer = sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2]))
     lines = [f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}" for name in by_layer]
-    lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}")
-    values = {"model": training.output_dir, "held_back": str(trace), "steps": trainer.state.global_step, "metrics": metrics}
+    rows = " --dataset prompts.txt" if trace is None else ""
+    lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}{rows}")
+    values = {"model": training.output_dir, "held_back": trace, "steps": trainer.state.global_step, "metrics": metrics}
     return Answer(values, "\n".join(lines))
 
 
@@ -103,6 +121,8 @@ def prepare(
 ) -> tuple[Any, dict[str, Any], Dataset, Dataset]:
     """Model, its tokenizer or image processor by name, training rows and held-back rows: token ids, or pictures.
 
+    Those of a language model come from `prepare_writer`.
+
     Args:
         args: which.
         seed: of the split and of what is new in the model.
@@ -112,13 +132,18 @@ def prepare(
     import torch
     from transformers import set_seed
 
-    from ..doors import IMAGE, checkpoint_task, from_pretrained
+    from ..doors import IMAGE, WRITING, checkpoint_task, from_pretrained
     from ..problem_types import MULTI_LABEL
     from ..training.data import encode, hold_back, with_ids
     from .loading import reading_parts
     from .rows import labelled_rows, read_rows
 
-    images = checkpoint_task(args.model) == IMAGE
+    task = checkpoint_task(args.model)
+    if task == WRITING:
+        from .train_writer import prepare_writer
+
+        return prepare_writer(args, seed, id_column, **fields)
+    images = task == IMAGE
     if images and args.max_length is not None:
         raise UsageError("The model reads pictures, which have no max_length; leave it out.", field="max_length")
     train = read_rows(args, args.dataset, args.train_split, images=images)
@@ -139,7 +164,12 @@ def prepare(
     if labelling.problem_type == MULTI_LABEL:
         labels["problem_type"] = MULTI_LABEL
     model = from_pretrained(
-        args.model, dtype=torch.float32, exit_layers=args.exit_layers, exit_head=args.exit_head, **labels, **fields
+        args.model,
+        dtype=torch.float32,
+        exit_layers=args.exit_layers,
+        exit_head=args.exit_head or "linear-mean",
+        **labels,
+        **fields,
     )
     parts = reading_parts(args.model, model)
     if images:

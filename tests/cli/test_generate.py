@@ -11,12 +11,13 @@ import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
 from tests.captions.toy import make_pictures, save_all
-from tests.generation.conftest import LAYERS, PAD, WORDS, confidence, shape
+from tests.generation.conftest import LAYERS, PAD, WORDS, confidence, shape, stock_class
 from tests.hub.toy import make_model, make_tokenizer
 from tests.serving.test_pictures import as_bytes
 
 VOCABULARY = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"w{number}" for number in range(5, WORDS))]
 PROMPTS = [f"w{5 + 7 * number} w{30 + number} w{80 - number}" for number in range(6)]
+QUIET = ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true", "--use_cpu", "--logging_strategy", "no"]
 SHORT = ["--max_new_tokens", "8"]
 
 
@@ -110,6 +111,32 @@ def test_drafts_are_chosen_and_lose_nothing(made, model, capsys, tmp_path, monke
         assert min(one["exit_layers"]) < LAYERS == min(two["exit_layers"])
 
 
+def test_exits_and_gates_learn_from_texts(made, capsys, tmp_path):
+    """From a plain checkpoint: the network stays as it is, its new exits and gates change, and gates choose who leaves."""
+    (tmp_path / "plain").mkdir()
+    stock = stock_class("gpt2")(stock_class("gpt2").config_class(**shape("gpt2")))
+    stock.save_pretrained(tmp_path / "plain")
+    BertTokenizer.from_pretrained(made / "model", eos_token="[SEP]").save_pretrained(tmp_path / "plain")
+    (tmp_path / "texts.txt").write_text("\n".join(PROMPTS * 6) + "\n")
+    settings = ["--objective", "two-stage", "--max_length", 12, "--exit_layers", 2, LAYERS, "--held_back", 0.25, *QUIET]
+    given = [tmp_path / "plain", "--dataset", tmp_path / "texts.txt", *settings]
+    trained = told(capsys, "train", *given, "--output_dir", tmp_path / "exits", "--max_steps", 3, "--learning_rate", 1e-2)
+    assert trained["held_back"] is None
+    assert 0 <= trained["metrics"]["eval_exit_2_agreement"] <= 1 == trained["metrics"][f"eval_exit_{LAYERS}_agreement"]
+    model = ee.from_pretrained(tmp_path / "exits")
+    assert type(model) is ee.EarlyExitGPT2LMHeadModel
+    assert (model.config.exit_head, model.exit_layers) == ("tuned", (2, LAYERS))
+    for name, weight in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert model.exit_heads["2"].shift.weight.abs().sum() > 0, "a new one is 0"
+    phases = ["--exit_gate", "linear", "--chosen_epochs", 0, "--num_train_epochs", 1, "--alpha", 0.2]
+    gated = told(capsys, "consistentee", *given, *phases, "--output_dir", tmp_path / "gates")
+    assert gated["held_back"] is None
+    assert 2 <= gated["phases"][-1]["gate_layers"] <= LAYERS
+    words = ["--dataset", made / "prompts.txt", "--policy", "gate", "--target", "speed-up:1", "--proposals", 2, *SHORT]
+    assert told(capsys, "calibrate", tmp_path / "gates", *words)["policy"]["name"] == "gate"
+
+
 def test_a_captioner_is_calibrated_by_the_same_command(made, capsys):
     """In place: no other test uses its thresholds."""
     words = [
@@ -172,6 +199,8 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ('generate {model} --input {prompts} --options {{"tempratur":1}}', "tempratur"),
         ("generate {classifier} --input {prompts}", "EarlyExitBertForSequenceClassification, which this command is not for"),
         ("predict {model} --input {prompts}", "EarlyExitGPT2LMHeadModel, which this command is not for"),
+        ("train {model} --dataset {prompts} --output_dir out --label_column x", "--label_column is for classifiers"),
+        ("train {model} --dataset {csv} --output_dir out --text_column question answer", "pairs of texts"),
         ("calibrate {model}", "Name prompts to choose on with --dataset"),
         ("calibrate {captioner}", "Name pictures to choose on with --dataset"),
         ("calibrate {captioner} --dataset {photos} --lossless true", "--lossless is for language models"),
@@ -181,6 +210,7 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ("calibrate {model} --dataset {prompts} --lossless true --target max-drop:0.1", "only time is left to choose for"),
         ("calibrate {model} --dataset {prompts} --target final-layer-error", "MaxDrop, SpeedUp or LayerBudget"),
         ("calibrate {model} --dataset {csv} --text_column question --split train", "tagged 'train'"),
+        ("calibrate {model} --dataset {prompts} --split test", "a text file, which has no split 'test'"),
         ("calibrate {model} --dataset {prompts} --policy gate", "gate policy cannot decide"),
         ("calibrate {classifier} --dataset {prompts} --lossless true", "--lossless is for captioners and language models"),
         ("calibrate {classifier} --dataset {prompts} --max_new_tokens 5", "this is a classifier"),
