@@ -72,9 +72,9 @@ def run(args: CalibrateArguments) -> Answer:
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
     from ..trace import ExitTrace
-    from .calibrate_writer import calibrate_writer, refuse_flags_of_writers
+    from .calibrate_writer import calibrate_writer
     from .loading import load_model_or_writer
-    from .texts import writes
+    from .texts import refuse_flags_of_writers, writes
 
     folder = Path(args.model)
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def run(args: CalibrateArguments) -> Answer:
     model = load_model_or_writer(folder, args.device)
     if writes(model):
         return calibrate_writer(args, model, options)
-    refuse_flags_of_writers(args)
+    refuse_flags_of_writers(args, ("proposals",))
     served = model if args.form is None else _in_form(model, args)
     if args.dataset is not None:
         from .loading import reading_parts

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
-from ..errors import DataError, UsageError
-from ..values import unexpected
+from ..errors import UsageError
 from .answer import Answer
 from .calibrate import MAX_DROP, CalibrateArguments, keep
+from .texts import LOSSLESS, Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
-WRITERS_ONLY = ("lossless", "chat", "max_new_tokens", "proposals", "batch_size")
-LOSSLESS = "lossless"  # the operating point of drafts where no other name is given
-NEW_TOKENS = 64  # of language models
-BATCH, PROPOSALS = 8, 12
-
-
-def refuse_flags_of_writers(args: CalibrateArguments) -> None:
-    """Refuse what a classifier has no use for.
-
-    Raises:
-        UsageError: naming the flag.
-    """
-    _refuse(args, WRITERS_ONLY, "captioners and language models, and this is a classifier")
-
-
-def _refuse(args: CalibrateArguments, names: tuple[str, ...], whose: str) -> None:
-    defaults = {field.name: field.default for field in fields(args)}
-    for name in names:
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise UsageError(f"--{name} is for {whose}; leave it out.", field=name, value=value)
+PROPOSALS = 12
 
 
 def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, Any]) -> Answer:
@@ -47,79 +26,28 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
         UsageError: for flags that do not fit.
     """
     from ..generation.calibrate import calibrate_generation
-    from ..generation.language_model import EarlyExitLanguageModel
-    from .rows import read_rows, texts_of
-    from .texts import as_prompts, text_rows
 
-    _refuse(args, CLASSIFIERS_ONLY, "classifiers, and this model writes")
-    for name in ("max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise unexpected(name, value, "at least 1")
-    speaks = isinstance(model, EarlyExitLanguageModel)
-    if not speaks:
-        _refuse(args, ("lossless", "chat"), "language models, and this is a captioner")
-    if args.dataset is None:
-        raise UsageError(f"Name {'prompts' if speaks else 'pictures'} to choose on with --dataset.", field="dataset")
-    read = text_rows if speaks else partial(read_rows, images=True)
-    rows = read(args, args.dataset, args.split, "validation")
-    references = None if args.label_column is None else _references(rows, args.label_column)
-    generation: dict[str, Any] = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
-    if speaks:
-        from .loading import reading_parts
-
-        parts = reading_parts(args.model, model)
-        prompts = rows if "input_ids" in rows.column_names else as_prompts(texts_of(rows), args.chat)
-        generation = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **generation}
-        if args.lossless:
-            return _calibrate_drafts(args, model, prompts, parts["tokenizer"], generation, options)
-    else:
-        from .loading import load_input_parts
-
-        parts, prompts = load_input_parts(args.model), rows
+    task = task_of(args, model, "validation", CLASSIFIERS_ONLY)
+    if args.lossless:
+        return _calibrate_drafts(args, model, task, options)
     result = calibrate_generation(
         model,
-        prompts,
+        task.prompts,
         args.policy,
         args.target or MAX_DROP,
-        **parts,
-        references=references,
+        **task.parts,
+        references=task.references,
         options=options or None,
         proposals=PROPOSALS if args.proposals is None else args.proposals,
         seed=args.seed,
         split=args.split or "validation",
-        batch_size=args.batch_size or BATCH,
-        **generation,
+        batch_size=task.batch_size,
+        **task.generation,
     )
     return keep(args, model, result)
 
 
-def _references(rows: Any, column: str) -> list[Any]:
-    if column not in rows.column_names:
-        raise DataError(
-            f"No column {column!r} among {', '.join(rows.column_names)}; --label_column names that of the references.",
-            field="label_column",
-            value=column,
-        )
-    references = rows[column][:]
-    for row, one in enumerate(references):
-        if not isinstance(one, str) and not (isinstance(one, list) and all(isinstance(text, str) for text in one)):
-            raise DataError(
-                f"Row {row} of {column!r} holds {type(one).__name__}; expected a reference, or a list of references.",
-                field="label_column",
-                value=row,
-            )
-    return list(references)
-
-
-def _calibrate_drafts(
-    args: CalibrateArguments,
-    model: Any,
-    prompts: Any,
-    tokenizer: Any,
-    generation: dict[str, Any],
-    options: dict[str, Any],
-) -> Answer:
+def _calibrate_drafts(args: CalibrateArguments, model: Any, task: Task, options: dict[str, Any]) -> Answer:
     from ..generation.draft_calibration import calibrate_drafts
     from ..hub.save import save_calibrated
 
@@ -133,8 +61,7 @@ def _calibrate_drafts(
             )
     if options:
         raise UsageError("--options go with policies that learn; drafts take a policy by its name.", field="options")
-    batch_size = args.batch_size or BATCH
-    found = calibrate_drafts(model, prompts, args.policy, tokenizer=tokenizer, batch_size=batch_size, **generation)
+    found = calibrate_drafts(model, task.prompts, args.policy, **task.parts, batch_size=task.batch_size, **task.generation)
     point = args.operating_point or LOSSLESS
     model.set_operating_points({point: found.policy}, keep_others=True)
     model.config.exit_drafts = found.drafts

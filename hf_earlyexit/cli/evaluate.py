@@ -1,21 +1,23 @@
-"""Say what early exit does to a labelled data set: quality and layers, and on request time.
+"""Say what early exit does to a data set: quality and layers, and on request time.
 
     hf-earlyexit evaluate --model bert-with-exits --dataset reviews --split test
     hf-earlyexit evaluate --model bert-with-exits --dataset reviews --time true --json true
+    hf-earlyexit evaluate --model llama-with-exits --dataset prompts.txt --lossless true --time true
 
 Layers are those that were really run. The measured speed-up compares early exit with the full model, in turns on this
-machine.
+machine. Captioners and language models write, and need no labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..values import unexpected
 from .answer import Answer
-from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
+from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments, TextArguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluateArguments(RowArguments, DeviceArguments):
+class EvaluateArguments(RowArguments, TextArguments, DeviceArguments):
     """Which model on which rows."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits and a policy"})
@@ -41,6 +43,7 @@ class EvaluateArguments(RowArguments, DeviceArguments):
     time: bool = field(default=False, metadata={"help": "measure the time of both, in turns"})
     repeats: int = field(default=5, metadata={"help": "rounds of measuring"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
+    batch_size: int | None = field(default=None, metadata={"help": "texts that a model writes together; 8 by default"})
 
 
 ARGUMENTS = (EvaluateArguments,)
@@ -51,16 +54,21 @@ def run(args: EvaluateArguments) -> Answer:
     from ..data.labels import Labelling
     from ..modeling.configuration import EXACT
     from ..serving.reader import reader_for, reads_images
-    from .loading import load_model, reading_parts
+    from .evaluate_writer import evaluate_writer
+    from .loading import load_model_or_writer, reading_parts
     from .rows import labelled_rows, read_rows
+    from .texts import refuse_flags_of_writers, writes
 
     if args.repeats < 1:
         raise unexpected("repeats", args.repeats, "at least 1")
-    model = load_model(args.model, args.device)
+    model = load_model_or_writer(args.model, args.device)
     if args.operating_point == EXACT:
         raise UsageError(
             f"At {EXACT!r} every row runs through all layers; there is nothing to compare.", field="operating_point"
         )
+    if writes(model):
+        return evaluate_writer(args, model)
+    refuse_flags_of_writers(args)
     if model.policy_at(args.operating_point) is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")
     rows = read_rows(args, args.dataset, args.split, "test", reads_images(model))
@@ -81,7 +89,6 @@ def figures(
 
     from ..calibration.by_class import class_reports
     from ..calibration.quality import find_metric
-    from ..measuring.timing import compare_speed
     from ..modeling.configuration import EXACT
     from ..serving.collect import collect_trace
     from ..serving.predict import predict
@@ -113,20 +120,29 @@ def figures(
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
         "classes": [asdict(report) for report in classes],
         "static": _static(trace, metric, early.logits, float(layers.mean())),
-        "target": _verdict(chosen, compared, layers, depth),
+        "target": verdict_on(args, compared, layers, depth),
     }
     if args.time:
         runs = {"full": lambda: answer(False), "early": lambda: answer(True)}
-        timings = compare_speed(runs, "full", args.repeats)
-        values["time"] = {
-            "seconds": timings["early"].seconds,
-            "full_seconds": timings["full"].seconds,
-            "speed_up": timings["early"].speed_up,
-            "middle_half": [timings["early"].low, timings["early"].high],
-            "device": model.device.type,
-            "threads": torch.get_num_threads(),
-        }
+        values["time"] = measured(runs, args.repeats, model.device.type)
     return values
+
+
+def measured(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, Any]:
+    """Seconds of the runs "full" and "early", in turns."""
+    import torch
+
+    from ..measuring.timing import compare_speed
+
+    timings = compare_speed(runs, "full", repeats)
+    return {
+        "seconds": timings["early"].seconds,
+        "full_seconds": timings["full"].seconds,
+        "speed_up": timings["early"].speed_up,
+        "middle_half": [timings["early"].low, timings["early"].high],
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _static(trace: ExitTrace, metric: Metric, early: Tensor, mean_layers: float) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def _chosen(args: EvaluateArguments) -> CalibrationResult | None:
     return None if calibration is None else by_name(calibration).get(args.operating_point or DEFAULT)
 
 
-def _verdict(chosen: CalibrationResult | None, compared: Comparison, layers: Tensor, depth: int) -> dict[str, Any] | None:
+def verdict_on(args: EvaluateArguments, compared: Comparison, layers: Tensor, depth: int) -> dict[str, Any] | None:
     """Whether the target that thresholds were chosen for was kept on these rows, and by how much.
 
     `margin` is in the unit of the target, at least 0 where it was kept; `None` where the model does not say its target, or
@@ -165,6 +181,7 @@ def _verdict(chosen: CalibrationResult | None, compared: Comparison, layers: Ten
     """
     from ..calibration.targets import LayerBudget, SpeedUp, parse_target
 
+    chosen = _chosen(args)
     if chosen is None:
         return None
     target = parse_target(chosen.target)
@@ -190,21 +207,26 @@ def _sentences(values: dict[str, Any], names: list[str]) -> str:
         f"({values['quality'] - values['full_quality']:+.4f}, standard error {values['standard_error']:.4f})",
         f"mean layers {values['mean_layers']:.2f} of {values['num_layers']}: layer speed-up {values['layer_speed_up']:.2f}x",
         *_expectation(values["expected"]),
-        _judgement(values["target"]),
+        judgement(values["target"]),
         f"a model cut off after layer {static['layer']} reaches {static['quality']:.4f}: early exit is "
         f"{abs(static['gain']):.4f} {'above' if static['gain'] >= 0 else 'below'} it (standard error "
         f"{static['standard_error']:.4f})",
         "leaving after layer " + ", ".join(f"{layer}: {share:.1%}" for layer, share in values["exit_shares"].items()),
         *class_lines([ClassReport(**report) for report in values["classes"]], names),
     ]
-    if "time" in values:
-        time = values["time"]
-        low, high = time["middle_half"]
-        lines.append(
-            f"measured speed-up {time['speed_up']:.2f}x (middle half {low:.2f} to {high:.2f}): {time['seconds']:.3f} s "
-            f"against {time['full_seconds']:.3f} s, {time['device']}, {time['threads']} threads"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + timing_words(values))
+
+
+def timing_words(values: dict[str, Any]) -> list[str]:
+    """What was measured in time, where it was."""
+    if "time" not in values:
+        return []
+    time = values["time"]
+    low, high = time["middle_half"]
+    return [
+        f"measured speed-up {time['speed_up']:.2f}x (middle half {low:.2f} to {high:.2f}): {time['seconds']:.3f} s "
+        f"against {time['full_seconds']:.3f} s, {time['device']}, {time['threads']} threads"
+    ]
 
 
 def _expectation(expected: dict[str, Any] | None) -> list[str]:
@@ -216,7 +238,8 @@ def _expectation(expected: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _judgement(verdict: dict[str, Any] | None) -> str:
+def judgement(verdict: dict[str, Any] | None) -> str:
+    """What `verdict_on` found, in words."""
     if verdict is None:
         return "the folder does not say what the thresholds were chosen for, so no target is judged"
     margin, error, unit = verdict["margin"], verdict["standard_error"], verdict["unit"]

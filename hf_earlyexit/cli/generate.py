@@ -100,7 +100,7 @@ def run(args: GenerateArguments) -> Answer:
 
 def _options(args: GenerateArguments) -> dict[str, Any]:
     """What `generate` is told, as far as it is the same for every batch."""
-    from .calibrate_writer import NEW_TOKENS
+    from .texts import NEW_TOKENS
 
     try:
         options = json.loads(args.options)
@@ -132,8 +132,7 @@ def _written(
     from tqdm.auto import tqdm
 
     from ..generation.prompts import left_padded, read_prompts
-    from .calibrate_writer import LOSSLESS
-    from .texts import as_prompts
+    from .texts import LOSSLESS, as_prompts
 
     point = args.operating_point
     if args.lossless:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
 from ..data.forms import STDIN
 from ..errors import DataError, UsageError
+from ..values import unexpected
 from .arguments import FileArguments
 from .incoming import incoming
-from .rows import read_rows, reading
+from .rows import read_rows, reading, texts_of
+
+LOSSLESS = "lossless"  # the operating point of drafts where no other name is given
+NEW_TOKENS = 64  # of language models
+BATCH = 8
+WRITERS_ONLY = ("lossless", "chat", "max_new_tokens", "batch_size")
+
+
+class Task(NamedTuple):
+    """What a model that writes is given by a command.
+
+    Attributes:
+        prompts: of a language model, or rows with pictures.
+        references: texts for each, or `None`.
+        parts: the model's tokenizer, and a captioner's image processor, by name.
+        generation: for `generate`.
+        batch_size: rows in a batch.
+    """
+
+    prompts: Any
+    references: list[Any] | None
+    parts: dict[str, Any]
+    generation: dict[str, Any]
+    batch_size: int
 
 
 def writes(model: Any) -> bool:
@@ -61,3 +87,82 @@ def as_prompts(texts: list[Any], chat: bool) -> list[Any]:
     """Texts as prompts: as they are, or each as what a user says."""
     texts = single_texts(texts)
     return [[{"role": "user", "content": text}] for text in texts] if chat else texts
+
+
+def refuse(args: Any, names: Sequence[str], whose: str) -> None:
+    """Refuse flags that a model has no use for, where they are given.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in names:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            raise UsageError(f"--{name} is for {whose}; leave it out.", field=name, value=value)
+
+
+def refuse_flags_of_writers(args: Any, more: Sequence[str] = ()) -> None:
+    """Refuse what a classifier has no use for.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    refuse(args, (*WRITERS_ONLY, *more), "captioners and language models, and this is a classifier")
+
+
+def task_of(args: Any, model: Any, default: str, of_classifiers: Sequence[str]) -> Task:
+    """Read what a captioner or language model is to write on from.
+
+    Args:
+        args: flags of the command.
+        model: that has been loaded.
+        default: the split to read where none is named.
+        of_classifiers: flags to refuse.
+
+    Raises:
+        UsageError: for flags that do not fit the model.
+        DataError: for rows that cannot be read.
+    """
+    from ..generation.language_model import EarlyExitLanguageModel
+    from .loading import load_input_parts, reading_parts
+
+    refuse(args, of_classifiers, "classifiers, and this model writes")
+    for name in ("max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise unexpected(name, value, "at least 1")
+    speaks = isinstance(model, EarlyExitLanguageModel)
+    if not speaks:
+        refuse(args, ("lossless", "chat"), "language models, and this is a captioner")
+    if args.dataset is None:
+        raise UsageError(f"Name {'prompts' if speaks else 'pictures'} to choose on with --dataset.", field="dataset")
+    if speaks:
+        rows = text_rows(args, args.dataset, args.split, default)
+        prompts: Any = rows if "input_ids" in rows.column_names else as_prompts(texts_of(rows), args.chat)
+    else:
+        prompts = rows = read_rows(args, args.dataset, args.split, default, images=True)
+    generation: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False} if speaks else {}
+    if args.max_new_tokens is not None:
+        generation["max_new_tokens"] = args.max_new_tokens
+    references = None if args.label_column is None else _references(rows, args.label_column)
+    parts = reading_parts(args.model, model) if speaks else load_input_parts(args.model)
+    return Task(prompts, references, parts, generation, args.batch_size or BATCH)
+
+
+def _references(rows: Dataset, column: str) -> list[Any]:
+    if column not in rows.column_names:
+        raise DataError(
+            f"No column {column!r} among {', '.join(rows.column_names)}; --label_column names that of the references.",
+            field="label_column",
+            value=column,
+        )
+    references = rows[column][:]
+    for row, one in enumerate(references):
+        if not isinstance(one, str) and not (isinstance(one, list) and all(isinstance(text, str) for text in one)):
+            raise DataError(
+                f"Row {row} of {column!r} holds {type(one).__name__}; expected a reference, or a list of references.",
+                field="label_column",
+                value=row,
+            )
+    return list(references)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, BertModel
 
 import hf_earlyexit as ee
-from hf_earlyexit.cli.evaluate import _judgement
+from hf_earlyexit.cli.evaluate import judgement
 from hf_earlyexit.cli.main import main
 from tests.conftest import SHAPE
 from tests.hub.toy import calibrate, make_model, make_tokenizer, texts
@@ -193,7 +193,7 @@ def test_evaluate_says_whether_the_target_was_kept_and_what_a_cut_model_does(ser
 )  # fmt: skip
 def test_a_verdict_in_words(margin, error, words):
     verdict = {"target": "T", "kept": margin >= 0, "margin": margin, "standard_error": error, "unit": "quality"}
-    assert _judgement(verdict) == f"target T: {words}"
+    assert judgement(verdict) == f"target T: {words}"
 
 
 def test_calibrate_and_report_take_the_same_flags(served, tmp_path, capsys):

@@ -72,6 +72,13 @@ def test_thresholds_are_chosen_by_texts_and_served(made, model, capsys, tmp_path
     loaded = ee.from_pretrained(model)
     assert loaded.exit_policy.to_dict() == chosen["policy"]
     assert ee.calibration.CalibrationResult.load(model / "calibration.json").mean_layers == chosen["mean_layers"]
+    judged = told(capsys, "evaluate", model, "--dataset", made / "prompts.txt", *SHORT, "--time", "true", "--repeats", 1)
+    for name in ("quality", "full_quality", "standard_error", "mean_layers"):
+        assert judged[name] == pytest.approx(chosen[name]), "the same rows, so the same figures"
+    assert (judged["target"]["kept"], judged["target"]["unit"]) == (True, "layers")
+    assert judged["same_texts"] < judged["rows"] == len(PROMPTS)
+    assert sum(judged["exit_shares"].values()) == pytest.approx(1)
+    assert judged["time"]["speed_up"] > 0
     early, full = tmp_path / "early.jsonl", tmp_path / "full.csv"
     words = ["generate", model, "--input", made / "prompts.txt", *SHORT]
     wrote = told(capsys, *words, "--output", early, "--batch_size", 3)
@@ -103,6 +110,12 @@ def test_drafts_are_chosen_and_lose_nothing(made, model, capsys, tmp_path, monke
     drafted = told(capsys, *words, "--lossless", "true", "--output", tmp_path / "drafted.jsonl")
     full = told(capsys, *words, "--output", tmp_path / "full.jsonl")
     assert drafted["layer_calls"] < full["tokens"] * LAYERS
+    judged = told(capsys, "evaluate", model, "--dataset", *given[1:], "--lossless", "true", "--batch_size", 1)
+    assert judged["same_texts"] == judged["rows"] == len(PROMPTS)
+    assert judged["full_layer_calls"] == (full["tokens"] - len(PROMPTS)) * LAYERS
+    assert {name: judged[name] for name in ("drafted", "accepted", "layer_calls")} == {
+        name: drafted[name] for name in ("drafted", "accepted", "layer_calls")
+    }
     assert drafted["drafted"] >= drafted["accepted"] > 0
     assert "drafted" not in full
     for one, two in zip(lines(tmp_path / "drafted.jsonl"), lines(tmp_path / "full.jsonl"), strict=True):
@@ -214,6 +227,9 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ("calibrate {model} --dataset {prompts} --policy gate", "gate policy cannot decide"),
         ("calibrate {classifier} --dataset {prompts} --lossless true", "--lossless is for captioners and language models"),
         ("calibrate {classifier} --dataset {prompts} --max_new_tokens 5", "this is a classifier"),
+        ("evaluate {classifier} --dataset {csv} --chat true", "this is a classifier"),
+        ("evaluate {model} --dataset {prompts}", "has no exit policy"),
+        ("evaluate {model} --dataset {prompts} --metric accuracy", "--metric is for classifiers"),
     ],
 )
 def test_mistakes_are_told_in_one_line(made, capsys, words, message):
