@@ -60,9 +60,11 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     model = drafter("qwen3", dtype=torch.float32)
     ids = [row.tolist() for row in prompts(8, 5)[0]]
     monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: UNIT)
-    before = model.config.to_dict()
-    found = ee.generation.calibrate_drafts(model, ids, drafts=(1, 3), levels=4, **WRITING)
+    before = model.train().config.to_dict()
+    found = ee.generation.calibrate_drafts(model, ids, drafts=(1, 3), levels=4, do_sample=False, **WRITING)
     assert model.config.to_dict() == before, "nothing is written on the model"
+    assert all(part.training for part in model.modules()), "nor is its mode"
+    model.eval()
     costs = [one.expected.cost for one in found.settings]
     assert costs == sorted(costs)
     assert found.expected == found.settings[0].expected
