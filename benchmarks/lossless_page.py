@@ -123,6 +123,8 @@ Times are processor seconds of one thread, the two ways in turns; in brackets th
 
 {ties(parts)}
 
+{fours_say(parts["fours"])}
+
 Thresholds were chosen for calls of layers, which are the same on every machine. Time is another matter: a layer took
 {costs["layer"]:.2f} ms, every further token of the same pass {costs["more"]:.2f} ms, asking an exit {costs["ask"]:.2f} ms,
 the vocabulary {costs["words"]:.1f} ms and {costs["more_words"]:.1f} ms for every further token. By default
@@ -145,6 +147,17 @@ there:
 Plain decoding itself took {1000 * one["plain_seconds"] / one["tokens"]:.0f} ms of processor time a token in stock
 transformers, and {1000 * parts["confidence"]["plain_seconds"] / parts["confidence"]["tokens"]:.0f} ms in the run above.
 """
+
+
+def fours_say(one: dict) -> str:
+    """What becomes of a batch."""
+    more = one["layer_calls_per_step"] / one["plain_layer_calls_per_step"]
+    if more < 1:
+        return "Four texts at a time save calls as well."
+    return (
+        f"Four texts at a time need {more:.2f} times the calls of plain decoding: rows draft and are checked each at its own\n"
+        "pace, so that a call which plain decoding makes for four rows is made for fewer. Drafting is for one text at a time."
+    )
 
 
 def ties(parts: dict) -> str:
