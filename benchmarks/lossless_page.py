@@ -155,8 +155,8 @@ def fours_say(one: dict) -> str:
     if more < 1:
         return "Four texts at a time save calls as well."
     return (
-        f"Four texts at a time need {more:.2f} times the calls of plain decoding: rows draft and are checked each at its own\n"
-        "pace, so that a call which plain decoding makes for four rows is made for fewer. Drafting is for one text at a time."
+        f"Four texts at a time need {more:.2f} times the calls of plain decoding: rows draft and are checked each at its\n"
+        "own pace, so that what is one call for four rows in plain decoding is several. Drafts are for one text at a time."
     )
 
 
