@@ -49,8 +49,8 @@ def main() -> None:
     command = "python benchmarks/promises.py " + shlex.join(sys.argv[1:])
     made = json.loads(RESULTS.read_text()).get("commands", []) if RESULTS.exists() else []
     keep("commands", [*(one for one in made if one != command), command] if args.parts != ["page"] else made)
-    if "sizes" in args.parts:
-        keep("sizes", size.sizes())
+    for name, cell in size.sizes() if "sizes" in args.parts else ():
+        keep("sizes", {name: cell})
     if "monitor" in args.parts:
         keep("false_alarms", simulated.false_alarms(args.streams))
         keep("detection", simulated.detection(args.streams))

@@ -301,7 +301,7 @@ Others were at work on the machine: where the middle half of the rounds is wide,
 
 def _sizes(sizes: dict[str, Any]) -> str:
     walk, rows = sizes["walk"], []
-    for cell in sizes["whole"]:
+    for cell in (cell for name, cell in sizes.items() if name != "walk"):
         parts = [(cell["kind"], cell["seconds"], cell["peak"])]
         if cell["kind"] == "collect":
             parts = [("`collect_trace`", cell["collect_seconds"], cell["collect_peak"]), ("then `calibrate`", *parts[0][1:])]

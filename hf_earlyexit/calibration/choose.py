@@ -23,7 +23,7 @@ from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
 from .replay import replay_scanned
 from .result import CalibrationResult
-from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting, thinned
+from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting
 from .stored import SEEDS
 from .targets import Target, parse_target
 
@@ -150,7 +150,7 @@ def _result(
     done = replay_scanned(policy, rows, setting.scan, setting.quality, recipe.metric)
     outcome = {field.name: getattr(done, field.name) for field in fields(done)}
     del outcome["exit_layer"]
-    curve = thinned(setting.curve)
+    curve = setting.curve
     result = CalibrationResult(
         **outcome,
         policy=policy,

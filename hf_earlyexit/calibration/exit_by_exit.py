@@ -90,6 +90,7 @@ class _Exit:
         starts = np.arange(0, len(score), BLOCK)
         self.sums = np.add.reduceat(self.values, starts, axis=1)  # [3, blocks]
         self.gains = np.add.reduceat(np.minimum(errors, 0), starts)  # sums of errors below 0 [blocks]
+        self.has_end = np.logical_or.reduceat(self.may_end, starts)  # blocks in which somebody may be the last to leave
 
     def change(self, come: Rows, gone: Rows) -> tuple[Rows, Rows]:
         """Count some rows as having reached the exit, and others no longer; gives their places in the order."""
@@ -117,7 +118,7 @@ class _Exit:
         ends = np.cumsum(self.sums, axis=1)
         starts = ends - self.sums
         at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
-        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index)
+        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index) & self.has_end
         for block in np.flatnonzero(possible)[::-1].tolist():
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             here = left[self.order[part]] >= index

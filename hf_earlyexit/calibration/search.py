@@ -128,7 +128,8 @@ def single_threshold_curve(scores: Array, quality: Array, cost: Array, lowest: f
     gain = quality - quality[:, -1:]
     costs, gains, squares = sweep(scores, [np.broadcast_to(cost, scores.shape), gain, gain**2], cuts)
     open_exits = np.asarray(np.isfinite(scores[:, :-1]).any(0), dtype=np.bool_)
-    vectors = np.full((len(cuts) + 1, len(open_exits)), np.nan)
+    narrow = np.float32 if (cuts == cuts.astype(np.float32)).all() else np.float64  # there may be a million of them
+    vectors = np.full((len(cuts) + 1, len(open_exits)), np.nan, dtype=narrow)
     vectors[1:, open_exits] = cuts[::-1, None]
     return Curve(
         vectors,

@@ -48,7 +48,7 @@ class Setting:
         policy: with thresholds.
         rows: that chose them; num_learning_rows: others, that taught the policy its own numbers.
         scan: what the policy makes of the rows; quality: of its answer at each exit `[N, E]`, whatever the metric.
-        curve: of all settings that were looked at.
+        curve: of the settings that were looked at, thinned.
         weak: exits (0-based) that were muted.
     """
 
@@ -147,7 +147,7 @@ def choose_setting(recipe: Recipe, pool: Pool) -> Setting:
         num_learning_rows=trace.num_rows - len(places),
         scan=scan,
         quality=pool.row_quality(policy)[places],
-        curve=curve,
+        curve=thinned(curve),
         weak=weak,
     )
 
