@@ -102,7 +102,7 @@ def gap(model: object, full: torch.Tensor, drafted: torch.Tensor, padding: int) 
     """Where a text first differs: how far its two words are apart in the full model's logits, in roundings of the dtype."""
     width = min(len(full), len(drafted))
     place = int((full[:width] != drafted[:width]).int().argmax())
-    logits = model(full[None, padding:place], use_cache=False).logits[0, -1].float()
+    logits = model(full[None, padding:place]).logits[0, -1].float()
     first, second = logits[full[place]], logits[drafted[place]]
     return float((first - second).abs() / (torch.finfo(model.dtype).eps * first.abs()))
 

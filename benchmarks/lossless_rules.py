@@ -82,7 +82,7 @@ def fixed_depth(model: object, rows: list[Row]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--training_texts", type=int, default=240)
+    parser.add_argument("--training_texts", type=int, default=648)
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--rules", nargs="*", default=["confidence", "entropy", "patience"])
     parser.add_argument("--report", type=Path, default=RESULT)

@@ -215,6 +215,12 @@ def test_the_page_of_pictures_is_that_of_the_committed_results(monkeypatch):
     assert pictures.PAGE.read_text(encoding="utf-8") == pictures.page(results), "run python benchmarks/pictures.py --page"
 
 
+def test_the_page_of_writing_is_that_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = import_module("lossless_page")
+    assert page.PAGE.read_text(encoding="utf-8") == page.committed(), "run python benchmarks/lossless_page.py"
+
+
 def test_the_table_of_extras_and_versions_is_that_of_the_project():
     page = (DOCS / "install.md").read_text(encoding="utf-8")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
