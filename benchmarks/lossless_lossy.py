@@ -3,9 +3,9 @@
     python benchmarks/lossless_lossy.py --model EXITS
 
 EXITS is a folder that `benchmarks/lossless_exits.py` wrote, with the gates of `benchmarks/lossless_rules.py`. Paragraphs, or
-what stands in them between two unknown words, are read one token after the other, as `generate` decodes them, with the true token in the place of the chosen one: what has
-left early stands in for itself in the layers above, as it does in serving. One threshold for all exits is taken from texts
-that were held back, so that their tokens take a given number of layers.
+what stands in them between two unknown words, are read one token after the other, as `generate` decodes them, with the true
+token in the place of the chosen one: what has left early stands in for itself in the layers above, as it does in serving.
+One threshold for all exits is taken from texts that were held back, so that their tokens take a given number of layers.
 """
 
 from __future__ import annotations

@@ -73,9 +73,10 @@ good. Gates learned by reward (ConsistentEE) from {rules["gate_tokens"]} tokens 
 {real_runs(runs)}
 ## Exits that are final
 
-Without `lossless=True` a token that leaves is final. {lossy["tokens"]} tokens of {lossy["texts"]} pieces of wikitext-2's test
-part, paragraphs or what stands in them between two unknown words, read one after the other as `generate` decodes them, with the true token in the place of the chosen one, behind
-16 tokens that run in full. One threshold for all exits, from the texts that were held back; fixed depth leaves always at
+Without `lossless=True` a token that leaves is final. {lossy["tokens"]} tokens of {lossy["texts"]} pieces of wikitext-2's
+test part, paragraphs or what stands in them between two unknown words, read one after the other as `generate` decodes them,
+with the true token in the place of the chosen one, behind 16 tokens that run in full. One threshold for all exits, from the
+texts that were held back; fixed depth leaves always at
 one exit. The full model's perplexity is {lossy["perplexity"]:.1f}.
 
 | rule | layers a token | perplexity | more loss a token, with its standard error | same first word as the full model |
