@@ -29,9 +29,9 @@ DEFAULT = "default"
 class Engine:
     """Classifies rows that are submitted one at a time, by any number of threads and coroutines.
 
-    One thread runs the layers. A row joins at layer 0 while others are deeper; those who meet at a depth go on together, and
-    who is decided leaves at once, so that another can come. A row is never held back while there is nothing else to run;
-    while there is, it waits for company at most `max_wait` at any depth. Answers are those of `predict`.
+    One thread runs the layers. Rows that are there together run together, and who is decided leaves at once. With `max_wait`
+    0 those under way go on before others begin; with more, rows join at layer 0 while others are deeper, and those who meet
+    at a depth go on together. A row is never held back while there is nothing else to run. Answers are those of `predict`.
 
     Args:
         model: a model with exits, as for `predict`; or several by name.
@@ -39,7 +39,8 @@ class Engine:
         image_processor: for pictures; likewise.
         max_batch_tokens: as for `predict`.
         max_length: cut longer texts.
-        max_wait: seconds, at least 0, that rows wait for company at a depth while others run.
+        max_wait: seconds, at least 0, that rows wait for company at a depth while others run. By default 0 on a processor,
+            which gains little by running many at once, and 0.005 on an accelerator.
         max_queue: most rows that wait to be let in, at least 1; further ones are refused.
         cuda_graphs: as for `predict`.
         monitor: of one model; sees every answer, and whether the full model answers the same to a share of the rows, which
@@ -66,13 +67,13 @@ class Engine:
         image_processor: Any = None,
         max_batch_tokens: int | None = None,
         max_length: int | None = None,
-        max_wait: float = 0.005,
+        max_wait: float | None = None,
         max_queue: int = 1024,
         cuda_graphs: bool = True,
         monitor: Monitor | None = None,
     ) -> None:
-        if not is_real(max_wait, 0):
-            raise unexpected("max_wait", max_wait, "seconds, at least 0")
+        if max_wait is not None and not is_real(max_wait, 0):
+            raise unexpected("max_wait", max_wait, "seconds, at least 0, or None")
         check_whole(1, max_queue=max_queue)
         check_flags(cuda_graphs=cuda_graphs)
         check_monitor(monitor)
@@ -86,7 +87,7 @@ class Engine:
             "max_length": max_length,
             "cuda_graphs": cuda_graphs,
         }
-        self._worker = Worker(max_queue, float(max_wait))
+        self._worker = Worker(max_queue, max_wait)
         self._served: dict[str, _Served] = {}
         self._single = not isinstance(model, Mapping)
         for name, one in models.items():

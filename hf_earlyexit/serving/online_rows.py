@@ -100,7 +100,7 @@ class Line:
         scheduler: of that model and operating point.
         reader: of its rows.
         lock: held while the queue is looked at.
-        max_wait: as for `Course`.
+        max_wait: as for `Course`; `None` for what suits the model.
         monitor: sees where rows leave, and follows a share of them to the last layer; for schedulers with a policy.
     """
 
@@ -109,10 +109,11 @@ class Line:
         scheduler: Scheduler,
         reader: RowReader,
         lock: AbstractContextManager[Any],
-        max_wait: float,
+        max_wait: float | None,
         monitor: Monitor | None,
     ) -> None:
-        self.scheduler, self.reader, self.lock, self.max_wait, self.monitor = scheduler, reader, lock, max_wait, monitor
+        self.scheduler, self.reader, self.lock, self.monitor = scheduler, reader, lock, monitor
+        self.max_wait = scheduler.walker.best_wait if max_wait is None else max_wait
         self.queue: list[RowFuture] = []  # a heap; those called off stay until they are met
         self.inside: dict[RowFuture, Any] = {}  # under way, with what the model reads of them
         self.groups: dict[Hashable, deque[list[RowFuture]]] = {}  # by shape, those that make a chunk

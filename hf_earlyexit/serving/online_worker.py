@@ -49,10 +49,10 @@ class Worker:
 
     Args:
         max_queue: most rows that wait to be let in.
-        max_wait: as for `Course`.
+        max_wait: as for `Line`.
     """
 
-    def __init__(self, max_queue: int, max_wait: float) -> None:
+    def __init__(self, max_queue: int, max_wait: float | None) -> None:
         self.max_queue, self.max_wait = max_queue, max_wait
         self.lock = threading.Condition(threading.RLock())
         self.lines: dict[Scheduler, Line] = {}  # those with work

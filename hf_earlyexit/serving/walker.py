@@ -21,6 +21,7 @@ from .rows import TokenIds, check_ids
 from .tables import PIXELS
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
+ACCELERATOR_WAIT = 0.005  # seconds; there a layer of one row takes as long as of many
 
 
 class BatchWalker(Walks):
@@ -31,6 +32,7 @@ class BatchWalker(Walks):
         num_classes: C.
         device: where hidden states are.
         best_batch_tokens: padded tokens of a batch that suit it.
+        best_wait: seconds that rows should wait for company at a depth while others run.
         lanes: batches that should be under way at once.
     """
 
@@ -38,6 +40,7 @@ class BatchWalker(Walks):
     num_classes: int
     device: torch.device
     best_batch_tokens: int
+    best_wait: float = 0.0
     lanes: int = 1
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
@@ -92,7 +95,9 @@ class ModelWalker(BatchWalker):
         self.exit_layers = model.exit_layers
         self.num_classes = model.num_labels
         self.device = model.device
-        self.best_batch_tokens = CPU_TOKENS if self.device.type == "cpu" else ACCELERATOR_TOKENS
+        on_cpu = self.device.type == "cpu"
+        self.best_batch_tokens = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
+        self.best_wait = 0.0 if on_cpu else ACCELERATOR_WAIT
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""

@@ -162,12 +162,19 @@ def test_one_engine_serves_operating_points_budgets_and_models(model, tiny_model
         assert torch.allclose(torch.stack([answer.logits for answer in part]), expected.logits, atol=1e-5)
 
 
-def test_a_row_joins_while_others_are_deeper(gated):
-    engine, gate = gated()
+@pytest.mark.parametrize(
+    ("max_wait", "rows"),
+    [
+        (SECONDS, [(1, 1), (1, 1), (2, 2), (3, 2), (4, 2)]),  # the second went on alone until it met the first
+        (None, [(1, 1), (2, 1), (3, 1), (4, 1), (1, 1), (2, 1), (3, 1), (4, 1)]),  # on a processor nobody waits
+    ],
+)
+def test_a_row_joins_while_others_are_deeper_if_they_wait(gated, max_wait, rows):
+    engine, gate = gated(max_wait=max_wait)
     late = engine.submit("w6 w7", early_exit=False, deadline=1e6)
     gate.open.set()
     assert late.result(SECONDS).exit_layer == 4
-    assert gate.rows == [(1, 1), (1, 1), (2, 2), (3, 2), (4, 2)]  # the second went on alone until it met the first
+    assert gate.rows == rows
 
 
 def test_coroutines_await_answers_and_close_waits_for_them(model, tokenizer, texts):
