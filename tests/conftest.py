@@ -1,7 +1,9 @@
 """Fixtures shared by all tests: tiny models whose rows leave at different layers, and a tiny tokenizer. No network."""
 
 import gc
+import io
 import os
+import pickle
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from transformers import BertTokenizer
+from transformers import BertTokenizer, PreTrainedConfig
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 import hf_earlyexit as ee
@@ -33,6 +35,8 @@ SHAPE = {
     "initializer_range": 0.1,
     "num_labels": 3,
 }
+NO_PART_OF_A_GRAPH = ("_name_or_path", "architectures", "dtype", "early_exit_version", "exit_policy", "exit_certificate",
+                      "exit_operating_points", "exit_point_certificates", "exit_forms", "exit_cost")  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,6 +52,35 @@ def places_of_beit():
     """transformers keeps BEiT's tables of relative places for the whole process, and what a stock model that only answers
     made in inference mode cannot be learned with: the tiny models' table is made before any does."""
     BeitRelativePositionBias.generate_relative_position_index((2, 2))
+
+
+class _Same(pickle.Pickler):
+    """Equal bytes for modules from which equal graphs are made, wherever their numbers lie and whatever policy they have."""
+
+    def reducer_override(self, thing):
+        if isinstance(thing, torch.Tensor):
+            numbers = thing.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return tuple, ((str(thing.dtype), tuple(thing.shape), numbers),)
+        if isinstance(thing, PreTrainedConfig):
+            return str, (repr({name: value for name, value in thing.to_dict().items() if name not in NO_PART_OF_A_GRAPH}),)
+        return NotImplemented
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once():
+    """torch takes seconds to make an ONNX program of a module; the tests of one process share those of equal modules."""
+    export, known = torch.onnx.export, {}
+
+    def once(module, example, **options):
+        key = io.BytesIO()
+        _Same(key).dump((module, example, repr(options)))
+        if key.getvalue() not in known:
+            known[key.getvalue()] = export(module, example, **options)
+        return known[key.getvalue()]
+
+    torch.onnx.export = once
+    yield
+    torch.onnx.export = export
 
 
 @pytest.fixture(scope="session")
