@@ -17,6 +17,7 @@ from ..serving.online import Engine
 from ..serving.online_rows import ENGINE
 from ..serving.predict import Answer
 from ..serving.reader import reads_images
+from ..serving.served import form_of
 from .shapes import Classified, ExitSaid, Scored
 
 LONGEST_MESSAGE = 300
@@ -166,13 +167,13 @@ def probabilities(model: Any, answer: Answer) -> Any:
 
 
 def classified(model: Any, answer: Answer) -> Classified:
-    """An answer with the layer it left after."""
+    """An answer with the layer it left after, and the form it was made by."""
     layers = model.exit_layers[-1]
     if answer.exit_layer == 0:
         nothing = "The deadline passed before the row came to its first exit."
         return Classified(
             label=None, score=None, logits=None, exit_layer=None, num_layers=layers, exit_score=None,
-            reason=answer.reason, error=nothing,
+            reason=answer.reason, form=form_of(model), error=nothing,
         )  # fmt: skip
     kind = model.config.resolved_problem_type
     label = score = None
@@ -181,5 +182,5 @@ def classified(model: Any, answer: Answer) -> Classified:
         label, score = best.label, best.score
     return Classified(
         label=label, score=score, logits=answer.logits.tolist(), exit_layer=answer.exit_layer, num_layers=layers,
-        exit_score=_finite(answer.exit_score), reason=answer.reason,
+        exit_score=_finite(answer.exit_score), reason=answer.reason, form=form_of(model),
     )  # fmt: skip

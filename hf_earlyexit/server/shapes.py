@@ -90,6 +90,7 @@ class Classified(BaseModel):
     num_layers: int
     exit_score: float | None
     reason: str
+    form: str
     error: str | None = None
     exits: list[ExitSaid] | None = None
 

@@ -80,6 +80,13 @@ def test_predict_has_the_shapes_of_text_embeddings_inference(client, expected):
     assert raw[0][0]["score"] == pytest.approx(float(expected.logits[1].max()), abs=1e-5)
 
 
+def test_classify_tells_by_which_form_a_row_was_answered(client, make_client, model):
+    for one, form in ((client, "fp32"), (make_client(ee.quantize_int8(model)), "int8")):
+        answers = one.post("/v1/classify", json={"inputs": ["w5", "w6"]}).json()
+        answers += one.post("/v1/classify", json={"inputs": ["w5"], "deadline": 0}).json()
+        assert [answer["form"] for answer in answers] == [form] * 3
+
+
 def test_classify_tells_the_layer_the_score_and_the_reason(client, model, tokenizer, expected):
     got = client.post("/v1/classify", json={"inputs": ["w5 w6", ["w7", "w8"]]}).json()
     for place, answer in enumerate(got):
