@@ -110,7 +110,23 @@ def page(results: dict[str, Any]) -> str:
             f"{equal['other_label']} got another label. {equal['at_threshold']} more have a score within 1e-5 of the "
             "threshold they left by, where the batch a row is in decides the last digit."
         )
+    if "ray" in results:
+        lines.append(ray_words(**results["ray"]))
     return "\n".join(lines) + "\n"
+
+
+def ray_words(actors: dict[str, Any], million: dict[str, Any]) -> str:
+    """What `load_ray.py` measured."""
+    one, two = (median(actors[name]) for name in ("one", "two"))
+    ratios = [second / first for first, second in zip(actors["one"], actors["two"], strict=True)]
+    held = " ".join(f"{value:.0f}" for value in million["mebibytes"])
+    return (
+        f"\n## Many rows, by Ray\n\n{actors['rows']:,} texts of SST-2 through `ee.ray.predict`, the float32 model of above: "
+        f"{one:.0f} rows/s by one process, {two:.0f} by two on two cores: {median(ratios):.2f}x ({min(ratios):.2f}-"
+        f"{max(ratios):.2f} in {len(ratios)} turns).\n\n{million['rows']:,} rows of one to eight words through a process "
+        f"with a small model took {million['seconds']:.0f} seconds; the process held, in MiB, tenth by tenth of the run: "
+        f"{held}. Made by `python benchmarks/load_ray.py`."
+    )
 
 
 def equal_table(servers: dict[str, Any]) -> list[str]:
