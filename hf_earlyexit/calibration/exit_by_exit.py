@@ -81,8 +81,8 @@ class _Exit:
     def __init__(self, score: Array, errors: Array, lowest: float) -> None:
         self.order = np.argsort(-score)
         self.score = score[self.order]
-        self.rank = np.empty_like(self.order)
-        self.rank[self.order] = np.arange(len(score))
+        self.rank = np.empty(len(score), dtype=np.int32)
+        self.rank[self.order] = np.arange(len(score), dtype=np.int32)
         self.may_end = np.append(self.score[1:] < self.score[:-1], True)[: len(score)]  # equal scores leave together
         self.may_end &= (self.score >= lowest) & (self.score > -np.inf)
         errors = errors[self.order]
@@ -156,7 +156,7 @@ class ExitByExit:
 
     def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
         self.lowest, self.counts, self.last = lowest, counts, scores.shape[1] - 1
-        errors = summable(errors)
+        scores, errors = np.asfortranarray(scores), np.asfortranarray(summable(errors))  # an exit's numbers side by side
         self.exits = [_Exit(scores[:, index], errors[:, index], lowest) for index in range(self.last)]
         self.cuts = [-1] * self.last  # how far each exit's order leaves
         self.left = np.full(len(scores), self.last, dtype=np.int16)
