@@ -73,30 +73,35 @@ def expect(recipe: Recipe, pool: Pool, folds: int) -> Expectation | None:
     if count < 2:
         return None
     order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(recipe.seed + 1))
-    early = torch.empty_like(trace.logits[:, -1])
-    layers = np.empty(trace.num_rows)
+    taken, answered = torch.empty(trace.num_rows, dtype=torch.long), []
     for places in order.chunk(count):
         kept = torch.ones(trace.num_rows, dtype=torch.bool)
         kept[places] = False
-        answers, exit_layers = _judged(recipe, pool, kept.nonzero().flatten(), places)
-        early[places], layers[places.numpy()] = answers, exit_layers
+        taken[places], answers = _judged(recipe, pool, kept.nonzero().flatten(), places)
+        if answers is not None:
+            answered.append((places, answers))
+    early = trace.logits[torch.arange(trace.num_rows), taken]  # at the end, when what the folds needed is gone
+    for places, answers in answered:
+        early[places] = answers.to(early.dtype)
     compared = recipe.metric.compare(early, trace.logits[:, -1], trace.labels, trace.problem_type)
     return Expectation(
         difference=compared.quality - compared.full_quality,
         standard_error=compared.standard_error,
-        mean_layers=float(layers.mean()),
+        mean_layers=float(np.asarray(trace.exit_layers)[taken.numpy()].mean()),
         num_folds=count,
         num_rows=trace.num_rows,
     )
 
 
-def _judged(recipe: Recipe, pool: Pool, others: Tensor, fold: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Answers `[n, C]` and layers `[n]` of a fold's rows under thresholds that the other rows chose."""
-    trace = pool.trace
+def _judged(recipe: Recipe, pool: Pool, others: Tensor, fold: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Exits `[n]` that a fold's rows take under thresholds that the other rows chose, and the answers there `[n, C]`.
+
+    No answers are given where they are the exits' own.
+    """
     try:
         policy = choose(recipe, pool, others).policy
     except CalibrationError:
-        return trace.logits[fold, -1], np.full(len(fold), trace.exit_layers[-1])
+        return torch.full((len(fold),), pool.trace.num_exits - 1), None
     scores, answers = pool.scan(policy)
     taken = policy.decide(scores[fold])
-    return answers[fold, taken].to(trace.logits.dtype), np.asarray(trace.exit_layers)[taken.numpy()]
+    return taken, None if answers is pool.trace.logits else answers[fold, taken]

@@ -74,6 +74,18 @@ def test_thresholds_are_chosen_and_judged_by_what_the_policy_answers(policy, per
         assert (cost, quality) == pytest.approx(((taken + 1).mean(), right[np.arange(400), taken].mean()))
 
 
+def test_so_is_what_other_rows_can_be_expected_to_get(policy):
+    trace, options = learned_trace(400, seed=2), {"target": MaxDrop(0.02), "keep_weak_exits": True}
+    gained = 0
+    for fold in torch.randperm(400, generator=torch.Generator().manual_seed(1)).chunk(5):
+        others = torch.ones(400, dtype=torch.bool).index_fill(0, fold, False)
+        chosen, part = calibrate(trace.select(others), policy, folds=0, **options).policy, trace.select(fold)
+        scores, answers = chosen.scan(part)
+        early = answers[torch.arange(80), chosen.decide(scores)].argmax(-1)
+        gained += int((early == part.labels).sum() - part.quality[:, -1].sum())
+    assert calibrate(trace, policy, **options).expected.difference == pytest.approx(gained / 400)
+
+
 @pytest.mark.parametrize("per_exit", [True, False])
 def test_so_are_they_in_a_metric_that_is_no_mean(policy, per_exit):
     trace = learned_trace(400, seed=2)
