@@ -78,6 +78,7 @@ def run(args: GenerateArguments) -> Answer:
     model = load_language_model(args.model, args.device)
     tokenizer = reading_parts(args.model, model)["tokenizer"]
     warn_of_other_tokenizer(model, tokenizer)
+    _point(args, model)  # refused before anything is opened
     source = incoming(args, args.input, args.split)
     set_seed(args.seed)
     tally: dict[str, Any] = {"rows": 0, "tokens": 0, "mean_exit_layer": None, "num_layers": model.exit_layers[-1]}
@@ -124,6 +125,27 @@ def _run_of(args: GenerateArguments, model: Any) -> dict[str, Any]:
     return {**settings, **points, "input as it is": changed}
 
 
+def _point(args: GenerateArguments, model: Any) -> str | None:
+    """The operating point to write with: that which drafts were chosen for, where they are asked for and no other is named.
+
+    Raises:
+        UsageError: for drafts where no policy makes any.
+    """
+    from .texts import LOSSLESS
+
+    if not args.lossless or args.early_exit is False:
+        return args.operating_point
+    point = args.operating_point
+    if point is None and LOSSLESS in model.operating_points:
+        point = LOSSLESS
+    if model.policy_at(point) is None:
+        raise UsageError(
+            f"--lossless, but no policy of {args.model} makes drafts; run `hf-earlyexit calibrate` with it first.",
+            field="lossless",
+        )
+    return point
+
+
 def _written(
     args: GenerateArguments, model: Any, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]],
     options: dict[str, Any], tally: dict[str, Any], first: int = 0,
@@ -132,13 +154,10 @@ def _written(
     from tqdm.auto import tqdm
 
     from ..generation.prompts import left_padded, read_prompts
-    from .texts import LOSSLESS, as_prompts
+    from .texts import as_prompts
 
-    point = args.operating_point
     if args.lossless:
         tally |= {"layer_calls": 0, "drafted": 0, "accepted": 0}
-        if point is None and args.early_exit is None and LOSSLESS in model.operating_points:
-            point = LOSSLESS
     if tokenizer.pad_token_id is not None:
         options = {"pad_token_id": tokenizer.pad_token_id, **options}
     layers, place = 0, first
@@ -146,7 +165,7 @@ def _written(
     while batch := list(islice(rows, args.batch_size)):
         texts = ["" if (text := source.text(row)) is None else text for row in batch]
         prompts = read_prompts(as_prompts(texts, args.chat), tokenizer, model.config.vocab_size, first=place)
-        given = {"early_exit": args.early_exit, "operating_point": point, "lossless": args.lossless}
+        given = {"early_exit": args.early_exit, "operating_point": _point(args, model), "lossless": args.lossless}
         try:
             output = model.generate(**left_padded(prompts, model.device), **options, **given, return_exit_layers=True)
         except EarlyExitError:

@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ("generate {model} --input {none}", "nowhere.txt"),
         ("generate {model} --input {prompts} --batch_size 0", "batch_size is 0"),
         ("generate {model} --input {prompts} --max_new_tokens 0", "max_new_tokens is 0"),
-        ("generate {model} --input {prompts} --lossless true", "no policy makes drafts"),
+        ("generate {model} --input {prompts} --lossless true", "run `hf-earlyexit calibrate` with it first"),
         ("generate {model} --input {prompts} --operating_point fast", "operating point"),
         ("generate {model} --input {prompts} --output texts.doc", "a name that ends in"),
         ("generate {model} --input {prompts} --resume true", "name an --output"),
