@@ -115,14 +115,12 @@ class _Exit:
             left: where each row leaves `[N]`; those that left before this exit are not here.
             index: of the exit.
         """
-        ends = np.cumsum(self.sums, axis=1)
+        ends = self.sums.cumsum(1)
         starts = ends - self.sums
-        at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
-        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index) & self.has_end
-        for block in np.flatnonzero(possible)[::-1].tolist():
+        for block in self._blocks(rule, starts, ends, index):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             here = left[self.order[part]] >= index
-            sums = starts[:, block, None] + np.cumsum(self.values[:, part] * here, axis=1)
+            sums = starts[:, block, None] + (self.values[:, part] * here).cumsum(1)
             fine = rule.holds(sums[0], sums[1], sums[2], index) & self.may_end[part]
             if fine.any():
                 place = len(fine) - 1 - int(fine[::-1].argmax())
@@ -130,6 +128,15 @@ class _Exit:
                 last, following = (self._score_of(one, ends[0], left, index) for one in (number, number + 1))
                 return Leavers(part.start + place, last, following, sums[:, place])
         return NOBODY_LEAVES
+
+    def _blocks(self, rule: LeaverRule, starts: Array, ends: Array, index: int) -> list[int]:
+        """Blocks in which the last leaver can be, the last of them first."""
+        if len(self.gains) == 1:
+            return [0]
+        at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
+        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index) & self.has_end
+        found: list[int] = np.flatnonzero(possible)[::-1].tolist()
+        return found
 
     def _score_of(self, number: int, ends: Array, left: NDArray[np.int16], index: int) -> float:
         """Score of the row that comes at a place, from 1, among those that have reached the exit; -inf beyond the last."""
