@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from .answer import Answer
 from .calibrate import MAX_DROP, CalibrateArguments, keep
-from .texts import LOSSLESS, Task, task_of
+from .texts import Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
 PROPOSALS = 12
@@ -48,6 +48,7 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
 
 
 def _calibrate_drafts(args: CalibrateArguments, model: Any, task: Task, options: dict[str, Any]) -> Answer:
+    from ..generation.checks import LOSSLESS
     from ..generation.draft_calibration import calibrate_drafts
     from ..hub.save import save_calibrated
 
@@ -63,8 +64,7 @@ def _calibrate_drafts(args: CalibrateArguments, model: Any, task: Task, options:
         raise UsageError("--options go with policies that learn; drafts take a policy by its name.", field="options")
     found = calibrate_drafts(model, task.prompts, args.policy, **task.parts, batch_size=task.batch_size, **task.generation)
     point = args.operating_point or LOSSLESS
-    model.set_operating_points({point: found.policy}, keep_others=True)
-    model.config.exit_drafts = found.drafts
+    found.serve(model, point)
     save_calibrated(model, args.model)
     values = {
         "model": args.model, "operating_point": point, "policy": found.policy.to_dict(), "drafts": found.drafts,

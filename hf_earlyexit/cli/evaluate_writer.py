@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UsageError
 from .answer import Answer
 from .evaluate import EvaluateArguments, judgement, measured, timing_words, verdict_on
-from .texts import LOSSLESS, Task, task_of
+from .texts import Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "max_batch_tokens", "label_names")
 
@@ -24,9 +24,7 @@ def evaluate_writer(args: EvaluateArguments, model: Any) -> Answer:
         UsageError: for a model without a policy, or flags that do not fit.
     """
     task = task_of(args, model, "test", CLASSIFIERS_ONLY)
-    point = args.operating_point
-    if point is None and args.lossless and LOSSLESS in model.operating_points:
-        point = LOSSLESS
+    point = model.point_of(args.operating_point, args.lossless)
     policy = model.policy_at(point)
     if policy is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")

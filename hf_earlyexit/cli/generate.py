@@ -131,14 +131,8 @@ def _point(args: GenerateArguments, model: Any) -> str | None:
     Raises:
         UsageError: for drafts where no policy makes any.
     """
-    from .texts import LOSSLESS
-
-    if not args.lossless or args.early_exit is False:
-        return args.operating_point
-    point = args.operating_point
-    if point is None and LOSSLESS in model.operating_points:
-        point = LOSSLESS
-    if model.policy_at(point) is None:
+    point: str | None = model.point_of(args.operating_point, args.lossless and args.early_exit is not False)
+    if args.lossless and args.early_exit is not False and model.policy_at(point) is None:
         raise UsageError(
             f"--lossless, but no policy of {args.model} makes drafts; run `hf-earlyexit calibrate` with it first.",
             field="lossless",

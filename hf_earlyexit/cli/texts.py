@@ -16,7 +16,6 @@ from .arguments import FileArguments
 from .incoming import incoming
 from .rows import read_rows, reading, texts_of
 
-LOSSLESS = "lossless"  # the operating point of drafts where no other name is given
 NEW_TOKENS = 64  # of language models
 BATCH = 8
 WRITERS_ONLY = ("lossless", "chat", "max_new_tokens", "batch_size")

@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 from ..errors import DataError, UsageError
 from ..values import is_whole, shown, unexpected
 
+LOSSLESS = "lossless"  # the operating point of drafts where no other is named
+
 
 def generation_settings(model: Any, options: Mapping[str, Any]) -> GenerationConfig:
     """What a call of `generate` goes by: its arguments, then its generation config, then the model's own.

@@ -17,6 +17,7 @@ from ..families.decoders import cache_name
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..values import check_flags, is_whole
+from .checks import LOSSLESS
 from .decoding import ExitRun
 from .draft_trace import DraftCosts, Replayed, replay_drafts, trace_drafts
 from .drafts import Row, Speaker, Waiting
@@ -60,9 +61,16 @@ class DraftCalibration:
     num_tokens: int
     measured_speed_up: float | None = None
 
-    def serve(self, model: Any) -> None:
-        """Draft with the chosen setting from now on, in lossless runs."""
-        model.set_exit_policy(self.policy)
+    def serve(self, model: Any, operating_point: str = LOSSLESS) -> None:
+        """Draft with the chosen setting from now on, in lossless runs.
+
+        What decides other runs is left as it is, as drafts that nobody checks lose quality.
+
+        Args:
+            model: that was calibrated.
+            operating_point: name to keep the setting under; by default the one that lossless runs use by themselves.
+        """
+        model.set_operating_points({operating_point: self.policy}, keep_others=True)
         model.config.exit_drafts = self.drafts
 
     def __str__(self) -> str:

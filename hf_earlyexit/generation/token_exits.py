@@ -20,7 +20,7 @@ from ..modeling.finite import check_finite
 from ..modeling.gates import new_gates
 from ..problem_types import SINGLE_LABEL
 from ..values import check_flags
-from .checks import check_generation, check_lossless, check_prompts, generation_settings
+from .checks import LOSSLESS, check_generation, check_lossless, check_prompts, generation_settings
 from .decoding import EndWatch, ExitRun, GivenCriteria, exit_layers_of
 from .lossless import decode_lossless
 from .token_cache import require_dynamic, takes_apart
@@ -242,7 +242,8 @@ class ModelThatWrites(ModelWithExits):
             inputs: token ids of the prompts `[B, T]`, or images `[B, 3, H, W]` of a captioner.
             early_exit: `None` exits early if a policy is set and the model is not training; `False` runs every layer;
                 `True` insists on early exit.
-            operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model.
+            operating_point: name of the policy to use in place of `exit_policy`; "exact" runs the full model. Lossless runs
+                use "lossless" by default, where the model has it: `DraftCalibration.serve` keeps it there.
             return_exit_layers: give a dict-like output, whose `exit_layers` says, in the shape of `sequences`, which layer
                 each token left after (1 to L); 0 for the prompt and for padding. In lossless runs it is the layer that
                 drafted the token, L where the last layer wrote it, and `draft_counts` tells what was run (`DraftCounts`).
@@ -266,7 +267,8 @@ class ModelThatWrites(ModelWithExits):
             options["return_dict_in_generate"] = True
         settings = generation_settings(self, options)
         states = {flag: True for flag in ("output_hidden_states", "output_attentions") if getattr(settings, flag)}
-        policy = self.choose_policy(early_exit, operating_point, states)
+        point = self.point_of(operating_point, lossless and early_exit is not False)
+        policy = self.choose_policy(early_exit, point, states)
         count = self.check_inputs(inputs, settings, options)
         check_generation(settings, options, policy is not None and policy.may_leave, return_exit_layers)
         run = ExitRun(policy, count)
@@ -284,6 +286,12 @@ class ModelThatWrites(ModelWithExits):
             if lossless:
                 output["draft_counts"] = run.draft_counts
         return output
+
+    def point_of(self, operating_point: str | None, lossless: bool) -> str | None:
+        """The operating point of a call of `generate`: the one that drafts were chosen for, where no other is named."""
+        if operating_point is None and lossless and LOSSLESS in self.operating_points:
+            return LOSSLESS
+        return operating_point
 
     def check_inputs(self, inputs: Any, settings: GenerationConfig, options: dict[str, Any]) -> int:
         """Refuse inputs of `generate` that the model cannot read; says how many images or prompts there are."""

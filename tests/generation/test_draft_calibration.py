@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hf_earlyexit as ee
-from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.errors import CalibrationError, UsageError
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
 from hf_earlyexit.generation.draft_trace import DraftCosts, DraftTrace, replay_drafts, trace_drafts
 from tests.generation.conftest import LAYERS, PAD, prompts
@@ -71,8 +71,20 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     assert found.expected.speed_up > 1
     assert found.measured_speed_up > 0
     assert f"{found.expected.speed_up:.2f}x" in str(found)
+    usual = model.exit_policy
     found.serve(model)
-    assert (model.exit_policy, model.config.exit_drafts) == (found.policy, found.drafts)
+    assert (model.policy_at("lossless"), model.config.exit_drafts) == (found.policy, found.drafts)
+    assert model.exit_policy == usual, "what nobody checks is left as it was"
+    model.set_exit_policy(None)
+    inputs = torch.tensor(ids[:1])
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "return_exit_layers": True}
+    full, drafted = (model.generate(inputs, **options, lossless=lossless) for lossless in (False, True))
+    assert sum(drafted.draft_counts.drafted) > 0, "lossless runs know where their drafts are kept"
+    assert torch.equal(full.sequences, drafted.sequences)
+    assert set(full.exit_layers[0, inputs.shape[1] :].tolist()) == {LAYERS}
+    with pytest.raises(UsageError, match="no policy makes drafts"):
+        model.generate(inputs, **options, lossless=True, operating_point="exact")
+    model.set_exit_policy(usual)
     written = ee.generation.write_samples(model, ids, **WRITING)
     given = ee.generation.calibrate_drafts(
         model, written, drafts=(1, 3), levels=4, costs=LAYER_CALLS, confirm=False, **WRITING
