@@ -6,10 +6,9 @@ BUILD := "pip>=23.2" "setuptools>=77"
 DEVELOPMENT := dev,docs
 LOCKED := constraints/locked.txt
 OLDEST := constraints/oldest.txt
-# A process more than there are processors, as some tests wait for servers. Each begins with a stretch of whole files, whose
-# tests share what they make, and takes from the end of another's stretch when its own is done.
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
-PYTEST = -m pytest -n $(WORKERS) --dist worksteal
+# Each process begins with a stretch of whole files, whose tests share what they make, and takes from the end of another's
+# stretch when its own is done.
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check docs test-newest test-oldest constraints clean

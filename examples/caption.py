@@ -51,10 +51,8 @@ def train(out, steps):
     right = [value for name, value in trainer.evaluate().items() if name.endswith("token_accuracy")]
     print("\nshare of right words at each exit:", *(f"{share:.3f}" for share in right))
     held_back, inputs = rows(150), {"image_processor": processor, "tokenizer": tokenizer}
-    captions = [row["captions"] for row in held_back]
-    result = ee.generation.calibrate_generation(
-        model, held_back, "confidence", ee.MaxDrop(0.01), references=captions, **inputs
-    )
+    wanted = {"target": ee.MaxDrop(0.01), "references": [row["captions"] for row in held_back]}
+    result = ee.generation.calibrate_generation(model, held_back, "confidence", **wanted, **inputs)
     print(result)
     model.set_exit_policy(result)
     ee.save(model, out, calibration=result, **inputs)

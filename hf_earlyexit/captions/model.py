@@ -14,7 +14,6 @@ from ..families.decoders import DecoderBackbone, cache_name, crossing_backbone, 
 from ..generation.decoding import ExitRun, decode
 from ..generation.token_exits import ModelThatWrites, require_prompt
 from ..modeling.outputs import EarlyExitCaptionerOutput
-from .batches import image_batches
 from .checks import check_caption_tokens, check_images
 from .configuration import EarlyExitVisionEncoderDecoderConfig
 from .labels import decoder_inputs, read_caption_labels
@@ -191,6 +190,8 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
     @torch.inference_mode()
     def read_prompts(self, rows: Any, tokenizer: Any, image_processor: Any, batch_size: int) -> list[Tensor]:
         """The encoder's last states of all images `[tokens, width]`, on the CPU: made once for many runs of the decoder."""
+        from .batches import image_batches  # with what opens pictures, which the model itself does not need
+
         states: list[Tensor] = []
         for batch in image_batches(rows, image_processor, batch_size):
             if "encoder_outputs" in batch:

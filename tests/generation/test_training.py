@@ -34,7 +34,7 @@ def test_samples_are_what_the_full_model_writes(writer):
         full = model.generate(torch.tensor([prompt]), early_exit=False, max_new_tokens=6, pad_token_id=PAD)[0].tolist()
         assert row["input_ids"] == full
         assert row["labels"] == [-100] * len(prompt) + full[len(prompt) :]
-    with pytest.raises(DataError, match="prompt"):
+    with pytest.raises(DataError, match="Prompt 0 is empty; expected at least one token in each"):
         ee.generation.write_samples(model, [[]])
 
 
