@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from copy import deepcopy
 from importlib.resources import files
@@ -13,13 +11,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from ..serving.monitor import Monitor
 from ..serving.online import Engine
+from .guard import Guard, problem
 from .metrics import Metrics
 from .reference import reference_page
 from .rows import (
@@ -36,8 +34,6 @@ from .rows import (
 )
 from .shapes import Classified, ClassifyRequest, PredictRequest, Problem, Ranked, RerankRequest, Scored
 
-OPEN = ("/", "/health", "/ready")  # without a key
-KINDS = {401: "unauthorized", 413: "validation", 422: "validation", 429: "overloaded", 503: "backend"}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": words}
     for status, words in (
@@ -92,6 +88,7 @@ def make_app(
     )
     app.state.parts = deepcopy(parts or {})  # the engine's are in use by its thread
     paths: set[str] = set()
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics, paths=paths)
 
     def model_of() -> Any:
         return next(iter(engine.models.values()))
@@ -103,29 +100,19 @@ def make_app(
             metrics.exits.labels(answer.exit_layer).inc()
         return answers
 
-    @app.middleware("http")
-    async def guarded(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        start, path = time.perf_counter(), request.url.path
-        response = _refused_before(request, api_key, limits) or await _body_refused(request, limits) or await call(request)
-        known = path if path in paths else "other"  # whoever asks for many paths makes no many counters
-        metrics.requests.labels(known, response.status_code).inc()
-        metrics.seconds.labels(known).observe(time.perf_counter() - start)
-        metrics.refresh()
-        return response
-
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
-        return _problem(error.status, error.message, error.kind)
+        return problem(error.status, error.message, error.kind)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"][:6])
-        return _problem(422, f"{place}: {first['msg']}"[:300].encode(errors="backslashreplace").decode())
+        return problem(422, f"{place}: {first['msg']}"[:300].encode(errors="backslashreplace").decode())
 
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: HTTPException) -> Response:
-        return _problem(error.status_code, str(error.detail), headers=error.headers)
+        return problem(error.status_code, str(error.detail), headers=error.headers)
 
     @app.post("/predict", response_model=list[Scored] | list[list[Scored]], responses=PROBLEMS)
     async def predict(body: PredictRequest) -> Any:
@@ -177,7 +164,7 @@ def make_app(
     @app.get("/ready", responses={503: {"model": Problem}})
     async def ready() -> Any:
         """Whether it takes rows."""
-        return _problem(503, "The server stops.", "backend") if engine.closed else {"status": "ready"}
+        return problem(503, "The server stops.", "backend") if engine.closed else {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def tell_metrics() -> Response:
@@ -197,36 +184,6 @@ def make_app(
     return app
 
 
-def _refused_before(request: Request, api_key: str | None, limits: Limits) -> Response | None:
-    """What is refused before any of the body is read."""
-    if api_key is not None and request.url.path not in OPEN:
-        brought = request.headers.get("authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(brought, f"Bearer {api_key}".encode()):
-            return _problem(401, "The request needs the header Authorization: Bearer KEY.")
-    if request.method != "POST":
-        return None
-    size = request.headers.get("content-length", "")
-    if not size.isdecimal() or "transfer-encoding" in request.headers:  # which would let a body grow beyond it
-        return _problem(411, "The request needs the header Content-Length, and no Transfer-Encoding.", "validation")
-    if int(size[:20]) > limits.max_body:
-        return _problem(413, f"The body has {size[:20]} bytes; at most {limits.max_body} are taken.")
-    return None
-
-
-async def _body_refused(request: Request, limits: Limits) -> Response | None:
-    """Wait for the body, but not for ever: nor does a stopping server, then. Only that of a POST is read."""
-    if request.method != "POST":
-        return None
-    try:
-        await asyncio.wait_for(request.body(), limits.max_seconds)
-    except TimeoutError:
-        words = f"The body was not all there within {limits.max_seconds:g} seconds."
-        return _problem(408, words, headers={"Connection": "close"})
-    except ClientDisconnect:
-        return _problem(400, "The client has gone.")
-    return None
-
-
 def _check_lengths(tokenizer: Any, limits: Limits, rows: list[Any], truncate: bool | None) -> None:
     """Refuse rows that would be cut, where the request asks for that."""
     if truncate is not False or tokenizer is None:
@@ -240,8 +197,3 @@ def _check_lengths(tokenizer: Any, limits: Limits, rows: list[Any], truncate: bo
             raise RefusedError(422, "tokenizer", f"Row {place} cannot be tokenized ({error}).") from None
         if length > most:
             raise RefusedError(422, "tokenizer", f"Row {place} has {length} tokens; at most {most} are taken.")
-
-
-def _problem(status: int, message: str, kind: str | None = None, headers: Any = None) -> JSONResponse:
-    headers = {**(headers or {}), **({"Retry-After": "1"} if status in (429, 503) else {})}
-    return JSONResponse({"error": message, "error_type": kind or KINDS.get(status, "validation")}, status, headers)

@@ -44,6 +44,7 @@ class Metrics:
 
     def __init__(self, engine: Engine, monitor: Monitor | None = None) -> None:
         self.engine, self.monitor = engine, monitor
+        self.one_of_many = FOLDER_OF_ALL in os.environ
         self.registry = CollectorRegistry()
         name, registry = "hf_earlyexit_{}".format, self.registry
         self.requests = Counter(name("requests"), "Requests.", ["path", "status"], registry=registry)
@@ -59,8 +60,15 @@ class Metrics:
             for what, words, mode in gauges
         }
 
+    def count(self, path: str, status: int, seconds: float) -> None:
+        """A request that has been answered."""
+        self.requests.labels(path, status).inc()
+        self.seconds.labels(path).observe(seconds)
+        if self.one_of_many:  # another process may be asked next
+            self.refresh()
+
     def refresh(self) -> None:
-        """Take over the engine's counts, which another process may be asked for."""
+        """Take over the engine's counts."""
         state = self.engine.state
         for what, *_ in ENGINE:
             self.gauges[f"engine_{what}"].set(getattr(state, what))
@@ -73,7 +81,7 @@ class Metrics:
             counts = (state.num_rows, state.num_shadowed, state.num_different, len(state.alarms))
             for (what, _), value in zip(MONITOR, (*counts, lower, upper, self.monitor.limit or 0), strict=True):
                 self.gauges[f"monitor_{what}"].set(value)
-        if FOLDER_OF_ALL not in os.environ:
+        if not self.one_of_many:
             return generate_latest(self.registry)
         together = CollectorRegistry()
         MultiProcessCollector(together)  # type: ignore[no-untyped-call]

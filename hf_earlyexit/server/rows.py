@@ -60,9 +60,9 @@ async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choi
     try:
         for row in rows:
             futures.append(engine.submit(row, **choice))
-        return await asyncio.wait_for(
-            asyncio.gather(*(asyncio.wrap_future(future) for future in futures)), limits.max_seconds
-        )
+        async with asyncio.timeout(limits.max_seconds):
+            answers: list[Answer] = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+            return answers
     except TimeoutError:
         raise RefusedError(503, "overloaded", f"There was no answer within {limits.max_seconds:g} seconds.") from None
     except EarlyExitError as error:
