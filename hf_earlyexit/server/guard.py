@@ -37,12 +37,18 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, counted = time.perf_counter(), False
+        path = scope["path"] if scope["path"] in self.paths else "other"  # whoever asks for many makes no many counters
+
+        def count(status: int) -> None:
+            nonlocal counted
+            if not counted:
+                counted = True
+                self.metrics.count(path, status, time.perf_counter() - start)
 
         async def noted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                count(message["status"])  # before anything is sent: counts are never behind what clients know
             await send(message)
 
         try:
@@ -53,9 +59,9 @@ class Guard:
                 await answer(scope, receive, noted)
             else:
                 await self.app(scope, receive if answer is None else _replay(answer, receive), noted)
-        finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"  # whoever asks for many makes no many counters
-            self.metrics.count(path, status, time.perf_counter() - start)
+        except Exception:
+            count(500)
+            raise
 
     def _refusal(self, scope: Scope) -> Response | None:
         """What is refused before any of the body is read."""
