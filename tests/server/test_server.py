@@ -21,6 +21,7 @@ from hf_earlyexit.errors import UsageError
 from hf_earlyexit.server import rows as rows_of_server
 from hf_earlyexit.server.app import make_app
 from hf_earlyexit.server.kept_monitor import KeptMonitor
+from hf_earlyexit.server.metrics import Metrics
 from hf_earlyexit.server.rows import Limits
 from hf_earlyexit.serving import online
 from hf_earlyexit.serving.walker import ModelWalker
@@ -385,7 +386,7 @@ def test_no_request_that_the_schema_can_think_of_is_a_500(client, mode):
         assert ("/predict", 200) in tried
 
 
-def asked(app, coming, headers, method="POST", path="/v1/classify"):
+def asked(app, coming, headers, method="POST", path="/v1/classify", note=lambda message: None):
     """What an app sends to one who sends these messages and then nothing more."""
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
              "headers": [(b"content-type", b"application/json"), *headers], "http_version": "1.1", "scheme": "http",
@@ -396,6 +397,7 @@ def asked(app, coming, headers, method="POST", path="/v1/classify"):
         return coming.pop(0) if coming else await asyncio.Event().wait()
 
     async def send(message):
+        note(message)
         sent.append(message)
 
     async def ask():
@@ -403,6 +405,19 @@ def asked(app, coming, headers, method="POST", path="/v1/classify"):
 
     asyncio.run(ask())
     return sent
+
+
+@pytest.mark.parametrize(("body", "status"), [(b'{"inputs": ["w5"]}', 200), (b'{"inputs": []}', 422)])
+def test_whoever_has_an_answer_finds_its_request_counted(make_client, model, monkeypatch, body, status):
+    app, events = make_client(model).app, []
+    count = Metrics.count
+    monkeypatch.setattr(Metrics, "count", lambda *given: (events.append(given[1:3]), count(*given)))
+    coming = [{"type": "http.request", "body": body, "more_body": False}]
+    sent = asked(
+        app, coming, [(b"content-length", str(len(body)).encode())], note=lambda message: events.append(message["type"])
+    )
+    assert sent[0]["status"] == status
+    assert events == [("/v1/classify", status), "http.response.start", "http.response.body"]
 
 
 @pytest.mark.parametrize(("then", "status"), [("hangs", 408), ("goes", 400)])
