@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 AUTO = "auto"
+STDOUT = "-"
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,21 @@ class TextArguments:
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "longest text; 64 for language models, for captioners as their own config says"}
     )
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """How rows leave, and where answers are written."""
+
+    output: str = field(
+        default=STDOUT,
+        metadata={"help": "file to write: .jsonl, .csv, .tsv, .parquet or .arrow; '-' for JSON Lines on standard output"},
+    )
+    resume: bool | None = field(
+        default=None, metadata={"help": "true goes on with the output of a run that was stopped; false begins anew"}
+    )
+    early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
+    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
 
 
 @dataclass(kw_only=True)

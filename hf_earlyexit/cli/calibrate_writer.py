@@ -11,7 +11,6 @@ from .calibrate import MAX_DROP, CalibrateArguments, keep
 from .texts import Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
-PROPOSALS = 12
 
 
 def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, Any]) -> Answer:
@@ -30,6 +29,7 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
     task = task_of(args, model, "validation", CLASSIFIERS_ONLY)
     if args.lossless:
         return _calibrate_drafts(args, model, task, options)
+    proposals: dict[str, Any] = {} if args.proposals is None else {"proposals": args.proposals}
     result = calibrate_generation(
         model,
         task.prompts,
@@ -38,10 +38,10 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
         **task.parts,
         references=task.references,
         options=options or None,
-        proposals=PROPOSALS if args.proposals is None else args.proposals,
         seed=args.seed,
         split=args.split or "validation",
         batch_size=task.batch_size,
+        **proposals,
         **task.generation,
     )
     return keep(args, model, result)

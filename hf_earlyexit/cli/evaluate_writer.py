@@ -62,9 +62,8 @@ def _lossy(
     found = judge.setting(Proposal("early", policy.thresholds, 0.0), early)
     layers = torch.tensor(model.exit_layers, dtype=torch.double)[torch.as_tensor(judge.exits_of(early))]
     compared = Comparison(found.score, found.score - found.difference, found.standard_error)
-    against = "the full model" if task.references is None else "references"
     values |= {
-        "measure": f"{judge.metric_name} against {against}",
+        "measure": judge.measure,
         "tokens": len(layers),
         "same_texts": _same(full, early),
         **compared._asdict(),

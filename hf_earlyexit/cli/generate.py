@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EarlyExitError, UsageError
 from ..values import unexpected
 from .answer import Answer
-from .arguments import SLICES, DeviceArguments, FileArguments, TextArguments
+from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, OutputArguments, TextArguments
 
 if TYPE_CHECKING:
     from .incoming import Incoming
 
-STDOUT = "-"
 TAKEN = ("generated_text", "exit_layers", "mean_exit_layer")
 FLAGS = ("max_new_tokens", "early_exit", "operating_point", "lossless", "batch_size")
 OURS = ("inputs", "input_ids", "attention_mask", "return_exit_layers", "num_return_sequences", "streamer")
@@ -33,21 +32,12 @@ CHANGES_NO_TEXT = ("output", "resume", "max_rows", "device")
 
 
 @dataclass
-class GenerateArguments(FileArguments, TextArguments, DeviceArguments):
+class GenerateArguments(FileArguments, OutputArguments, TextArguments, DeviceArguments):
     """Which model after which prompts."""
 
     model: str = field(metadata={"help": "folder or Hub id of a language model with exits"})
     input: str = field(metadata={"help": "text file with one prompt a line, '-' for standard input, or a data set"})
     split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; test by default"})
-    output: str = field(
-        default=STDOUT,
-        metadata={"help": "file to write: .jsonl, .csv, .tsv, .parquet or .arrow; '-' for JSON Lines on standard output"},
-    )
-    resume: bool | None = field(
-        default=None, metadata={"help": "true goes on with the output of a run that was stopped; false begins anew"}
-    )
-    early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
-    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     batch_size: int = field(default=1, metadata={"help": "texts that are written together"})
     options: str = field(
         default="{}", metadata={"help": 'more for generate, JSON, such as \'{"do_sample": true, "temperature": 0.7}\''}

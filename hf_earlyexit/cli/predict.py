@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..values import unexpected
 from .answer import Answer
-from .arguments import SLICES, DeviceArguments, FileArguments, FormArguments
+from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, FormArguments, OutputArguments
 
 if TYPE_CHECKING:
     from ..modeling.protocol import ExitModel
     from .incoming import Incoming
 
-STDOUT = "-"
 ANSWERS = ("label", "score", "logits", "exit_layer", "error")
 FORM = "form"  # a column of its own where a form was asked for
 CHANGES_NO_ANSWER = (
@@ -38,7 +37,7 @@ ENGINES = ("here", "ray")
 
 
 @dataclass
-class PredictArguments(FileArguments, FormArguments, DeviceArguments):
+class PredictArguments(FileArguments, OutputArguments, FormArguments, DeviceArguments):
     """Which model on which texts or pictures."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
@@ -48,18 +47,9 @@ class PredictArguments(FileArguments, FormArguments, DeviceArguments):
         }
     )
     split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; test by default"})
-    output: str = field(
-        default=STDOUT,
-        metadata={"help": "file to write: .jsonl, .csv, .tsv, .parquet or .arrow; '-' for JSON Lines on standard output"},
-    )
-    resume: bool | None = field(
-        default=None, metadata={"help": "true goes on with the output of a run that was stopped; false begins anew"}
-    )
     errors: str = field(
         default="raise", metadata={"help": "raise ends at a row that cannot be answered; slot says why under 'error'"}
     )
-    early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
-    operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
     engine: str = field(
         default=ENGINES[0],

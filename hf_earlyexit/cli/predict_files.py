@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import DataError, EarlyExitError, UsageError
 from ..files import read_json, write_json
 from .answer import Answer
-from .arguments import AUTO
-from .predict import STDOUT, PredictArguments, run_of
+from .arguments import AUTO, STDOUT
+from .predict import PredictArguments, run_of
 
 RUN = "run.json"  # in the folder of answers: by what they were made
 

@@ -57,6 +57,20 @@ def read_rows(args: FileArguments, place: str, split: str | None, default: str =
     return with_pictures(rows, args, place) if images else _with_texts(rows, args.text_column, place)
 
 
+def require_label_column(rows: Dataset, column: str, holds: str) -> None:
+    """Refuse rows without the column that --label_column is for.
+
+    Raises:
+        DataError: naming the columns that there are.
+    """
+    if column not in rows.column_names:
+        raise DataError(
+            f"No column {column!r} among {', '.join(rows.column_names)}; name the column of {holds} with --label_column.",
+            field="label_column",
+            value=column,
+        )
+
+
 def labelled_rows(
     args: RowArguments, rows: Dataset, labelling: Labelling | None = None, problem_type: str | None = None
 ) -> tuple[Dataset, Labelling]:
@@ -72,12 +86,7 @@ def labelled_rows(
         DataError: for labels that cannot be, naming the first row.
     """
     column = args.label_column or LABEL
-    if column not in rows.column_names:
-        raise DataError(
-            f"No column {column!r} among {', '.join(rows.column_names)}; name the column of labels with --label_column.",
-            field="label_column",
-            value=column,
-        )
+    require_label_column(rows, column, "labels")
     labels = rows[column][:]
     class_names: Sequence[str] | None = getattr(rows.features[column], "names", None)
     if labelling is None:

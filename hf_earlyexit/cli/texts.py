@@ -14,7 +14,7 @@ from ..errors import DataError, UsageError
 from ..values import unexpected
 from .arguments import FileArguments
 from .incoming import incoming
-from .rows import read_rows, reading, texts_of
+from .rows import read_rows, reading, require_label_column, texts_of
 
 NEW_TOKENS = 64  # of language models
 BATCH = 8
@@ -150,12 +150,7 @@ def task_of(args: Any, model: Any, default: str, of_classifiers: Sequence[str]) 
 
 
 def _references(rows: Dataset, column: str) -> list[Any]:
-    if column not in rows.column_names:
-        raise DataError(
-            f"No column {column!r} among {', '.join(rows.column_names)}; --label_column names that of the references.",
-            field="label_column",
-            value=column,
-        )
+    require_label_column(rows, column, "references")
     references = rows[column][:]
     for row, one in enumerate(references):
         if not isinstance(one, str) and not (isinstance(one, list) and all(isinstance(text, str) for text in one)):
