@@ -24,6 +24,7 @@ from hf_earlyexit.errors import (
 from hf_earlyexit.generation import token_trace as tracing
 from hf_earlyexit.generation.metrics import rouge_l
 from tests.captions.conftest import LAYERS, WORDS
+from tests.generation.conftest import scores_seen
 
 NEW = 6
 RULES = ["confidence", "entropy", "margin", "patience", "beem-c", "beem-a", "gate", "saturation", "static"]
@@ -52,17 +53,7 @@ def test_scores_of_the_trace_are_those_decoding_computes(captioner, images, mixe
     batches = full_captions(model, images(4), eos_token_id=None)
     trace = tracing.token_trace(model, batches, policy)
     scores = trace.scores.reshape(4, NEW - 1, LAYERS)
-    seen = []
-    update = type(policy).update
-
-    def spy(self, state, signal, exit_index):
-        found = update(self, state, signal, exit_index)
-        if exit_index < LAYERS - 1:
-            seen.append(found[1])
-        return found
-
-    monkeypatch.setattr(type(policy), "update", spy)
-    monkeypatch.setattr(type(policy), "wants", lambda *_: True)
+    seen = scores_seen(monkeypatch, policy)
     tracing.write(model, batches[0][0], policy, {"max_new_tokens": NEW, "eos_token_id": None})
     decoded = torch.stack(seen, 1).reshape(4, NEW - 1, LAYERS - 1)
     torch.testing.assert_close(scores[:, :, :-1], decoded, atol=1e-5, rtol=1e-4)

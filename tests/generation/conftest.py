@@ -22,6 +22,21 @@ def door(name):
     return getattr(ee, door_of(name, WRITING).model)
 
 
+def scores_seen(monkeypatch, policy):
+    """A list that fills with the scores of all exits but the last as decoding asks every one of them."""
+    seen, update = [], type(policy).update
+
+    def spy(self, state, signal, exit_index):
+        found = update(self, state, signal, exit_index)
+        if exit_index < self.num_exits - 1:
+            seen.append(found[1])
+        return found
+
+    monkeypatch.setattr(type(policy), "update", spy)
+    monkeypatch.setattr(type(policy), "wants", lambda *_: True)
+    return seen
+
+
 def shape(name):
     """Fields of a tiny stock config of 4 layers, of which Qwen's see a window but for the first."""
     common = {key: value for key, value in fields(name).items() if key != "num_labels"}

@@ -10,7 +10,7 @@ from hf_earlyexit.errors import CalibrationError, DataError, UsageError
 from hf_earlyexit.generation.metrics import rouge_l
 from hf_earlyexit.generation.prompts import left_padded, read_prompts
 from hf_earlyexit.generation.token_trace import token_trace, write
-from tests.generation.conftest import LAYERS, PAD, WORDS, prompts
+from tests.generation.conftest import LAYERS, PAD, WORDS, prompts, scores_seen
 
 NEW = 8
 WRITING = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": PAD}
@@ -75,16 +75,7 @@ def test_scores_of_the_trace_are_those_decoding_computes(writer, monkeypatch, na
     batch = IDS[:4]
     full = write(model, batch, None, WRITING)
     trace = token_trace(model, [(batch, full)], policy)
-    seen, update = [], type(policy).update
-
-    def spy(self, state, signal, exit_index):
-        found = update(self, state, signal, exit_index)
-        if exit_index < LAYERS - 1:
-            seen.append(found[1])
-        return found
-
-    monkeypatch.setattr(type(policy), "update", spy)
-    monkeypatch.setattr(type(policy), "wants", lambda *_: True)
+    seen = scores_seen(monkeypatch, policy)
     again = write(model, batch, policy, WRITING)
     assert torch.equal(again.sequences, full.sequences)
     decoded = torch.stack(seen, 1).reshape(4, NEW - 1, LAYERS - 1)
