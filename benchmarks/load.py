@@ -48,16 +48,13 @@ class Connections:
 
     async def ask(self, body: bytes) -> int:
         """The status of one request; 0 for none in time."""
-        head = (
-            f"POST /v1/classify HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
         writer = None
         try:
             async with asyncio.timeout(TIMEOUT):
                 while self.free and self.free[-1][0].at_eof():  # the server has closed it
                     self.free.pop()[1].close()
                 reader, writer = self.free.pop() if self.free else await asyncio.open_connection("127.0.0.1", self.port)
-                writer.write(head.encode() + body)
+                writer.write(HEAD.format(len(body)).encode() + body)
                 headers = await reader.readuntil(b"\r\n\r\n")
                 length = int(headers.lower().split(b"content-length:")[1].split(b"\r\n")[0])
                 await reader.readexactly(length)

@@ -78,7 +78,10 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """`argmax` over classes, the first of equals; of a large trace NumPy finds it in a third of the time."""
+    """`argmax` over classes, the first of equals; of a large trace NumPy finds it in a third of the time.
+
+    `predictions` cannot have it: policies are traced through that, for their graphs.
+    """
     if logits.device.type != "cpu" or logits.dtype == torch.bfloat16:
         return logits.argmax(-1)
     return torch.from_numpy(logits.detach().numpy().argmax(-1))

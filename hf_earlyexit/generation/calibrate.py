@@ -148,7 +148,7 @@ def calibrate_generation(
         fingerprint=model_fingerprint(model),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         notes=(*_notes(rule, model.config.exit_decay), *on_drop(target, settings[0].score)),
-        metric=f"{judge.metric_name} against {'the full model' if references is None else 'references'}",
+        metric=judge.measure,
         settings=settings,
         chosen=chosen,
         exit_decay=model.config.exit_decay,

@@ -26,6 +26,9 @@ class Judge:
         tokenizer: `None` to compare ids.
         references: of each prompt or image; `None` for the full model's own texts.
         metric: `None` for ROUGE-L.
+
+    Attributes:
+        measure: the metric, and what texts are measured against, in words.
     """
 
     def __init__(
@@ -39,12 +42,13 @@ class Judge:
         self.layers = model.exit_layers
         self.costs = np.asarray(model.config.exit_cost or self.layers, dtype=float)
         self.tokenizer, self.metric = tokenizer, metric or rouge_l
+        self.measure = f"{self.metric_name} against {'references' if references else 'the full model'}"
         self.references = references or [[text] for text in self._texts(full)]
         self.full_scores = self._scores(full)
 
     @property
     def metric_name(self) -> str:
-        """What the metric calls itself, and what it is measured against."""
+        """What the metric calls itself."""
         return getattr(self.metric, "__name__", type(self.metric).__name__)
 
     def setting(self, proposal: Proposal, written: list[Written]) -> GenerationSetting:

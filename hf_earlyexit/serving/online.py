@@ -89,7 +89,6 @@ class Engine:
         }
         self._worker = Worker(max_queue, max_wait)
         self._served: dict[str, _Served] = {}
-        self._single = not isinstance(model, Mapping)
         for name, one in models.items():
             parts = {"tokenizer": _of(tokenizer, name), "image_processor": _of(image_processor, name)}
             self._served[name] = _Served(one, self._worker, monitor, **parts, **self._options)

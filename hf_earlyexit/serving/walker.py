@@ -21,7 +21,7 @@ from .rows import TokenIds, check_ids
 from .tables import PIXELS
 
 CPU_TOKENS, ACCELERATOR_TOKENS = 512, 16384  # a CPU core is at its full rate from 256 tokens on
-ACCELERATOR_WAIT = 0.005  # seconds; there a layer of one row takes as long as of many
+ACCELERATOR_WAIT = 0.005  # seconds, for fuller batches; not measured on any accelerator
 
 
 class BatchWalker(Walks):
