@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
 from hf_earlyexit.calibration.generation import curve_of
-from hf_earlyexit.measuring.timing import compare_speed
+from hf_earlyexit.timing import compare_speed
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {

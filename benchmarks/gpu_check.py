@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from hf_earlyexit.serving.graph_walker import GraphWalker, walker_for
 from hf_earlyexit.serving.predict import Predictions
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.timing import seconds_in_turns
 
 MINUTES = 9.0
 BUDGETS = (2048, 8192, 16384, 65536)  # tokens in flight
@@ -171,16 +170,14 @@ class Check:
 
     def _in_turns(self, ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
         """Median seconds of each way, in random order in every turn; graphs are captured in two turns before."""
-        order, seconds = random.Random(0), {way: [] for way in ways}
-        for turn in range(2 + turns):
-            for way in order.sample(list(ways), len(ways)):
-                self._wait()
-                start = time.perf_counter()
-                ways[way]()
-                self._wait()
-                if turn >= 2:
-                    seconds[way].append(time.perf_counter() - start)
-        return {way: statistics.median(values) for way, values in seconds.items()}
+
+        def finished(run: Callable[[], Any]) -> None:
+            run()
+            self._wait()
+
+        self._wait()
+        seconds = seconds_in_turns({way: [partial(finished, run)] for way, run in ways.items()}, turns, warm_up=2)
+        return {way: float(times.quantile(0.5)) for way, times in seconds.items()}
 
     def _profiled(self, run: Callable[[], Any]) -> dict[str, float]:
         kinds = [ProfilerActivity.CPU] if self.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]

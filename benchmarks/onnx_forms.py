@@ -27,13 +27,13 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.measuring.bench import _in_turns
 from hf_earlyexit.onnx.classifier import OnnxClassifier
 from hf_earlyexit.onnx.export import one_file
 from hf_earlyexit.onnx.layer_files import cut_pieces
 from hf_earlyexit.onnx.walk import walk_graph
 from hf_earlyexit.serving.batching import pad_batch
 from hf_earlyexit.serving.rows import encode_rows
+from hf_earlyexit.timing import seconds_in_turns
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "onnx.json"
@@ -43,7 +43,7 @@ POLICIES = ("confidence", "beem-a", "beem-calibrated")
 
 def in_turns(ways: dict, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of every way, after one turn to warm up."""
-    seconds = _in_turns({name: [way] for name, way in ways.items()}, repeats, time.thread_time, 0)
+    seconds = seconds_in_turns({name: [way] for name, way in ways.items()}, repeats, clock=time.thread_time)
     return {name: times[:, 0].tolist() for name, times in seconds.items()}
 
 

@@ -26,8 +26,8 @@ from transformers import AutoImageProcessor, ViTModel, set_seed
 
 import hf_earlyexit as ee
 from hf_earlyexit.images import open_image
-from hf_earlyexit.measuring.timing import compare_speed
 from hf_earlyexit.serving.pictures import PictureRows
+from hf_earlyexit.timing import compare_speed
 
 ROOT = Path(__file__).parent
 RESULTS, PAGE = ROOT / "results" / "pictures.json", ROOT.parent / "docs" / "results-pictures.md"

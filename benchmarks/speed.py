@@ -25,17 +25,19 @@ from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
-from hf_earlyexit.measuring.bench import _in_turns, bench, environment
+from hf_earlyexit.measuring.bench import bench, environment
 from hf_earlyexit.measuring.forms import make_forms
 from hf_earlyexit.measuring.ways import EARLY, FIRST, FULL
 from hf_earlyexit.serving.batching import sorted_batches
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.timing import seconds_in_turns
 
 ROOT = Path(__file__).parent
 RULES = SETTINGS | {"reward": ("reward", {})}
 JUDGED = [target for target in TARGETS if "literal" not in target]  # BEEM's own rule does not aim at the last exit
+QUARTERS = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 RESULTS, PAGE = ROOT / "results" / "speed.json", ROOT.parent / "docs" / "how-to" / "speed.md"
 
 
@@ -149,7 +151,7 @@ def rivals_run(folder: Path, repeats: int) -> dict:
     def run(way: str) -> None:
         answers[way] = Scheduler(walker, engines[way][0], 512, engines[way][1]).run(rows)
 
-    seconds = _in_turns({way: [partial(run, way)] for way in engines}, repeats, time.thread_time, 0)
+    seconds = seconds_in_turns({way: [partial(run, way)] for way in engines}, repeats, clock=time.thread_time)
     right = {way: (answers[way].logits.argmax(-1) == labels).double() for way in engines}
     found = {}
     for way, times in seconds.items():
@@ -157,10 +159,10 @@ def rivals_run(folder: Path, repeats: int) -> dict:
         found[way] = {
             "accuracy": float(right[way].mean()),
             "mean_layer": float(layers.double().mean()),
-            "speed_up": (seconds[FULL] / times).sum(1).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist(),
+            "speed_up": (seconds[FULL] / times).sum(1).quantile(QUARTERS).tolist(),
             "over_shallower": difference(right[way], right[FIRST.format(rival)]),
         }
-    faster = (seconds[FIRST.format(rival)] / seconds[EARLY]).sum(1).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    faster = (seconds[FIRST.format(rival)] / seconds[EARLY]).sum(1).quantile(QUARTERS).tolist()
     return {"rows": len(rows), "held_back": trace.num_rows, "turns": repeats, "rule": name, "tried": tried, "ways": found,
             "held_back_last_exit": float(quality[-1]), "held_back_shallower": float(quality[small.exit_layers.index(rival)]),
             "early_exit_over_shallower": faster, "environment": environment()}  # fmt: skip

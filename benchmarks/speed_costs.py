@@ -23,9 +23,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_earlyexit as ee
 from hf_earlyexit.calibration.search import sweep
-from hf_earlyexit.measuring.bench import _in_turns, environment
+from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.timing import seconds_in_turns
 
 
 def make(shape: dict, head: str = "linear-cls"):
@@ -46,8 +47,8 @@ def ratios(runs: dict, over: str, repeats: int, inner: int = 1) -> dict[str, lis
         for _ in range(inner):
             run()
 
-    seconds = _in_turns({name: [partial(again, run)] for name, run in runs.items()}, repeats, time.thread_time, 0)
-    quarters = torch.tensor([0.25, 0.5, 0.75])
+    seconds = seconds_in_turns({name: [partial(again, run)] for name, run in runs.items()}, repeats, clock=time.thread_time)
+    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     found = {}
     for name, times in seconds.items():
         share = (times / seconds[over]).sum(1).quantile(quarters).tolist()

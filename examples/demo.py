@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, pipeline, set_seed
 
 import hf_earlyexit as ee
-from hf_earlyexit.measuring.timing import compare_speed
 from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.timing import compare_speed
 from hf_earlyexit.training.data import encode, label_names, load_splits
 
 

@@ -100,7 +100,7 @@ class ExitTrace:
 
     @property
     def quality(self) -> Tensor:
-        """Quality of each exit on each row, `[N, E]`: see `problems.row_quality`."""
+        """Quality of each exit on each row, `[N, E]`: see `problem_types.row_quality`."""
         return row_quality(self.logits, self.labels, self.problem_type)
 
     def signal(self, exit_index: int) -> ExitSignal:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, EarlyExitError, UsageError
+
+Error = TypeVar("Error", bound=EarlyExitError)
 
 MOST_LAYERS = 1024
 MOST_BYTES = 1 << 28  # of a JSON file; 1,024 exits with a curve of 400 points take 10 MB
@@ -32,9 +34,9 @@ def is_real(value: Any, lowest: float = -math.inf, highest: float = math.inf) ->
     return math.isfinite(value) and lowest <= value <= highest
 
 
-def unexpected(name: str, value: Any, expected: str) -> UsageError:
-    """The error for an argument that cannot be."""
-    return UsageError(f"{name} is {shown(value)}; expected {expected}.", field=name, value=value)
+def unexpected(name: str, value: Any, expected: str, error: type[Error] = UsageError) -> Error:  # type: ignore[assignment]
+    """The error for an argument or field that cannot be: its name, its value and what was expected."""
+    return error(f"{name} is {shown(value)}; expected {expected}.", field=name, value=value)
 
 
 def check_flags(**flags: Any) -> None:
@@ -48,16 +50,32 @@ def check_flags(**flags: Any) -> None:
             raise unexpected(name, value, "True or False")
 
 
-def check_whole(lowest: int = 0, highest: int = LARGEST_EXACT, **numbers: Any) -> None:
+def check_whole(
+    lowest: int = 0, highest: int = LARGEST_EXACT, /, error: type[EarlyExitError] = UsageError, **numbers: Any
+) -> None:
     """Refuse what is no whole number in a range.
 
     Raises:
-        UsageError: naming the first.
+        EarlyExitError: of the kind that is named, naming the first.
     """
     for name, value in numbers.items():
         if not is_whole(value, lowest, highest):
-            most = "" if highest == LARGEST_EXACT else f" and at most {highest}"
-            raise unexpected(name, value, f"a whole number, at least {lowest}{most}")
+            most = "" if highest == LARGEST_EXACT else f" to {highest}"
+            raise unexpected(name, value, f"a whole number from {lowest}{most}", error)
+
+
+def check_real(
+    lowest: float, highest: float = math.inf, /, error: type[EarlyExitError] = UsageError, **numbers: Any
+) -> None:
+    """Refuse what is no finite number in a range, both ends included.
+
+    Raises:
+        EarlyExitError: of the kind that is named, naming the first.
+    """
+    for name, value in numbers.items():
+        if not is_real(value, lowest, highest):
+            most = "" if highest == math.inf else f" to {highest:g}"
+            raise unexpected(name, value, f"a finite number from {lowest:g}{most}", error)
 
 
 def plain(value: Any) -> Any:

@@ -154,7 +154,7 @@ def test_a_generator_may_be_read_ahead_and_texts_are_tokenized_together(saved, r
     calls.clear()
     assert len(pipe(texts, padding="max_length", max_length=20)) == 9
     assert len(calls) == 9  # padding is a matter of the rows of one call
-    with pytest.raises(UsageError, match="window is 0; expected a whole number, at least 1"):
+    with pytest.raises(UsageError, match="window is 0; expected a whole number from 1"):
         pipe(texts, window=0)
 
 

@@ -3,13 +3,25 @@
 import json
 import math
 import time
+from functools import partial
 
 import pytest
 
 from hf_earlyexit.calibration import MaxDrop, SpeedUp, parse_target
-from hf_earlyexit.errors import CalibrationError, CheckpointError, EarlyExitError, PolicyError
+from hf_earlyexit.errors import CalibrationError, CheckpointError, DataError, EarlyExitError, PolicyError, UsageError
 from hf_earlyexit.policies import ExitPolicy
-from hf_earlyexit.values import DEEPEST, MOST_BYTES, are_layers, is_real, is_whole, json_sum, parse_json, shown
+from hf_earlyexit.values import (
+    DEEPEST,
+    MOST_BYTES,
+    are_layers,
+    check_real,
+    check_whole,
+    is_real,
+    is_whole,
+    json_sum,
+    parse_json,
+    shown,
+)
 
 HUGE = 10**400
 VALID = {
@@ -73,6 +85,24 @@ def test_no_value_of_any_type_makes_a_policy_fall_over(name):
                 numbers = [number for number in policy.thresholds if number is not None]
                 assert all(math.isfinite(float(number)) for number in numbers), (field, value)
     assert 0 < longest < 1000
+
+
+@pytest.mark.parametrize(
+    ("check", "kind", "expected"),
+    [
+        (partial(check_whole, 2), UsageError, "a whole number from 2"),
+        (partial(check_whole, 2, 9, error=DataError), DataError, "a whole number from 2 to 9"),
+        (partial(check_real, 2, error=DataError), DataError, "a finite number from 2"),
+        (partial(check_real, 0.5, 2.5), UsageError, "a finite number from 0.5 to 2.5"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name_and_kind(check, kind, expected):
+    check(first=2, second=2)
+    for wrong in (0, True, "2", None, math.nan, math.inf, -HUGE):
+        with pytest.raises(kind) as caught:
+            check(first=2, second=wrong)
+        assert (caught.value.field, caught.value.value) == ("second", wrong)
+        assert str(caught.value) == f"second is {shown(wrong)}; expected {expected}."
 
 
 @pytest.mark.parametrize("value", [HUGE, -HUGE, 2**60, math.inf])

@@ -21,7 +21,7 @@ from .notes import on_expectation, on_rare_classes, on_ready_policy, on_rows, on
 from .promise import Promise
 from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
-from .replay import replay_scanned
+from .replay import Outcome, replay_scanned
 from .result import CalibrationResult
 from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting
 from .stored import SEEDS
@@ -148,8 +148,7 @@ def _result(
 ) -> CalibrationResult:
     policy, rows = setting.policy, setting.rows
     done = replay_scanned(policy, rows, setting.scan, setting.quality, recipe.metric)
-    outcome = {field.name: getattr(done, field.name) for field in fields(done)}
-    del outcome["exit_layer"]
+    outcome = {field.name: getattr(done, field.name) for field in fields(Outcome)}
     curve = setting.curve
     result = CalibrationResult(
         **outcome,

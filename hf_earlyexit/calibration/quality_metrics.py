@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
+from ..values import is_real
 from .quality import METRICS, Comparison, Metric, RowMean, RowQuality
 
 
@@ -160,7 +161,7 @@ class RecallAtPrecision(Metric):
     precision: float = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 < self.precision <= 1:
+        if not is_real(self.precision, 0, 1) or self.precision == 0:
             raise CalibrationError(f"precision is {self.precision!r}; expected a share in (0, 1].", field="metric")
 
     def value(self, logits: Tensor, labels: Tensor, problem_type: str) -> float:

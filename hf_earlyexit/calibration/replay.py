@@ -39,8 +39,8 @@ class ExitReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """A policy's outcome on N rows.
+class Outcome:
+    """What a policy did on some rows.
 
     Attributes:
         quality: of the early answers; full_quality: of the last exit; both by the metric.
@@ -48,7 +48,6 @@ class Replay:
         mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
         exits: one report per exit.
         classes: one report per class, of the early answers; none for values.
-        exit_layer: layer each row left after, `[N]`.
     """
 
     quality: float
@@ -59,6 +58,16 @@ class Replay:
     layer_speed_up: float
     exits: tuple[ExitReport, ...]
     classes: tuple[ClassReport, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Outcome):
+    """A policy's outcome on N rows, and where each of them left.
+
+    Attributes:
+        exit_layer: layer each row left after, `[N]`.
+    """
+
     exit_layer: np.ndarray
 
 

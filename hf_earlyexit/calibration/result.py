@@ -16,21 +16,17 @@ from ..values import json_sum
 from .by_class import ClassReport, class_lines
 from .cross_fit import Expectation
 from .promise import Promise
-from .replay import ExitReport
+from .replay import ExitReport, Outcome
 from .stored import SUM, check_calibration, check_known
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationResult:
-    """Thresholds, how they were chosen and what they did on the rows that chose them.
+class CalibrationResult(Outcome):
+    """Thresholds, how they were chosen and, as `Outcome`, what they did on the rows that chose them.
 
     Attributes:
         policy: ready for `model.set_exit_policy`.
         target: the wish, in words; metric: the unit of quality, in words.
-        quality: of the early answers; full_quality: of the last exit; both on `num_rows` rows.
-        standard_error: of the difference of the two.
-        mean_layers, mean_cost: per row; layer_speed_up: number of layers over mean layers.
-        exits: one report per exit; classes: one per class, of the early answers on the same rows, none for values.
         curve: points (mean cost, quality, thresholds) from the full model to the cheapest setting.
         num_rows: rows that chose the thresholds; num_learning_rows: other rows, that the policy's own numbers came from.
         seed: of the split of the two; split, dtype, fingerprint, versions: where the rows and the model came from.
@@ -44,13 +40,6 @@ class CalibrationResult:
     policy: ExitPolicy
     target: str
     metric: str
-    quality: float
-    full_quality: float
-    standard_error: float
-    mean_layers: float
-    mean_cost: float
-    layer_speed_up: float
-    exits: tuple[ExitReport, ...]
     curve: tuple[tuple[float, float, tuple[float | None, ...]], ...]
     num_rows: int
     num_learning_rows: int
@@ -61,7 +50,6 @@ class CalibrationResult:
     versions: dict[str, str]
     expected: Expectation | None = None
     promise: Promise | None = None
-    classes: tuple[ClassReport, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

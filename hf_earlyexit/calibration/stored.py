@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..policies.base import ExitPolicy
-from ..values import MOST_LAYERS, is_real, is_whole, shown
+from ..values import MOST_LAYERS, is_real, is_whole, unexpected
 from .replay import ExitReport
 
 SUM = "sha256"
@@ -176,7 +176,7 @@ def check_thresholds(thresholds: Any, count: int, field: str) -> None:
 
 def wrong(field: str, value: Any, expected: str) -> CheckpointError:
     """The error that names a field, its value and what was expected."""
-    return CheckpointError(f"{field} is {shown(value)}; expected {expected}.", field=field, value=value)
+    return unexpected(field, value, expected, CheckpointError)
 
 
 def _close(field: str, value: float, expected: float, words: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..registry import Registry
-from ..values import is_real, plain, shown
+from ..values import check_real, plain, shown
 from .exit_by_exit import LeaverRule
 from .search import Array, Curve
 
@@ -90,8 +90,8 @@ class MaxDrop(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("drop", self.drop, 0.0)
-        _require("sigmas", self.sigmas, 0.0)
+        check_real(0, error=CalibrationError, drop=self.drop)
+        check_real(0, error=CalibrationError, sigmas=self.sigmas)
 
     @property
     def promised_drop(self) -> float | None:
@@ -117,7 +117,7 @@ class SpeedUp(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("ratio", self.ratio, 1.0)
+        check_real(1, error=CalibrationError, ratio=self.ratio)
 
     def pick(self, curve: Curve) -> int:
         return _best_within(curve, float(curve.cost[0]) / self.ratio, f"a layer speed-up of {self.ratio:g}")
@@ -138,7 +138,7 @@ class LayerBudget(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("layers", self.layers, 1e-9)
+        check_real(1e-9, error=CalibrationError, layers=self.layers)
 
     def pick(self, curve: Curve) -> int:
         return _best_within(curve, self.layers, f"a budget of {self.layers:g} layers")
@@ -172,7 +172,7 @@ class FinalLayerError(Target):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("sigmas", self.sigmas, 0.0)
+        check_real(0, error=CalibrationError, sigmas=self.sigmas)
         if self.paired and (self.a is not None or self.b is not None):
             raise CalibrationError(
                 "The constants a and b belong to the literal rule; pass paired=False with them.", field="paired", value=True
@@ -283,13 +283,6 @@ def _parse_printed(cls: type[Target], text: str) -> Target:
         return cls(*numbers, **{word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg is not None})
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise CalibrationError(f"Target {shown(text)} cannot be read: {error}.", field="target", value=text) from error
-
-
-def _require(field: str, value: float, lowest: float) -> None:
-    if not is_real(value, lowest):
-        raise CalibrationError(
-            f"{field} is {shown(value)}; expected a number of at least {lowest:g}.", field=field, value=value
-        )
 
 
 def _constants(name: str, values: Sequence[float] | None, count: int) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from transformers import GenerationConfig
 from ..errors import DataError, UsageError
 from ..generation.checks import GUIDANCE, is_given
 
+if TYPE_CHECKING:
+    from .model import EarlyExitVisionEncoderDecoder
 
-def check_images(images: Any, model: Any, any_size: bool) -> None:
+
+def check_images(images: Any, model: EarlyExitVisionEncoderDecoder, any_size: bool) -> None:
     """Refuse what the encoder cannot look at.
 
     Args:

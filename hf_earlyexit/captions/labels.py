@@ -10,6 +10,7 @@ from transformers.models.vision_encoder_decoder.modeling_vision_encoder_decoder 
 
 from ..errors import DataError, TrainingError
 from ..labels import LEFT_OUT
+from ..modeling.protocol import TorchExitWriter
 from ..values import is_whole, shown
 
 
@@ -57,7 +58,7 @@ def _wrong(fault: str, expected: str, value: Any = None) -> DataError:
     return DataError(f"The labels of the captions {fault}; expected {expected}.", field="labels", value=value)
 
 
-def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
+def decoder_inputs(labels: Tensor, model: TorchExitWriter) -> Tensor:
     """What the decoder reads to write these captions: the start token, then all but the last, int64 `[B, T]`.
 
     The start and padding tokens are those of `model.config`, and where it has none those that `generate` goes by.
@@ -72,7 +73,7 @@ def decoder_inputs(labels: Tensor, model: Any) -> Tensor:
     return shift_tokens_right(labels, _token(model, "pad_token_id"), _token(model, "decoder_start_token_id"))
 
 
-def _token(model: Any, name: str) -> int:
+def _token(model: TorchExitWriter, name: str) -> int:
     places = ("config", "generation_config")
     values = {place: getattr(getattr(model, place), name, None) for place in places}
     place, value = next(((place, value) for place, value in values.items() if value is not None), ("config", None))

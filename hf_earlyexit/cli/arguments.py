@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 AUTO = "auto"
 STDOUT = "-"
@@ -91,3 +92,8 @@ class RowArguments(FileArguments):
 TRACE_FILE = "held-back.safetensors"
 SPLITS = "folder with one file per split or with pictures in a folder per class, a file, '-' for standard input, or a Hub id"
 SLICES = "or a slice such as 'test[:100]'"
+
+
+def given(args: Any, *names: str) -> dict[str, Any]:
+    """The values of those flags that were given, by name."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}

@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .answer import Answer
 from .arguments import DeviceArguments, FileArguments
+from .command_result import CommandResult
 
 
 @dataclass
@@ -34,7 +34,7 @@ class BenchArguments(FileArguments, DeviceArguments):
 ARGUMENTS = (BenchArguments,)
 
 
-def run(args: BenchArguments) -> Answer:
+def run(args: BenchArguments) -> CommandResult:
     """Read, measure, tell."""
     from ..measuring.bench import as_table, bench
     from ..measuring.forms import make_forms
@@ -67,4 +67,4 @@ def run(args: BenchArguments) -> Answer:
     lines += ["", result["advice"]]
     if args.output is not None:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return Answer(result, "\n".join(lines))
+    return CommandResult(result, "\n".join(lines))

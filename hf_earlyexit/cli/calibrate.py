@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration.result import CalibrationResult
 from ..errors import UsageError
-from .answer import Answer
+from ..modeling.protocol import TorchExitClassifier, TorchExitModel
 from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments, TextArguments
+from .command_result import CommandResult
 
 POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
 TARGETS = (
@@ -67,7 +69,7 @@ class CalibrateArguments(RowArguments, TextArguments, DeviceArguments):
 ARGUMENTS = (CalibrateArguments,)
 
 
-def run(args: CalibrateArguments) -> Answer:
+def run(args: CalibrateArguments) -> CommandResult:
     """Calibrate and save."""
     from ..calibration import calibrate
     from ..hub.save import save_calibrated
@@ -115,11 +117,11 @@ def run(args: CalibrateArguments) -> Answer:
         served.set_exit_policy(result)
         keep_thresholds(model, served)
         save_calibrated(model, folder)
-        return Answer({"model": str(folder), "form": args.form, **result.to_dict()}, f"{args.form}: {result}")
+        return CommandResult({"model": str(folder), "form": args.form, **result.to_dict()}, f"{args.form}: {result}")
     return keep(args, model, result)
 
 
-def keep(args: CalibrateArguments, model: Any, result: Any) -> Answer:
+def keep(args: CalibrateArguments, model: TorchExitModel, result: CalibrationResult) -> CommandResult:
     """Put a result into the model and its folder, as the default or under the name that the flags give."""
     from ..hub.save import save_calibrated
 
@@ -130,10 +132,10 @@ def keep(args: CalibrateArguments, model: Any, result: Any) -> Answer:
         default = point if model.exit_policy is None else None
         model.set_operating_points({point: result}, default, keep_others=True)
     save_calibrated(model, args.model, result, point)
-    return Answer({"model": args.model, "operating_point": point, **result.to_dict()}, str(result))
+    return CommandResult({"model": args.model, "operating_point": point, **result.to_dict()}, str(result))
 
 
-def _in_form(model: Any, args: CalibrateArguments) -> Any:
+def _in_form(model: TorchExitClassifier, args: CalibrateArguments) -> Any:
     """The model in another form, without thresholds."""
     from ..forms.table import SAME_NUMBERS, made
 

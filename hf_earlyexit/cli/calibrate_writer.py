@@ -6,14 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import UsageError
-from .answer import Answer
+from ..modeling.protocol import TorchExitWriter
 from .calibrate import MAX_DROP, CalibrateArguments, keep
+from .command_result import CommandResult
 from .texts import Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
 
 
-def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, Any]) -> Answer:
+def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: dict[str, Any]) -> CommandResult:
     """Calibrate a captioner or language model and save it.
 
     Args:
@@ -47,7 +48,9 @@ def calibrate_writer(args: CalibrateArguments, model: Any, options: dict[str, An
     return keep(args, model, result)
 
 
-def _calibrate_drafts(args: CalibrateArguments, model: Any, task: Task, options: dict[str, Any]) -> Answer:
+def _calibrate_drafts(
+    args: CalibrateArguments, model: TorchExitWriter, task: Task, options: dict[str, Any]
+) -> CommandResult:
     from ..generation.checks import LOSSLESS
     from ..generation.draft_calibration import calibrate_drafts
     from ..hub.save import save_calibrated
@@ -75,4 +78,4 @@ def _calibrate_drafts(args: CalibrateArguments, model: Any, task: Task, options:
     text = f"{found}\nkept as the operating point {point!r}; next: hf-earlyexit generate {args.model} --lossless true"
     if not found.policy.may_leave:
         text += "\nnote: plain decoding is the fastest here, so nothing is drafted"
-    return Answer(values, text)
+    return CommandResult(values, text)

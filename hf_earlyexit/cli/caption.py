@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..values import unexpected
-from .answer import Answer
-from .arguments import DeviceArguments
+from ..values import check_whole
+from .arguments import DeviceArguments, given
+from .command_result import CommandResult
 
 
 @dataclass
@@ -39,20 +39,14 @@ ARGUMENTS = (CaptionArguments,)
 REST = "--images"
 
 
-def run(args: CaptionArguments) -> Answer:
+def run(args: CaptionArguments) -> CommandResult:
     """Load, caption, show."""
     from ..doors import CAPTIONING
     from ..pipelines import pipeline
     from .loading import load_captioner, load_input_parts
 
     pictures = _pictures(args.images)
-    for name, value in (
-        ("batch_size", args.batch_size),
-        ("num_beams", args.num_beams),
-        ("max_new_tokens", args.max_new_tokens),
-    ):
-        if value is not None and value < 1:
-            raise unexpected(name, value, "at least 1")
+    check_whole(1, **given(args, "batch_size", "num_beams", "max_new_tokens"))
     model = load_captioner(args.model, args.device)
     pipe = pipeline(
         CAPTIONING,
@@ -80,7 +74,7 @@ def run(args: CaptionArguments) -> Answer:
         caption_page(pictures, captions, args.html, num_layers=depth, title=f"Captions by {Path(args.model).name}")
         values["html"] = args.html
         text += f"\nsaved {args.html}"
-    return Answer(values, text)
+    return CommandResult(values, text)
 
 
 def _pictures(given: Sequence[str]) -> list[Path]:

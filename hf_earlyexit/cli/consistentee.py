@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .answer import Answer
 from .arguments import TRACE_FILE
+from .command_result import CommandResult
 from .train import TrainArguments, checkpoint, prepare, settings
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def more_arguments() -> tuple[type, ...]:
     return (ConsistentSettings,)
 
 
-def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> Answer:
+def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> CommandResult:
     """Train in phases, save, trace."""
     from ..serving.collect import collect_trace
     from ..training import ConsistentTrainer
@@ -72,4 +72,4 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     lines.append(
         f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir} --policy gate{rows}"
     )
-    return Answer({"model": training.output_dir, "held_back": trace, "phases": phases}, "\n".join(lines))
+    return CommandResult({"model": training.output_dir, "held_back": trace, "phases": phases}, "\n".join(lines))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .answer import Answer
+from .command_result import CommandResult
 
 PACKAGES = (
     "hf_earlyexit",
@@ -38,10 +38,10 @@ class EnvArguments:
 ARGUMENTS = (EnvArguments,)
 
 
-def run(args: EnvArguments) -> Answer:
+def run(args: EnvArguments) -> CommandResult:
     """Look around."""
     versions = environment()
-    return Answer(versions, "\n".join(f"{name:16s} {value}" for name, value in versions.items()))
+    return CommandResult(versions, "\n".join(f"{name:16s} {value}" for name, value in versions.items()))
 
 
 def environment() -> dict[str, Any]:

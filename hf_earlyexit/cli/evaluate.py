@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..values import unexpected
-from .answer import Answer
+from ..values import check_whole
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments, TextArguments
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class EvaluateArguments(RowArguments, TextArguments, DeviceArguments):
 ARGUMENTS = (EvaluateArguments,)
 
 
-def run(args: EvaluateArguments) -> Answer:
+def run(args: EvaluateArguments) -> CommandResult:
     """Predict early and in full, compare."""
     from ..data.labels import Labelling
     from ..modeling.configuration import EXACT
@@ -59,8 +59,7 @@ def run(args: EvaluateArguments) -> Answer:
     from .rows import labelled_rows, read_rows
     from .texts import refuse_flags_of_writers, writes
 
-    if args.repeats < 1:
-        raise unexpected("repeats", args.repeats, "at least 1")
+    check_whole(1, repeats=args.repeats)
     model = load_model_or_writer(args.model, args.device)
     if args.operating_point == EXACT:
         raise UsageError(
@@ -78,7 +77,7 @@ def run(args: EvaluateArguments) -> Answer:
     encoded = encoded[:] if args.time else encoded  # pictures are opened again and again otherwise: they take much room
     values = figures(model, encoded, rows["label"][:], parts, args)
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
-    return Answer(values, _sentences(values, names))
+    return CommandResult(values, _sentences(values, names))
 
 
 def figures(
@@ -132,7 +131,7 @@ def measured(runs: dict[str, Callable[[], Any]], repeats: int, device: str) -> d
     """Seconds of the runs "full" and "early", in turns."""
     import torch
 
-    from ..measuring.timing import compare_speed
+    from ..timing import compare_speed
 
     timings = compare_speed(runs, "full", repeats)
     return {

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
-from .answer import Answer
+from ..modeling.protocol import TorchExitWriter
+from ..policies.base import ExitPolicy
+from .command_result import CommandResult
 from .evaluate import EvaluateArguments, judgement, measured, timing_words, verdict_on
 from .texts import Task, task_of
 
 CLASSIFIERS_ONLY = ("metric", "max_batch_tokens", "label_names")
 
 
-def evaluate_writer(args: EvaluateArguments, model: Any) -> Answer:
+def evaluate_writer(args: EvaluateArguments, model: TorchExitWriter) -> CommandResult:
     """Write early and in full, compare.
 
     Args:
@@ -34,14 +36,19 @@ def evaluate_writer(args: EvaluateArguments, model: Any) -> Answer:
     if args.lossless:
         runs = _lossless(model, batches, point, task, values)
     else:
-        runs = _lossy(args, model, batches, point, task, values)
+        runs = _lossy(args, model, batches, policy, task, values)
     if args.time:
         values["time"] = measured(runs, args.repeats, model.device.type)
-    return Answer(values, _sentences(values))
+    return CommandResult(values, _sentences(values))
 
 
 def _lossy(
-    args: EvaluateArguments, model: Any, batches: list[Any], point: str | None, task: Task, values: dict[str, Any]
+    args: EvaluateArguments,
+    model: TorchExitWriter,
+    batches: list[Any],
+    early_policy: ExitPolicy,
+    task: Task,
+    values: dict[str, Any],
 ) -> dict[str, Callable[[], Any]]:
     """Fill in figures of texts whose tokens leave for good; gives both ways to write them."""
     import torch
@@ -51,15 +58,13 @@ def _lossy(
     from ..generation.judge import Judge, listed_references
     from ..generation.token_trace import write
 
-    policy = model.policy_at(point)
-
-    def written(policy: Any) -> list[Any]:
+    def written(policy: ExitPolicy | None) -> list[Any]:
         return [write(model, batch, policy, task.generation) for batch in batches]
 
-    full, early = written(None), written(policy)
+    full, early = written(None), written(early_policy)
     tokenizer = task.parts["tokenizer"]
     judge = Judge(model, full, tokenizer, listed_references(task.references, values["rows"], tokenizer), None)
-    found = judge.setting(Proposal("early", policy.thresholds, 0.0), early)
+    found = judge.setting(Proposal("early", early_policy.thresholds, 0.0), early)
     layers = torch.tensor(model.exit_layers, dtype=torch.double)[torch.as_tensor(judge.exits_of(early))]
     compared = Comparison(found.score, found.score - found.difference, found.standard_error)
     values |= {
@@ -72,11 +77,11 @@ def _lossy(
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
         "target": verdict_on(args, compared, layers, model.exit_layers[-1]),
     }
-    return {"full": lambda: written(None), "early": lambda: written(policy)}
+    return {"full": lambda: written(None), "early": lambda: written(early_policy)}
 
 
 def _lossless(
-    model: Any, batches: list[Any], point: str | None, task: Task, values: dict[str, Any]
+    model: TorchExitWriter, batches: list[Any], point: str | None, task: Task, values: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """Fill in figures of drafts; gives both ways to write the texts."""
 

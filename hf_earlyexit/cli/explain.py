@@ -12,8 +12,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
-from .answer import Answer
 from .arguments import DeviceArguments
+from .command_result import CommandResult
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ExplainArguments(DeviceArguments):
 ARGUMENTS = (ExplainArguments,)
 
 
-def run(args: ExplainArguments) -> Answer:
+def run(args: ExplainArguments) -> CommandResult:
     """Explain one row."""
     from ..serving.explain import explain
     from ..serving.reader import reads_images
@@ -45,4 +45,4 @@ def run(args: ExplainArguments) -> Answer:
         raise UsageError(f"There is nothing to explain: give the {needed} with --{needed}.", field=needed)
     row = getattr(args, needed) if args.text_pair is None else (args.text, args.text_pair)
     explanation = explain(model, row, **reading_parts(args.model, model), operating_point=args.operating_point)
-    return Answer(dataclasses.asdict(explanation), str(explanation))
+    return CommandResult(dataclasses.asdict(explanation), str(explanation))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..values import unexpected
-from .answer import Answer
 from .arguments import SLICES, SPLITS, RowArguments
+from .command_result import CommandResult
 
 FORMATS = ("onnx",)
 FORMS = ("one-file", "layers")
@@ -46,7 +46,7 @@ class ExportArguments(RowArguments):
 ARGUMENTS = (ExportArguments,)
 
 
-def run(args: ExportArguments) -> Answer:
+def run(args: ExportArguments) -> CommandResult:
     """Load, export, tell what changed."""
     from ..onnx.export import export_onnx
     from ..serving.reader import reads_images
@@ -89,4 +89,4 @@ def run(args: ExportArguments) -> Answer:
     written = args.forms if args.layout == LAYOUTS[0] else [args.layout]
     lines.append(f"written to {args.output}: {', '.join(written)}{', int8' if args.int8 else ''}")
     values = {"output": args.output, "forms": args.forms, "layout": args.layout, "int8": args.int8}
-    return Answer(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(lines))
+    return CommandResult(values if changed is None else {**values, "changed": changed.to_dict()}, "\n".join(lines))

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EarlyExitError, UsageError
-from ..values import unexpected
-from .answer import Answer
-from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, OutputArguments, TextArguments
+from ..modeling.protocol import TorchExitWriter
+from ..values import check_whole, unexpected
+from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, OutputArguments, TextArguments, given
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from .incoming import Incoming
@@ -48,7 +49,7 @@ class GenerateArguments(FileArguments, OutputArguments, TextArguments, DeviceArg
 ARGUMENTS = (GenerateArguments,)
 
 
-def run(args: GenerateArguments) -> Answer:
+def run(args: GenerateArguments) -> CommandResult:
     """Read, write on, write down."""
     from transformers import set_seed
 
@@ -57,9 +58,7 @@ def run(args: GenerateArguments) -> Answer:
     from .loading import load_language_model, reading_parts
     from .outgoing import OutputFile, check_output, skipped
 
-    for name, value in (("batch_size", args.batch_size), ("max_new_tokens", args.max_new_tokens)):
-        if value is not None and value < 1:
-            raise unexpected(name, value, "at least 1")
+    check_whole(1, **given(args, "batch_size", "max_new_tokens"))
     options = _options(args)
     if args.output != STDOUT:
         check_output(args.output)
@@ -73,7 +72,7 @@ def run(args: GenerateArguments) -> Answer:
     set_seed(args.seed)
     tally: dict[str, Any] = {"rows": 0, "tokens": 0, "mean_exit_layer": None, "num_layers": model.exit_layers[-1]}
     if args.output == STDOUT:
-        return Answer(tally, lines=_written(args, model, tokenizer, source, source.rows, options, tally))
+        return CommandResult(tally, lines=_written(args, model, tokenizer, source, source.rows, options, tally))
     file = OutputFile(args.output, _run_of(args, model), args.resume)
     rows = skipped(source.rows, file.done)
     file.write_all(_written(args, model, tokenizer, source, rows, options, tally, file.done))
@@ -86,7 +85,7 @@ def run(args: GenerateArguments) -> Answer:
     if file.done:
         text += f"; {file.done} texts are of the run that was stopped"
         tally["rows_before"] = file.done
-    return Answer(tally, text)
+    return CommandResult(tally, text)
 
 
 def _options(args: GenerateArguments) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _options(args: GenerateArguments) -> dict[str, Any]:
     return {"max_new_tokens": args.max_new_tokens or NEW_TOKENS, **options}
 
 
-def _run_of(args: GenerateArguments, model: Any) -> dict[str, Any]:
+def _run_of(args: GenerateArguments, model: TorchExitWriter) -> dict[str, Any]:
     """What decides the texts of a run."""
     settings = {name: value for name, value in asdict(args).items() if name not in CHANGES_NO_TEXT}
     path = Path(args.input)
@@ -115,7 +114,7 @@ def _run_of(args: GenerateArguments, model: Any) -> dict[str, Any]:
     return {**settings, **points, "input as it is": changed}
 
 
-def _point(args: GenerateArguments, model: Any) -> str | None:
+def _point(args: GenerateArguments, model: TorchExitWriter) -> str | None:
     """The operating point to write with: that which drafts were chosen for, where they are asked for and no other is named.
 
     Raises:
@@ -131,7 +130,7 @@ def _point(args: GenerateArguments, model: Any) -> str | None:
 
 
 def _written(
-    args: GenerateArguments, model: Any, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]],
+    args: GenerateArguments, model: TorchExitWriter, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]],
     options: dict[str, Any], tally: dict[str, Any], first: int = 0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Each row with its text; `tally` counts along."""

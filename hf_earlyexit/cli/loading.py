@@ -21,7 +21,7 @@ from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
 from ..modeling.operating import OperatingPoints
-from ..modeling.protocol import ExitModel
+from ..modeling.protocol import ExitClassifier, ExitModel
 from ..serving.reader import reads_images
 from ..serving.served import form_of
 from .arguments import AUTO, FormArguments
@@ -73,7 +73,7 @@ def load_exported_or_model(name: Any, device: str = "cpu") -> Any:
     return OnnxClassifier.from_pretrained(name)
 
 
-def in_form(model: Any, args: FormArguments) -> Any:
+def in_form(model: ExitClassifier, args: FormArguments) -> Any:
     """A model in the form that the flags ask for, with the thresholds that its folder keeps for it.
 
     Raises:

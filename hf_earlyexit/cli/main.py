@@ -80,13 +80,13 @@ def _run(name: str, words: list[str]) -> int:
     )
     with redirect_stdout(sys.stderr) if as_json else nullcontext(), warnings.catch_warnings():  # a Trainer prints, too
         warnings.simplefilter("error", PermitsEverything)  # nobody reads a warning before the thresholds are written
-        answer = command.run(*objects)
-        text = answer.printed(as_json) if as_json or answer.lines is None else None
+        result = command.run(*objects)
+        text = result.printed(as_json) if as_json or result.lines is None else None
     if text is None:
-        answer.print_lines()
+        result.print_lines()
     elif text:
         print(text, flush=True)
-    return int(answer.status)
+    return int(result.status)
 
 
 def flags_of(command: ModuleType, all_of_them: bool = True) -> tuple[type, ...]:

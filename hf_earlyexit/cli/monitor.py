@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .answer import Answer
+from .command_result import CommandResult
 
 
 @dataclass
@@ -26,11 +26,11 @@ class MonitorArguments:
 ARGUMENTS = (MonitorArguments,)
 
 
-def run(args: MonitorArguments) -> Answer:
+def run(args: MonitorArguments) -> CommandResult:
     """Load and print."""
     from ..serving.monitor import Monitor
 
     monitor = Monitor.load(args.log)
     lower, upper = monitor.bounds()
     values = {**monitor.to_dict(), "disagreement": [lower, upper], "shift": monitor.shift(monitor.state.exits)}
-    return Answer(values, str(monitor), status=1 if monitor.state.alarms else 0)
+    return CommandResult(values, str(monitor), status=1 if monitor.state.alarms else 0)

@@ -14,7 +14,7 @@ from ..data.forms import PACKED, plain_suffix
 from ..errors import CheckpointError, DataError, UsageError
 from ..files import read_json, write_json
 from ..values import unexpected
-from .answer import as_line, finite
+from .command_result import as_line, finite
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")

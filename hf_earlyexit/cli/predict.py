@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitClassifier
 from ..values import unexpected
-from .answer import Answer
 from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, FormArguments, OutputArguments
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from ..modeling.protocol import ExitModel
@@ -61,7 +62,7 @@ class PredictArguments(FileArguments, OutputArguments, FormArguments, DeviceArgu
 ARGUMENTS = (PredictArguments,)
 
 
-def run(args: PredictArguments) -> Answer:
+def run(args: PredictArguments) -> CommandResult:
     """Read, classify, write."""
     from ..modeling.certificate import warn_of_other_tokenizer
     from .loading import in_form, load_exported_or_model, reading_parts
@@ -83,7 +84,7 @@ def run(args: PredictArguments) -> Answer:
     return answer_input(args, model, parts)
 
 
-def answer_input(args: PredictArguments, model: Any, parts: dict[str, Any]) -> Answer:
+def answer_input(args: PredictArguments, model: ExitClassifier, parts: dict[str, Any]) -> CommandResult:
     """Answer what the flags name.
 
     Args:
@@ -99,7 +100,7 @@ def answer_input(args: PredictArguments, model: Any, parts: dict[str, Any]) -> A
     source = incoming(args, args.input, args.split, reads_images(model))
     tally: dict[str, Any] = {"rows": 0, "form": form_of(model), "mean_layers": None, "num_layers": model.exit_layers[-1]}
     if args.output == STDOUT:
-        return Answer(tally, lines=_answered(args, model, parts, source, source.rows, 0, tally))
+        return CommandResult(tally, lines=_answered(args, model, parts, source, source.rows, 0, tally))
     file = OutputFile(args.output, run_of(args, model), args.resume)
     rows = _answered(args, model, parts, source, skipped(source.rows, file.done), file.done, tally)
     file.write_all(rows)
@@ -112,7 +113,7 @@ def answer_input(args: PredictArguments, model: Any, parts: dict[str, Any]) -> A
         tally["rows_before"] = file.done
     if tally.get("failed"):
         text += f"; {tally['failed']} could not be answered, see their 'error'"
-    return Answer(tally, text)
+    return CommandResult(tally, text)
 
 
 def run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
@@ -128,8 +129,8 @@ def run_of(args: PredictArguments, model: ExitModel) -> dict[str, Any]:
 
 
 def _answered(
-    args: PredictArguments, model: Any, parts: dict[str, Any], source: Incoming, rows: Iterator[dict[str, Any]], first: int,
-    tally: dict[str, Any],
+    args: PredictArguments, model: ExitClassifier, parts: dict[str, Any], source: Incoming, rows: Iterator[dict[str, Any]],
+    first: int, tally: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Each row with its answer; `tally` counts along."""
     from tqdm.auto import tqdm

@@ -10,14 +10,14 @@ from typing import Any
 
 from ..errors import DataError, EarlyExitError, UsageError
 from ..files import read_json, write_json
-from .answer import Answer
 from .arguments import AUTO, STDOUT
+from .command_result import CommandResult
 from .predict import PredictArguments, run_of
 
 RUN = "run.json"  # in the folder of answers: by what they were made
 
 
-class AnswerFile:
+class FileAnswerer:
     """What one process does: it loads the model when it starts, and answers one file after the other.
 
     Args:
@@ -46,12 +46,11 @@ class AnswerFile:
         return {**job, "rows": values["rows"], "failed": values.get("failed", 0), "layers": layers, "problem": ""}
 
 
-def answer_files(args: PredictArguments, answer_file: type = AnswerFile) -> Answer:
+def answer_files(args: PredictArguments) -> CommandResult:
     """Answer every file of a pattern into a folder, where each file of answers is there whole or not at all.
 
     Args:
         args: flags; `input` is a pattern such as 'reviews/*.parquet', `output` a folder.
-        answer_file: the class whose objects answer a file.
 
     Raises:
         UsageError: for a pattern without files, an output that is no folder, or one that holds another run's answers.
@@ -73,7 +72,7 @@ def answer_files(args: PredictArguments, answer_file: type = AnswerFile) -> Answ
         cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         workers = min(args.workers or cores, len(jobs))
         answered = ray.data.from_items(jobs, override_num_blocks=len(jobs)).map(
-            answer_file,
+            FileAnswerer,  # type: ignore[arg-type]  # a class whose objects are called
             fn_constructor_args=(args,),
             compute=ActorPoolStrategy(size=workers),
             num_cpus=cores_of_a_worker(workers),
@@ -97,7 +96,7 @@ def answer_files(args: PredictArguments, answer_file: type = AnswerFile) -> Answ
     if args.errors == "slot":
         values["failed"] = failed
         text += f"; {failed} could not be answered, see their 'error'" if failed else ""
-    return Answer(values, text)
+    return CommandResult(values, text)
 
 
 def _jobs(args: PredictArguments) -> tuple[list[dict[str, str]], int]:

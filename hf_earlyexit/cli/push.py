@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .answer import Answer
 from .arguments import SPLITS, DeviceArguments, RowArguments
+from .command_result import CommandResult
 
 
 @dataclass
@@ -44,7 +44,7 @@ class PushArguments(RowArguments, DeviceArguments):
 ARGUMENTS = (PushArguments,)
 
 
-def run(args: PushArguments) -> Answer:
+def run(args: PushArguments) -> CommandResult:
     """Load and push."""
     from ..hub.push import push_to_hub
     from ..hub.save import load_calibrations
@@ -79,4 +79,4 @@ def run(args: PushArguments) -> Answer:
         commit_message=args.commit_message,
     )
     values = {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url}
-    return Answer(values, f"pushed {commit.pr_url or commit.commit_url}")
+    return CommandResult(values, f"pushed {commit.pr_url or commit.commit_url}")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
 from .calibrate import METRICS, TARGETS
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from ..calibration import Replay
@@ -42,7 +42,7 @@ class RecalibrateArguments(RowArguments, DeviceArguments):
 ARGUMENTS = (RecalibrateArguments,)
 
 
-def run(args: RecalibrateArguments) -> Answer:
+def run(args: RecalibrateArguments) -> CommandResult:
     """Calibrate, compare, save."""
     from ..calibration import calibrate, replay
     from ..hub.save import save_calibrated
@@ -71,7 +71,7 @@ def run(args: RecalibrateArguments) -> Answer:
     save_calibrated(model, folder, result, args.operating_point)
     rows = {"old": _figures(old, former), "new": _figures(new, result.policy)}
     values = {"model": str(folder), "operating_point": args.operating_point, **rows, "result": result.to_dict()}
-    return Answer(values, f"{_table(rows, result.metric, trace.num_rows)}\n\n{result}")
+    return CommandResult(values, f"{_table(rows, result.metric, trace.num_rows)}\n\n{result}")
 
 
 def _figures(outcome: Replay, policy: ExitPolicy) -> dict[str, Any]:

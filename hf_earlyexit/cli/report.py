@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .answer import Answer
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from ..calibration.replay import Replay
@@ -39,7 +39,7 @@ class ReportArguments(RowArguments, DeviceArguments):
 ARGUMENTS = (ReportArguments,)
 
 
-def run(args: ReportArguments) -> Answer:
+def run(args: ReportArguments) -> CommandResult:
     """Collect or load a trace, write the report."""
     from ..modeling.configuration import EXACT
     from ..reports.write import write_report
@@ -89,7 +89,7 @@ def run(args: ReportArguments) -> Answer:
         "policies": {name: _figures(one.judged) for name, one in comparison.contenders.items()},
         "left_out": comparison.left_out,
     }
-    return Answer(
+    return CommandResult(
         values,
         f"saved {args.output}: {len(comparison.contenders)} policies on {comparison.judging.num_rows} rows; fewest layers "
         f"on the rows that chose: {best.name}, layer speed-up {best.judged.layer_speed_up:.2f}x",

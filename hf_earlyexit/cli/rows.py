@@ -17,8 +17,8 @@ from ..serving.collect import collect_trace
 from ..serving.reader import reads_images
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
 from ..trace import ExitTrace
-from ..values import unexpected
-from .arguments import FileArguments, RowArguments
+from ..values import check_whole
+from .arguments import FileArguments, RowArguments, given
 from .pictures import check_columns, with_pictures
 
 LABEL, LABEL_TEXT = "label", "label_text"
@@ -27,8 +27,7 @@ USUAL = {name for names in TEXT_COLUMNS for name in names}
 
 def reading(args: FileArguments) -> Reading:
     """How files are read, as the flags say."""
-    if args.max_rows is not None and args.max_rows < 1:
-        raise unexpected("max_rows", args.max_rows, "at least 1")
+    check_whole(1, **given(args, "max_rows"))
     if args.text_column is not None and len(args.text_column) > 2:
         raise UsageError(
             f"text_column names {len(args.text_column)} columns; expected one, or two for pairs.", field="text_column"

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from ..errors import UsageError
-from ..values import unexpected
-from .answer import Answer
-from .arguments import DeviceArguments, FormArguments
+from ..values import check_whole, unexpected
+from .arguments import DeviceArguments, FormArguments, given
+from .command_result import CommandResult
 
 LOOPBACK, API_KEY = "127.0.0.1", "HF_EARLYEXIT_API_KEY"
 TEXTS, PICTURES, RANKING = TASKS = ("text-classification", "image-classification", "text-ranking")
@@ -57,7 +57,7 @@ class ServeArguments(FormArguments, DeviceArguments):
 ARGUMENTS = (ServeArguments,)
 
 
-def run(args: ServeArguments) -> Answer:
+def run(args: ServeArguments) -> CommandResult:
     """Serve until told to stop."""
     from ..server.rows import Limits
     from ..server.run import Serving, serve  # brings FastAPI
@@ -83,20 +83,15 @@ def run(args: ServeArguments) -> Answer:
         from ..server.workers import serve_in_workers
 
         serve_in_workers(make, args.host, args.port, args.workers or _cores())
-    return Answer({"model": args.model, "stopped": True}, "stopped")
+    return CommandResult({"model": args.model, "stopped": True}, "stopped")
 
 
 def _check(args: ServeArguments) -> None:
-    for name in ("max_rows", "max_body", "max_characters", "max_queue", "max_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise unexpected(name, value, "at least 1")
-    if args.workers < 0:
-        raise unexpected("workers", args.workers, "0 or more")
+    check_whole(1, **given(args, "max_rows", "max_body", "max_characters", "max_queue", "max_tokens"))
+    check_whole(workers=args.workers)
+    check_whole(0, 65535, port=args.port)
     if args.task not in (None, *TASKS):
         raise unexpected("task", args.task, ", ".join(TASKS))
-    if not 0 <= args.port <= 65535:
-        raise unexpected("port", args.port, "0 to 65535")
     if not args.max_seconds > 0:
         raise UsageError(f"max_seconds is {args.max_seconds}; expected seconds, above 0.", field="max_seconds")
 

@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from ..data.forms import STDIN
 from ..errors import DataError, UsageError
-from ..values import unexpected
-from .arguments import FileArguments
+from ..modeling.protocol import TorchExitWriter
+from ..values import check_whole
+from .arguments import FileArguments, given
 from .incoming import incoming
 from .rows import read_rows, reading, require_label_column, texts_of
 
@@ -39,7 +40,7 @@ class Task(NamedTuple):
     batch_size: int
 
 
-def writes(model: Any) -> bool:
+def writes(model: object) -> bool:
     """Whether a model is a captioner or language model."""
     from ..generation.token_exits import ModelThatWrites
 
@@ -110,7 +111,7 @@ def refuse_flags_of_writers(args: Any, more: Sequence[str] = ()) -> None:
     refuse(args, (*WRITERS_ONLY, *more), "captioners and language models, and this is a classifier")
 
 
-def task_of(args: Any, model: Any, default: str, of_classifiers: Sequence[str]) -> Task:
+def task_of(args: Any, model: TorchExitWriter, default: str, of_classifiers: Sequence[str]) -> Task:
     """Read what a captioner or language model is to write on from.
 
     Args:
@@ -127,10 +128,7 @@ def task_of(args: Any, model: Any, default: str, of_classifiers: Sequence[str]) 
     from .loading import load_input_parts, reading_parts
 
     refuse(args, of_classifiers, "classifiers, and this model writes")
-    for name in ("max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise unexpected(name, value, "at least 1")
+    check_whole(1, **given(args, "max_new_tokens", "batch_size"))
     speaks = isinstance(model, EarlyExitLanguageModel)
     if not speaks:
         refuse(args, ("lossless", "chat"), "language models, and this is a captioner")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EarlyExitError, UsageError
-from .answer import Answer
 from .arguments import SPLITS, TRACE_FILE, RowArguments
+from .command_result import CommandResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +73,7 @@ def more_arguments() -> tuple[type, ...]:
     return (TrainSettings,)
 
 
-def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
+def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> CommandResult:
     """Train, save, trace."""
     from ..serving.collect import collect_trace
     from ..training import EarlyExitLanguageModelTrainer, EarlyExitTrainer
@@ -96,7 +96,7 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> Answer:
     rows = " --dataset prompts.txt" if trace is None else ""
     lines.append(f"saved {training.output_dir}; next: hf-earlyexit calibrate --model {training.output_dir}{rows}")
     values = {"model": training.output_dir, "held_back": trace, "steps": trainer.state.global_step, "metrics": metrics}
-    return Answer(values, "\n".join(lines))
+    return CommandResult(values, "\n".join(lines))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..calibration.targets import Target
 from ..errors import CheckpointError, UsageError
 from ..modeling.fingerprint import model_fingerprint, policy_fingerprint
-from ..modeling.protocol import Wrapped
+from ..modeling.protocol import ExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..onnx.recalibrate import recalibrate
 from ..registry import unknown_name
@@ -148,7 +148,7 @@ def keep_thresholds(model: Wrapped, converted: Any) -> None:
     inner.config.exit_forms = {**(inner.config.exit_forms or {}), form: {"policy": policy, "certificate": certificate}}
 
 
-def _take_kept(model: Any, new: Any) -> None:
+def _take_kept(model: ExitClassifier, new: Any) -> None:
     """Give a model in another form the thresholds that are kept for it.
 
     Raises:

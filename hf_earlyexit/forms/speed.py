@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from ..families.vision import picture_of
+from ..modeling.protocol import ExitClassifier
 from ..serving.predict import predict
 from ..serving.reader import reads_images
 from ..serving.tables import PIXELS
+from ..timing import seconds_in_turns
 
+Model = TypeVar("Model", bound=ExitClassifier)
 THROUGHPUT, LATENCY = HINTS = ("throughput", "latency")
 ROWS, TOKENS, TURNS = 16, 32, 3  # a full batch of a CPU; turns after one to warm up
 
 
-def fastest(models: Mapping[str, Any], hint: str, clock: Callable[[], float] = time.perf_counter) -> Any:
+def fastest(models: Mapping[str, Model], hint: str, clock: Callable[[], float] | None = None) -> Model:
     """The model that answers made-up rows in the shortest time; depths are the same, as no row leaves early.
 
     Args:
         models: classifiers by name, at least one; of equals the first.
         hint: "throughput" for all rows at once, "latency" for one by one.
-        clock: seconds.
+        clock: seconds; the wall clock by default.
     """
     if len(models) == 1:
         return next(iter(models.values()))
-    given = {name: _rows(model) for name, model in models.items()}
-    best = dict.fromkeys(models, float("inf"))
-    for turn in range(1 + TURNS):
-        for name, model in models.items():
-            batches = [given[name]] if hint == THROUGHPUT else [[row] for row in given[name][:4]]
-            start = clock()
-            for batch in batches:
-                predict(model, batch, early_exit=False)
-            if turn:
-                best[name] = min(best[name], clock() - start)
-    return models[min(best, key=lambda name: best[name])]
+    runs = {}
+    for name, model in models.items():
+        rows = _rows(model)
+        batches = [rows] if hint == THROUGHPUT else [[row] for row in rows[:4]]
+        runs[name] = [partial(predict, model, batch, early_exit=False) for batch in batches]
+    seconds = seconds_in_turns(runs, TURNS, clock=clock)
+    return models[min(seconds, key=lambda name: float(seconds[name].sum(1).min()))]
 
 
-def _rows(model: Any) -> list[dict[str, Any]]:
+def _rows(model: ExitClassifier) -> list[dict[str, Any]]:
     """Rows of the usual size: token ids, or pixel values."""
     config = model.config
     if reads_images(model):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitClassifier
 from ..registry import unknown_name
 from ..serving.bf16 import lacks_bf16, to_bf16
 from ..serving.int8 import quantize_int8
@@ -45,7 +46,7 @@ def require(form: str, device: torch.device) -> None:
         raise UsageError(f"The form {form!r} does not run here: {lacking}.", field="form", value=form)
 
 
-def made(model: Any, form: str) -> Any:
+def made(model: ExitClassifier, form: str) -> Any:
     """A model in a form that runs here. Thresholds stay where numbers are the same; other forms have none.
 
     Args:
@@ -60,7 +61,7 @@ def made(model: Any, form: str) -> Any:
 
 
 def _onnx(int8: bool) -> Callable[[Any], Any]:
-    def make(model: Any) -> Any:
+    def make(model: ExitClassifier) -> Any:
         from ..onnx.export import in_memory  # needs the extra
 
         return in_memory(model, int8)

@@ -19,11 +19,12 @@ from ..calibration.search import exits_taken
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
 from ..modeling.fingerprint import model_fingerprint
+from ..modeling.protocol import TorchExitWriter, Wrapped
 from ..modeling.wrapped import unwrapped
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..signals import known_signals
-from ..values import is_whole, shown, unexpected
+from ..values import check_whole
 from .checks import check_generation, generation_settings
 from .judge import Judge, TextMetric, listed_references
 from .token_exits import ModelThatWrites
@@ -40,7 +41,7 @@ NOT_HERE = {
 
 
 def calibrate_generation(
-    model: Any,
+    model: Wrapped,
     rows: Any,
     policy: str | ExitPolicy = "confidence",
     target: str | Target = "max-drop:0",
@@ -99,24 +100,24 @@ def calibrate_generation(
         UsageError: for a model that does not write, sampling, or texts, pictures or references without what they need.
     """
     target = parse_target(target) if isinstance(target, str) else target
-    model = unwrapped(model)
-    _check(model, policy, options, target, split, proposals, batch_size, generation)
-    model = evaluating(model)
+    inner: TorchExitWriter = unwrapped(model)
+    _check(inner, policy, options, target, split, proposals, batch_size, generation)
+    inner = evaluating(inner)
     with tqdm(unit="batch", disable=not progress) as bar:
-        writer = _Writer(model, batch_size, generation, bar)
-        prompts = model.read_prompts(rows, tokenizer, image_processor, batch_size)
+        writer = _Writer(inner, batch_size, generation, bar)
+        prompts = inner.read_prompts(rows, tokenizer, image_processor, batch_size)
         known = listed_references(references, len(prompts), tokenizer)
         learners, kept = _split(policy, len(prompts), learning_share, seed)
         rule = _make_policy(policy, options, writer, [prompts[place] for place in learners])
         prompts = [prompts[place] for place in kept]
         full = writer.write(prompts, None)
-        trace = token_trace(model, zip(writer.batches(prompts), full, strict=True), rule)
-        judge = Judge(model, full, tokenizer, known and [known[place] for place in kept], metric)
-        deep = float(model.exit_layers[-1])
+        trace = token_trace(inner, zip(writer.batches(prompts), full, strict=True), rule)
+        judge = Judge(inner, full, tokenizer, known and [known[place] for place in kept], metric)
+        deep = float(inner.exit_layers[-1])
         candidates = propose(
             trace.scores.double().numpy(),
             trace.agrees.double().numpy(),
-            np.asarray(model.exit_layers, dtype=float),
+            np.asarray(inner.exit_layers, dtype=float),
             proposals,
             rule.lowest_threshold,
             rule.counts,
@@ -138,20 +139,20 @@ def calibrate_generation(
         mean_layers=best.mean_layers,
         mean_cost=best.mean_cost,
         layer_speed_up=best.layer_speed_up,
-        exits=_reports(rule, trace, judge.exits_of(tried[chosen][1]), model.exit_layers),
+        exits=_reports(rule, trace, judge.exits_of(tried[chosen][1]), inner.exit_layers),
         curve=tuple((one.mean_cost, one.score, one.thresholds) for one in sorted(settings, key=lambda one: -one.mean_cost)),
         num_rows=len(prompts),
         num_learning_rows=len(learners),
         seed=seed,
         split=split,
-        dtype=str(model.dtype).removeprefix("torch."),
-        fingerprint=model_fingerprint(model),
+        dtype=str(inner.dtype).removeprefix("torch."),
+        fingerprint=model_fingerprint(inner),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
-        notes=(*_notes(rule, model.config.exit_decay), *on_drop(target, settings[0].score)),
+        notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score)),
         metric=judge.measure,
         settings=settings,
         chosen=chosen,
-        exit_decay=model.config.exit_decay,
+        exit_decay=inner.config.exit_decay,
         num_tokens=len(trace.words),
         generation={
             name: value if isinstance(value, (bool, int, float, str)) else repr(value) for name, value in generation.items()
@@ -162,7 +163,7 @@ def calibrate_generation(
 class _Writer:
     """Writes after prompts, batch by batch."""
 
-    def __init__(self, model: Any, batch_size: int, options: dict[str, Any], bar: Any) -> None:
+    def __init__(self, model: TorchExitWriter, batch_size: int, options: dict[str, Any], bar: Any) -> None:
         self.model, self.batch_size, self.options, self.bar = model, batch_size, options, bar
 
     def batches(self, prompts: Sequence[Any]) -> list[Sequence[Any]]:
@@ -177,7 +178,7 @@ class _Writer:
 
 
 def _check(
-    model: Any,
+    model: TorchExitWriter,
     policy: str | ExitPolicy,
     options: dict[str, Any] | None,
     target: Target,
@@ -209,10 +210,8 @@ def _check(
         )
     if len(model.exit_layers) == 1:
         raise CalibrationError("The model has no early exit; set exit_layers and train the exits.", field="exit_layers")
-    if not is_whole(proposals, 2, 1 << 16):
-        raise CalibrationError(f"proposals is {shown(proposals)}; expected a whole number from 2.", field="proposals")
-    if not is_whole(batch_size, 1, 1 << 20):
-        raise unexpected("batch_size", batch_size, "a whole number from 1")
+    check_whole(2, 1 << 16, error=CalibrationError, proposals=proposals)
+    check_whole(1, 1 << 20, batch_size=batch_size)
     if isinstance(policy, ExitPolicy):
         if options:
             raise UsageError("options go with a policy's name; a ready policy keeps its own numbers.", field="options")

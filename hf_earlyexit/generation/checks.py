@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..errors import DataError, UsageError
-from ..values import is_whole, shown, unexpected
+from ..modeling.protocol import TorchExitWriter
+from ..values import check_whole, shown
 
 LOSSLESS = "lossless"  # the operating point of drafts where no other is named
 
 
-def generation_settings(model: Any, options: Mapping[str, Any]) -> GenerationConfig:
+def generation_settings(model: TorchExitWriter, options: Mapping[str, Any]) -> GenerationConfig:
     """What a call of `generate` goes by: its arguments, then its generation config, then the model's own.
 
     Args:
@@ -128,8 +129,7 @@ def check_lossless(policy: Any, settings: GenerationConfig, options: Mapping[str
             "out.",
             field="lossless",
         )
-    if not is_whole(most, 1, 1 << 16):
-        raise unexpected("max_drafts", most, "a whole number above 0")
+    check_whole(1, 1 << 16, max_drafts=most)
     if (settings.num_beams or 1) > 1:
         raise UsageError(
             f"num_beams is {settings.num_beams}; drafts are checked one text at a time, and beams change places at "

@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 
 from ..families.context import each
 from ..families.decoders import TokenContext
+from ..modeling.protocol import TorchExitWriter
 from ..policies.base import ExitPolicy
 from ..policies.decay import decayed
 from ..signals import ExitPoint, ExitSignal, scalars_of
@@ -122,7 +123,7 @@ class DecoderWalker(Walks):
         run: of the whole text.
     """
 
-    def __init__(self, model: Any, policy: ExitPolicy, run: ExitRun) -> None:
+    def __init__(self, model: TorchExitWriter, policy: ExitPolicy, run: ExitRun) -> None:
         self.model, self.policy, self.exit_run, self.backbone = model, policy, run, model.backbone
         self.layers = self.backbone.layers(model.token_decoder)
         self.exit_layers: tuple[int, ...] = model.exit_layers
@@ -251,7 +252,13 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
 
 
 def decode(
-    model: Any, ids: Tensor, mask: Tensor | None, encoder: Tensor | None, cache: Any, run: ExitRun, options: dict[str, Any]
+    model: TorchExitWriter,
+    ids: Tensor,
+    mask: Tensor | None,
+    encoder: Tensor | None,
+    cache: Any,
+    run: ExitRun,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """One new token of each row through a decoder: its logits `[B, 1, V]` and the layer it left after `[B, 1]`.
 

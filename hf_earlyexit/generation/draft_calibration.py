@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from transformers import GenerationMixin
 
 from ..errors import CalibrationError, UsageError
 from ..families.decoders import cache_name
+from ..modeling.protocol import TorchExitWriter
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
+from ..timing import seconds_in_turns
 from ..values import check_flags, is_whole
 from .checks import LOSSLESS
 from .decoding import ExitRun
@@ -61,7 +62,7 @@ class DraftCalibration:
     num_tokens: int
     measured_speed_up: float | None = None
 
-    def serve(self, model: Any, operating_point: str = LOSSLESS) -> None:
+    def serve(self, model: TorchExitWriter, operating_point: str = LOSSLESS) -> None:
         """Draft with the chosen setting from now on, in lossless runs.
 
         What decides other runs is left as it is, as drafts that nobody checks lose quality.
@@ -84,7 +85,7 @@ class DraftCalibration:
 
 
 def calibrate_drafts(
-    model: Any,
+    model: TorchExitWriter,
     prompts: Any,
     policy: str | ExitPolicy = "confidence",
     *,
@@ -190,7 +191,7 @@ def _levels(scores: Any, shares: Any, rule: ExitPolicy) -> list[float]:
 
 
 @torch.inference_mode()
-def measure_costs(model: Any, policy: ExitPolicy, context: int = 48) -> DraftCosts:
+def measure_costs(model: TorchExitWriter, policy: ExitPolicy, context: int = 48) -> DraftCosts:
     """Seconds that parts of a pass take for one row: medians of several rounds, in which all parts take turns.
 
     On a CPU with one thread it is the processor's time that counts, which other work on the machine hardly changes.
@@ -233,24 +234,18 @@ def measure_costs(model: Any, policy: ExitPolicy, context: int = 48) -> DraftCos
 def _seconds(parts: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """The median time of each part, all in turns; the first round warms up."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    times: list[list[float]] = [[] for _ in parts]
-    for _ in range(ROUNDS + 1):
-        for part, kept in zip(parts, times, strict=True):
-            begin = clock()
-            part()
-            kept.append(clock() - begin)
-    return [median(kept[1:]) for kept in times]
+    seconds = seconds_in_turns({index: [part] for index, part in enumerate(parts)}, ROUNDS, clock=clock)
+    return [float(times.quantile(0.5)) for times in seconds.values()]
 
 
-def _measured(model: Any, best: DraftSetting, prompts: Sequence[Sequence[int]], generation: dict[str, Any]) -> float:
+def _measured(
+    model: TorchExitWriter, best: DraftSetting, prompts: Sequence[Sequence[int]], generation: dict[str, Any]
+) -> float:
     """Plain time over drafted time, one text at a time, the two in turns."""
-    times = {True: 0.0, False: 0.0}
-    for place, prompt in enumerate(prompts):
-        ids = torch.as_tensor([list(prompt)], device=model.device)
-        for lossless in (True, False) if place % 2 else (False, True):
-            loop = partial(decode_lossless, draft_run=ExitRun(best.policy), most_drafts=best.drafts)
-            way = {"custom_generate": loop} if lossless else {"token_exits": ExitRun(None)}
-            begin = time.perf_counter()
-            GenerationMixin.generate(model, ids, **way, **generation)
-            times[lossless] += time.perf_counter() - begin
-    return times[False] / times[True]
+    loop = partial(decode_lossless, draft_run=ExitRun(best.policy), most_drafts=best.drafts)
+    drafted = partial(GenerationMixin.generate, model, custom_generate=loop, **generation)
+    plain = partial(GenerationMixin.generate, model, token_exits=ExitRun(None), **generation)
+    texts = [torch.as_tensor([list(prompt)], device=model.device) for prompt in prompts]
+    runs = {name: [partial(way, ids) for ids in texts] for name, way in (("drafted", drafted), ("plain", plain))}
+    seconds = seconds_in_turns(runs, 1, warm_up=0)
+    return float(seconds["plain"].sum() / seconds["drafted"].sum())

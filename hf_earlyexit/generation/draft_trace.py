@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..modeling.protocol import TorchExitWriter
 from ..policies.base import ExitPolicy
 from .decoding import DecoderWalker, ExitRun
 
@@ -71,7 +72,7 @@ class Replayed:
 
 
 @torch.inference_mode()
-def trace_drafts(model: Any, rows: Sequence[dict[str, Any]], policy: ExitPolicy) -> DraftTrace:
+def trace_drafts(model: TorchExitWriter, rows: Sequence[dict[str, Any]], policy: ExitPolicy) -> DraftTrace:
     """Scores and drafts of every early exit along texts of the full model.
 
     Args:
@@ -102,7 +103,7 @@ def trace_drafts(model: Any, rows: Sequence[dict[str, Any]], policy: ExitPolicy)
     return DraftTrace(torch.cat(scores), torch.cat(right), tuple(lengths))
 
 
-def _ask(model: Any, policy: ExitPolicy, hidden: list[Tensor], following: Tensor) -> tuple[Tensor, Tensor]:
+def _ask(model: TorchExitWriter, policy: ExitPolicy, hidden: list[Tensor], following: Tensor) -> tuple[Tensor, Tensor]:
     walker = DecoderWalker(model, policy, ExitRun(policy))
     state = policy.init_state(len(following), walker.num_words, model.device)
     scores, right = [], []

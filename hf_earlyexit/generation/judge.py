@@ -11,6 +11,7 @@ import numpy as np
 from ..calibration.generation import GenerationSetting
 from ..calibration.proposals import Proposal
 from ..errors import DataError
+from ..modeling.protocol import ExitModel
 from .metrics import rouge_l
 from .token_trace import Written
 
@@ -33,7 +34,7 @@ class Judge:
 
     def __init__(
         self,
-        model: Any,
+        model: ExitModel,
         full: list[Written],
         tokenizer: Any,
         references: list[list[str]] | None,

@@ -26,6 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from ..errors import UsageError
 from ..families.decoders import TokenContext, cache_name
 from ..modeling.finite import check_finite
+from ..modeling.protocol import TorchExitWriter
 from .decoding import DecoderWalker, ExitRun
 from .draft_cache import draft_cache
 from .drafts import Row, Speaker, Waiting
@@ -66,7 +67,7 @@ class LosslessWalker(DecoderWalker):
 
     def __init__(
         self,
-        model: Any,
+        model: TorchExitWriter,
         run: ExitRun,
         speaker: Speaker,
         most: int,
@@ -210,7 +211,7 @@ def _of_one_width(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def decode_lossless(
-    model: Any,
+    model: TorchExitWriter,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
@@ -273,7 +274,7 @@ def decode_lossless(
     return _result(rows, input_ids.shape[1], config, cache, model_kwargs, draft_run)
 
 
-def _rows(model: Any, ids: Tensor, width: int, mask: Tensor | None, options: dict[str, Any]) -> list[Row]:
+def _rows(model: TorchExitWriter, ids: Tensor, width: int, mask: Tensor | None, options: dict[str, Any]) -> list[Row]:
     """Rows whose prompts have run every layer, `width` columns of each."""
     positions = options.get("position_ids")
     if positions is not None:
@@ -313,7 +314,7 @@ def _result(rows: list[Row], prompt: int, config: Any, cache: Any, options: dict
     return kind(**values, **{cache_name(kind): cache})  # type: ignore[arg-type]
 
 
-def check_lossless_call(model: Any, options: dict[str, Any]) -> None:
+def check_lossless_call(model: TorchExitWriter, options: dict[str, Any]) -> None:
     """Refuse calls whose rows cannot be taken apart.
 
     Raises:

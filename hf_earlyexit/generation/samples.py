@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from ..labels import LEFT_OUT
+from ..modeling.protocol import TorchExitWriter
 from .prompts import IDS, LABELS, left_padded, read_prompts
 
 
 @torch.no_grad()
 def write_samples(
-    model: Any, prompts: Any, batch_size: int = 16, *, tokenizer: Any = None, **generation: Any
+    model: TorchExitWriter, prompts: Any, batch_size: int = 16, *, tokenizer: Any = None, **generation: Any
 ) -> list[dict[str, list[int]]]:
     """What the full model writes after some prompts, as rows to train its exits on; the prompts are not learned.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ..errors import CalibrationError
+from ..modeling.protocol import TorchExitWriter
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL
 from .checks import check_generation, generation_settings
@@ -54,7 +55,7 @@ class TokenLessons:
 
     problem_type = SINGLE_LABEL
 
-    def __init__(self, model: Any, trace: TokenTrace | None = None) -> None:
+    def __init__(self, model: TorchExitWriter, trace: TokenTrace | None = None) -> None:
         self.exit_layers = model.exit_layers
         self.num_exits = len(self.exit_layers)
         self.scalars: tuple[str, ...] = model.signals
@@ -80,7 +81,7 @@ class TokenLessons:
     labels = logits
 
 
-def write(model: Any, prompts: Sequence[Any], policy: ExitPolicy | None, options: dict[str, Any]) -> Written:
+def write(model: TorchExitWriter, prompts: Sequence[Any], policy: ExitPolicy | None, options: dict[str, Any]) -> Written:
     """Texts of a batch as `generate` writes them with this policy; the model's own is not looked at.
 
     Args:
@@ -99,7 +100,7 @@ def write(model: Any, prompts: Sequence[Any], policy: ExitPolicy | None, options
 
 
 def token_trace(
-    model: Any, batches: Iterable[tuple[Sequence[Any], Written]], policy: ExitPolicy | None = None
+    model: TorchExitWriter, batches: Iterable[tuple[Sequence[Any], Written]], policy: ExitPolicy | None = None
 ) -> TokenTrace:
     """Scores and first words of every exit along given texts, batch by batch.
 
@@ -126,7 +127,7 @@ def token_trace(
 
 
 @torch.inference_mode()
-def _trace_batch(model: Any, prompts: Sequence[Any], texts: Written, policy: ExitPolicy | None) -> TokenTrace:
+def _trace_batch(model: TorchExitWriter, prompts: Sequence[Any], texts: Written, policy: ExitPolicy | None) -> TokenTrace:
     written = texts.exit_layers > 0
     start = max(int(written.any(0).int().argmax()) - 1, 0)  # the prompts' last column
     early = (written & (written.cumsum(1) > 1))[:, start + 1 :].to(model.device)  # the first token comes from the prompt

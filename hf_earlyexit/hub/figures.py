@@ -10,7 +10,6 @@ import torch
 from ..calibration.rare_classes import early_and_full_f1
 from ..calibration.replay import replay
 from ..errors import UsageError
-from ..measuring.timing import compare_speed
 from ..metrics import uneven_classes
 from ..modeling.configuration import EXACT
 from ..modeling.protocol import Wrapped
@@ -19,7 +18,8 @@ from ..serving.graph_walker import walker_for
 from ..serving.reader import reader_for, reads_images
 from ..serving.scheduler import Scheduler
 from ..serving.served import served_classifier
-from ..values import unexpected
+from ..timing import compare_speed
+from ..values import check_whole
 from .save import Calibrations, by_name
 
 
@@ -62,8 +62,7 @@ def card_figures(
     results = {} if calibration is None else by_name(calibration)
     if not results:
         raise UsageError("There is no calibration to judge; calibrate first.", field="calibration")
-    if repeats < 0:
-        raise unexpected("repeats", repeats, "at least 0")
+    check_whole(repeats=repeats)
     parts = {"tokenizer": tokenizer, "image_processor": image_processor}
     trace = collect_trace(model, rows, **parts, labels=labels, split="card", progress=progress)
     evaluations = {name: replay(result.policy, trace) for name, result in results.items()}

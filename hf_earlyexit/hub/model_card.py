@@ -23,11 +23,11 @@ from ..doors import CAPTIONING
 from ..errors import UsageError
 from ..families.base import IMAGE, TEXT
 from ..losses import OBJECTIVES
-from ..measuring.timing import Timing
 from ..metrics import f1_name
 from ..modeling.protocol import ExitModel
 from ..policies import POLICIES
 from ..problem_types import REGRESSION, SINGLE_LABEL, quality_name
+from ..timing import Timing
 from .markdown import escape, hub_id, without_private
 
 METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}

@@ -77,7 +77,7 @@ def _check_parts(model: ExitModel, tokenizer: Any, image_processor: Any) -> None
         raise UsageError(f"{type(model).__name__} reads {kind}; leave the {name.replace('_', ' ')} out.", field=name)
 
 
-def _input_parts(model: Any, tokenizer: Any, image_processor: Any) -> list[Any]:
+def _input_parts(model: TorchExitModel, tokenizer: Any, image_processor: Any) -> list[Any]:
     """What makes inputs, as it is saved: both parts of a captioner's as the one that image-text-to-text wants."""
     if tokenizer is not None and image_processor is not None:
         start = model.generation_config.decoder_start_token_id
@@ -112,7 +112,10 @@ def load_calibrations(folder: str | PathLike[str]) -> Calibrations:
 
 
 def save_calibrated(
-    model: Any, folder: str | PathLike[str], result: CalibrationResult | None = None, operating_point: str | None = None
+    model: TorchExitModel,
+    folder: str | PathLike[str],
+    result: CalibrationResult | None = None,
+    operating_point: str | None = None,
 ) -> None:
     """Save a model with one more result in the folder's calibration file; results the model no longer uses leave it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from ..errors import TrainingError
 from ..registry import Registry
+from ..values import check_real, is_whole
 
 SATURATION = 30.0  # gate logits are cut here: a probability of leaving is never closer to 0 or 1 than 1e-13
 ACTIONS = ("sample", "argmax")
@@ -70,9 +70,9 @@ class ConsistentObjective:
 
     def __post_init__(self) -> None:
         ESTIMATORS.get(self.estimator)
-        _require("alpha", self.alpha, 0, math.inf)
-        _require("epsilon", self.epsilon, 0, 1)
-        if not isinstance(self.rollouts, int) or isinstance(self.rollouts, bool) or self.rollouts < 2:
+        check_real(0, error=TrainingError, alpha=self.alpha)
+        check_real(0, 1, error=TrainingError, epsilon=self.epsilon)
+        if not is_whole(self.rollouts, 2):
             raise TrainingError(
                 f"rollouts is {self.rollouts!r}; expected a whole number of at least 2: the baseline is the mean of a row's "
                 "rollouts, and one alone never differs from it.",
@@ -165,11 +165,3 @@ def reinforce(
     log_chance = exit_log_probabilities(gates).gather(1, taken)
     share = functional.one_hot(taken, rewards.shape[1]).float().mean((0, 1))
     return Estimate(-(advantage * log_chance).mean(), row_losses.gather(1, taken).mean(), reward.mean(), share)
-
-
-def _require(field: str, value: float, lowest: float, highest: float) -> None:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not lowest <= value <= highest:
-        raise TrainingError(
-            f"{field} is {value!r}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import TrainingError
 from ..problem_types import MULTI_LABEL, REGRESSION
+from ..values import check_real
 from .base import OBJECTIVES, LabelLosses, Objective, label_losses
 
 DIRECTIONS = ("exit-to-last", "last-to-exit")
@@ -39,12 +39,8 @@ class DistillationObjective(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, value, lowest in (("temperature", self.temperature, 1e-3), ("strength", self.strength, 0)):
-            real = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not real or not lowest <= value < math.inf:
-                raise TrainingError(
-                    f"{field} is {value!r}; expected a finite number of at least {lowest}.", field=field, value=value
-                )
+        check_real(1e-3, error=TrainingError, temperature=self.temperature)
+        check_real(0, error=TrainingError, strength=self.strength)
         if self.direction not in DIRECTIONS:
             raise TrainingError(
                 f"direction is {self.direction!r}; expected one of {', '.join(DIRECTIONS)}.",

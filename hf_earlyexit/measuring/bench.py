@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitClassifier, ExitModel
+from ..modeling.protocol import ExitClassifier, ExitModel, Wrapped
 from ..serving.graph_walker import walker_for
 from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
 from ..serving.served import served_classifier
+from ..timing import seconds_in_turns, timing_of
 from .ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, Form, Run, torch_ways
 
 WORTH_IT = 1.05  # times as fast as the fastest full model, at least
@@ -28,14 +27,14 @@ PACKAGES = ("hf_earlyexit", "torch", "transformers", "onnxruntime")
 
 
 def bench(
-    models: Mapping[str, Any | Form],
+    models: Mapping[str, Wrapped | Form],
     rows: Sequence[TokenIds],
     *,
     batch_size: int = 32,
     static_layer: int | None = None,
     repeats: int = 3,
     latency_rows: int = 50,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Time every way to run every model, in random turns; ratios are taken turn by turn, so that all suffer alike.
@@ -81,9 +80,9 @@ def bench(
         many |= {(name, way): run for way, run in ways.many.items()}
         single |= {(name, way): run for way, run in ways.single.items()}
     warm_up = 1 if all(model.device.type == "cpu" for model in served.values()) else 2  # graphs are made the second time
-    throughput = _in_turns({key: [partial(run, rows)] for key, run in many.items()}, repeats, clock, seed, warm_up)
-    latency = _in_turns({key: [partial(run, [row]) for row in few] for key, run in single.items()},
-                        repeats, clock, seed, warm_up)  # fmt: skip
+    measure = partial(seconds_in_turns, turns=repeats, warm_up=warm_up, clock=clock, seed=seed)
+    throughput = measure({key: [partial(run, rows)] for key, run in many.items()})
+    latency = measure({key: [partial(run, [row]) for row in few] for key, run in single.items()})
     first = next(iter(served))
     result: dict[str, Any] = {
         "rows": {"count": len(rows), "mean_tokens": statistics.mean(map(walker_for(served[first]).length, rows))},
@@ -98,7 +97,7 @@ def bench(
     return {**result, "advice": advice(result), "environment": environment()}
 
 
-def _form(model: Any) -> Any:
+def _form(model: Wrapped | Form) -> Any:
     """A torch model ready to serve, or another form as it is."""
     return model if hasattr(model, "ways") else served_classifier(model)
 
@@ -210,36 +209,14 @@ def _nearest_exit(model: ExitModel, layer: float) -> int:
     return min(model.exit_layers, key=lambda exit_layer: abs(exit_layer - layer))
 
 
-def _in_turns(
-    runs: Mapping[Any, Sequence[Callable[[], Any]]], repeats: int, clock: Callable[[], float], seed: int, warm_up: int = 1
-) -> dict[Any, Tensor]:
-    """Seconds `[repeats, jobs]` of every list of jobs; each turn runs all first jobs, then all second, in random order."""
-    order = random.Random(seed)
-    seconds: dict[Any, Any] = {key: [] for key in runs}
-    for turn in range(warm_up + repeats):
-        times: dict[Any, list[float]] = {key: [] for key in runs}
-        for job in range(len(next(iter(runs.values())))):
-            for key in order.sample(list(runs), len(runs)):
-                start = clock()
-                runs[key][job]()
-                times[key].append(clock() - start)
-        if turn >= warm_up:
-            for key, values in times.items():
-                seconds[key].append(values)
-    return {key: torch.tensor(values) for key, values in seconds.items()}
-
-
 def _table(seconds: Mapping[Any, Tensor], name: str, reference: Any, rows: int) -> dict[str, dict[str, float]]:
     table = {}
     for (owner, way), times in seconds.items():
         if owner != name:
             continue
-        turns = times.sum(1)
-        ratios = seconds[reference].sum(1) / turns
-        low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        table[way] = {"seconds": float(turns.median()), "rows_per_second": rows / float(turns.median()),
-                      "speed_up": middle, "low": low, "high": high}  # fmt: skip
+        timing = timing_of(times, seconds[reference])
+        table[way] = {**timing._asdict(), "rows_per_second": rows / timing.seconds}
         if times.shape[1] > 1 or rows == 1:
-            p50, p95 = (1000 * times.median(0).values).quantile(torch.tensor([0.5, 0.95])).tolist()
+            p50, p95 = (1000 * times.median(0).values).quantile(torch.tensor([0.5, 0.95], dtype=times.dtype)).tolist()
             table[way] |= {"p50_ms": p50, "p95_ms": p95}
     return table

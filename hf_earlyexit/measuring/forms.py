@@ -79,7 +79,7 @@ class HalfForm:
         dtype: of half precision.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: TorchExitClassifier, dtype: torch.dtype) -> None:
         self.served = to_bf16(model) if dtype == torch.bfloat16 else narrowed(copied(model, FP16), dtype)
         self.served.set_exit_policy(model.exit_policy)
         self.stock_model = copy.deepcopy(model).to(dtype)

@@ -42,7 +42,9 @@ class Form(Protocol):
         """
 
 
-def torch_ways(model: TorchExitClassifier, batch_size: int, static_layer: int, stock_model: Any = None) -> Ways:
+def torch_ways(
+    model: TorchExitClassifier, batch_size: int, static_layer: int, stock_model: TorchExitClassifier | None = None
+) -> Ways:
     """Ways to answer rows with a torch model.
 
     Args:
@@ -77,7 +79,7 @@ def torch_ways(model: TorchExitClassifier, batch_size: int, static_layer: int, s
     )  # fmt: skip
 
 
-def _stock_forward(model: Any) -> Callable[[dict[str, Any]], Any]:
+def _stock_forward(model: TorchExitClassifier) -> Callable[[dict[str, Any]], Any]:
     """The stock class's own forward, on the very weights: what a plain checkpoint of the family costs."""
     stock: Any = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models."))
     return lambda batch: stock.forward(model, **batch).logits

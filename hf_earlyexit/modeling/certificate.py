@@ -39,7 +39,7 @@ class Fingerprints:
         model: as it is now.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ExitModel) -> None:
         self._model = model
         self._known: dict[torch.dtype, str] = {}
 

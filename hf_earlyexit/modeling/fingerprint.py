@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError
+from ..values import json_sum
 from .protocol import ExitModel, TorchExitModel
 
 NEW_PARTS = ("exit_heads.", "exit_gates.", "exit_shortlist")
@@ -116,7 +117,7 @@ def policy_fingerprint(policy: dict[str, Any]) -> str:
 
 def short_sum(values: Any) -> str:
     """Sixteen hex digits of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return json_sum(values)[:16]
 
 
 def _tensor_sum(tensor: Tensor, dtype: torch.dtype) -> str:

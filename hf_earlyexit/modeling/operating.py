@@ -38,7 +38,7 @@ class OperatingPoints:
             EarlyExitConfigError: for a policy made for other exits or another problem type.
             CheckpointError: for a calibration of another model.
         """
-        values, certificate = (None, None) if policy is None else self._accept(policy, Fingerprints(self))
+        values, certificate = (None, None) if policy is None else self._accept(policy, Fingerprints(self))  # type: ignore[arg-type]
         self.config.exit_policy, self.config.exit_certificate = values, certificate
 
     def set_operating_points(
@@ -72,7 +72,7 @@ class OperatingPoints:
             )
         if default is not None and default not in (EXACT, *points):
             raise unknown_name("operating point", default, (EXACT, *points))
-        fingerprints = Fingerprints(self)
+        fingerprints = Fingerprints(self)  # type: ignore[arg-type]  # what it lacks comes with the stock class
         accepted = {name: self._accept(source, fingerprints, name) for name, source in points.items()}
         policies = {name: values for name, (values, _) in accepted.items()}
         certificates = {name: certificate for name, (_, certificate) in accepted.items() if certificate is not None}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..families.base import Family
 from ..policies.base import ExitPolicy
 from ..walking.step import Walker
+
+if TYPE_CHECKING:  # nobody who classifies needs a decoder's modelling file
+    from transformers import GenerationConfig
+
+    from ..families.decoders import DecoderBackbone
 
 
 class ExitModel(Protocol):
@@ -79,6 +85,10 @@ class ExitClassifier(ExitModel, Protocol):
     """A classifier with exits."""
 
     @property
+    def family(self) -> Family:
+        """The row of its family."""
+
+    @property
     def num_labels(self) -> int:
         """Classes C."""
 
@@ -89,12 +99,17 @@ class TorchExitModel(ExitModel, Protocol):
     Attributes:
         exit_heads, exit_gates: by layer; what the stock model does not have.
         base_model: the stock backbone.
+        generation_config: of transformers; of models that write.
     """
 
     exit_heads: nn.ModuleDict
     exit_gates: nn.ModuleDict
     base_model: Any
     base_model_prefix: str
+    generation_config: Any
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The model itself, moved to a device or cast to a dtype."""
 
     def eval(self) -> Any:
         """The model itself, no longer in training mode."""
@@ -127,18 +142,70 @@ class TorchExitModel(ExitModel, Protocol):
         """Write a folder, whole or not at all."""
 
 
-class TorchExitClassifier(Walker, TorchExitModel, Protocol):
-    """A classifier with exits that is a torch module, which can be walked layer by layer.
+class TorchExitClassifier(Walker, ExitClassifier, TorchExitModel, Protocol):
+    """A classifier with exits that is a torch module, which can be walked layer by layer."""
+
+
+class TorchExitWriter(TorchExitModel, Protocol):
+    """A captioner or language model with exits, whose tokens leave early.
 
     Attributes:
-        family: the row of its family, a `Family`.
+        crosses: whether its layers look at an encoder's states.
+        exit_shortlist: ids of the words that "shortlist" signals look at; there where the config asks for them.
     """
 
-    family: Any
+    crosses: bool
+    exit_shortlist: Tensor
 
     @property
-    def num_labels(self) -> int:
-        """Classes C."""
+    def backbone(self) -> DecoderBackbone:
+        """How to walk the decoder's layers."""
+
+    @property
+    def token_decoder(self) -> Any:
+        """The stock model whose layers have the exits."""
+
+    def features(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """What the vocabulary layer of exit `exit_index` (0-based) reads, `[..., F]`."""
+
+    def exit_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of exit `exit_index` (0-based) from the states after its layer `[..., H]`."""
+
+    def gate_states(self, hidden: Tensor) -> Tensor:
+        """What gates look at, `[..., H]`."""
+
+    def words(self, features: Tensor) -> Tensor:
+        """Logits `[..., V]` from what the decoder's own vocabulary layer reads `[..., H]`."""
+
+    def vocabulary(self, exit_index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, F]` and bias `[V]` of the vocabulary layer of exit `exit_index` (0-based)."""
+
+    def read_prompts(self, rows: Any, tokenizer: Any, image_processor: Any, batch_size: int) -> Sequence[Any]:
+        """What the model writes after, one for each row, as `prompt_inputs` takes it."""
+
+    def prompt_inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """What `generate` takes of the prompts of one batch."""
+
+    def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
+        """States before and after every layer, and logits of whole texts, all layers run."""
+
+    def point_of(self, operating_point: str | None, lossless: bool) -> str | None:
+        """The operating point of a call of `generate`."""
+
+    def check_inputs(self, inputs: Any, settings: GenerationConfig, options: dict[str, Any]) -> int:
+        """Refuse inputs of `generate` that the model cannot read; says how many images or prompts there are."""
+
+    def check_tokens(self, settings: GenerationConfig, options: Mapping[str, Any]) -> None:
+        """Refuse generation without tokens that it needs."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; with a policy, tokens leave where they are decided."""
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own pass over the prompts."""
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Transformers' own settings of a call."""
 
 
 Wrapped = ExitModel | nn.Module

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from ..errors import EarlyExitConfigError
 from ..registry import unknown_name
-from ..values import MOST_LAYERS, is_real, is_whole, shown
+from ..values import MOST_LAYERS, is_real, is_whole, unexpected
 
 MOST_LABELS = 1 << 20
 SIZES = {
@@ -123,7 +123,7 @@ def check_room(config: Any, folder: Any) -> None:
 
 def wrong(field: str, value: Any, expected: str) -> EarlyExitConfigError:
     """The error that names a config field, its value and what is allowed."""
-    return EarlyExitConfigError(f"{field} is {shown(value)}; expected {expected}.", field=field, value=value)
+    return unexpected(field, value, expected, EarlyExitConfigError)
 
 
 def _check_together(config: Any, place: str) -> None:

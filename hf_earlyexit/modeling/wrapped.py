@@ -10,9 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
 from .operating import OperatingPoints
+from .protocol import Wrapped
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: Wrapped) -> Any:
     """The model with exits itself, without `torch.compile`, `DataParallel`, `DistributedDataParallel` or PEFT around it.
 
     Adapters that PEFT puts into the layers (LoRA and its kin) stay in them and answer. Compiled code is passed by, as layers
@@ -24,7 +25,7 @@ def unwrapped(model: Any) -> Any:
     Raises:
         UsageError: for anything else, and for adapters that only their own wrapper can run (prompts, routed adapters).
     """
-    inner = model
+    inner: Any = model
     while not isinstance(inner, OperatingPoints):
         if type(inner).__name__ == "OptimizedModule" and hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
@@ -43,7 +44,7 @@ def unwrapped(model: Any) -> Any:
     return inner
 
 
-def unwrapped_without_adapters(model: Any, purpose: str) -> Any:
+def unwrapped_without_adapters(model: Wrapped, purpose: str) -> Any:
     """As `unwrapped`, for what needs plain linear maps.
 
     Args:
@@ -63,7 +64,7 @@ def unwrapped_without_adapters(model: Any, purpose: str) -> Any:
     return inner
 
 
-def _is_peft(model: Any) -> bool:
+def _is_peft(model: object) -> bool:
     peft = sys.modules.get("peft")  # whoever has such a model has imported it
     return peft is not None and isinstance(model, peft.PeftModel)
 

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..files import replaced_folder
 from ..modeling.certificate import drop_promises_of_other_dtypes, warn_of_other_tokenizer
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.protocol import ExitModel
+from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from ..values import unexpected
@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 
 
 def export_onnx(
-    model: Any,
+    model: Wrapped,
     folder: str | PathLike[str],
     *,
     forms: Sequence[str] = FORMS,
@@ -85,17 +85,17 @@ def export_onnx(
     if layout not in LAYOUTS:
         raise unexpected("layout", layout, " or ".join(LAYOUTS))
     forms = (ONE,) if layout == TRITON else forms
-    model = unwrapped_without_adapters(model, "ONNX")
-    _check(model, forms, int8, rows)
-    warn_of_other_tokenizer(model, tokenizer)
-    whole, config, fingerprint, dtype = _traced(model, int8, picture_shape(model, image_processor))
+    inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
+    _check(inner, forms, int8, rows)
+    warn_of_other_tokenizer(inner, tokenizer)
+    whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, image_processor))
     changed = None
     pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
     if rows is not None:
         small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
         collecting = {"labels": labels, "tokenizer": tokenizer, "image_processor": image_processor}
         collecting |= {"split": split, "max_length": max_length}
-        changed = recalibrate(model, small, rows, target, **collecting, progress=progress)
+        changed = recalibrate(inner, small, rows, target, **collecting, progress=progress)
     elif int8:
         logger.warning("int8 without rows to choose thresholds on: the export has no policy and runs all layers.")
     files = pieces if LAYERS in forms else {}
@@ -121,7 +121,7 @@ def export_onnx(
     return changed
 
 
-def in_memory(model: Any, int8: bool) -> OnnxClassifier:
+def in_memory(model: Wrapped, int8: bool) -> OnnxClassifier:
     """The batched form without files.
 
     Args:
@@ -131,12 +131,12 @@ def in_memory(model: Any, int8: bool) -> OnnxClassifier:
     Raises:
         UsageError, PolicyError: as `export_onnx`.
     """
-    model = unwrapped_without_adapters(model, "ONNX")
-    whole, config, fingerprint, dtype = _traced(model, int8, picture_shape(model, None))
+    inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
+    whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, None))
     return OnnxClassifier(config, cut_pieces(whole, config).__getitem__, fingerprint, dtype)
 
 
-def _traced(model: Any, int8: bool, picture: tuple[int, ...] | None) -> tuple[ModelProto, Any, str, str]:
+def _traced(model: TorchExitClassifier, int8: bool, picture: tuple[int, ...] | None) -> tuple[ModelProto, Any, str, str]:
     """The graph of all layers and exits, the config of what is exported, its fingerprint and the dtype of its layers."""
     whole = walk_graph(model) if picture is None else walk_graph(model, picture=picture)
     config = copy.deepcopy(model.config)

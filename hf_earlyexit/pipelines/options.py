@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from ..captions.model import EarlyExitVisionEncoderDecoder
 from ..doors import CAPTIONING
@@ -14,7 +13,7 @@ from ..modeling.operating import OperatingPoints
 from ..serving.reader import reads_images
 
 
-def task_of(model: Any) -> str | None:
+def task_of(model: object) -> str | None:
     """What a model with exits is for; `None` for other models."""
     if not isinstance(model, OperatingPoints):
         return None
@@ -32,7 +31,7 @@ def unknown_option(name: str, known: set[str]) -> UsageError:
     return UsageError(f"The pipeline takes no {name!r}.{hint} It takes {', '.join(sorted(known))}.", field=name)
 
 
-def other_model(model: Any) -> UsageError:
+def other_model(model: object) -> UsageError:
     """The error for a model without exits, or one for another task."""
     name, task = type(model).__name__, task_of(model)
     if task is not None:

@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
-from ..values import DEEPEST, MOST_LAYERS, are_layers, is_real, is_whole, plain, shown
+from ..values import DEEPEST, MOST_LAYERS, are_layers, check_real, is_whole, plain, shown
 from .scanning import Scan, scan
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
@@ -274,25 +274,15 @@ class ExitPolicy(ABC):
         for index, threshold in enumerate(self.thresholds):
             if threshold is None:
                 continue
-            require_number(f"thresholds[{index}]", threshold, self.lowest_threshold, self.highest_threshold)
+            check_real(
+                self.lowest_threshold, self.highest_threshold, error=PolicyError, **{f"thresholds[{index}]": threshold}
+            )
             if self.counts and threshold != int(threshold):
                 raise PolicyError(
                     f"thresholds[{index}] is {threshold!r}; the {self.name} policy counts, so expected a whole number.",
                     field=f"thresholds[{index}]",
                     value=threshold,
                 )
-
-
-def require_number(field: str, value: Any, lowest: float, highest: float = math.inf) -> None:
-    """Refuse anything but a finite real number in `[lowest, highest]`.
-
-    Raises:
-        PolicyError: naming the field, the value and the range.
-    """
-    if not is_real(value, lowest, highest):
-        raise PolicyError(
-            f"{field} is {shown(value)}; expected a finite number from {lowest:g} to {highest:g}.", field=field, value=value
-        )
 
 
 def _frozen(value: Any, depth: int = 0) -> Any:

@@ -14,9 +14,9 @@ from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..signals import ExitSignal
-from ..values import shown
+from ..values import check_real, shown
 from .agreement import Chain
-from .base import ExitPolicy, register_policy, require_number
+from .base import ExitPolicy, register_policy
 from .measures import log_odds, margin, max_probability, measure
 
 VOTES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,8 +69,8 @@ class BeemPolicy(ExitPolicy):
                 value=self.weights,
             )
         for index, weight in enumerate(self.weights):
-            require_number(f"weights[{index}]", weight, 0, HEAVIEST)
-        require_number("decay", self.decay, 0, 1)
+            check_real(0, HEAVIEST, error=PolicyError, **{f"weights[{index}]": weight})
+        check_real(0, 1, error=PolicyError, decay=self.decay)
         require_choice("reset", self.reset, RESETS)
         require_choice("vote", self.vote, VOTES)
         super().validate()
@@ -111,7 +111,7 @@ class BeemCostPolicy(BeemPolicy):
             layer_cost: lambda, the cost of one layer; above 0. The released code uses 0.1 for BERT, 0.4 for ALBERT.
             options: other fields of the policy.
         """
-        require_number("layer_cost", layer_cost, 1e-9)
+        check_real(1e-9, error=PolicyError, layer_cost=layer_cost)
         return {"weights": tuple(layer_cost * layer for layer in trace.exit_layers), **options}
 
 

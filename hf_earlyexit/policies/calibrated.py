@@ -13,8 +13,9 @@ from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import SINGLE_LABEL, row_quality
 from ..signals import ExitSignal
+from ..values import check_real
 from .agreement import Chain
-from .base import ExitPolicy, register_policy, require_number
+from .base import ExitPolicy, register_policy
 from .measures import log_odds, measure, probability
 
 
@@ -58,8 +59,8 @@ class CalibratedBeemPolicy(ExitPolicy):
                 )
         for index, (slope, row) in enumerate(zip(self.slopes, self.offsets, strict=True)):
             for number in (slope, *row):
-                require_number(f"slopes or offsets of exit {index}", number, -1e6, 1e6)
-        require_number("memory", self.memory, 0, math.nextafter(1, 0))
+                check_real(-1e6, 1e6, error=PolicyError, **{f"slopes or offsets of exit {index}": number})
+        check_real(0, math.nextafter(1, 0), error=PolicyError, memory=self.memory)
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
@@ -82,7 +83,7 @@ class CalibratedBeemPolicy(ExitPolicy):
             ridge: penalty on slope and offsets, above 0.
             options: other fields of the policy.
         """
-        require_number("ridge", ridge, 1e-6)
+        check_real(1e-6, error=PolicyError, ridge=ridge)
         right = row_quality(trace.logits, trace.labels, trace.problem_type) > 0
         harmless = ~(right[:, -1:] & ~right)
         lines = [_fit_line(trace.logits[:, index].float(), harmless[:, index], ridge) for index in range(trace.num_exits)]

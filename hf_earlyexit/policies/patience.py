@@ -12,8 +12,9 @@ from ..citations import PABEE
 from ..errors import PolicyError
 from ..problem_types import REGRESSION
 from ..signals import ExitSignal
+from ..values import check_real
 from .agreement import Chain
-from .base import ExitPolicy, register_policy, require_number
+from .base import ExitPolicy, register_policy
 
 
 @register_policy("patience")
@@ -42,7 +43,7 @@ class PatiencePolicy(ExitPolicy):
 
     def validate(self) -> None:
         super().validate()
-        require_number("tolerance", self.tolerance, 0)
+        check_real(0, error=PolicyError, tolerance=self.tolerance)
         if self.problem_type == REGRESSION and self.tolerance == 0:
             raise PolicyError(
                 "patience on regression needs a tolerance above 0: the change between two exits that counts as agreement.",

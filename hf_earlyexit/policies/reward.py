@@ -15,7 +15,8 @@ from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
 from ..problem_types import SINGLE_LABEL, row_quality
 from ..signals import ExitSignal
-from .base import ExitPolicy, register_policy, require_number
+from ..values import check_real, check_whole
+from .base import ExitPolicy, register_policy
 from .measures import certainty, log_odds, probability
 
 FEATURES = 8
@@ -85,7 +86,7 @@ class RewardPolicy(ExitPolicy):
                 value=self.weights,
             )
         for index, number in enumerate(self.weights):
-            require_number(f"weights[{index}]", number, -1e6, 1e6)
+            check_real(-1e6, 1e6, error=PolicyError, **{f"weights[{index}]": number})
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> History:
@@ -107,8 +108,7 @@ class RewardPolicy(ExitPolicy):
                 leave logits. Steadier, and as many times the work to teach and to ask. One is taught on the rows themselves.
             options: other fields of the policy.
         """
-        if not isinstance(members, int) or isinstance(members, bool) or members < 1:
-            raise PolicyError(f"members is {members!r}; expected a whole number from 1.", field="members", value=members)
+        check_whole(1, error=PolicyError, members=members)
         muted = set(options.get("muted", ()))
         kept = [index for index in range(trace.num_exits) if index not in muted]
         if "weights" in options or len(kept) == 1:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ..calibration.choose import calibrate
+from ..calibration.quality import find_metric
 from ..calibration.replay import Replay, replay
 from ..calibration.result import CalibrationResult
+from ..calibration.search import Curve
+from ..calibration.settings import Pool, curve_of
 from ..calibration.targets import MaxDrop
 from ..errors import DataError, EarlyExitError
 from ..policies.base import POLICIES
-from ..problem_types import REGRESSION, row_quality
 from ..trace import ExitTrace
 
 FEWEST_ROWS = 40
 STATIC = "static"
 PLAINEST = "confidence"
-
-
-class Curve(NamedTuple):
-    """Mean layers of a policy's settings on the judging rows, ascending, the quality of each, and the standard error of its
-    difference to the full model's.
-    """
-
-    layers: tuple[float, ...]
-    quality: tuple[float, ...]
-    error: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,7 @@ class Contender:
         name: as registered.
         chosen: what the choosing half gave for the permitted drop.
         judged: the same thresholds on the judging half.
-        curve: all its settings, replayed on the judging half.
+        curve: all its settings on the judging half; cost is in mean layers.
     """
 
     name: str
@@ -107,10 +97,10 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
     order = torch.randperm(trace.num_rows, generator=torch.Generator().manual_seed(seed))
     judging_rows = order[trace.num_rows // 2 :].sort().values
     choosing, judging = trace.select(order[: trace.num_rows // 2]), trace.select(judging_rows)
-    contenders, left_out = {}, {}
+    metric, contenders, left_out = find_metric(None, trace.problem_type), {}, {}
+    pool = Pool(replace(judging, cost=None), metric)
     for name in POLICIES.names():
         try:
-            metric = "mse" if choosing.problem_type == REGRESSION else "accuracy"
             chosen = calibrate(choosing, name, MaxDrop(max_drop), seed=seed, metric=metric)
         except EarlyExitError as error:
             if trace.split == "train":
@@ -118,7 +108,7 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
             left_out[name] = str(error)
             continue
         contenders[name] = Contender(
-            name=name, chosen=chosen, judged=replay(chosen.policy, judging), curve=_curve_on(chosen, judging)
+            name=name, chosen=chosen, judged=replay(chosen.policy, judging), curve=_curve_on(chosen, pool)
         )
     if not contenders:
         raise DataError(f"No policy can serve these rows: {next(iter(left_out.values()))}", field="trace")
@@ -133,16 +123,10 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
     )
 
 
-def _curve_on(chosen: CalibrationResult, judging: ExitTrace) -> Curve:
-    """The settings of a calibration's curve on other rows; scores do not depend on thresholds, so one scan does."""
-    scores, answers = chosen.policy.scan(judging)
-    quality = row_quality(answers, judging.labels, judging.problem_type).numpy()
-    full = row_quality(judging.logits[:, -1], judging.labels, judging.problem_type).numpy()
-    layers, rows = np.asarray(judging.exit_layers), np.arange(judging.num_rows)
-    settings = set()
-    for thresholds in (chosen.policy.thresholds, *(point[2] for point in chosen.curve)):  # a curve leaves settings out
-        taken = chosen.policy.with_thresholds(thresholds).decide(scores).numpy()
-        difference = quality[rows, taken] - full
-        error = float(difference.std()) / math.sqrt(len(full))
-        settings.add((float(layers[taken].mean()), float(quality[rows, taken].mean()), error))
-    return Curve(*zip(*sorted(settings), strict=True))
+def _curve_on(chosen: CalibrationResult, pool: Pool) -> Curve:
+    """The settings of a calibration's curve on other rows, each outcome once."""
+    settings = (chosen.policy.thresholds, *(point[2] for point in chosen.curve))  # a curve leaves settings out
+    vectors = np.array([[np.nan if value is None else value for value in thresholds] for thresholds in settings])
+    curve = curve_of(vectors, chosen.policy, pool, torch.arange(pool.trace.num_rows))
+    _, first = np.unique(np.column_stack(curve[1:]), axis=0, return_index=True)
+    return Curve(*(part[first[::-1]] for part in curve))

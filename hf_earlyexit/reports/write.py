@@ -175,7 +175,7 @@ def _lines(comparison: Comparison, name: str) -> list[Line]:
     depth = np.linspace(1, comparison.judging.exit_layers[-1], 60)
     groups: list[tuple[np.ndarray, list[Contender]]] = []
     for one in comparison.contenders.values():
-        height = np.interp(depth, one.curve.layers, one.curve.quality)
+        height = np.interp(depth, one.curve.cost[::-1], one.curve.quality[::-1])
         for known, members in groups:
             if one.name != STATIC and float(np.abs(known - height).max()) < SAME * max(float(np.ptp(known)), 1e-12):
                 members.append(one)
@@ -187,8 +187,8 @@ def _lines(comparison: Comparison, name: str) -> list[Line]:
         names = [one.name for one in members]
         look = "dots" if names == [STATIC] else "bold" if name in names else "plain"
         shown = next((one for one in members if one.name == name), members[0])
-        curve = shown.curve
-        lines.append(Line(", ".join(names), curve.layers, curve.quality, look, curve.error))
+        layers, quality, error = (part[::-1].tolist() for part in shown.curve[1:])
+        lines.append(Line(", ".join(names), layers, quality, look, error))
     return lines
 
 

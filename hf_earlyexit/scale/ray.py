@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..doors import from_pretrained
+from ..modeling.protocol import ExitClassifier
 from ..onnx.manifest import MANIFEST
 from ..problem_types import SINGLE_LABEL
 from ..serving.pictures import PICTURE_COLUMNS, picture_columns
@@ -18,7 +19,7 @@ from ..serving.predict import Predictions
 from ..serving.predict import predict as predict_rows
 from ..serving.reader import reads_images
 from ..serving.tables import PIXELS, text_columns
-from ..values import is_whole, unexpected
+from ..values import check_whole, is_whole, unexpected
 
 ROWS, PICTURES = 4096, 256  # of a block
 ADDED = ("label", "score", "logits", "exit_layer", "error")
@@ -77,7 +78,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, np.str_) else value
 
 
-def answer_columns(model: Any, answers: Predictions) -> dict[str, Any]:
+def answer_columns(model: ExitClassifier, answers: Predictions) -> dict[str, Any]:
     """Columns of N rows: label and score, or logits where labels are no single one, and exit_layer.
 
     Args:
@@ -142,9 +143,9 @@ def predict(
     bounds: Any = (workers, workers) if is_whole(workers, 1) else workers
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or not all(is_whole(one, 1) for one in bounds):
         raise unexpected("workers", workers, "how many, or fewest and most")
-    if batch_size is not None and not is_whole(batch_size, 1):
-        raise unexpected("batch_size", batch_size, "at least 1 row")
-    if batch_size is None:
+    if batch_size is not None:
+        check_whole(1, batch_size=batch_size)
+    else:
         batch_size = PICTURES if set(columns or dataset.columns()) & {FILE, PIXELS, *PICTURE_COLUMNS} else ROWS
     if not ray.is_initialized():
         ray.init(include_dashboard=False)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from ..errors import EarlyExitError, UsageError
+from ..modeling.protocol import ExitModel
 from ..serving.monitor import Monitor
 
 if sys.platform != "win32":
@@ -41,7 +41,7 @@ class KeptMonitor(Monitor):
 
     def __init__(
         self,
-        model: Any,
+        model: ExitModel,
         path: str | PathLike[str],
         *,
         shadow: float = 0.01,

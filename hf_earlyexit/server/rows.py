@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EarlyExitError
+from ..modeling.protocol import ExitClassifier
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..serving.answers import Answer
 from ..serving.explain import explain
 from ..serving.online import Engine
 from ..serving.online_rows import ENGINE
-from ..serving.predict import Answer
 from ..serving.reader import reads_images
 from ..serving.served import form_of
 from .shapes import Classified, ExitSaid, Scored
@@ -82,7 +83,7 @@ class Explaining:
         self.one_at_a_time = asyncio.Lock()
 
     async def views(
-        self, model: Any, rows: Sequence[Any], parts: dict[str, Any], operating_point: str | None, limits: Limits
+        self, model: ExitClassifier, rows: Sequence[Any], parts: dict[str, Any], operating_point: str | None, limits: Limits
     ) -> list[list[ExitSaid] | None]:
         """What every exit says of each row; `None` where no exit is asked.
 
@@ -110,7 +111,7 @@ class Explaining:
             self.one_at_a_time.release()
 
 
-def _views(model: Any, row: Any, choice: dict[str, Any]) -> list[ExitSaid] | None:
+def _views(model: ExitClassifier, row: Any, choice: dict[str, Any]) -> list[ExitSaid] | None:
     if model.policy_at(choice["operating_point"]) is None:
         return None
     explanation = explain(model, row, **choice)
@@ -145,14 +146,14 @@ def picture_row(encoded: str) -> dict[str, bytes]:
         raise RefusedError(422, "validation", f"A picture is no base64 ({error}).") from None
 
 
-def needs(model: Any, pictures: bool) -> None:
+def needs(model: ExitClassifier, pictures: bool) -> None:
     """Refuse texts where a model reads pictures, and the other way round."""
     if reads_images(model) != pictures:
         kind = "pictures: send images, files in base64, to /v1/classify" if reads_images(model) else "texts: send inputs"
         raise RefusedError(422, "validation", f"This model reads {kind}.")
 
 
-def scored(model: Any, answer: Answer, raw: bool) -> list[Scored]:
+def scored(model: ExitClassifier, answer: Answer, raw: bool) -> list[Scored]:
     """Every label with its score, the highest first."""
     values = answer.logits if raw else probabilities(model, answer)
     names = model.config.id2label
@@ -160,13 +161,13 @@ def scored(model: Any, answer: Answer, raw: bool) -> list[Scored]:
     return sorted(pairs, key=lambda pair: -pair.score)
 
 
-def probabilities(model: Any, answer: Answer) -> Any:
+def probabilities(model: ExitClassifier, answer: Answer) -> Any:
     """Scores from 0 to 1 `[C]`; values of one logit, as rerankers have, through the logistic function."""
     single = model.config.resolved_problem_type == SINGLE_LABEL and len(answer.logits) > 1
     return answer.logits.softmax(-1) if single else answer.logits.sigmoid()
 
 
-def classified(model: Any, answer: Answer) -> Classified:
+def classified(model: ExitClassifier, answer: Answer) -> Classified:
     """An answer with the layer it left after, and the form it was made by."""
     layers = model.exit_layers[-1]
     if answer.exit_layer == 0:

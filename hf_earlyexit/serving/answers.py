@@ -15,6 +15,16 @@ from ..modeling.finite import not_finite
 POLICY, LAST_LAYER, LAYER_BUDGET, DEADLINE, ERROR = "policy", "last layer", "layer budget", "deadline", "error"
 
 
+class Answer(NamedTuple):
+    """One row's answer: logits `[C]`, the layer it left after, its score there, why it left, and its error, if any."""
+
+    logits: Tensor
+    exit_layer: int
+    exit_score: float
+    reason: str
+    error: EarlyExitError | None
+
+
 class Leaving(NamedTuple):
     """Rows that leave together: their places, the answer `[B, C]`, exit index and score `[B]` they leave with, and why."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,10 @@ from torch import nn
 from transformers import BatchEncoding
 
 from ..errors import UsageError
+from ..modeling.protocol import ExitModel
 from .tables import PIXELS
+
+Model = TypeVar("Model", bound=ExitModel | nn.Module)
 
 
 def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
@@ -70,7 +73,7 @@ def pad_batch(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> BatchEnc
     return BatchEncoding(batch)
 
 
-def evaluating(model: Any) -> Any:
+def evaluating(model: Model) -> Model:
     """The model itself where it evaluates already; else a view of it that does: the same weights, nothing written.
 
     The view sees what becomes of the weights and has the hooks of the model, but its modules are others, so threads may
@@ -83,7 +86,9 @@ def evaluating(model: Any) -> Any:
         UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
             of the model itself.
     """
-    return _view(model, {}) if any(module.training for module in model.modules()) else model
+    if not any(module.training for module in model.modules()):
+        return model
+    return cast(Model, _view(cast(nn.Module, model), {}))
 
 
 def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:

@@ -115,7 +115,7 @@ def narrowed(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _embedded(embed: Callable[..., Tensor], dtype: torch.dtype, model: Any, inputs: dict[str, Any]) -> Tensor:
+def _embedded(embed: Callable[..., Tensor], dtype: torch.dtype, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return embed(model, inputs).to(dtype)
 
 

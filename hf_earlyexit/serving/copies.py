@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from ..modeling.protocol import Wrapped
+from ..modeling.protocol import TorchExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from .served import form_of
 
@@ -45,7 +45,7 @@ def copied(model: Wrapped, form: str) -> Any:
     return new
 
 
-def replace_maps(model: Any, make: Callable[..., nn.Module]) -> None:
+def replace_maps(model: TorchExitClassifier, make: Callable[..., nn.Module]) -> None:
     """Put other maps in the place of the layers' linear maps.
 
     Args:
@@ -63,7 +63,7 @@ def replace_maps(model: Any, make: Callable[..., nn.Module]) -> None:
                     setattr(parent, name, make(linear))
 
 
-def layers_of(model: Any) -> list[nn.Module]:
+def layers_of(model: TorchExitClassifier) -> list[nn.Module]:
     """The layers of a model, each once though it may come more than once."""
     return list(dict.fromkeys(model.family.layers_of(model.base_model)))
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import CheckpointError, UsageError
 from ..files import read_json, write_json
+from ..modeling.protocol import ExitModel
 from ..problem_types import REGRESSION
 from ..values import are_layers, check_flags, check_whole, is_real, unexpected
 from .disagreement import disagreement_bounds
@@ -144,7 +145,7 @@ class Monitor:
         self._draws = np.random.default_rng(self.seed)
         self._lock = threading.Lock()
 
-    def _read_certificate(self, model: Any, operating_point: str | None) -> None:
+    def _read_certificate(self, model: ExitModel, operating_point: str | None) -> None:
         """Take exits from a model, and from its certificate, if it has one, what was not given."""
         model.policy_at(operating_point)  # refuse an unknown name now
         points = model.config.exit_point_certificates or {}

@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any, Self
 
 from ..errors import UsageError
+from ..modeling.protocol import Wrapped
 from ..policies.base import ExitPolicy
 from ..registry import unknown_name
 from ..values import check_flags, check_whole, is_real, unexpected
@@ -61,7 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: Wrapped | Mapping[str, Wrapped],
         *,
         tokenizer: Any = None,
         image_processor: Any = None,
@@ -139,7 +140,9 @@ class Engine:
         self._model(model).put(future, early_exit, operating_point, layer_budget)
         return future
 
-    def replace(self, model: Any, *, tokenizer: Any = None, image_processor: Any = None, name: str | None = None) -> None:
+    def replace(
+        self, model: Wrapped, *, tokenizer: Any = None, image_processor: Any = None, name: str | None = None
+    ) -> None:
         """Answer later rows with another model; rows that have been submitted are answered by the former one.
 
         Args:
@@ -201,7 +204,7 @@ class _Served:
 
     def __init__(
         self,
-        model: Any,
+        model: Wrapped,
         worker: Worker,
         monitor: Monitor | None,
         tokenizer: Any,

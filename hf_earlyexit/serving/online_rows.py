@@ -19,12 +19,11 @@ import torch
 
 from ..errors import EarlyExitError
 from ..modeling.finite import not_finite
-from .answers import DEADLINE, Leaving
+from .answers import DEADLINE, Answer, Leaving
 from .batching import cut
 from .chunks import Chunk
 from .course import Course
 from .monitor import Monitor
-from .predict import Answer
 from .reader import RowReader
 from .scheduler import Scheduler
 from .shadow import Shadow

@@ -15,7 +15,7 @@ from ..errors import EarlyExitError
 from ..modeling.protocol import ExitClassifier, ExitModel, Wrapped
 from ..problem_types import same_prediction
 from ..values import check_flags, check_whole, is_real, unexpected
-from .answers import Answers
+from .answers import Answer, Answers
 from .graph_walker import walker_for
 from .monitor import Monitor, check_monitor, require_classes
 from .reader import PICTURES, RowReader, first_error, reader_for
@@ -45,16 +45,6 @@ class Predictions(NamedTuple):
     reason: list[str]
     errors: dict[int, EarlyExitError]
     form: str = "fp32"
-
-
-class Answer(NamedTuple):
-    """One row's answer: logits `[C]`, the layer it left after, its score there, why it left, and its error, if any."""
-
-    logits: Tensor
-    exit_layer: int
-    exit_score: float
-    reason: str
-    error: EarlyExitError | None
 
 
 def predict(

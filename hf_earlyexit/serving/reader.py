@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import EarlyExitError, UsageError
 from ..families.base import IMAGE
 from ..modeling.protocol import Wrapped
-from ..values import is_whole, shown, unexpected
+from ..values import check_whole, shown
 from .pictures import PictureRows, encode_pictures, picture_columns
 from .rows import encode_rows, encode_window
 from .tables import named_columns, windows
@@ -16,7 +16,7 @@ from .tables import named_columns, windows
 PICTURES = 256  # read at once; prepared, one takes much room
 
 
-def reads_images(model: Any) -> bool:
+def reads_images(model: Wrapped) -> bool:
     """Whether a classifier's rows are pictures."""
     family = getattr(model, "family", None)
     return family is not None and family.task == IMAGE
@@ -84,8 +84,8 @@ def reader_for(
                 field=name,
                 value=value,
             )
-    if max_length is not None and not is_whole(max_length, 1):
-        raise unexpected("max_length", max_length, "a whole number of tokens, at least 1")
+    if max_length is not None:
+        check_whole(1, max_length=max_length)
     return RowReader(images, tokenizer, max_length, image_processor)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import EarlyExitError, UsageError
 from ..policies.base import ExitPolicy
-from ..values import is_whole, unexpected
+from ..values import check_whole
 from ..walking.step import Standing, parted, step_to_exit
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import cut
@@ -63,11 +63,9 @@ class Scheduler:
         stops: Sequence[int] = (),
     ) -> None:
         lanes = walker.lanes if lanes is None else lanes
-        for name, number in (("max_batch_tokens", max_batch_tokens), ("lanes", lanes)):
-            if not is_whole(number, 1):
-                raise unexpected(name, number, "a whole number of at least 1")
-        if layer_budget is not None and not is_whole(layer_budget):
-            raise unexpected("layer_budget", layer_budget, "a whole number of layers")
+        check_whole(1, max_batch_tokens=max_batch_tokens, lanes=lanes)
+        if layer_budget is not None:
+            check_whole(layer_budget=layer_budget)
         self.walker, self.policy, self.max_batch_tokens, self.lanes = walker, policy, max_batch_tokens, lanes
         self.ends_at, self.on_done = ends_at, on_done
         muted = () if policy is None else policy.muted

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import UsageError
 from ..modeling.classifier import EarlyExitClassifier
-from ..modeling.protocol import ExitClassifier, Wrapped
+from ..modeling.protocol import ExitClassifier, ExitModel, Wrapped
 from ..modeling.wrapped import unwrapped
 from .batching import evaluating
 
@@ -32,7 +30,7 @@ def served_classifier(model: Wrapped) -> ExitClassifier:
     return served
 
 
-def form_of(model: Any) -> str:
+def form_of(model: ExitModel) -> str:
     """The form in which a model answers: "fp32", "bf16", "int8", "onnx" or "onnx-int8"; else the dtype of its weights."""
     form = getattr(model, "form", None)
     return str(form or ("fp32" if model.dtype == torch.float32 else str(model.dtype).removeprefix("torch.")))

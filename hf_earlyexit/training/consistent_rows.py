@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..modeling.protocol import TorchExitClassifier
 from ..serving.collect import collect_trace
 from ..serving.reader import reads_images
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenExitTrainer
@@ -30,7 +31,7 @@ class RowLessons:
     trainer: type = EarlyExitTrainer
     chosen_trainer: type = ChosenExitTrainer
 
-    def __init__(self, model: Any, args: ConsistentTrainingArguments, processing_class: Any) -> None:
+    def __init__(self, model: TorchExitClassifier, args: ConsistentTrainingArguments, processing_class: Any) -> None:
         self.model, self.args = model, args
         self.reading: dict[str, Any] = {"progress": not args.disable_tqdm}
         if reads_images(model):

@@ -14,6 +14,7 @@ from ..labels import LEFT_OUT
 from ..losses.base import row_losses
 from ..losses.noise import row_keys, row_noise
 from ..modeling.finite import check_finite
+from ..modeling.protocol import TorchExitWriter
 from ..problem_types import SINGLE_LABEL
 from .chosen import HARDNESS_COLUMN, KEY_COLUMN, ChosenTokenTrainer
 from .consistent_arguments import ConsistentTrainingArguments
@@ -39,7 +40,7 @@ class TokenLessons:
     trainer: type = EarlyExitLanguageModelTrainer
     chosen_trainer: type = ChosenTokenTrainer
 
-    def __init__(self, model: Any, args: ConsistentTrainingArguments, processing_class: Any) -> None:
+    def __init__(self, model: TorchExitWriter, args: ConsistentTrainingArguments, processing_class: Any) -> None:
         self.model, self.args = model, args
 
     def checked(self, rows: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from ..errors import TrainingError
 from ..losses.consistentee import ConsistentObjective
 from ..losses.noise import row_noise
+from ..values import check_real, check_whole, is_real, unexpected
 from .states import GateStates, TokenStates
 
 
@@ -28,17 +29,9 @@ class EpsilonSchedule:
     decay: float = 1000.0
 
     def __post_init__(self) -> None:
-        for field, value in (("start", self.start), ("end", self.end)):
-            if not 0 <= value <= 1:
-                raise TrainingError(
-                    f"epsilon_{field} is {value!r}; expected a chance from 0 to 1.", field=f"epsilon_{field}", value=value
-                )
-        if not 0 < self.decay < math.inf:
-            raise TrainingError(
-                f"epsilon_decay is {self.decay!r}; expected a number of steps above 0.",
-                field="epsilon_decay",
-                value=self.decay,
-            )
+        check_real(0, 1, error=TrainingError, epsilon_start=self.start, epsilon_end=self.end)
+        if not is_real(self.decay, 0) or self.decay == 0:
+            raise unexpected("epsilon_decay", self.decay, "a number of steps above 0", TrainingError)
 
     def at(self, step: int) -> float:
         """The chance at this step."""
@@ -64,15 +57,9 @@ class GateRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise TrainingError(f"{field} is {value!r}; expected a whole number from 1.", field=field, value=value)
-        if not 0 < self.learning_rate < math.inf:
-            raise TrainingError(
-                f"learning_rate is {self.learning_rate!r}; expected a finite number above 0.",
-                field="learning_rate",
-                value=self.learning_rate,
-            )
+        check_whole(1, error=TrainingError, epochs=self.epochs, batch_size=self.batch_size)
+        if not is_real(self.learning_rate, 0) or self.learning_rate == 0:
+            raise unexpected("learning_rate", self.learning_rate, "a finite number above 0", TrainingError)
 
 
 def train_gates(

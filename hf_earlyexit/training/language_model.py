@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..errors import DataError
 from ..generation.language_model import EarlyExitLanguageModel
 from ..labels import LEFT_OUT
-from ..values import is_whole, shown
+from ..values import check_whole, is_whole, shown
 from .token_trainer import LABELS, TokenTrainer, given_labels
 
 IDS, MASK = "input_ids", "attention_mask"
@@ -128,8 +128,7 @@ def pack_texts(texts: Iterable[str], tokenizer: Any, length: int = 256) -> list[
     """
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no eos token to close texts with; set tokenizer.eos_token.", field="tokenizer")
-    if not is_whole(length, 2, 1 << 20):
-        raise DataError(f"length is {shown(length)}; expected a whole number from 2.", field="length", value=length)
+    check_whole(2, 1 << 20, error=DataError, length=length)
     ids = [token for text in texts for token in (*tokenizer(text, add_special_tokens=False)[IDS], tokenizer.eos_token_id)]
     rows = [{IDS: ids[start : start + length]} for start in range(0, len(ids), length)]
     rows = [row for row in rows if len(row[IDS]) > 1]

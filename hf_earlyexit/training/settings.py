@@ -150,7 +150,7 @@ def has_adapters(model: TorchExitModel | nn.Module) -> bool:
     return hasattr(model, "peft_config") or any(hasattr(module, "modules_to_save") for module in model.modules())
 
 
-def check_adapters(model: Any, exit_model: TorchExitModel) -> None:
+def check_adapters(model: TorchExitModel | nn.Module, exit_model: TorchExitModel) -> None:
     """Refuse a PEFT model in which parts of the exits are frozen: they would stay as they were drawn.
 
     Args:

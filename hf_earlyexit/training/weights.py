@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..modeling.protocol import TorchExitModel
 from .settings import has_adapters
 
 
-def load_weights(model: Any, folder: str | Path) -> None:
+def load_weights(model: TorchExitModel, folder: str | Path) -> None:
     """Give a model the weights of a folder that its `save_pretrained` wrote.
 
     Transformers saves some families, most image models among them, under the names of older releases. `Trainer` reads files
@@ -24,10 +27,10 @@ def load_weights(model: Any, folder: str | Path) -> None:
 class WeightsByName:
     """Part of a `Trainer` that takes weights up by `load_weights`, when it resumes and when it ends with the best."""
 
-    exit_model: Any
+    exit_model: TorchExitModel
     state: Any
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._reads_itself(resume_from_checkpoint):
             load_weights(self.exit_model, resume_from_checkpoint)
         else:

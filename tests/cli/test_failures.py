@@ -108,8 +108,8 @@ def test_flags_that_cannot_be_read_are_told_in_one_line(words, message, capsys):
 
 
 def test_head_ends_a_stream_without_a_word(tmp_path):
-    code = "import sys; from hf_earlyexit.cli import env, main, answer\n"
-    code += "env.run = lambda args: answer.Answer({}, lines=({'row': n} for n in range(10**7)))\n"
+    code = "import sys; from hf_earlyexit.cli import command_result, env, main\n"
+    code += "env.run = lambda args: command_result.CommandResult({}, lines=({'row': n} for n in range(10**7)))\n"
     code += "sys.exit(main.main(['env']))"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout.readline() == b'{"row": 0}\n'

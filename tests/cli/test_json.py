@@ -10,7 +10,7 @@ import torch
 from transformers import BertModel
 
 import hf_earlyexit as ee
-from hf_earlyexit.cli.answer import Answer
+from hf_earlyexit.cli.command_result import CommandResult
 from hf_earlyexit.cli.main import COMMANDS, main
 from tests.conftest import SHAPE
 from tests.hub.toy import calibrate, make_model, make_tokenizer, texts
@@ -122,6 +122,6 @@ def test_exit_status_of_the_program(words, status):
 
 
 def test_numbers_that_are_not_finite_are_null():
-    answer = Answer({"a": float("nan"), "b": [1.5, float("inf")], 3: {"c": None}}, "words")
-    assert json.loads(answer.printed(as_json=True)) == {"a": None, "b": [1.5, None], "3": {"c": None}}
-    assert answer.printed(as_json=False) == "words"
+    result = CommandResult({"a": float("nan"), "b": [1.5, float("inf")], 3: {"c": None}}, "words")
+    assert json.loads(result.printed(as_json=True)) == {"a": None, "b": [1.5, None], "3": {"c": None}}
+    assert result.printed(as_json=False) == "words"

@@ -124,7 +124,7 @@ def test_help_teaches_with_an_example(command, capsys):
     [
         (["evaluate", "--model", "{plain}", "--dataset", "{data}"], "no exit policy"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--split", "extra"], "it has test, validation"),
-        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--repeats", "0"], "expected at least 1"),
+        (["evaluate", "--model", "{model}", "--dataset", "{data}", "--repeats", "0"], "expected a whole number from 1"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "frist"], "Did you mean 'first'"),
         (["evaluate", "--model", "{model}", "--dataset", "{data}", "--operating_point", "exact"], "nothing to compare"),
         (["explain", "--model", "{plain}", "--text", "w5"], "calibrate first"),

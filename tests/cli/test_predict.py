@@ -248,7 +248,7 @@ def test_rows_that_cannot_be_read_or_written(model, tmp_path, capsys, content, m
         (["--output", "{tmp}/a.parquet", "--resume", "true"], "cannot be gone on with"),
         (["--resume", "true"], "Standard output cannot be gone on with"),
         (["--text_column", "body"], "has no column 'body'"),
-        (["--max_rows", "0"], "expected at least 1"),
+        (["--max_rows", "0"], "expected a whole number from 1"),
         (["--device", "gpu"], "cannot be used here"),
         (["--encoding", "latin-99"], "Python does not know"),
         (["--split", "test"], "is a .txt; expected one of"),

@@ -124,7 +124,7 @@ def test_one_slow_round_does_not_count(monkeypatch):
         monkeypatch.setattr(draft_calibration.time, clock, lambda: now[0])
     parts = [lambda: part("a", 1.0), lambda: part("b", 5.0)]
     assert draft_calibration._seconds(parts, torch.device("cpu")) == pytest.approx([1.0, 5.0])
-    assert calls[:4] == ["a", "b", "a", "b"]
+    assert {*calls[:2]} == {*calls[2:4]} == {"a", "b"}
 
 
 def test_what_cannot_be_chosen_is_refused(drafter, writer):  # noqa: F811

@@ -23,9 +23,9 @@ from hf_earlyexit.errors import UnknownNameError, UsageError
 from hf_earlyexit.hub import model_card
 from hf_earlyexit.hub.model_card import model_card_files
 from hf_earlyexit.losses import OBJECTIVES
-from hf_earlyexit.measuring.timing import Timing
 from hf_earlyexit.policies import POLICIES, ConfidencePolicy, GatePolicy, SaturationPolicy, register_policy
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
+from hf_earlyexit.timing import Timing
 from tests.hub.toy import make_all, texts
 from tests.samples import learned_trace
 
@@ -134,7 +134,7 @@ def test_figures_for_the_card_are_those_of_predict_and_the_clock(tmp_path):
     assert f"{figures['timings']['fast'].speed_up:.2f}x" in text
     with pytest.raises(UsageError, match="no calibration"):
         ee.hub.card_figures(model, None, rows["text"])
-    with pytest.raises(UsageError, match="at least 0"):
+    with pytest.raises(UsageError, match="repeats is -1; expected a whole number from 0"):
         ee.hub.card_figures(model, results, rows["text"], repeats=-1)
 
 

@@ -10,7 +10,6 @@ import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.forms import table
-from hf_earlyexit.measuring import bench as bench_module
 from hf_earlyexit.measuring import forms as forms_module
 from hf_earlyexit.measuring import ways as ways_module
 from hf_earlyexit.measuring.bench import advice, as_table, bench, exits_of
@@ -157,20 +156,6 @@ def test_accelerators_are_waited_for_and_the_cpu_is_not(monkeypatch):
     for kind in ("cpu", "cuda", "mps"):
         finished(torch.device(kind))
     assert waited == [torch.device("cuda"), torch.device("mps")]
-
-
-@pytest.mark.parametrize("warm_up", [1, 2])
-def test_turns_to_warm_up_are_not_counted(warm_up):
-    seconds = []
-
-    def job():
-        seconds.append(len(seconds) + 1.0)
-
-    def clock():
-        return sum(seconds)
-
-    found = bench_module._in_turns({"way": [job]}, 3, clock, 0, warm_up)
-    assert found["way"].flatten().tolist() == [warm_up + 1.0, warm_up + 2.0, warm_up + 3.0]
 
 
 def test_advice_names_the_fastest_way_for_each_use():

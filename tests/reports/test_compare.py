@@ -49,7 +49,7 @@ def test_the_choosing_half_does_not_see_the_judging_half(comparison, trace):
 def test_curves_hold_the_chosen_setting_and_both_ends(comparison):
     full = comparison.contenders["confidence"].judged.full_quality
     for one in comparison.contenders.values():
-        points = list(zip(*one.curve, strict=True))
+        points = list(zip(*(part[::-1].tolist() for part in one.curve[1:]), strict=True))
         assert points == sorted(points)
         assert points[-1] == (4.0, full, 0.0)
         assert any(

@@ -154,7 +154,7 @@ def test_columns_of_a_block_become_rows(folder, model, tokenizer):
     assert list(found) == ["first", "second", "input_label", "label", "score", "exit_layer"]
 
 
-class DiesAtFile(predict_files.AnswerFile):
+class DiesAtFile(predict_files.FileAnswerer):
     """Its process is killed in the middle of a file, once."""
 
     def __call__(self, job):
@@ -178,8 +178,7 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
     words += ["--operating_point", "fast", "--workers", "2"]
     whole = places[1].read_bytes()
     places[1].write_bytes(whole[:300])
-    monkeypatch.setattr(predict_files, "AnswerFile", DiesAtFile)
-    monkeypatch.setattr(predict_files.answer_files, "__defaults__", (DiesAtFile,))
+    monkeypatch.setattr(predict_files, "FileAnswerer", DiesAtFile)
     assert main(words) == 2
     assert "1 of 3 files could not be answered" in capsys.readouterr().err
     answered = {path.relative_to(out).as_posix() for path in out.rglob("*.parquet")}

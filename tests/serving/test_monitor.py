@@ -12,9 +12,10 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, DataError, UsageError
 from hf_earlyexit.serving import monitor as module
 from hf_earlyexit.serving import scheduler
+from hf_earlyexit.serving.answers import Answer
 from hf_earlyexit.serving.disagreement import disagreement_bounds
 from hf_earlyexit.serving.monitor import DISAGREEMENT, SHIFT, Monitor
-from hf_earlyexit.serving.predict import Answer, monitored
+from hf_earlyexit.serving.predict import monitored
 
 LAYERS = (2, 4, 6, 8)
 SHARES = (0.4, 0.3, 0.2, 0.1)

@@ -215,7 +215,7 @@ def test_who_waits_goes_on_when_nobody_can_join_any_more(model, flying, goes):
 
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_lanes_out_of_range_are_refused(model, wrong):
-    with pytest.raises(UsageError, match=f"lanes is {wrong}; expected a whole number of at least 1"):
+    with pytest.raises(UsageError, match=f"lanes is {wrong}; expected a whole number from 1"):
         Scheduler(ModelWalker(model), None, 128, lanes=wrong)
 
 

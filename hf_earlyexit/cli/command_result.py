@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
-class Answer(NamedTuple):
+class CommandResult(NamedTuple):
     """What a command found: plain values for `--json`, and the same in words.
 
     Where answers come one by one, `lines` gives them, words are not needed, and `values` are complete once all have come.

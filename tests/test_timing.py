@@ -1,0 +1,52 @@
+"""Speeds are ratios of one run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_earlyexit import timing
+
+
+def test_a_run_three_times_as_long_is_a_third_as_fast(monkeypatch):
+    order, now = [], [100.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    busy = {"full": iter([50.0, 1.0, 2.0, 1.0]), "early": iter([40.0, 1.0, 2.5, 1.0])}  # how slow the machine is at each run
+
+    def work(name, seconds):
+        order.append(name)
+        now[0] += seconds * next(busy[name])
+
+    timings = timing.compare_speed({"full": lambda: work("full", 3.0), "early": lambda: work("early", 1.0)}, "full", 3)
+    assert [set(order[place : place + 2]) for place in (0, 2, 4, 6)] == [{"full", "early"}] * 4  # a turn to warm up
+    assert order[::2].count("full") not in (0, 4)  # neither always goes first
+    assert timings["full"] == (3.0, 1.0, 1.0, 1.0)
+    assert timings["early"] == pytest.approx((1.0, 3.0, 2.7, 3.0))  # ratios 3, 2.4 and 3
+
+
+@pytest.mark.parametrize("warm_up", [0, 1, 2])
+def test_turns_to_warm_up_are_not_counted(warm_up):
+    now, calls = [0.0], []
+
+    def job():
+        calls.append(1)
+        now[0] += len(calls)
+
+    seconds = timing.seconds_in_turns({"way": [job, job]}, 2, warm_up=warm_up, clock=lambda: now[0])["way"]
+    first = 2 * warm_up
+    assert seconds.tolist() == [[first + 1.0, first + 2.0], [first + 3.0, first + 4.0]]
+
+
+def test_a_turn_runs_all_first_jobs_and_then_all_second():
+    calls = []
+    runs = {name: [lambda key=f"{name}{job}": calls.append(key) for job in (1, 2)] for name in "abc"}
+    timing.seconds_in_turns(runs, 5, seed=3)
+    turns = [tuple(calls[place : place + 3]) for place in range(0, len(calls), 3)]
+    assert [{key[1] for key in turn} for turn in turns] == [{"1"}, {"2"}] * 6
+    assert all({key[0] for key in turn} == set("abc") for turn in turns)
+    assert len({tuple(key[0] for key in turn) for turn in turns}) > 2  # in random order
+
+
+def test_a_timing_is_of_whole_turns():
+    seconds, reference = torch.tensor([[1.0, 1.0], [1.0, 3.0]]), torch.tensor([[4.0, 4.0], [4.0, 4.0]])
+    assert timing.timing_of(seconds.double(), reference.double()) == (3.0, 3.0, 2.5, 3.5)
