@@ -17,7 +17,7 @@ from .errors import CheckpointError, DataError
 from .files import read_tensors, write_tensors
 from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 from .signals import SIGNALS, ExitSignal
-from .values import MOST_LAYERS, are_layers, is_real, plain, shown
+from .values import check_layers, is_real, plain, shown
 
 FORMAT = "hf_earlyexit.trace/1"
 SCALAR = "scalars."  # before the names of signals in a file
@@ -167,12 +167,7 @@ def _check_plain(trace: ExitTrace) -> None:
             value=trace.problem_type,
         )
     layers = trace.exit_layers
-    if not are_layers(layers):
-        raise DataError(
-            f"exit_layers is {layers}; expected layer numbers from 1 to {MOST_LAYERS}, ascending.",
-            field="exit_layers",
-            value=layers,
-        )
+    check_layers(layers, DataError)
     cost = trace.cost
     if cost is not None and (
         not isinstance(cost, tuple)

@@ -89,6 +89,12 @@ def are_layers(values: Any) -> bool:
     return whole and all(low < high for low, high in pairwise(values))
 
 
+def check_layers(exit_layers: Any, error: type[EarlyExitError]) -> None:
+    """Refuse what are no layers' numbers, as `are_layers` has them."""
+    if not are_layers(exit_layers):
+        raise unexpected("exit_layers", exit_layers, f"layer numbers from 1 to {MOST_LAYERS}, ascending", error)
+
+
 def shown(value: Any) -> str:
     """A value as errors show it: its `repr`, cut where it is long."""
     try:

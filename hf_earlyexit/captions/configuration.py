@@ -1,7 +1,7 @@
 """Configuration of a captioner whose decoder has exits."""
 
 # No `from __future__ import annotations` here: it would turn the type checks of strict configs off without a word.
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import VisionEncoderDecoderConfig
@@ -33,10 +33,14 @@ class EarlyExitVisionEncoderDecoderConfig(EarlyExitTokenConfig, VisionEncoderDec
     stock_model_type = "vision-encoder-decoder"
     door = "EarlyExitVisionEncoderDecoder"
     auto_models = ("AutoModel", "AutoModelForImageTextToText")
+    if TYPE_CHECKING:  # configs by now, whatever they came as
+        encoder: Any
+        decoder: Any
 
     @property
     def num_exit_layers(self) -> int:
-        return self.decoder.num_hidden_layers
+        layers: int = self.decoder.num_hidden_layers
+        return layers
 
     @property
     def word_config(self) -> Any:

@@ -70,7 +70,9 @@ def decoder_inputs(labels: Tensor, model: TorchExitWriter) -> Tensor:
     Raises:
         TrainingError: if a token is set nowhere, or is none of the vocabulary.
     """
-    return shift_tokens_right(labels, _token(model, "pad_token_id"), _token(model, "decoder_start_token_id"))
+    pad, start = _token(model, "pad_token_id"), _token(model, "decoder_start_token_id")
+    shifted: Tensor = shift_tokens_right(labels, pad, start)
+    return shifted
 
 
 def _token(model: TorchExitWriter, name: str) -> int:

@@ -12,14 +12,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..families.decoders import DecoderBackbone, cache_name, crossing_backbone, given_cache
 from ..generation.decoding import ExitRun, decode
-from ..generation.token_exits import ModelThatWrites, require_prompt
+from ..generation.token_exits import ModelThatWrites
 from ..modeling.outputs import EarlyExitCaptionerOutput
 from .checks import check_caption_tokens, check_images
 from .configuration import EarlyExitVisionEncoderDecoderConfig
 from .labels import decoder_inputs, read_caption_labels
 
 
-class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
+class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):  # type: ignore[misc]
     """`VisionEncoderDecoderModel` whose decoder has exits.
 
     Loads any plain checkpoint with a GPT-2 or BERT decoder and, run in full, generates what the stock class does; the stock
@@ -61,7 +61,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
         return crossing_backbone(self.config.decoder.model_type)
 
     @property
-    def token_decoder(self) -> Any:  # type: ignore[override]
+    def token_decoder(self) -> Any:
         """The stock decoder with its head."""
         return self.decoder
 
@@ -128,16 +128,13 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = decoder_inputs(labels, self)
         cache = given_cache(cache, kwargs)
-        run = token_exits or ExitRun(self.choose_policy(early_exit, operating_point, kwargs))
-        one_token = decoder_input_ids is not None and decoder_input_ids.shape[1] == 1 and labels is None
-        decodes = self.decodes(run, one_token, cache)
-        if run.policy is not None and run.policy.may_leave and not decodes:
-            caches = self.config.decoder.use_cache if use_cache is None else use_cache
-            require_prompt(cache, labels, caches, begun=bool(run.exit_layers) or early_exit is True, crosses=True)
+        run, decodes = self.run_of(
+            decoder_input_ids, labels, cache, use_cache, early_exit, operating_point, token_exits, kwargs
+        )
         if decodes:
             given = {name.removeprefix("decoder_"): value for name, value in kwargs.items() if name.startswith("decoder_")}
             states, mask = encoder_outputs[0], decoder_attention_mask
-            logits, exit_layer = decode(self, decoder_input_ids, mask, states, cache, run, given)
+            logits, exit_layer = decode(self, decoder_input_ids, mask, states, cache, run, given)  # type: ignore[arg-type]
             cached = {cache_name(EarlyExitCaptionerOutput): cache}
             output = EarlyExitCaptionerOutput(
                 logits=logits, encoder_last_hidden_state=states, exit_layer=exit_layer, **cached

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..modeling.protocol import TorchExitModel
 from ..training.token_trainer import LABELS, TokenTrainer, given_labels
 from .batches import FEATURES
 from .data import CaptionCollator, CaptionRows, check_caption_rows
@@ -50,8 +51,8 @@ class EarlyExitCaptioningTrainer(TokenTrainer):
     def _check_rows(self, rows: Any, name: str, needed: bool = True) -> None:
         check_caption_rows(rows, name, self.exit_model.config.decoder.vocab_size)
 
-    def _freeze_more(self, model: nn.Module) -> None:
-        encoder = model.encoder
+    def _freeze_more(self, model: TorchExitModel) -> None:
+        encoder = model.get_submodule("encoder")
         if _has_features(self.train_dataset):
             encoder.requires_grad_(False)
         pooler = getattr(encoder, "pooler", None)

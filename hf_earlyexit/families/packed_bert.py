@@ -37,7 +37,7 @@ class PackedBertLayer:
         """Hidden states after the layer, `[tokens, H]`."""
         # one by one into the call, so that they are gone when the wide maps need memory
         parts = (part for linear in self.inputs for part in linear(hidden).view(len(hidden), -1, *self.heads).unbind(1))
-        hidden = self.norm(self.after(context.attend(*parts)) + hidden)
+        hidden = self.norm(self.after(context.attend(*parts)) + hidden)  # type: ignore[arg-type]  # three of them
         return self.last_norm(self.outer(self.activation(self.inner(hidden))) + hidden)
 
     @staticmethod
@@ -62,6 +62,6 @@ def _bare(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if type(module) is nn.Linear:
         return partial(functional.linear, weight=module.weight, bias=module.bias)
     if type(module) is nn.LayerNorm:
-        parts = {"weight": module.weight, "bias": module.bias, "eps": module.eps}
+        parts: dict[str, Any] = {"weight": module.weight, "bias": module.bias, "eps": module.eps}
         return partial(functional.layer_norm, normalized_shape=module.normalized_shape, **parts)
     return module

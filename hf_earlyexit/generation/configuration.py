@@ -35,7 +35,7 @@ class EarlyExitTokenConfig(EarlyExitConfig):
         EarlyExitConfigError: naming the field, its value and what is allowed.
     """
 
-    heads: ClassVar[Registry] = WORD_HEADS
+    heads: ClassVar[Registry[Any]] = WORD_HEADS
     # a list, as Trainer adds another to it
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["exit_logits", "exit_scalars", "exit_layer", *CACHE_NAMES]
 

@@ -93,7 +93,7 @@ class EndWatch(StoppingCriteriaList):
         )  # else ended rows write on, as in the stock loop
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = super().__call__(input_ids, scores, **kwargs)
+        done: Tensor = super().__call__(input_ids, scores, **kwargs)
         if self.pads:
             self.run.finished = done if self.run.finished is None else self.run.finished | done
         return done
@@ -248,7 +248,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         cache.keep(rows, left, final[left])
     for above in range(layer + 1, last + 1):
         cache.close(above, final)
-    return walker.token(kept, exit_index)
+    return walker.token(kept, exit_index)  # type: ignore[arg-type]  # at least one row left
 
 
 def decode(
@@ -277,8 +277,8 @@ def decode(
         positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
     hidden = backbone.embed(decoder, ids, positions, options)
     context = backbone.context(decoder, hidden, mask, cache, positions, encoder)
-    policy = run.policy
-    if policy is not None and model.config.exit_decay is not None:
+    policy: Any = run.policy  # there is one where tokens are decoded here
+    if model.config.exit_decay is not None:
         policy = decayed(policy, model.config.exit_decay, len(run.exit_layers))
     rows = run.under_way(len(ids), ids.device)
     token = decode_token(DecoderWalker(model, policy, run), hidden, context, rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
-from .token_cache import CrossEntries, Entry, require_dynamic, self_attention_of
+from .token_cache import CrossedCache, Entry, require_dynamic, self_attention_of
 
 ROOM = 64  # columns that are added at a time
 
@@ -75,18 +75,18 @@ class DraftEntries:
                 layer.cumulative_length = width
 
 
-class CrossedDraftEntries(EncoderDecoderCache):
-    """The same, where the layers look at an encoder's states too.
+class CrossedDraftEntries(CrossedCache):
+    """`DraftEntries`, where the layers look at an encoder's states too.
 
     Args:
         cache: that holds the prompts.
         width: as in `DraftEntries`.
     """
 
+    self_attention_cache: DraftEntries  # type: ignore[assignment]
+
     def __init__(self, cache: EncoderDecoderCache, width: int) -> None:
-        self.is_updated = cache.is_updated
-        self.self_attention_cache = DraftEntries(cache.self_attention_cache.layers, width)
-        self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
+        super().__init__(cache, DraftEntries(cache.self_attention_cache.layers, width))
         self.entries = self.self_attention_cache.entries
         self.write_back = self.self_attention_cache.write_back
 

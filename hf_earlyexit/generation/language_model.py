@@ -13,7 +13,7 @@ from ..families.decoders import DECODERS, DecoderBackbone, cache_name, given_cac
 from ..modeling.outputs import EarlyExitCausalLMOutput
 from .decoding import ExitRun, decode
 from .prompts import left_padded, read_prompts
-from .token_exits import ModelThatWrites, require_prompt
+from .token_exits import ModelThatWrites
 
 
 class EarlyExitLanguageModel(ModelThatWrites):
@@ -38,7 +38,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
         config.check_exits()  # values given to from_pretrained were set after the config checked itself
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.add_exits()
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
 
     @property
     def backbone(self) -> DecoderBackbone:  # type: ignore[override]
@@ -46,7 +46,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
         return DECODERS[self.config.stock_model_type]
 
     @property
-    def token_decoder(self) -> Any:  # type: ignore[override]
+    def token_decoder(self) -> Any:
         """The stock model with its head: this one."""
         return self
 
@@ -63,7 +63,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
         Returns:
             The model's embeddings.
         """
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)  # type: ignore[misc]
         self.resize_exits(mean_resizing)
         return embeddings
 
@@ -73,7 +73,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
         return read_prompts(rows, tokenizer, self.config.vocab_size)
 
     def prompt_inputs(self, prompts: Sequence[Any]) -> dict[str, Any]:
-        return left_padded(prompts, self.device)  # type: ignore[attr-defined]
+        return left_padded(prompts, self.device)
 
     def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
         prompt = inputs["attention_mask"]
@@ -126,12 +126,7 @@ class EarlyExitLanguageModel(ModelThatWrites):
             UsageError: for early exit without a policy, in training, or over a cache whose rows cannot be taken apart.
         """
         cache = given_cache(cache, kwargs)
-        run = token_exits or ExitRun(self.choose_policy(early_exit, operating_point, kwargs))
-        one_token = input_ids is not None and input_ids.shape[1] == 1 and labels is None
-        decodes = self.decodes(run, one_token, cache)
-        if run.policy is not None and run.policy.may_leave and not decodes:
-            caches = self.config.use_cache if use_cache is None else use_cache
-            require_prompt(cache, labels, caches, begun=bool(run.exit_layers) or early_exit is True, crosses=False)
+        run, decodes = self.run_of(input_ids, labels, cache, use_cache, early_exit, operating_point, token_exits, kwargs)
         stock = super().forward  # type: ignore[misc]
         if decodes:
             given = {"position_ids": position_ids, **kwargs}

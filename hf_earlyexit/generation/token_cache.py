@@ -82,13 +82,29 @@ class OwnEntries:
         return whole
 
 
-class CrossedEntries(EncoderDecoderCache):
-    """The same, where the layers look at an encoder's states too."""
+class CrossedCache(EncoderDecoderCache):
+    """A view of a cache whose layers look at an encoder's states too.
+
+    Args:
+        cache: that is viewed.
+        own: stands in for its self attention.
+    """
+
+    cross_attention_cache: CrossEntries  # type: ignore[assignment]
+
+    def __init__(self, cache: EncoderDecoderCache, own: Any) -> None:
+        self.is_updated = cache.is_updated
+        self.self_attention_cache = own
+        self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
+
+
+class CrossedEntries(CrossedCache):
+    """`OwnEntries`, where the layers look at an encoder's states too."""
+
+    self_attention_cache: OwnEntries  # type: ignore[assignment]
 
     def __init__(self, cache: EncoderDecoderCache, project: Project) -> None:
-        self.is_updated = cache.is_updated
-        self.self_attention_cache = OwnEntries(cache.self_attention_cache.layers, project)
-        self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
+        super().__init__(cache, OwnEntries(cache.self_attention_cache.layers, project))
         self.append, self.close = self.self_attention_cache.append, self.self_attention_cache.close
 
     def keep(self, rows: Tensor, left: Tensor, states: Tensor) -> None:
@@ -179,3 +195,42 @@ def require_dynamic(cache: Any, crosses: bool) -> None:
             "pass early_exit=False.",
             field="cache_implementation",
         )
+
+
+def require_prompt(cache: Any, labels: Any, caches: bool, begun: bool, crosses: bool) -> None:
+    """Refuse passes that run in full although a policy lets tokens leave; only the prompt's may, before any token's.
+
+    Args:
+        cache: of the call, or `None`.
+        labels: of the call, or `None`.
+        caches: whether the pass leaves a cache to go on with.
+        begun: whether the prompt is over, or may not be what comes.
+        crosses: whether the layers look at an encoder's states.
+    """
+    if labels is not None:
+        raise _in_full("labels are compared with a whole text")
+    if not caches:
+        raise _in_full("use_cache is False")
+    if cache is not None and cache.get_seq_length() > 0:
+        require_dynamic(cache, crosses)
+        if crosses or begun:
+            missing = ", or one whose images are missing" if crosses else ""
+            raise _in_full(f"several tokens at once go on from a cache{missing}")
+    elif begun:
+        raise _in_full("there is no cache that holds a prompt")
+
+
+def holds_prompt(cache: Any, layers: int) -> bool:
+    """Whether a prompt has run through every layer, cross attention included."""
+    if cache is None or cache.get_seq_length() == 0:
+        return False
+    updated = getattr(cache, "is_updated", None)
+    return updated is None or all(updated.get(layer) for layer in range(layers))
+
+
+def _in_full(why: str) -> UsageError:
+    return UsageError(
+        f"No token can leave early here: {why}. Tokens leave where they are decoded one by one over a cache that holds the "
+        "prompt, as `generate` does it; pass early_exit=False to run in full.",
+        field="early_exit",
+    )

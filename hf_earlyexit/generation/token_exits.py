@@ -23,7 +23,7 @@ from ..values import check_flags
 from .checks import LOSSLESS, check_generation, check_lossless, check_prompts, generation_settings
 from .decoding import EndWatch, ExitRun, GivenCriteria, exit_layers_of
 from .lossless import decode_lossless
-from .token_cache import require_dynamic, takes_apart
+from .token_cache import holds_prompt, require_prompt, takes_apart
 from .word_heads import LAST, Shift, StockHead, WordHead, frequent_words, new_word_head
 
 
@@ -32,6 +32,7 @@ class ModelThatWrites(ModelWithExits):
 
     backbone: DecoderBackbone
     token_decoder: Any
+    exit_shortlist: Tensor
     crosses = False  # whether its layers look at an encoder's states
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
@@ -46,7 +47,7 @@ class ModelThatWrites(ModelWithExits):
         if config.exit_shortlist is not None:
             self.register_buffer("exit_shortlist", torch.arange(config.exit_shortlist))  # type: ignore[attr-defined]
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, Shift):
             init.zeros_(module.weight)
@@ -74,7 +75,8 @@ class ModelThatWrites(ModelWithExits):
 
     def exit_logits(self, exit_index: int, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of exit `exit_index` (0-based) from the states after its layer `[..., H]`."""
-        return self._head(exit_index)(hidden, self._stock_head)
+        logits: Tensor = self._head(exit_index)(hidden, self._stock_head)
+        return logits
 
     def gate_states(self, hidden: Tensor) -> Tensor:
         """What gates look at, `[..., H]`: states as the decoder's own vocabulary layer reads them, behind its last norm.
@@ -103,7 +105,7 @@ class ModelThatWrites(ModelWithExits):
                 field="vocab_size",
                 value=words,
             )
-        return head
+        return head  # type: ignore[no-any-return]
 
     @property
     def _stock_head(self) -> StockHead:
@@ -112,6 +114,7 @@ class ModelThatWrites(ModelWithExits):
     def resize_exits(self, mean_resizing: bool) -> None:
         """Give the exits' own vocabulary layers the decoder's size; a shortlist stays, but for words that are gone."""
         words = self.config.word_config.vocab_size
+        head: Any
         for head in self.exit_heads.values():
             if not head.borrows and head.vocabulary.out_features != words:
                 head.vocabulary = self._get_resized_lm_head(  # type: ignore[attr-defined]
@@ -184,20 +187,33 @@ class ModelThatWrites(ModelWithExits):
             flat = output.exit_logits.reshape(len(wanted), *output.exit_logits.shape[-2:])
             output.loss = WeightedObjective()(flat, wanted, SINGLE_LABEL, self.exit_layers).loss
 
-    def decodes(self, run: ExitRun, one_token: bool, cache: Any) -> bool:
-        """Whether a pass decodes one token of each row and rows may leave.
+    def run_of(
+        self,
+        ids: Tensor | None,
+        labels: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+        early_exit: bool | None,
+        operating_point: str | None,
+        token_exits: ExitRun | None,
+        options: dict[str, Any],
+    ) -> tuple[ExitRun, bool]:
+        """What a pass belongs to, and whether it decodes one token of each row and rows may leave.
 
         Args:
-            run: of the text.
-            one_token: whether the call gives one token of each row and nothing that needs a whole text.
-            cache: of the call, or `None`.
+            ids: that the decoder reads `[B, T]`, or `None`.
+            labels, cache, use_cache, early_exit, operating_point, token_exits, options: of the pass.
+
+        Raises:
+            UsageError: for a pass that runs in full although a policy lets tokens leave.
         """
-        return (
-            run.policy is not None
-            and one_token
-            and holds_prompt(cache, self.exit_layers[-1])
-            and takes_apart(cache, self.crosses)
-        )
+        run = token_exits or ExitRun(self.choose_policy(early_exit, operating_point, options))
+        decodes = run.policy is not None and ids is not None and ids.shape[1] == 1 and labels is None
+        decodes = decodes and holds_prompt(cache, self.exit_layers[-1]) and takes_apart(cache, self.crosses)
+        if run.policy is not None and run.policy.may_leave and not decodes:
+            caches = self.config.word_config.use_cache if use_cache is None else use_cache
+            require_prompt(cache, labels, caches, begun=bool(run.exit_layers) or early_exit is True, crosses=self.crosses)
+        return run, decodes
 
     def handed_back(self, output: Any, run: ExitRun, writing: bool, return_dict: bool | None) -> Any:
         """The output of a pass, with the layer of every token, which the run notes.
@@ -265,7 +281,7 @@ class ModelThatWrites(ModelWithExits):
             options[cache_name(super().forward)] = cache  # type: ignore[misc]
         if return_exit_layers:
             options["return_dict_in_generate"] = True
-        settings = generation_settings(self, options)
+        settings = generation_settings(self, options)  # type: ignore[arg-type]
         states = {flag: True for flag in ("output_hidden_states", "output_attentions") if getattr(settings, flag)}
         point = self.point_of(operating_point, lossless and early_exit is not False)
         policy = self.choose_policy(early_exit, point, states)
@@ -305,42 +321,3 @@ class ModelThatWrites(ModelWithExits):
             kwargs["tokenizer"] = stopping_criteria.tokenizer
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)  # type: ignore[misc]
         return EndWatch(criteria, stopping_criteria.run) if isinstance(stopping_criteria, EndWatch) else criteria
-
-
-def require_prompt(cache: Any, labels: Any, caches: bool, begun: bool, crosses: bool) -> None:
-    """Refuse passes that run in full although a policy lets tokens leave; only the prompt's may, before any token's.
-
-    Args:
-        cache: of the call, or `None`.
-        labels: of the call, or `None`.
-        caches: whether the pass leaves a cache to go on with.
-        begun: whether the prompt is over, or may not be what comes.
-        crosses: whether the layers look at an encoder's states.
-    """
-    if labels is not None:
-        raise _in_full("labels are compared with a whole text")
-    if not caches:
-        raise _in_full("use_cache is False")
-    if cache is not None and cache.get_seq_length() > 0:
-        require_dynamic(cache, crosses)
-        if crosses or begun:
-            missing = ", or one whose images are missing" if crosses else ""
-            raise _in_full(f"several tokens at once go on from a cache{missing}")
-    elif begun:
-        raise _in_full("there is no cache that holds a prompt")
-
-
-def holds_prompt(cache: Any, layers: int) -> bool:
-    """Whether a prompt has run through every layer, cross attention included."""
-    if cache is None or cache.get_seq_length() == 0:
-        return False
-    updated = getattr(cache, "is_updated", None)
-    return updated is None or all(updated.get(layer) for layer in range(layers))
-
-
-def _in_full(why: str) -> UsageError:
-    return UsageError(
-        f"No token can leave early here: {why}. Tokens leave where they are decoded one by one over a cache that holds the "
-        "prompt, as `generate` does it; pass early_exit=False to run in full.",
-        field="early_exit",
-    )

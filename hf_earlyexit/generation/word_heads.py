@@ -157,7 +157,7 @@ LAST = TiedHead(0, 0, 0, 0.0)  # the last exit is the stock head; it has no weig
 
 def new_word_head(kind: str, config: Any, rank: int) -> WordHead:
     """A head of this kind for a decoder with this config."""
-    epsilon = getattr(config, "layer_norm_epsilon", None) or getattr(config, "layer_norm_eps", 1e-5)
+    epsilon = getattr(config, "layer_norm_epsilon", 0.0) or getattr(config, "layer_norm_eps", 1e-5)
     return WORD_HEADS.get(kind)(config.hidden_size, config.vocab_size, rank, epsilon)
 
 

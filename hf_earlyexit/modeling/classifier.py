@@ -39,12 +39,13 @@ class EarlyExitClassifier(Walks, ModelWithExits):
     family: ClassVar[Family]
     pads = True  # rows of a full pass, as the stock model does; False where its answers are not to be had anyway
     layer_dtype: torch.dtype | None = None  # of a copy whose layers compute in another one than all else, float32
+    num_labels: int
     accepts_loss_kwargs = False  # the loss is a mean over the batch; Trainer divides it when it accumulates
 
     def __init__(self, config: Any) -> None:
         config = self.config_class.from_stock(config)
         config.check_exits()  # values given to from_pretrained were set after the config checked itself
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         dropout = self.family.dropout_of(config)
         head = HEADS.get(config.exit_head)
         self.exit_heads = nn.ModuleDict(
@@ -72,16 +73,17 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             one_token = family.reads_one_token(self.config)
             logits = _joined([family.answer(self, part) for part in self._parts(hidden, context, one_token)])
         else:
-            head, one_token = self.exit_heads[str(layer)], self.exit_heads[str(layer)].one_token
+            head: Any = self.exit_heads[str(layer)]
+            one_token = head.one_token
             pooled = _joined([head.pool(part, self._stock_pool) for part in self._parts(hidden, context, one_token)])
             logits = head(pooled)
             gate = self.exit_gates[str(layer)] if len(self.exit_gates) else None
         if not asks:
             return ExitSignal(logits)
-        states = [None, None]
+        first = second = None
         if before is not None and any(SIGNALS.get(name).reads_states for name in asks):
-            states = [_state(self._read(part, context, one_token), one_token) for part in (before, hidden)]
-        return ExitSignal(logits, scalars_of(asks, ExitPoint(logits, pooled, *states, gate)))
+            first, second = (_state(self._read(part, context, one_token), one_token) for part in (before, hidden))
+        return ExitSignal(logits, scalars_of(asks, ExitPoint(logits, pooled, first, second, gate)))
 
     def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
         """What a head reads, behind the stock model's final norm."""
@@ -170,9 +172,10 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             )
         if labels is not None:
             if self.training:
-                loss = WeightedObjective()(output.exit_logits, labels, problem_type, self.exit_layers).loss
+                every_exit: Any = output.exit_logits  # all of them run in training
+                loss = WeightedObjective()(every_exit, labels, problem_type, self.exit_layers).loss
             else:
-                loss = task_loss(output.logits, labels, problem_type)
+                loss = task_loss(output.logits, labels, problem_type)  # type: ignore[arg-type]  # never `None` here
             output = EarlyExitClassifierOutput(loss=loss, **output)  # first in order, as in the stock output
         self._show(output, wanted, states, context)
         return output
@@ -197,8 +200,8 @@ class _PackedWalk(Walks):
 class EarlyExitTextClassifier(EarlyExitClassifier):
     """Put before a stock sequence classifier, adds exits to it."""
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -260,8 +263,8 @@ class EarlyExitTextClassifier(EarlyExitClassifier):
 class EarlyExitImageClassifier(EarlyExitClassifier):
     """Put before a stock image classifier, adds exits to it."""
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor | None = None,

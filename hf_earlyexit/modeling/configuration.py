@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
@@ -61,20 +61,32 @@ class EarlyExitConfig(LoadedByShim):
     exit_layers: list[int] | None = None
     exit_head: str = "linear-mean"
     exit_gate: str | None = None
-    exit_policy: dict | None = None
-    exit_certificate: dict | None = None
-    exit_operating_points: dict[str, dict] | None = None
-    exit_point_certificates: dict[str, dict] | None = None
-    exit_forms: dict[str, dict] | None = None
+    exit_policy: dict[str, Any] | None = None
+    exit_certificate: dict[str, Any] | None = None
+    exit_operating_points: dict[str, dict[str, Any]] | None = None
+    exit_point_certificates: dict[str, dict[str, Any]] | None = None
+    exit_forms: dict[str, dict[str, Any]] | None = None
     exit_tokenizer: str | None = None
     exit_cost: list[float | int] | None = None
     early_exit_version: str | None = None
 
+    # what the stock config brings; class variables, as a field would be another of this config
+    model_type: ClassVar[str]
+    attribute_map: ClassVar[dict[str, str]]
+    if TYPE_CHECKING:
+        architectures: Any
+        auto_map: Any
+        problem_type: Any
+        num_hidden_layers: int
+        num_labels: Any
+        id2label: Any
+        label2id: Any
+
     stock_model_type: ClassVar[str]
     door: ClassVar[str]  # name of the model class
     auto_models: ClassVar[tuple[str, ...]] = ("AutoModel", "AutoModelForSequenceClassification")
-    heads: ClassVar[Registry] = HEADS
-    gates: ClassVar[Registry] = GATES
+    heads: ClassVar[Registry[Any]] = HEADS
+    gates: ClassVar[Registry[Any]] = GATES
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_raw({**vars(self), **kwargs})
@@ -84,7 +96,7 @@ class EarlyExitConfig(LoadedByShim):
     @property
     def num_exit_layers(self) -> int:
         """Layers L of the part that has the exits."""
-        return self.num_hidden_layers  # type: ignore[attr-defined]
+        return self.num_hidden_layers
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +140,7 @@ class EarlyExitConfig(LoadedByShim):
         return cls(**values)
 
     @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; a plain checkpoint of the same family is a legitimate place to start from."""
         values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
         kind = values.get("model_type", cls.model_type)
@@ -149,7 +161,8 @@ class EarlyExitConfig(LoadedByShim):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
-        return cls._decode_special_floats(read_json(json_file, finite=False))  # type: ignore[attr-defined]
+        values: dict[str, Any] = cls._decode_special_floats(read_json(json_file, finite=False))  # type: ignore[attr-defined]
+        return values
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers; beside a model's config goes the file that lets it load where this package is not imported."""
@@ -223,10 +236,9 @@ class EarlyExitConfig(LoadedByShim):
                 raise wrong(lack.field, getattr(self, lack.field, None), words)
         if policy.exit_layers is not None and list(policy.exit_layers) != self.exit_layers:
             raise wrong("exit_policy", list(policy.exit_layers), f"a policy for the exit layers {self.exit_layers}")
-        if policy.num_exits != len(self.exit_layers):
-            raise wrong(
-                "exit_policy", list(policy.thresholds), f"{len(self.exit_layers) - 1} thresholds, one per exit but the last"
-            )
+        early = len(self.exit_layers or ()) - 1
+        if policy.num_exits != early + 1:
+            raise wrong("exit_policy", list(policy.thresholds), f"{early} thresholds, one per exit but the last")
         if policy.problem_type != self.resolved_problem_type:
             raise wrong("exit_policy", policy.problem_type, f"a policy for {self.resolved_problem_type}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..errors import UsageError
@@ -22,6 +24,17 @@ from .shim import LoadedByShim
 
 class ModelWithExits(OperatingPoints, LoadedByShim):
     """Put before a stock model class; `exit_heads` and `exit_gates` hold what is new."""
+
+    exit_heads: nn.ModuleDict
+    exit_gates: nn.ModuleDict
+    # what the stock class brings
+    config_class: Any
+    base_model: Any
+    device: torch.device
+    dtype: torch.dtype
+    post_init: Callable[[], None]
+    get_memory_footprint: Any
+    __call__: Callable[..., Any]
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -60,18 +73,21 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
             )
         self.config.early_exit_version = FORMAT_VERSION
         if not is_main_process or distributed:
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, is_main_process, state_dict, push_to_hub, **kwargs
+            )
             return
-        drop_outdated(self, state_dict)
+        drop_outdated(self, state_dict)  # type: ignore[arg-type]
         with replaced_folder(save_directory, needs=self.get_memory_footprint()) as new:
-            super().save_pretrained(new, state_dict=state_dict and dict(state_dict), **kwargs)  # it empties what it is given
+            copied = state_dict and dict(state_dict)  # it empties what it is given
+            super().save_pretrained(new, state_dict=copied, **kwargs)  # type: ignore[misc]
         if push_to_hub:
             with TemporaryDirectory() as copy:  # the client uploads whatever it finds changed in a folder
                 named = {"repo_id": Path(save_directory).name, **kwargs}
-                super().save_pretrained(copy, state_dict=state_dict, push_to_hub=True, **named)
+                super().save_pretrained(copy, state_dict=state_dict, push_to_hub=True, **named)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model with exits, or a plain checkpoint of the family, whose exits are then new.
 
         Args:
@@ -92,7 +108,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
         if isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"] = cls.config_class.from_stock(kwargs["config"])
         try:
-            model, info = super().from_pretrained(
+            model, info = super().from_pretrained(  # type: ignore[misc]
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:

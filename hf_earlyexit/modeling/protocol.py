@@ -114,6 +114,9 @@ class TorchExitModel(ExitModel, Protocol):
     def eval(self) -> Any:
         """The model itself, no longer in training mode."""
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """The model itself, whose weights learn or do not."""
+
     def set_attn_implementation(self, attn_implementation: Any) -> None:
         """Choose how attention is computed, by name."""
 
@@ -129,8 +132,21 @@ class TorchExitModel(ExitModel, Protocol):
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """All modules by path."""
 
+    def children(self) -> Iterator[nn.Module]:
+        """Its direct parts."""
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its direct parts by name."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors that are saved, by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Take up tensors by name."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model from a folder or the Hub."""
 
     def get_submodule(self, target: str) -> nn.Module:
         """A module by path."""

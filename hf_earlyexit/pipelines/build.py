@@ -86,7 +86,9 @@ def pipeline(
         if task_of(model) != task:
             raise other_model(model)
     try:
-        pipe = transformers.pipeline(task, model=model, pipeline_class=kind.pipeline, **kwargs)
+        pipe: Any = transformers.pipeline(  # type: ignore[call-overload]  # tasks of this library are none of its own
+            task, model=model, pipeline_class=kind.pipeline, **kwargs
+        )
     except EarlyExitError:
         raise
     except Exception as error:  # transformers wraps what a class said of a damaged folder into pages of its own

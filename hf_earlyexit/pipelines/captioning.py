@@ -29,10 +29,12 @@ class EarlyExitCaptioningPipeline(Pipeline):
         DataError: for what is no picture.
     """
 
-    _load_tokenizer = True
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_processor = False
+    _load_tokenizer: Any = True
+    _load_image_processor: Any = True
+    _load_feature_extractor: Any = False
+    _load_processor: Any = False
+    tokenizer: Any
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,7 +50,7 @@ class EarlyExitCaptioningPipeline(Pipeline):
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def __call__(self, images: Any, **kwargs: Any) -> Any:
+    def __call__(self, images: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Caption one picture, or each of several.
 
         Args:
@@ -67,7 +69,7 @@ class EarlyExitCaptioningPipeline(Pipeline):
         rows = picture_rows(images)
         if isinstance(rows, (list, Rows)) and not len(rows):
             raise DataError("No pictures to caption: the list is empty.", field="images")
-        answers = super().__call__(rows, **kwargs)
+        answers = super().__call__(rows, **kwargs)  # type: ignore[no-untyped-call]
         return list(answers) if isinstance(rows, Rows) else answers
 
     def _sanitize_parameters(
@@ -78,7 +80,7 @@ class EarlyExitCaptioningPipeline(Pipeline):
         num_beams: int | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **unknown: Any,
-    ) -> tuple[dict, dict, dict]:
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
             known = {"operating_point", "early_exit", "max_new_tokens", "num_beams", "generate_kwargs", "batch_size"}
             raise unknown_option(name, known)
@@ -95,16 +97,16 @@ class EarlyExitCaptioningPipeline(Pipeline):
             raise UsageError(f"{twice[0]} is given twice, by name and in generate_kwargs; give it once.", field=twice[0])
         return {}, {**named, **(generate_kwargs or {})}, {}
 
-    def preprocess(self, image: Any) -> Any:
+    def preprocess(self, image: Any) -> Any:  # type: ignore[override]
         return {PIXELS: encode_picture(image, self.image_processor, "The row")[None].to(self.dtype)}
 
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
         pixels = model_inputs[PIXELS]
         output = self.model.generate(pixels, return_exit_layers=True, **generate_kwargs)
         several = (len(pixels), -1, output.sequences.shape[-1])
         return {"sequences": output.sequences.reshape(several), "exit_layers": output.exit_layers.reshape(several)}
 
-    def postprocess(self, model_outputs: Any) -> Any:
+    def postprocess(self, model_outputs: Any) -> Any:  # type: ignore[override]
         captions = []
         for ids, layers in zip(model_outputs["sequences"][0], model_outputs["exit_layers"][0], strict=True):
             made = layers > 0  # no prompt, no padding

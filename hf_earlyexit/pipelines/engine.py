@@ -21,7 +21,7 @@ ENGINE = 0  # in place of a batch size where none is given
 OURS = {"operating_point", "early_exit", "cuda_graphs", "monitor", "window"}
 
 
-class Rows(Dataset):
+class Rows(Dataset[Any]):
     """Rows of a table, each taken out when it is asked for."""
 
     def __init__(self, rows: Any) -> None:
@@ -76,7 +76,7 @@ class ThroughEngine:
             if kwargs.get("num_workers", self._num_workers) is not None:
                 raise UsageError("num_workers is for batches of batch_size rows; give both or none.", field="num_workers")
         rows = self.rows_of(inputs)
-        answers = super().__call__(rows, batch_size=batch_size, **kwargs)
+        answers = super().__call__(rows, batch_size=batch_size, **kwargs)  # type: ignore[misc]
         return list(answers) if isinstance(rows, Rows) else answers
 
     def check_model_type(self, supported_models: Any) -> None:
@@ -90,12 +90,12 @@ class ThroughEngine:
         monitor: Monitor | None = None,
         window: int | None = None,
         **kwargs: Any,
-    ) -> tuple[dict, dict, dict]:
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         known = self.taken()
         for name in kwargs:
             if name not in known:
                 raise unknown_option(name, OURS | {"batch_size"} | known)
-        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)  # type: ignore[misc]
         check_flags(early_exit=early_exit, cuda_graphs=cuda_graphs)
         if early_exit is not None:
             forward["early_exit"] = early_exit
@@ -130,20 +130,27 @@ class ThroughEngine:
         inputs: Any,
         num_workers: int,
         batch_size: int,
-        preprocess_params: dict,
-        forward_params: dict,
-        postprocess_params: dict,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
     ) -> Iterator[Any]:
         if batch_size != ENGINE:
-            iterator = super().get_iterator
-            return iterator(inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params)
+            stock: Iterator[Any] = super().get_iterator(  # type: ignore[misc]
+                inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+            )
+            return stock
         return self._through_engine(inputs, preprocess_params, forward_params, postprocess_params)
 
     def _through_engine(
-        self, inputs: Any, preprocess_params: dict, forward_params: dict, postprocess_params: dict
+        self,
+        inputs: Any,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
     ) -> Iterator[Any]:
-        rows = (inputs[place] for place in range(len(inputs))) if isinstance(inputs, Sized) else inputs
-        window = forward_params.pop("window", self.window if isinstance(inputs, Sized) else 1)
+        counted = isinstance(inputs, Sized)
+        rows = (inputs[place] for place in range(len(inputs))) if counted else inputs
+        window = forward_params.pop("window", self.window if counted else 1)
         encoded = self._encoded(iter(rows), window, preprocess_params)
         for answer in stream(self.model, encoded, window=window, **forward_params):
             score = None if math.isnan(answer.exit_score) else [answer.exit_score]
@@ -159,7 +166,7 @@ class ThroughEngine:
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
         check_finite(model_outputs["logits"], [0])
-        answer = super().postprocess(model_outputs, **kwargs)
+        answer = super().postprocess(model_outputs, **kwargs)  # type: ignore[misc]
         layer, score = model_outputs["exit_layer"], model_outputs.get("exit_score")
         shown: dict[str, Any] = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}
         if self.tells_form:

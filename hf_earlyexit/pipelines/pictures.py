@@ -14,7 +14,7 @@ from ..serving.tables import PIXELS, plain_rows
 from .engine import Rows, ThroughEngine
 
 
-class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPipeline):
+class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPipeline):  # type: ignore[misc]
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
 
     Takes, when it is made and when it is called, `operating_point`, the name of the policy to use, `early_exit`, `False` for
@@ -43,7 +43,7 @@ class EarlyExitImageClassificationPipeline(ThroughEngine, ImageClassificationPip
         """Pixel values of one picture."""
         return {PIXELS: encode_picture(row, self.image_processor, f"Row {number}")}
 
-    def preprocess(self, image: Any) -> Any:
+    def preprocess(self, image: Any) -> Any:  # type: ignore[override]
         """Pixel values `[1, channels, height, width]`."""
         return {PIXELS: encode_picture(image, self.image_processor, "The row")[None].to(self.dtype)}
 

@@ -18,7 +18,7 @@ NOT_TOKENIZING = {"self", "text", "text_pair", "text_target", "text_pair_target"
                   "return_overflowing_tokens", "is_split_into_words", "kwargs"}  # fmt: skip
 
 
-class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipeline):
+class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipeline):  # type: ignore[misc]
     """The stock pipeline whose every answer also tells `exit_layer` (1 to L) and `exit_score`.
 
     Takes, when it is made and when it is called, `operating_point`, the name of the policy to use, `early_exit`, `False` for
@@ -36,6 +36,7 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
     """
 
     window = WINDOW
+    tokenizer: Any
 
     def taken(self) -> set[str]:
         """Names of the options of the stock pipeline that are taken."""
@@ -68,7 +69,7 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
         names = [name for name in columns if name in MODEL_COLUMNS]
         return (dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True))
 
-    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:
+    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]
         if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):
             inputs = {"text": inputs[0], "text_pair": inputs[1]}
         if isinstance(inputs, Mapping) and inputs.get("text_pair", "") is None:  # as `evaluate` gives one text

@@ -22,16 +22,17 @@ class EarlyExitTextGenerationPipeline(TextGenerationPipeline):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         if not isinstance(self.model, EarlyExitLanguageModel):
             raise other_model(self.model)
 
-    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:
-        return super()._forward(model_inputs, **{**generate_kwargs, "return_exit_layers": True})
+    def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> Any:  # type: ignore[override]
+        kwargs = {**generate_kwargs, "return_exit_layers": True}
+        return super()._forward(model_inputs, **kwargs)  # type: ignore[no-untyped-call]
 
     def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         layers = model_outputs.pop("exit_layers")[0].tolist()
-        records = super().postprocess(model_outputs, *args, **kwargs)
+        records = super().postprocess(model_outputs, *args, **kwargs)  # type: ignore[no-untyped-call]
         for record, row in zip(records, layers, strict=True):
             record["exit_layers"] = [layer for layer in row if layer > 0]  # no prompt, no padding
             record["mean_exit_layer"] = sum(record["exit_layers"]) / max(len(record["exit_layers"]), 1)

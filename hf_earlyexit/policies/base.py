@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
-from ..values import DEEPEST, MOST_LAYERS, are_layers, check_real, is_whole, plain, shown
+from ..values import DEEPEST, check_layers, check_real, is_whole, plain, shown
 from .scanning import Scan, scan
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
@@ -251,12 +251,7 @@ class ExitPolicy(ABC):
         if self.exit_layers is None:
             return
         layers = self.exit_layers
-        if not are_layers(layers):
-            raise PolicyError(
-                f"exit_layers is {shown(layers)}; expected layer numbers from 1 to {MOST_LAYERS}, ascending.",
-                field="exit_layers",
-                value=layers,
-            )
+        check_layers(layers, PolicyError)
         if len(layers) != self.num_exits:
             raise PolicyError(
                 f"thresholds has {len(self.thresholds)} entries for {len(self.exit_layers)} exits; "

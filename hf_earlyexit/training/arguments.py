@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..errors import TrainingError
 from ..losses import OBJECTIVES, Objective
+from ..values import is_real, unexpected
 from .metrics import EXIT_METRICS
 
 
@@ -33,7 +34,7 @@ class EarlyExitTrainingArguments(TrainingArguments):
     exit_metric: str | None = field(default=None, metadata={"help": EXIT_METRICS.listed()})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if isinstance(self.objective_options, str):
             try:
                 self.objective_options = json.loads(self.objective_options)
@@ -44,18 +45,16 @@ class EarlyExitTrainingArguments(TrainingArguments):
         self.make_objective()
         if self.exit_metric is not None:
             EXIT_METRICS.get(self.exit_metric)
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise TrainingError(
-                f"label_smoothing_factor is {self.label_smoothing_factor!r}; expected a number from 0 to below 1.",
-                field="label_smoothing_factor",
-                value=self.label_smoothing_factor,
+        if not is_real(self.label_smoothing_factor, 0, 1) or self.label_smoothing_factor == 1:
+            raise unexpected(
+                "label_smoothing_factor", self.label_smoothing_factor, "a number from 0 to below 1", TrainingError
             )
 
     def make_objective(self) -> Objective:
         """The objective these arguments describe."""
-        cls = OBJECTIVES.get(self.objective)
+        cls, options = OBJECTIVES.get(self.objective), self.objective_options or {}
         try:
-            return cls(**(self.objective_options or {}))
+            return cls(**options)  # type: ignore[arg-type]  # JSON has been read
         except TypeError as error:
             raise TrainingError(
                 f"The {self.objective} objective cannot take {self.objective_options!r}: {error}.", field="objective_options"

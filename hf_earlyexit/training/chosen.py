@@ -12,6 +12,7 @@ from ..labels import LEFT_OUT
 from ..losses import ConsistentObjective, ObjectiveValue
 from ..losses.base import row_losses
 from ..losses.noise import row_noise
+from ..modeling.protocol import TorchExitModel
 from ..problem_types import SINGLE_LABEL
 from .checks import no_labels, pop_labels
 from .gates import EpsilonSchedule
@@ -39,7 +40,7 @@ class ChosenExits(EarlyExitTrainer):
         self.reward, self.teaches_gates, self.epsilon, self.rollout_seed = objective, teaches_gates, epsilon, seed
         super().__init__(**kwargs)
 
-    def _choose_what_learns(self, model: nn.Module) -> None:
+    def _choose_what_learns(self, model: TorchExitModel) -> None:
         super()._choose_what_learns(model)
         model.exit_gates.requires_grad_(self.teaches_gates)
 
@@ -79,8 +80,8 @@ class ChosenExits(EarlyExitTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = [name for name in (HARDNESS_COLUMN, KEY_COLUMN) if name not in self._signature_columns]
-        self._signature_columns += extra
+        columns: Any = self._signature_columns  # a list by now
+        columns.extend(name for name in (HARDNESS_COLUMN, KEY_COLUMN) if name not in columns)
 
 
 class ChosenExitTrainer(ChosenExits):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -14,12 +16,13 @@ from ..generation.language_model import EarlyExitLanguageModel
 from ..generation.token_exits import ModelThatWrites
 from ..losses import ConsistentObjective
 from ..losses.noise import row_keys, row_noise
+from ..modeling.protocol import TorchExitModel
 from .consistent_arguments import ConsistentTrainingArguments
 from .consistent_rows import RowLessons
 from .consistent_tokens import TokenLessons
 from .gate_report import warn_of_trouble
 from .gates import train_gates
-from .hardness import HardnessTable
+from .hardness import ExampleId, HardnessTable
 from .run_folder import RunFolder
 from .settings import check_arguments, check_settings, refused
 from .trainer import EarlyExitTrainer
@@ -80,7 +83,7 @@ class ConsistentTrainer:
 
     def __init__(
         self,
-        model: Any,
+        model: TorchExitModel,
         args: ConsistentTrainingArguments,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -105,7 +108,9 @@ class ConsistentTrainer:
             )
         check_settings(args, args.make_objective(), model)
         self.model, self.args = model, args
-        self.lessons = lessons = _lessons(model)(model, args, processing_class)
+        kind: Any = _lessons(model)
+        self.lessons: RowLessons | TokenLessons = kind(model, args, processing_class)
+        lessons = self.lessons
         self.train_dataset, self.eval_dataset = lessons.checked(train_dataset, "train_dataset"), None
         self.train_ids = self.gate_ids = lessons.ids(self.train_dataset)
         self.gate_dataset = self.train_dataset
@@ -162,7 +167,7 @@ class ConsistentTrainer:
                 field="resume_from_checkpoint",
                 value=resume_from_checkpoint,
             )
-        run = RunFolder(self.args.output_dir, self.args.should_save)
+        run = RunFolder(str(self.args.output_dir), self.args.should_save)
         run.open(self.args.consistent_settings(), bool(resume_from_checkpoint))
         self.log_history = []
         for phase in self.phases:
@@ -230,7 +235,7 @@ class ConsistentTrainer:
         train_gates(
             self.model.exit_gates,
             data,
-            self.hardness_table.of(ids),
+            self._hardness_of(ids),
             keys[chosen],
             self._objective,
             self.args.make_gate_recipe(self.args.seed + phase.number),
@@ -240,7 +245,7 @@ class ConsistentTrainer:
         return logs
 
     def _run_chosen(self, phase: Phase, folder: Path) -> list[dict[str, Any]]:
-        hardness = self.hardness_table.of(self.train_ids)
+        hardness = self._hardness_of(self.train_ids)
         rows = self.lessons.with_hardness(self.train_dataset, hardness, row_keys(self.train_ids))
         args = self._phase_args(phase, folder)
         args.num_train_epochs, args.max_steps, args.learning_rate = (
@@ -261,6 +266,11 @@ class ConsistentTrainer:
         )
         return self._run_trainer(trainer)
 
+    def _hardness_of(self, ids: Sequence[ExampleId]) -> Tensor:
+        """Hardness of rows `[N]`, as an earlier phase has measured it."""
+        assert self.hardness_table is not None
+        return self.hardness_table.of(ids)
+
     @property
     def _objective(self) -> ConsistentObjective:
         return self.args.make_consistent_objective()
@@ -280,7 +290,7 @@ class ConsistentTrainer:
         return {} if self.eval_dataset is None else self.lessons.report(self.eval_dataset)
 
 
-def _lessons(model: Any) -> type[RowLessons] | type[TokenLessons]:
+def _lessons(model: object) -> type[RowLessons] | type[TokenLessons]:
     """What a model's gates learn from.
 
     Raises:

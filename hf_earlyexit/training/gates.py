@@ -123,9 +123,9 @@ def train_gates(
 
 def _all_gates(kind: nn.Module, parameters: dict[str, Tensor], state: Tensor, logits: Tensor) -> Tensor:
     """Leave logits `[B, E - 1]` of all gates in one go, from states `[B, E - 1, H]` and logits `[B, E - 1, C]`."""
-    return vmap(lambda of_gate, *seen: functional_call(kind, of_gate, seen), in_dims=(0, 1, 1), out_dims=1)(
-        parameters, state, logits
-    )
+    ask = vmap(lambda of_gate, *seen: functional_call(kind, of_gate, seen), in_dims=(0, 1, 1), out_dims=1)
+    leave_logits: Tensor = ask(parameters, state, logits)
+    return leave_logits
 
 
 def _write_back(modules: list[nn.Module], parameters: dict[str, Tensor]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import PushInProgress, logging
-from transformers.utils.hub import hf_api
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress, hf_api
 
 from .checkpoints import TRAINER_STATE
 
@@ -22,9 +24,16 @@ class NoPickledSettings:
     """Part of a `Trainer` that keeps `training_args.bin` out of its folders and off the Hub; nothing reads that file."""
 
     args: Any
+    # what `Trainer` brings
+    state: Any
+    control: Any
+    callback_handler: Any
+    hub_model_id: Any
+    push_in_progress: Any
+    is_world_process_zero: Callable[[], bool]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, SETTINGS).unlink(missing_ok=True)
 
@@ -50,11 +59,11 @@ class NoPickledSettings:
             only_last = args.hub_strategy == HubStrategy.CHECKPOINT
             place = "last-checkpoint" if only_last else Path(checkpoint_folder).name
             jobs.append(self._upload(checkpoint_folder, f"Training in progress, {done}, checkpoint", path_in_repo=place))
-        self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # it takes a list, as `Trainer` gives it
 
     def _finish_current_push(self) -> None:
         """As in `Trainer`; an upload that failed is told."""
-        super()._finish_current_push()
+        super()._finish_current_push()  # type: ignore[misc]
         running, self.push_in_progress = getattr(self, "push_in_progress", None), None
         for error in [job.exception() for job in running.jobs] if running is not None else []:
             if error is not None:

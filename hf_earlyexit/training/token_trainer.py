@@ -12,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, TrainingError
 from ..labels import LEFT_OUT
+from ..modeling.protocol import TorchExitModel
 from ..problem_types import SINGLE_LABEL
 from .arguments import EarlyExitTrainingArguments
 from .settings import refused
@@ -36,7 +37,7 @@ class TokenTrainer(EarlyExitTrainer):
 
     def __init__(
         self,
-        model: Any = None,
+        model: nn.Module | None = None,
         args: EarlyExitTrainingArguments | None = None,
         *,
         learn_gates: bool = False,
@@ -70,7 +71,7 @@ class TokenTrainer(EarlyExitTrainer):
     def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model reads of a batch."""
 
-    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
+    def _take(self, model: nn.Module, args: EarlyExitTrainingArguments) -> None:
         super()._take(model, args)
         if list(args.label_names or [LABELS]) != [LABELS]:
             raise refused("label_names", args.label_names, f"the collator of {self.writes} makes the labels")
@@ -83,7 +84,7 @@ class TokenTrainer(EarlyExitTrainer):
     def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         return inputs, inputs.get(LABELS)
 
-    def _choose_what_learns(self, model: nn.Module) -> None:
+    def _choose_what_learns(self, model: TorchExitModel) -> None:
         if self.learn_gates:
             if not len(model.exit_gates):
                 raise TrainingError(
@@ -103,7 +104,7 @@ class TokenTrainer(EarlyExitTrainer):
                 field="exit_head",
             )
 
-    def _freeze_more(self, model: nn.Module) -> None:
+    def _freeze_more(self, model: TorchExitModel) -> None:
         """Beside what the objective freezes."""
 
     def compute_loss(
@@ -145,11 +146,12 @@ class TokenTrainer(EarlyExitTrainer):
         """As in `Trainer`, accuracy, agreement and loss for every exit, and what the gates do; no predictions are kept."""
         only_loss = self.args.prediction_loss_only
         output = Trainer.evaluation_loop(self, dataloader, description, only_loss, ignore_keys, metric_key_prefix)
-        metrics = dict(output.metrics)
-        if output.predictions is not None:
-            values = token_metrics(output.predictions.sum(0, dtype=np.float64), self.exit_model.config.exit_layers)
+        metrics = dict(output.metrics or {})
+        sums: Any = output.predictions
+        if sums is not None:
+            values = token_metrics(sums.sum(0, dtype=np.float64), self.exit_model.config.exit_layers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        return EvalLoopOutput(None, None, metrics, output.num_samples)
+        return EvalLoopOutput(None, None, metrics, output.num_samples)  # type: ignore[arg-type]
 
 
 def given_labels(labels: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from transformers.utils import logging
 
 from ..errors import CheckpointError, TrainingError
 from ..labels import LABEL_COLUMNS, LEFT_OUT, label_problem_type
-from ..losses import ObjectiveValue
+from ..losses import Objective, ObjectiveValue
 from ..losses.base import LabelLosses, label_losses
 from ..modeling.classifier import EarlyExitClassifier
+from ..modeling.protocol import TorchExitModel
 from ..modeling.wrapped import unwrapped
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..serving.reader import reads_images
@@ -71,7 +72,13 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
     trains: ClassVar[type] = EarlyExitClassifier
     loss_is_scaled_for_ga = False  # the loss is a mean over the batch
 
-    def __init__(self, model: Any = None, args: EarlyExitTrainingArguments | None = None, **kwargs: Any) -> None:
+    args: EarlyExitTrainingArguments
+    exit_model: TorchExitModel
+    objective: Objective
+
+    def __init__(
+        self, model: nn.Module | None = None, args: EarlyExitTrainingArguments | None = None, **kwargs: Any
+    ) -> None:
         if not isinstance(args, EarlyExitTrainingArguments):
             raise TrainingError(f"args is {type(args).__name__}; expected EarlyExitTrainingArguments.", field="args")
         check_arguments({name: value for name, value in kwargs.items() if name not in TRAINER_TAKES}, Trainer, {})
@@ -101,7 +108,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         self.eval_dataset = self._opened(self.eval_dataset, "eval_dataset")
         self._choose_what_learns(self.exit_model)
 
-    def _take(self, model: Any, args: EarlyExitTrainingArguments) -> None:
+    def _take(self, model: nn.Module, args: EarlyExitTrainingArguments) -> None:
         """See that a model has exits and the settings suit it."""
         self.exit_model = unwrapped(model)
         if not isinstance(self.exit_model, self.trains):
@@ -144,7 +151,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
     def _label_names(self) -> tuple[str, ...]:
         return tuple(self.args.label_names or ())
 
-    def _choose_what_learns(self, model: nn.Module) -> None:
+    def _choose_what_learns(self, model: TorchExitModel) -> None:
         for name, parameter in model.named_parameters():
             if name.startswith("exit_gates."):  # all exits run here, so nothing teaches when to leave
                 parameter.requires_grad_(False)
@@ -187,7 +194,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint of the run that training can go on from; see `newest_complete_checkpoint`."""
-        return newest_complete_checkpoint(self.args.output_dir, self._learning())
+        return newest_complete_checkpoint(str(self.args.output_dir), self._learning())
 
     def _learning(self) -> list[Tensor]:
         """What the optimizer holds; nothing where that cannot be said beforehand."""
@@ -195,7 +202,8 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
             return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if self.optimizer_cls_and_kwargs is not None or self.args.optim not in PLAIN_OPTIMIZERS:
             return []
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        model: Any = self.model  # there is one by now
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def compute_loss(
         self,
@@ -291,7 +299,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         if output.predictions is None:
             return output
         logits, exit_logits, *gates = by_output(output.predictions)
-        metrics = dict(output.metrics)
+        metrics = dict(output.metrics or {})
         if output.label_ids is not None:
             config = self.exit_model.config
             exit_logits, labels, *gates = map(joined, (exit_logits, output.label_ids, *gates))

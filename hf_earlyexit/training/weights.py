@@ -34,13 +34,13 @@ class WeightsByName:
         if self._reads_itself(resume_from_checkpoint):
             load_weights(self.exit_model, resume_from_checkpoint)
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         if self._reads_itself(self.state.best_model_checkpoint):
             load_weights(self.exit_model, self.state.best_model_checkpoint)
         else:
-            super()._load_best_model()
+            super()._load_best_model()  # type: ignore[misc]
 
     def _reads_itself(self, folder: str) -> bool:
         """Whether a folder holds the whole model in safetensors."""
