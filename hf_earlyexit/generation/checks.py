@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..errors import DataError, UsageError
 from ..modeling.protocol import TorchExitWriter
+from ..policies.base import ExitPolicy
 from ..values import check_whole, shown
 
 LOSSLESS = "lossless"  # the operating point of drafts where no other is named
@@ -111,13 +112,12 @@ def is_given(values: Mapping[str, Any], name: str) -> bool:
     return value is not None and value is not False and not (name in ("num_beam_groups", "guidance_scale") and value == 1)
 
 
-def check_lossless(policy: Any, settings: GenerationConfig, options: Mapping[str, Any], most: Any) -> None:
+def check_lossless(policy: ExitPolicy | None, settings: GenerationConfig, most: Any) -> None:
     """Refuse calls of `generate` whose output drafts cannot keep.
 
     Args:
         policy: of the call, or `None`.
         settings: from `generation_settings`.
-        options: arguments of the call by name.
         most: drafts that may wait.
 
     Raises:

@@ -88,9 +88,8 @@ class EndWatch(StoppingCriteriaList):
     def __init__(self, criteria: Iterable[Any], run: ExitRun) -> None:
         super().__init__(criteria)
         self.run = run
-        self.pads = any(
-            hasattr(criterion, "eos_token_id") for criterion in self
-        )  # else ended rows write on, as in the stock loop
+        # else ended rows write on, as in the stock loop
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in self)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)

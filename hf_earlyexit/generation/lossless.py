@@ -271,7 +271,7 @@ def decode_lossless(
     if draft_streamer is not None:
         draft_streamer.end()
     walker.cache.write_back(self_attention_of(cache).layers, [row.length - 1 + row.shift for row in rows])
-    return _result(rows, input_ids.shape[1], config, cache, model_kwargs, draft_run)
+    return _result(rows, input_ids.shape[1], config, cache, draft_run)
 
 
 def _rows(model: TorchExitWriter, ids: Tensor, width: int, mask: Tensor | None, options: dict[str, Any]) -> list[Row]:
@@ -287,7 +287,7 @@ def _rows(model: TorchExitWriter, ids: Tensor, width: int, mask: Tensor | None, 
     return [Row(number, text.clone(), length, width - length, offsets[number]) for number, text in enumerate(ids)]
 
 
-def _result(rows: list[Row], prompt: int, config: Any, cache: Any, options: dict[str, Any], run: ExitRun) -> Any:
+def _result(rows: list[Row], prompt: int, config: Any, cache: Any, run: ExitRun) -> Any:
     """What `generate` returns."""
     longest = max(row.length for row in rows)
     sequences = rows[0].text.new_full((len(rows), longest), int(config._pad_token_tensor or 0))

@@ -290,7 +290,7 @@ class ModelThatWrites(ModelWithExits):
         run = ExitRun(policy, count)
         if lossless:
             most = self.config.exit_drafts if max_drafts is None else max_drafts
-            check_lossless(policy, settings, options, most)
+            check_lossless(policy, settings, most)
             streamer = options.get("streamer")
             options["stopping_criteria"] = GivenCriteria(options.get("stopping_criteria") or (), options.get("tokenizer"))
             loop = partial(decode_lossless, draft_run=run, most_drafts=most, draft_streamer=streamer)

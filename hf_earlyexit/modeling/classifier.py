@@ -25,7 +25,7 @@ from ..walking.step import Walks
 from .exits import ModelWithExits
 from .gates import new_gates
 from .heads import HEADS
-from .outputs import EarlyExitClassifierOutput
+from .outputs import EarlyExitClassifierOutput, early_output, full_output
 
 UNREAD = {"use_cache", "output_hidden_states", "output_attentions"}  # nothing to layers that exit early
 
@@ -150,26 +150,13 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         states, wanted = [hidden], self._wanted(options)
         if policy is not None:
             early = run_early(walker, hidden, context, policy, self.num_labels, shadowed, self.dtype)
-            layers = torch.tensor(self.config.exit_layers, device=hidden.device)
-            output = EarlyExitClassifierOutput(
-                logits=early.logits,
-                exit_layer=layers[early.exit_index],
-                exit_score=early.score,
-                full_logits=early.full_logits if len(shadowed) else None,
-            )
+            output = early_output(early, self.config.exit_layers)
         else:
             if not self.family.is_watched and "attentions" in wanted:
                 context = replace(context, attentions=[])
             shown = states if wanted else None
             exit_logits, scalars = run_all(walker, hidden, context, self.num_labels, asks, shown, self.dtype)
-            depth = torch.full((len(exit_logits),), self.config.num_hidden_layers, device=hidden.device)
-            output = EarlyExitClassifierOutput(
-                logits=exit_logits[:, -1],
-                exit_logits=exit_logits,
-                exit_scalars=scalars or None,
-                exit_layer=depth,
-                full_logits=exit_logits[list(shadowed), -1] if len(shadowed) else None,
-            )
+            output = full_output(exit_logits, scalars, self.config.num_hidden_layers, shadowed)
         if labels is not None:
             if self.training:
                 every_exit: Any = output.exit_logits  # all of them run in training

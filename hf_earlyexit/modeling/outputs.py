@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.utils.generic import ModelOutput
+
+from ..walking.loop import Early
 
 
 @dataclass
@@ -34,6 +38,41 @@ class EarlyExitClassifierOutput(ModelOutput):
     full_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def early_output(early: Early, exit_layers: Sequence[int]) -> EarlyExitClassifierOutput:
+    """The output of rows that left early.
+
+    Args:
+        early: what `run_early` gave.
+        exit_layers: layers (1-based) of all exits.
+    """
+    layers = torch.tensor(exit_layers, device=early.exit_index.device)
+    return EarlyExitClassifierOutput(
+        logits=early.logits,
+        exit_layer=layers[early.exit_index],
+        exit_score=early.score,
+        full_logits=early.full_logits if len(early.full_logits) else None,
+    )
+
+
+def full_output(
+    exit_logits: Tensor, scalars: dict[str, Tensor], num_layers: int, shadowed: Sequence[int]
+) -> EarlyExitClassifierOutput:
+    """The output of a pass in which every exit ran.
+
+    Args:
+        exit_logits, scalars: what `run_all` gave.
+        num_layers: L.
+        shadowed: positions of the shadowed rows.
+    """
+    return EarlyExitClassifierOutput(
+        logits=exit_logits[:, -1],
+        exit_logits=exit_logits,
+        exit_scalars=scalars or None,
+        exit_layer=torch.full((len(exit_logits),), num_layers, device=exit_logits.device),
+        full_logits=exit_logits[list(shadowed), -1] if len(shadowed) else None,
+    )
 
 
 @dataclass

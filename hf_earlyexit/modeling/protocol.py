@@ -129,9 +129,6 @@ class TorchExitModel(ExitModel, Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All weights by name."""
 
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """All modules by path."""
-
     def children(self) -> Iterator[nn.Module]:
         """Its direct parts."""
 

@@ -24,7 +24,7 @@ from ..modeling.certificate import Fingerprints
 from ..modeling.configuration import UNREADABLE, EarlyExitConfig
 from ..modeling.finite import check_finite
 from ..modeling.operating import OperatingPoints
-from ..modeling.outputs import EarlyExitClassifierOutput
+from ..modeling.outputs import EarlyExitClassifierOutput, early_output, full_output
 from ..policies import ExitPolicy
 from ..serving.batching import pad_batch
 from ..serving.rows import check_any_token, check_ids
@@ -265,22 +265,10 @@ class OnnxClassifier(OperatingPoints):
         if policy is not None:
             early = run_early(self.walker, hidden, context, policy, self.num_labels, shadowed)
             check_finite(early.logits, range(len(hidden)))
-            return EarlyExitClassifierOutput(
-                logits=early.logits,
-                exit_layer=torch.tensor(self.exit_layers)[early.exit_index],
-                exit_score=early.score,
-                full_logits=early.full_logits if len(shadowed) else None,
-            )
+            return early_output(early, self.exit_layers)
         exit_logits, scalars = run_all(self.walker, hidden, context, self.num_labels, asks)
         check_finite(exit_logits, range(len(hidden)))
-        depth = torch.full(hidden.shape[:1], self.exit_layers[-1])
-        return EarlyExitClassifierOutput(
-            logits=exit_logits[:, -1],
-            exit_logits=exit_logits,
-            exit_scalars=scalars or None,
-            exit_layer=depth,
-            full_logits=exit_logits[list(shadowed), -1] if len(shadowed) else None,
-        )
+        return full_output(exit_logits, scalars, self.exit_layers[-1], shadowed)
 
     def modules(self) -> tuple[()]:
         """None: nothing here can be in training mode."""

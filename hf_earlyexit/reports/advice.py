@@ -24,7 +24,7 @@ def summary(name: str, judged: Replay, trace: ExitTrace) -> list[str]:
     ]
 
 
-def doubts(name: str, judged: Replay, comparison: Comparison) -> list[str]:
+def doubts(judged: Replay, comparison: Comparison) -> list[str]:
     """Reasons, found in these figures, not to use early exit or not to believe the figures; empty if there are none."""
     trace, sentences = comparison.judging, []
     measure, depth = quality_name(trace.problem_type), trace.exit_layers[-1]

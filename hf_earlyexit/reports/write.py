@@ -92,7 +92,7 @@ def write_report(
         measure=quality_name(trace.problem_type),
         depth=trace.exit_layers[-1],
         summary=summary(name, judged, comparison.judging),
-        doubts=doubts(name, judged, comparison),
+        doubts=doubts(judged, comparison),
         always=ALWAYS,
         mistakes=mistakes,
         dead_layers=[comparison.judging.exit_layers[index] for index in comparison.judging.dead_exits()],

@@ -43,17 +43,6 @@ def _with_numbers(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.remove_columns("label").add_column("label", labels).select_columns(rows.column_names)
 
 
-def require_split(splits: datasets.DatasetDict, name: str, source: str) -> datasets.Dataset:
-    """One split.
-
-    Raises:
-        DataError: naming the splits there are.
-    """
-    if name not in splits:
-        raise DataError(f"{source} has no split {name!r}; it has {', '.join(splits)}.", field="split", value=name)
-    return splits[name]
-
-
 def hold_back(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Shuffled rows, split into those to train on and those to choose thresholds on.
 

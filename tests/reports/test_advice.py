@@ -18,7 +18,7 @@ def comparison():
 
 def found(comparison, **changes):
     judged = dataclasses.replace(comparison.best.judged, **changes)
-    return " ".join(doubts("confidence", judged, comparison))
+    return " ".join(doubts(judged, comparison))
 
 
 def test_a_good_outcome_raises_no_doubt(comparison):
@@ -52,7 +52,7 @@ def test_a_useless_early_exit_is_called_so():
     logits = trace.logits.clone()
     logits[:, :2] = 0.01 * torch.randn(600, 2, 3, generator=torch.Generator().manual_seed(1))
     comparison = compare_policies(ee.ExitTrace(**{**vars(trace), "logits": logits}), max_drop=0.01)
-    assert "saves hardly anything" in " ".join(doubts("x", comparison.best.judged, comparison))
+    assert "saves hardly anything" in " ".join(doubts(comparison.best.judged, comparison))
 
 
 def test_the_summary_tells_the_figures(comparison):
