@@ -29,7 +29,7 @@ from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_earlyexit as ee
-from hf_earlyexit.calibration.generation import curve_of
+from hf_earlyexit.calibration.generation import settings_curve
 from hf_earlyexit.timing import compare_speed
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,7 +157,7 @@ def compare(rules: dict[str, tuple[str, str, str]], known: dict[str, Any], args:
                 progress=False,
             )
             print(f"{rule}\n{result}", flush=True)
-            curve = curve_of(result.settings)
+            curve = settings_curve(result.settings)
             policies = {}
             for target, goal in TARGETS.items():
                 try:

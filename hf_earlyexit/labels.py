@@ -28,8 +28,13 @@ class Labels(NamedTuple):
     problem_type: str
 
 
-def label_problem_type(config: Any, labels: Tensor) -> str:
+def label_problem_type(config: Any, labels: Tensor, name: str = "The batch", column: str = "labels") -> str:
     """What these labels mean, by the stock model's conventions, without writing it into the config.
+
+    Args:
+        config: of the model; `num_labels` and `problem_type` are read.
+        labels: of some rows.
+        name: what the rows are called in errors; column: where the labels stand.
 
     Raises:
         DataError: for class labels where the model has one output and no `problem_type`.
@@ -40,9 +45,9 @@ def label_problem_type(config: Any, labels: Tensor) -> str:
     if config.num_labels == 1:
         if whole:
             raise DataError(
-                "Whole-number labels for a model with one output: set num_labels to the number of classes, or "
+                f"{name} has whole-number labels but the model has one output: set num_labels to the number of classes, or "
                 "problem_type='regression' if they are values.",
-                field="labels",
+                field=column,
             )
         return REGRESSION
     return SINGLE_LABEL if whole else MULTI_LABEL
@@ -117,17 +122,10 @@ def label_numbers(labels: Iterable[Any], label2id: Mapping[str, int], name: str,
 
 
 def _problem_type(tensor: Tensor, config: Any, name: str, column: str) -> str:
+    """As `label_problem_type`, for labels of a shape that goes with it."""
     classes, wide = config.num_labels, tensor.ndim == 2 and tensor.shape[1] > 1
-    if config.problem_type is not None:
-        return str(config.problem_type)
-    if classes == 1:
-        if not tensor.is_floating_point():
-            raise DataError(
-                f"{name} has whole-number labels but the model has one output: set num_labels to the number of classes, or "
-                "problem_type='regression' if they are values.",
-                field=column,
-            )
-        return REGRESSION
+    if config.problem_type is not None or classes == 1:
+        return label_problem_type(config, tensor, name, column)
     if tensor.is_floating_point() and not wide and len(tensor):
         _refuse(
             name,
@@ -144,7 +142,7 @@ def _problem_type(tensor: Tensor, config: Any, name: str, column: str) -> str:
             f"one class number a row. Set problem_type='{MULTI_LABEL}' if a row may have several labels, which takes "
             f"{classes} float values a row; take the place of the 1 if it has one",
         )
-    return MULTI_LABEL if tensor.is_floating_point() else SINGLE_LABEL
+    return label_problem_type(config, tensor, name, column)
 
 
 def _classes(tensor: Tensor, config: Any, name: str, column: str, may_leave_out: bool) -> Tensor:

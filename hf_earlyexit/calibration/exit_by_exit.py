@@ -135,8 +135,8 @@ class _Exit:
             return [0]
         at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
         possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index) & self.has_end
-        found: list[int] = np.flatnonzero(possible)[::-1].tolist()
-        return found
+        blocks: list[int] = np.flatnonzero(possible)[::-1].tolist()
+        return blocks
 
     def _score_of(self, number: int, ends: Array, left: NDArray[np.int16], index: int) -> float:
         """Score of the row that comes at a place, from 1, among those that have reached the exit; -inf beyond the last."""

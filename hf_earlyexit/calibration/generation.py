@@ -117,7 +117,7 @@ class GenerationCalibrationResult(CalibrationResult):
         return "\n".join(head + lines + [f"note: {note}" for note in self.notes])
 
 
-def curve_of(settings: tuple[GenerationSetting, ...]) -> Curve:
+def settings_curve(settings: tuple[GenerationSetting, ...]) -> Curve:
     """The settings as targets read them, the full model first."""
     vectors = [[np.nan if value is None else value for value in one.thresholds] for one in settings]
     columns = ([getattr(one, name) for one in settings] for name in ("mean_cost", "score", "standard_error"))

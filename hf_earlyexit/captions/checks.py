@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model import EarlyExitVisionEncoderDecoder
 
 
-def check_images(images: Any, model: EarlyExitVisionEncoderDecoder, any_size: bool) -> None:
+def check_pixel_values(images: Any, model: EarlyExitVisionEncoderDecoder, any_size: bool) -> None:
     """Refuse what the encoder cannot look at.
 
     Args:

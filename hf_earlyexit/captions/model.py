@@ -14,7 +14,7 @@ from ..families.decoders import DecoderBackbone, cache_name, crossing_backbone, 
 from ..generation.decoding import ExitRun, decode
 from ..generation.token_exits import ModelThatWrites
 from ..modeling.outputs import EarlyExitCaptionerOutput
-from .checks import check_caption_tokens, check_images
+from .checks import check_caption_tokens, check_pixel_values
 from .configuration import EarlyExitVisionEncoderDecoderConfig
 from .labels import decoder_inputs, read_caption_labels
 
@@ -122,7 +122,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
             TrainingError: if no start or padding token is set to make the decoder's inputs from the labels.
         """
         if pixel_values is not None:
-            check_images(pixel_values, self, kwargs.get("interpolate_pos_encoding", False))
+            check_pixel_values(pixel_values, self, kwargs.get("interpolate_pos_encoding", False))
         if labels is not None:
             labels = read_caption_labels(labels, self.config.decoder, pixel_values, decoder_input_ids)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -175,7 +175,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
     def check_inputs(self, inputs: Any, settings: Any, options: dict[str, Any]) -> int:
         images = options.get("pixel_values") if inputs is None else inputs
         if images is not None or options.get("encoder_outputs") is None:
-            check_images(images, self, options.get("interpolate_pos_encoding", False))
+            check_pixel_values(images, self, options.get("interpolate_pos_encoding", False))
         self.check_tokens(settings, options)
         return len(options["encoder_outputs"][0] if images is None else images)
 

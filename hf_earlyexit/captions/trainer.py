@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..modeling.protocol import TorchExitModel
-from ..training.token_trainer import LABELS, TokenTrainer, given_labels
+from ..training.token_trainer import LABELS, TokenTrainer, require_labels
 from .batches import FEATURES
 from .data import CaptionCollator, CaptionRows, check_caption_rows
 from .model import EarlyExitVisionEncoderDecoder
@@ -65,7 +65,7 @@ class EarlyExitCaptioningTrainer(TokenTrainer):
         columns.extend(name for name in (FEATURES, "decoder_position_ids") if name not in columns)
 
     def _truth(self, labels: Tensor | None) -> Tensor:
-        return given_labels(labels)
+        return require_labels(labels)
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in inputs.items() if name != LABELS}

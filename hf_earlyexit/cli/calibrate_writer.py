@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..modeling.protocol import TorchExitWriter
 from .calibrate import MAX_DROP, CalibrateArguments, keep
 from .command_result import CommandResult
-from .texts import Task, task_of
+from .texts import WritingTask, writing_task_of
 
 CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
 
@@ -27,7 +27,7 @@ def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: 
     """
     from ..generation.calibrate import calibrate_generation
 
-    task = task_of(args, model, "validation", CLASSIFIERS_ONLY)
+    task = writing_task_of(args, model, "validation", CLASSIFIERS_ONLY)
     if args.lossless:
         return _calibrate_drafts(args, model, task, options)
     proposals: dict[str, Any] = {} if args.proposals is None else {"proposals": args.proposals}
@@ -49,7 +49,7 @@ def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: 
 
 
 def _calibrate_drafts(
-    args: CalibrateArguments, model: TorchExitWriter, task: Task, options: dict[str, Any]
+    args: CalibrateArguments, model: TorchExitWriter, task: WritingTask, options: dict[str, Any]
 ) -> CommandResult:
     from ..generation.checks import LOSSLESS
     from ..generation.draft_calibration import calibrate_drafts
@@ -65,17 +65,19 @@ def _calibrate_drafts(
             )
     if options:
         raise UsageError("--options go with policies that learn; drafts take a policy by its name.", field="options")
-    found = calibrate_drafts(model, task.prompts, args.policy, **task.parts, batch_size=task.batch_size, **task.generation)
+    calibration = calibrate_drafts(
+        model, task.prompts, args.policy, **task.parts, batch_size=task.batch_size, **task.generation
+    )
     point = args.operating_point or LOSSLESS
-    found.serve(model, point)
+    calibration.serve(model, point)
     save_calibrated(model, args.model)
     values = {
-        "model": args.model, "operating_point": point, "policy": found.policy.to_dict(), "drafts": found.drafts,
-        "texts": found.num_texts, "tokens": found.num_tokens, "expected": asdict(found.expected),
-        "expected_speed_up": found.expected.speed_up, "measured_speed_up": found.measured_speed_up,
-        "costs": found.costs._asdict(),
+        "model": args.model, "operating_point": point, "policy": calibration.policy.to_dict(), "drafts": calibration.drafts,
+        "texts": calibration.num_texts, "tokens": calibration.num_tokens, "expected": asdict(calibration.expected),
+        "expected_speed_up": calibration.expected.speed_up, "measured_speed_up": calibration.measured_speed_up,
+        "costs": calibration.costs._asdict(),
     }  # fmt: skip
-    text = f"{found}\nkept as the operating point {point!r}; next: hf-earlyexit generate {args.model} --lossless true"
-    if not found.policy.may_leave:
+    text = f"{calibration}\nkept as the operating point {point!r}; next: hf-earlyexit generate {args.model} --lossless true"
+    if not calibration.policy.may_leave:
         text += "\nnote: plain decoding is the fastest here, so nothing is drafted"
     return CommandResult(values, text)

@@ -56,7 +56,7 @@ def run(args: EvaluateArguments) -> CommandResult:
     from ..serving.reader import reader_for, reads_images
     from .evaluate_writer import evaluate_writer
     from .loading import load_model_or_writer, reading_parts
-    from .rows import labelled_rows, read_rows
+    from .rows import read_rows, rows_and_labelling
     from .texts import refuse_flags_of_writers, writes
 
     check_whole(1, repeats=args.repeats)
@@ -71,7 +71,7 @@ def run(args: EvaluateArguments) -> CommandResult:
     if model.policy_at(args.operating_point) is None:
         raise UsageError(f"{args.model} has no exit policy; run `hf-earlyexit calibrate` first.", field="model")
     rows = read_rows(args, args.dataset, args.split, "test", reads_images(model))
-    rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+    rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
     parts = reading_parts(args.model, model)
     encoded = reader_for(model, **parts).encode_all(rows)  # once, so that measuring does not tokenize
     encoded = encoded[:] if args.time else encoded  # pictures are opened again and again otherwise: they take much room

@@ -10,7 +10,7 @@ from ..modeling.protocol import TorchExitWriter
 from ..policies.base import ExitPolicy
 from .command_result import CommandResult
 from .evaluate import EvaluateArguments, judgement, measured, timing_words, verdict_on
-from .texts import Task, task_of
+from .texts import WritingTask, writing_task_of
 
 CLASSIFIERS_ONLY = ("metric", "max_batch_tokens", "label_names")
 
@@ -25,7 +25,7 @@ def evaluate_writer(args: EvaluateArguments, model: TorchExitWriter) -> CommandR
     Raises:
         UsageError: for a model without a policy, or flags that do not fit.
     """
-    task = task_of(args, model, "test", CLASSIFIERS_ONLY)
+    task = writing_task_of(args, model, "test", CLASSIFIERS_ONLY)
     point = model.point_of(args.operating_point, args.lossless)
     policy = model.policy_at(point)
     if policy is None:
@@ -47,7 +47,7 @@ def _lossy(
     model: TorchExitWriter,
     batches: list[Any],
     early_policy: ExitPolicy,
-    task: Task,
+    task: WritingTask,
     values: dict[str, Any],
 ) -> dict[str, Callable[[], Any]]:
     """Fill in figures of texts whose tokens leave for good; gives both ways to write them."""
@@ -64,16 +64,16 @@ def _lossy(
     full, early = written(None), written(early_policy)
     tokenizer = task.parts["tokenizer"]
     judge = Judge(model, full, tokenizer, listed_references(task.references, values["rows"], tokenizer), None)
-    found = judge.setting(Proposal("early", early_policy.thresholds, 0.0), early)
+    setting = judge.setting(Proposal("early", early_policy.thresholds, 0.0), early)
     layers = torch.tensor(model.exit_layers, dtype=torch.double)[torch.as_tensor(judge.exits_of(early))]
-    compared = Comparison(found.score, found.score - found.difference, found.standard_error)
+    compared = Comparison(setting.score, setting.score - setting.difference, setting.standard_error)
     values |= {
         "measure": judge.measure,
         "tokens": len(layers),
         "same_texts": _same(full, early),
         **compared._asdict(),
-        "mean_layers": found.mean_layers,
-        "layer_speed_up": found.layer_speed_up,
+        "mean_layers": setting.mean_layers,
+        "layer_speed_up": setting.layer_speed_up,
         "exit_shares": {str(layer): float((layers == layer).double().mean()) for layer in model.exit_layers},
         "target": verdict_on(args, compared, layers, model.exit_layers[-1]),
     }
@@ -81,7 +81,7 @@ def _lossy(
 
 
 def _lossless(
-    model: TorchExitWriter, batches: list[Any], point: str | None, task: Task, values: dict[str, Any]
+    model: TorchExitWriter, batches: list[Any], point: str | None, task: WritingTask, values: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """Fill in figures of drafts; gives both ways to write the texts."""
 

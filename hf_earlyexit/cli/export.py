@@ -69,10 +69,10 @@ def run(args: ExportArguments) -> CommandResult:
     rows = None
     if args.dataset is not None:
         from ..data.labels import Labelling
-        from .rows import labelled_rows, read_rows
+        from .rows import read_rows, rows_and_labelling
 
         rows = read_rows(args, args.dataset, args.split, "validation", images)
-        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
     changed = export_onnx(
         model,
         args.output,

@@ -42,7 +42,7 @@ def located(picture: Any, folder: Path) -> Any:
     return picture
 
 
-def shown(picture: Any) -> str | None:
+def picture_name(picture: Any) -> str | None:
     """The name of a picture for an answer; `None` for one that came from no file."""
     name = picture.get("path") if isinstance(picture, Mapping) else picture
     return name if isinstance(name, str) else None

@@ -61,10 +61,10 @@ def run(args: PushArguments) -> CommandResult:
         from ..data.labels import Labelling
         from ..hub.figures import card_figures
         from ..serving.reader import reads_images
-        from .rows import labelled_rows, read_rows
+        from .rows import read_rows, rows_and_labelling
 
         rows = read_rows(args, args.test_rows, args.test_split, "test", reads_images(model))
-        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
         model = on_device(model, args.device)
         card |= card_figures(model, calibration, rows, **parts, repeats=args.repeats)
     commit = push_to_hub(

@@ -57,11 +57,11 @@ def run(args: ReportArguments) -> CommandResult:
     if args.dataset is not None:
         from ..data.labels import Labelling
         from .pictures import named_pictures
-        from .rows import labelled_rows, read_rows, texts_of
+        from .rows import read_rows, rows_and_labelling, texts_of
 
         images = reads_images(model)
         rows = read_rows(args, args.dataset, args.split, "validation", images)
-        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
         texts, pictures = (None, named_pictures(rows)) if images else (texts_of(rows), None)
     if args.trace is None:
         trace = collect_trace(model, rows, **reading_parts(args.model, model), split=split)

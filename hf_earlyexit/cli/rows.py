@@ -70,7 +70,7 @@ def require_label_column(rows: Dataset, column: str, holds: str) -> None:
         )
 
 
-def labelled_rows(
+def rows_and_labelling(
     args: RowArguments, rows: Dataset, labelling: Labelling | None = None, problem_type: str | None = None
 ) -> tuple[Dataset, Labelling]:
     """Rows whose labels are numbers under "label", and what these mean.
@@ -158,7 +158,7 @@ def collected(args: Any, model: ExitModel, parts: dict[str, Any], labelled: bool
     """
     rows = read_rows(args, args.dataset, args.split, "validation", reads_images(model))
     if labelled:
-        rows, _ = labelled_rows(args, rows, Labelling.of_model(model.config))
+        rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
     return collect_trace(model, rows, **parts, labelled=labelled, split=args.split or "validation")
 
 

@@ -22,7 +22,7 @@ BATCH = 8
 WRITERS_ONLY = ("lossless", "chat", "max_new_tokens", "batch_size")
 
 
-class Task(NamedTuple):
+class WritingTask(NamedTuple):
     """What a model that writes is given by a command.
 
     Attributes:
@@ -111,7 +111,7 @@ def refuse_flags_of_writers(args: Any, more: Sequence[str] = ()) -> None:
     refuse(args, (*WRITERS_ONLY, *more), "captioners and language models, and this is a classifier")
 
 
-def task_of(args: Any, model: TorchExitWriter, default: str, of_classifiers: Sequence[str]) -> Task:
+def writing_task_of(args: Any, model: TorchExitWriter, default: str, of_classifiers: Sequence[str]) -> WritingTask:
     """Read what a captioner or language model is to write on from.
 
     Args:
@@ -144,7 +144,7 @@ def task_of(args: Any, model: TorchExitWriter, default: str, of_classifiers: Seq
         generation["max_new_tokens"] = args.max_new_tokens
     references = None if args.label_column is None else _references(rows, args.label_column)
     parts = reading_parts(args.model, model) if speaks else load_input_parts(args.model)
-    return Task(prompts, references, parts, generation, args.batch_size or BATCH)
+    return WritingTask(prompts, references, parts, generation, args.batch_size or BATCH)
 
 
 def _references(rows: Dataset, column: str) -> list[Any]:

@@ -136,7 +136,7 @@ def prepare(
     from ..problem_types import MULTI_LABEL
     from ..training.data import encode, hold_back, with_ids
     from .loading import reading_parts
-    from .rows import labelled_rows, read_rows
+    from .rows import read_rows, rows_and_labelling
 
     task = checkpoint_task(args.model)
     if task == WRITING:
@@ -149,11 +149,11 @@ def prepare(
     train = read_rows(args, args.dataset, args.train_split, images=images)
     if id_column is not None:
         train = with_ids(train, id_column)
-    train, labelling = labelled_rows(args, train, problem_type=args.problem_type)
+    train, labelling = rows_and_labelling(args, train, problem_type=args.problem_type)
     if args.held_back.replace(".", "", 1).isdigit():
         train, held = hold_back(train, float(args.held_back), seed)
     else:
-        held, _ = labelled_rows(args, read_rows(args, args.dataset, args.held_back, images=images), labelling)
+        held, _ = rows_and_labelling(args, read_rows(args, args.dataset, args.held_back, images=images), labelling)
     for note in labelling.notes:
         warn(note)
     set_seed(seed)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..calibration.generation import FULL, GenerationCalibrationResult, curve_of
+from ..calibration.generation import FULL, GenerationCalibrationResult, settings_curve
 from ..calibration.notes import on_drop
 from ..calibration.proposals import Proposal, propose
 from ..calibration.replay import ExitReport
@@ -28,7 +28,7 @@ from ..values import check_whole
 from .checks import check_generation, generation_settings
 from .judge import Judge, TextMetric, listed_references
 from .token_exits import ModelThatWrites
-from .token_trace import TokenLessons, TokenTrace, Written, token_trace, write
+from .token_trace import TokenTrace, TracedTokens, Written, token_trace, write
 
 NOT_HERE = {
     "decoder_input_ids": "images come as rows, captions start afresh",
@@ -128,7 +128,7 @@ def calibrate_generation(
         tried = [(Proposal(FULL, rule.thresholds, deep), full)]
         tried += [(one, writer.write(prompts, rule.with_thresholds(one.thresholds))) for one in candidates]
     settings = tuple(judge.setting(*one) for one in tried)
-    chosen = target.pick(curve_of(settings))
+    chosen = target.pick(settings_curve(settings))
     best, rule = settings[chosen], rule.with_thresholds(settings[chosen].thresholds)
     return GenerationCalibrationResult(
         policy=rule,
@@ -264,7 +264,7 @@ def _make_policy(
     trace = None
     if learners:
         trace = token_trace(model, zip(writer.batches(learners), writer.write(learners, None), strict=True))
-    return POLICIES.get(policy).from_trace(TokenLessons(model, trace), **(options or {}))
+    return POLICIES.get(policy).from_trace(TracedTokens(model, trace), **(options or {}))
 
 
 def _reports(policy: ExitPolicy, trace: TokenTrace, exits: np.ndarray, layers: tuple[int, ...]) -> tuple[ExitReport, ...]:

@@ -87,14 +87,14 @@ class CrossedCache(EncoderDecoderCache):
 
     Args:
         cache: that is viewed.
-        own: stands in for its self attention.
+        attended: stands in for its self attention.
     """
 
     cross_attention_cache: CrossEntries  # type: ignore[assignment]
 
-    def __init__(self, cache: EncoderDecoderCache, own: Any) -> None:
+    def __init__(self, cache: EncoderDecoderCache, attended: Any) -> None:
         self.is_updated = cache.is_updated
-        self.self_attention_cache = own
+        self.self_attention_cache = attended
         self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
 
 

@@ -41,7 +41,7 @@ class TokenTrace(NamedTuple):
         return (self.words == self.words[:, -1:]).float()
 
 
-class TokenLessons:
+class TracedTokens:
     """What a policy may learn its own numbers from; stands in for an `ExitTrace`.
 
     Args:

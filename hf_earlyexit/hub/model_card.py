@@ -34,7 +34,7 @@ METRICS = {SINGLE_LABEL: ["accuracy"], REGRESSION: ["mse"]}
 MOST_LABELS = 20
 
 
-class Kind(NamedTuple):
+class CardKind(NamedTuple):
     """What a card calls things.
 
     Attributes:
@@ -58,9 +58,9 @@ class Kind(NamedTuple):
     measure: str | None = None
 
 
-CLASSIFIER = Kind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
-IMAGE_CLASSIFIER = Kind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
-CAPTIONER = Kind(
+CLASSIFIER = CardKind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
+IMAGE_CLASSIFIER = CardKind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
+CAPTIONER = CardKind(
     CAPTIONING, "image-text-to-text", "about_captioner.md", "Captioner", "token", "pictures", "one.jpg", "token accuracy"
 )
 
@@ -177,7 +177,7 @@ def model_card_files(
     return files
 
 
-def _kind_of(config: Any) -> Kind:
+def _kind_of(config: Any) -> CardKind:
     """What a model's card calls things, by the Auto class that loads it."""
     autos = getattr(config, "auto_models", ())
     if "AutoModelForImageTextToText" in autos:
@@ -244,14 +244,14 @@ def _plots(
     if find_spec("matplotlib") is None:
         logger.warning_once("The card has no plots: they need matplotlib. Run `pip install 'hf_earlyexit[report]'`.")
         return {}
-    from ..plots.figures import Line, Mark, exit_shares_svg, pareto_svg
+    from ..plots.figures import Mark, PlotLine, exit_shares_svg, pareto_svg
 
     lines: dict[tuple[str, tuple[tuple[float, float], ...]], list[str]] = {}
     for name, result in calibration.items():
         points = tuple(sorted((cost, quality) for cost, quality, _ in result.curve))
         lines.setdefault((result.policy.name, points), []).append(name)
     drawn = [
-        Line(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points], "bold")
+        PlotLine(f"{policy} ({', '.join(names)})", [cost for cost, _ in points], [quality for _, quality in points], "bold")
         for (policy, points), names in lines.items()
     ]
     shown = [Mark(name, result.mean_cost, result.quality, result.standard_error) for name, result in calibration.items()]

@@ -318,8 +318,8 @@ def _run(
     session: ort.InferenceSession, states: dict[str, Tensor], context: Context, wanted: list[str] | None = None
 ) -> list[np.ndarray]:
     given = states if context.tokens is None else {**states, TOKENS: context.tokens}
-    found: list[np.ndarray] = session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
-    return found
+    outputs: list[np.ndarray] = session.run(wanted, {name: values.contiguous().numpy() for name, values in given.items()})
+    return outputs
 
 
 def _context(tokens: Tensor | None) -> Context:

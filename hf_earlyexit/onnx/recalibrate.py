@@ -16,7 +16,7 @@ from ..trace import ExitTrace
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PolicyFigures:
     """What a policy does on the calibration rows: quality, mean layers per row, thresholds."""
 
     quality: float
@@ -25,7 +25,7 @@ class Outcome:
     thresholds: tuple[float | None, ...]
 
     @classmethod
-    def of(cls, policy: ExitPolicy, trace: ExitTrace) -> Outcome:
+    def of(cls, policy: ExitPolicy, trace: ExitTrace) -> PolicyFigures:
         """Replay a policy."""
         done = replay(policy, trace)
         return cls(done.quality, done.full_quality, done.mean_layers, policy.thresholds)
@@ -42,9 +42,9 @@ class Recalibration:
     """
 
     result: CalibrationResult
-    before: Outcome
-    unchanged: Outcome
-    after: Outcome
+    before: PolicyFigures
+    unchanged: PolicyFigures
+    after: PolicyFigures
     num_rows: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def recalibrate(
     else:
         result = calibrate(trace, policy, target, per_exit=several, keep_weak_exits=kept)
     small.set_exit_policy(result)
-    outcomes = (Outcome.of(policy, before), Outcome.of(policy, trace), Outcome.of(result.policy, trace))
+    outcomes = (PolicyFigures.of(policy, before), PolicyFigures.of(policy, trace), PolicyFigures.of(result.policy, trace))
     return Recalibration(result, *outcomes, num_rows=trace.num_rows)
 
 

@@ -28,7 +28,7 @@ from .writing import EarlyExitTextGenerationPipeline
 LOADERS = {"tokenizer": "AutoTokenizer", "image_processor": "AutoImageProcessor"}
 
 
-class Kind(NamedTuple):
+class PipelineKind(NamedTuple):
     """A task's pipeline, the Auto class of its models, and what makes its inputs."""
 
     pipeline: type[Pipeline]
@@ -37,10 +37,10 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    TEXT: Kind(EarlyExitTextClassificationPipeline, TASKS[TEXT].auto_model, ("tokenizer",)),
-    IMAGE: Kind(EarlyExitImageClassificationPipeline, TASKS[IMAGE].auto_model, ("image_processor",)),
-    CAPTIONING: Kind(EarlyExitCaptioningPipeline, "AutoModelForImageTextToText", ("tokenizer", "image_processor")),
-    WRITING: Kind(EarlyExitTextGenerationPipeline, "AutoModelForCausalLM", ("tokenizer",)),
+    TEXT: PipelineKind(EarlyExitTextClassificationPipeline, TASKS[TEXT].auto_model, ("tokenizer",)),
+    IMAGE: PipelineKind(EarlyExitImageClassificationPipeline, TASKS[IMAGE].auto_model, ("image_processor",)),
+    CAPTIONING: PipelineKind(EarlyExitCaptioningPipeline, "AutoModelForImageTextToText", ("tokenizer", "image_processor")),
+    WRITING: PipelineKind(EarlyExitTextGenerationPipeline, "AutoModelForCausalLM", ("tokenizer",)),
 }
 
 
@@ -111,7 +111,7 @@ def pipeline(
     return pipe
 
 
-def _check_task(name: str | PathLike[str], kind: Kind) -> None:
+def _check_task(name: str | PathLike[str], kind: PipelineKind) -> None:
     """Refuse a folder whose model is for another task; what cannot be read is told of when it is loaded."""
     if not Path(name).is_dir():
         return
@@ -125,7 +125,7 @@ def _check_task(name: str | PathLike[str], kind: Kind) -> None:
         raise UsageError(f"{name} holds an {config.door}, which is for another task.", field="task", value=config.door)
 
 
-def _check_parts(folder: Path, kind: Kind, given: dict[str, Any], error: Exception) -> None:
+def _check_parts(folder: Path, kind: PipelineKind, given: dict[str, Any], error: Exception) -> None:
     """Load the parts of a folder one by one, to tell which of them is damaged.
 
     Raises:

@@ -19,7 +19,7 @@ SHARES_WIDTH = 4.4
 FEWEST = 0.01  # share of rows below which the quality of leavers is not drawn
 
 
-class Line(NamedTuple):
+class PlotLine(NamedTuple):
     """Settings of one policy, or of several that do the same: mean layers and quality of each, in order of layers.
 
     `look` is "dots" for the yardstick, "bold" for the policy the text is about, "plain" for all others. `error`, a standard
@@ -42,7 +42,7 @@ class Mark(NamedTuple):
     error: float | None = None
 
 
-def pareto_svg(lines: Sequence[Line], marks: Sequence[Mark], full: Mark, measure: str) -> str:
+def pareto_svg(lines: Sequence[PlotLine], marks: Sequence[Mark], full: Mark, measure: str) -> str:
     """Quality against mean layers. All names are in the legend below, so that none covers a curve or another name.
 
     Args:

@@ -7,7 +7,7 @@ import math
 from ..calibration.replay import Replay
 from ..problem_types import quality_name
 from ..trace import ExitTrace
-from .compare import STATIC, Comparison
+from .compare import STATIC, PolicyComparison
 
 HARDLY_ANYTHING = 0.1  # share of layers saved below which the machinery is not worth its keep
 
@@ -24,7 +24,7 @@ def summary(name: str, judged: Replay, trace: ExitTrace) -> list[str]:
     ]
 
 
-def doubts(judged: Replay, comparison: Comparison) -> list[str]:
+def doubts(judged: Replay, comparison: PolicyComparison) -> list[str]:
     """Reasons, found in these figures, not to use early exit or not to believe the figures; empty if there are none."""
     trace, sentences = comparison.judging, []
     measure, depth = quality_name(trace.problem_type), trace.exit_layers[-1]

@@ -41,7 +41,7 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class PolicyComparison:
     """All policies that could be compared.
 
     Attributes:
@@ -75,7 +75,7 @@ class Comparison:
         )
 
 
-def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) -> Comparison:
+def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) -> PolicyComparison:
     """Calibrate every registered policy on one half of the rows and judge it on the other.
 
     Args:
@@ -112,7 +112,7 @@ def compare_policies(trace: ExitTrace, max_drop: float = 0.01, seed: int = 0) ->
         )
     if not contenders:
         raise DataError(f"No policy can serve these rows: {next(iter(left_out.values()))}", field="trace")
-    return Comparison(
+    return PolicyComparison(
         contenders=contenders,
         left_out=left_out,
         judging=judging,

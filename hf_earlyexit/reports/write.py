@@ -15,13 +15,13 @@ from ..calibration.replay import Replay, replay
 from ..errors import DataError
 from ..images import embedded
 from ..metrics import f1_name, memorized_layer, reliability, uneven_classes
-from ..plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
+from ..plots.figures import Mark, PlotLine, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from ..plots.style import with_page_colours
 from ..policies.base import ExitPolicy
 from ..problem_types import SINGLE_LABEL, quality_name
 from ..trace import ExitTrace
 from .advice import ALWAYS, doubts, summary
-from .compare import STATIC, Comparison, Contender, compare_policies
+from .compare import STATIC, Contender, PolicyComparison, compare_policies
 from .mistakes import Mistakes, find_mistakes
 from .page import write_page
 
@@ -42,7 +42,7 @@ def write_report(
     max_drop: float = 0.01,
     seed: int = 0,
     most_mistakes: int = 20,
-) -> Comparison:
+) -> PolicyComparison:
     """Compare all policies on the rows of a trace and write the outcome as one HTML file without scripts or links.
 
     Each policy learns its numbers and thresholds on one half of the rows; every figure is from the other half.
@@ -126,7 +126,7 @@ def _check(trace: ExitTrace, policy: ExitPolicy | None, label_names: Any, texts:
         )
 
 
-def _thumbnails(pictures: Sequence[Any], comparison: Comparison, mistakes: Mistakes) -> dict[int, str]:
+def _thumbnails(pictures: Sequence[Any], comparison: PolicyComparison, mistakes: Mistakes) -> dict[int, str]:
     """The pictures of rows that are shown, by place among the judging rows."""
     places = comparison.judging_rows.tolist()
     return {one.row: embedded(pictures[places[one.row]], THUMBNAIL) for one in mistakes.worst}
@@ -136,7 +136,7 @@ def _text(text: str | tuple[str, str]) -> str:
     return text if isinstance(text, str) else " | ".join(text)
 
 
-def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any]:
+def _figures(name: str, judged: Replay, comparison: PolicyComparison) -> dict[str, Any]:
     judging = comparison.judging
     measure, layers = quality_name(judging.problem_type), judging.exit_layers
     lines = _lines(comparison, name)
@@ -170,7 +170,7 @@ def _figures(name: str, judged: Replay, comparison: Comparison) -> dict[str, Any
     }
 
 
-def _lines(comparison: Comparison, name: str) -> list[Line]:
+def _lines(comparison: PolicyComparison, name: str) -> list[PlotLine]:
     """One line for each curve; policies whose curves nobody could tell apart share one."""
     depth = np.linspace(1, comparison.judging.exit_layers[-1], 60)
     groups: list[tuple[np.ndarray, list[Contender]]] = []
@@ -188,7 +188,7 @@ def _lines(comparison: Comparison, name: str) -> list[Line]:
         look = "dots" if names == [STATIC] else "bold" if name in names else "plain"
         shown = next((one for one in members if one.name == name), members[0])
         layers, quality, error = (part[::-1].tolist() for part in shown.curve[1:])
-        lines.append(Line(", ".join(names), layers, quality, look, error))
+        lines.append(PlotLine(", ".join(names), layers, quality, look, error))
     return lines
 
 

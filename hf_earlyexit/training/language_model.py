@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..generation.language_model import EarlyExitLanguageModel
 from ..labels import LEFT_OUT
 from ..values import check_whole, is_whole, shown
-from .token_trainer import LABELS, TokenTrainer, given_labels
+from .token_trainer import LABELS, TokenTrainer, require_labels
 
 IDS, MASK = "input_ids", "attention_mask"
 
@@ -57,7 +57,7 @@ class EarlyExitLanguageModelTrainer(TokenTrainer):
         check_token_rows(rows, name, self.exit_model.config.vocab_size)
 
     def _truth(self, labels: Tensor | None) -> Tensor:
-        return functional.pad(given_labels(labels), (0, 1), value=LEFT_OUT)[:, 1:]
+        return functional.pad(require_labels(labels), (0, 1), value=LEFT_OUT)[:, 1:]
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name != LABELS}

@@ -154,7 +154,7 @@ class TokenTrainer(EarlyExitTrainer):
         return EvalLoopOutput(None, None, metrics, output.num_samples)  # type: ignore[arg-type]
 
 
-def given_labels(labels: Tensor | None) -> Tensor:
+def require_labels(labels: Tensor | None) -> Tensor:
     """The labels of a batch.
 
     Raises:

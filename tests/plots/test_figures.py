@@ -9,14 +9,14 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.text import Text
 
 from hf_earlyexit.metrics import Reliability
-from hf_earlyexit.plots.figures import Line, Mark, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
+from hf_earlyexit.plots.figures import Mark, PlotLine, exit_quality_svg, exit_shares_svg, pareto_svg, reliability_svg
 from hf_earlyexit.plots.style import COLOURS, SERIES, with_page_colours
 
 HOSTILE = '$\\frac{x}$ <script>alert(1)</script> "&'
 
 
 def figures():
-    lines = [Line(HOSTILE, (1, 2, 3), (0.5, 0.7, 0.8), "bold"), Line("static", (1, 3), (0.4, 0.8), "dots")]
+    lines = [PlotLine(HOSTILE, (1, 2, 3), (0.5, 0.7, 0.8), "bold"), PlotLine("static", (1, 3), (0.4, 0.8), "dots")]
     yield pareto_svg(lines, [Mark("a", 2, 0.7)], Mark("full model", 3, 0.8), "accuracy")
     yield exit_shares_svg({HOSTILE: (0.25, 0.75), "b": (1.0, 0.0)}, (2, 4))
     yield exit_quality_svg((2, 4), (0.5, 0.9), (None, 0.9), (0.0, 1.0), "accuracy")
@@ -56,7 +56,7 @@ CROWDED = ["confidence, entropy, margin", "beem-calibrated", "reward", "balanced
 
 def test_no_text_covers_another_or_a_curve(drawn):
     places = [(4 + 0.01 * number, 0.9 + 0.0001 * number) for number in range(len(CROWDED))]  # as close as can be
-    lines = [Line(name, (1, 4, 12), (0.6, 0.9, 0.91), "bold", (0.01, 0.01, 0.0)) for name in CROWDED]
+    lines = [PlotLine(name, (1, 4, 12), (0.6, 0.9, 0.91), "bold", (0.01, 0.01, 0.0)) for name in CROWDED]
     pareto_svg(lines, [Mark(name, *place, 0.01) for name, place in zip(CROWDED, places, strict=True)],
                Mark("full model", 12, 0.91), "accuracy")  # fmt: skip
     exit_shares_svg({name: [1 / 12] * 12 for name in CROWDED}, range(1, 13))
@@ -74,7 +74,7 @@ def test_no_text_covers_another_or_a_curve(drawn):
 
 
 def test_the_bold_line_has_a_band_of_its_errors(drawn):
-    line = Line("a", (1, 2, 3), (0.5, 0.7, 0.8), "bold", (0.1, 0.05, 0.0))
+    line = PlotLine("a", (1, 2, 3), (0.5, 0.7, 0.8), "bold", (0.1, 0.05, 0.0))
     pareto_svg([line, line._replace(name="b", look="plain")], [Mark("m", 2, 0.7, 0.05)], Mark("full", 3, 0.8), "accuracy")
     (band,) = [part for part in drawn[0].axes[0].collections if isinstance(part, PolyCollection)]
     corners = {(round(x, 6), round(y, 6)) for x, y in band.get_paths()[0].vertices}
