@@ -17,7 +17,7 @@ from .errors import CheckpointError, DataError
 from .files import read_tensors, write_tensors
 from .problem_types import PROBLEM_TYPES, SINGLE_LABEL, majority_quality, row_quality
 from .signals import SIGNALS, ExitSignal
-from .values import check_layers, is_real, plain, shown
+from .values import check_choice, check_layers, is_real, plain, shown
 
 FORMAT = "hf_earlyexit.trace/1"
 SCALAR = "scalars."  # before the names of signals in a file
@@ -160,12 +160,7 @@ def dead_exits(quality: Tensor, labels: Tensor, problem_type: str, sigmas: float
 
 def _check_plain(trace: ExitTrace) -> None:
     """Refuse fields beside the tensors that cannot be."""
-    if trace.problem_type not in PROBLEM_TYPES:
-        raise DataError(
-            f"problem_type is {trace.problem_type!r}; expected one of {', '.join(PROBLEM_TYPES)}.",
-            field="problem_type",
-            value=trace.problem_type,
-        )
+    check_choice(PROBLEM_TYPES, error=DataError, problem_type=trace.problem_type)
     layers = trace.exit_layers
     check_layers(layers, DataError)
     cost = trace.cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -76,6 +77,18 @@ def check_real(
         if not is_real(value, lowest, highest):
             most = "" if highest == math.inf else f" to {highest:g}"
             raise unexpected(name, value, f"a finite number from {lowest:g}{most}", error)
+
+
+def check_choice(choices: Iterable[str], /, error: type[EarlyExitError] = UsageError, **words: Any) -> None:
+    """Refuse what is none of several words.
+
+    Raises:
+        EarlyExitError: of the kind that is named, naming the first.
+    """
+    known = tuple(choices)
+    for name, value in words.items():
+        if not isinstance(value, str) or value not in known:
+            raise unexpected(name, value, f"one of {', '.join(known)}", error)
 
 
 def plain(value: Any) -> Any:

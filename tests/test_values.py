@@ -14,6 +14,7 @@ from hf_earlyexit.values import (
     DEEPEST,
     MOST_BYTES,
     are_layers,
+    check_choice,
     check_real,
     check_whole,
     is_real,
@@ -103,6 +104,15 @@ def test_a_number_out_of_its_range_is_refused_by_name_and_kind(check, kind, expe
             check(first=2, second=wrong)
         assert (caught.value.field, caught.value.value) == ("second", wrong)
         assert str(caught.value) == f"second is {shown(wrong)}; expected {expected}."
+
+
+def test_a_word_that_is_none_of_several_is_refused_by_name_and_kind():
+    check_choice({"sum": 1, "max": 2}, error=DataError, normalize="sum", other="max")
+    for wrong in ("mean", None, 1, ["sum"]):
+        with pytest.raises(DataError) as caught:
+            check_choice({"sum": 1, "max": 2}, error=DataError, normalize="sum", other=wrong)
+        assert str(caught.value) == f"other is {wrong!r}; expected one of sum, max."
+        assert (caught.value.field, caught.value.value) == ("other", wrong)
 
 
 @pytest.mark.parametrize("value", [HUGE, -HUGE, 2**60, math.inf])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
-from ..values import is_real, shown
+from ..values import check_choice, is_real, shown
 from .along import LossesAlong
 from .evidence import fallback, fixed_sequence, holm, least_rows
 from .promise import GroupEvidence, Promise
@@ -71,9 +71,8 @@ class Certified(Target):
             if not is_real(value, low, high) or value in (0, high):
                 reach = f"from {low:g} up to, not including, {high:g}" if low else "between 0 and 1, both excluded"
                 raise CalibrationError(f"{field} is {value!r}; expected a number {reach}.", field=field, value=value)
-        for field, word, known in (("risk", self.risk, RISKS), ("procedure", self.procedure, PROCEDURES)):
-            if word not in known:
-                raise CalibrationError(f"{field} is {word!r}; expected one of {', '.join(known)}.", field=field, value=word)
+        check_choice(RISKS, error=CalibrationError, risk=self.risk)
+        check_choice(PROCEDURES, error=CalibrationError, procedure=self.procedure)
         if self.bound is not None and (not is_real(self.bound, 0) or self.bound == 0):
             raise CalibrationError(
                 f"bound is {shown(self.bound)}; expected a finite number above 0.", field="bound", value=self.bound

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..problem_types import REGRESSION, predictions
 from ..trace import ExitTrace
+from ..values import check_choice
 from .evidence import betting_p, binomial_p
 from .quality import Metric
 from .search import Array
@@ -108,8 +109,7 @@ def losses_of(risk: str, trace: ExitTrace, answers: Tensor, metric: Metric, boun
     Raises:
         CalibrationError: for an unknown risk, or one that does not fit the rows.
     """
-    if risk not in RISKS:
-        raise CalibrationError(f"risk is {risk!r}; expected one of {', '.join(RISKS)}.", field="risk", value=risk)
+    check_choice(RISKS, error=CalibrationError, risk=risk)
     if risk == DISAGREEMENT:
         if trace.problem_type == REGRESSION:
             raise CalibrationError("Values hardly ever agree exactly; certify risk='drop' with a bound.", field="risk")

@@ -11,12 +11,10 @@ Of a language model each token counts for itself, and there is no trace.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import TRACE_FILE
 from .command_result import CommandResult
-from .train import TrainArguments, checkpoint, prepare, settings
+from .train import TrainArguments, checkpoint, prepare, save_held_back, settings
 
 if TYPE_CHECKING:
     from ..training import ConsistentTrainingArguments
@@ -45,9 +43,7 @@ def more_arguments() -> tuple[type, ...]:
 
 def run(args: TrainArguments, gates: GateArguments, training: ConsistentTrainingArguments) -> CommandResult:
     """Train in phases, save, trace."""
-    from ..serving.collect import collect_trace
     from ..training import ConsistentTrainer
-    from .texts import writes
 
     model, parts, train, held = prepare(
         args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
@@ -57,10 +53,7 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
         trainer = ConsistentTrainer(model, training, train, held, processing_class=processing)
     log = trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint) is True)
     trainer.save_model()
-    trace = None
-    if not writes(model):
-        trace = str(Path(str(training.output_dir)) / TRACE_FILE)
-        collect_trace(model, held, **parts).save(trace)
+    trace = save_held_back(model, held, parts, training.output_dir)
     lines, phases = [], []
     for phase in trainer.phases:
         log_entry = [entry for entry in log if entry["phase"] == phase.folder][-1]

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..images import SUFFIXES
 from ..serving.tables import PIXELS, text_columns
 from .arguments import FileArguments
-from .pictures import COLUMN, check_columns, folder_of, located, picture_column, picture_name, undecoded
+from .pictures import COLUMN, check_columns, folder_of, located, picture_column, picture_file, undecoded
 from .rows import reading
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ class Incoming:
         """What an answer keeps of its row: of a picture the name."""
         if self.folder is None:
             return row
-        return {name: picture_name(value) if name in self.text_columns else value for name, value in row.items()}
+        return {name: picture_file(value) if name in self.text_columns else value for name, value in row.items()}
 
 
 def incoming(args: FileArguments, place: str, split: str | None, images: bool = False) -> Incoming:

@@ -42,8 +42,8 @@ def located(picture: Any, folder: Path) -> Any:
     return picture
 
 
-def picture_name(picture: Any) -> str | None:
-    """The name of a picture for an answer; `None` for one that came from no file."""
+def picture_file(picture: Any) -> str | None:
+    """The file that a picture came from, as it was named; `None` for one that came from none."""
     name = picture.get("path") if isinstance(picture, Mapping) else picture
     return name if isinstance(name, str) else None
 

@@ -75,7 +75,6 @@ def more_arguments() -> tuple[type, ...]:
 
 def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> CommandResult:
     """Train, save, trace."""
-    from ..serving.collect import collect_trace
     from ..training import EarlyExitLanguageModelTrainer, EarlyExitTrainer
     from .texts import writes
 
@@ -86,10 +85,7 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> CommandRe
         trainer = kind(model, training, train_dataset=train, eval_dataset=held, processing_class=processing)
     trainer.train(resume_from_checkpoint=checkpoint(training.resume_from_checkpoint))
     trainer.save_model()
-    trace = None
-    if not writes(model):
-        trace = str(Path(str(training.output_dir)) / TRACE_FILE)
-        collect_trace(model, held, **parts).save(trace)
+    trace = save_held_back(model, held, parts, training.output_dir)
     metrics = trainer.evaluate()
     by_layer = sorted((key for key in metrics if "_exit_" in key), key=lambda key: int(key.split("_")[2]))
     lines = [f"{name.removeprefix('eval_'):20s} {metrics[name]:.4f}" for name in by_layer]
@@ -114,6 +110,28 @@ def checkpoint(given: str | bool | None) -> str | bool | None:
     """What `--resume_from_checkpoint` means: true for the newest, false for none, or a folder."""
     words = {"true": True, "false": False}
     return words.get(given.lower(), given) if isinstance(given, str) else given
+
+
+def save_held_back(model: Any, held: Dataset, parts: dict[str, Any], folder: str | None) -> str | None:
+    """Write what every exit says of the rows that are held back, for `calibrate`; nothing of a model that writes.
+
+    Args:
+        model: that has been trained.
+        held: the rows.
+        parts: what reads them, by name.
+        folder: where the model was saved.
+
+    Returns:
+        The file.
+    """
+    from ..serving.collect import collect_trace
+    from .texts import writes
+
+    if writes(model):
+        return None
+    trace = str(Path(str(folder)) / TRACE_FILE)
+    collect_trace(model, held, **parts).save(trace)
+    return trace
 
 
 def prepare(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError, UsageError
 from ..problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
-from ..values import unexpected
+from ..values import check_choice
 
 WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)")
 MOST_CLASSES_ALONE = 20  # names that each stand in one row only; more of them are no classes but texts or ids
@@ -77,8 +77,8 @@ def learn_labelling(
     Raises:
         DataError: for rows without a label and labels that cannot be told; it says how to tell them.
     """
-    if problem_type is not None and problem_type not in PROBLEM_TYPES:
-        raise unexpected("problem_type", problem_type, f"one of {', '.join(PROBLEM_TYPES)}")
+    if problem_type is not None:
+        check_choice(PROBLEM_TYPES, problem_type=problem_type)
     values = _checked(labels, column)
     if problem_type == REGRESSION:
         _as_values(values, column)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..errors import TrainingError
 from ..registry import Registry
-from ..values import check_real, is_whole
+from ..values import check_choice, check_real, is_whole
 
 SATURATION = 30.0  # gate logits are cut here: a probability of leaving is never closer to 0 or 1 than 1e-13
 ACTIONS = ("sample", "argmax")
@@ -79,10 +79,7 @@ class ConsistentObjective:
                 field="rollouts",
                 value=self.rollouts,
             )
-        if self.action not in ACTIONS:
-            raise TrainingError(
-                f"action is {self.action!r}; expected one of {', '.join(ACTIONS)}.", field="action", value=self.action
-            )
+        check_choice(ACTIONS, error=TrainingError, action=self.action)
 
     @property
     def draws(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..citations import BEEM
 from ..errors import TrainingError
 from ..problem_types import MULTI_LABEL, REGRESSION
-from ..values import check_real
+from ..values import check_choice, check_real
 from .base import OBJECTIVES, LabelLosses, Objective, label_losses
 
 DIRECTIONS = ("exit-to-last", "last-to-exit")
@@ -41,12 +41,7 @@ class DistillationObjective(Objective):
         super().__post_init__()
         check_real(1e-3, error=TrainingError, temperature=self.temperature)
         check_real(0, error=TrainingError, strength=self.strength)
-        if self.direction not in DIRECTIONS:
-            raise TrainingError(
-                f"direction is {self.direction!r}; expected one of {', '.join(DIRECTIONS)}.",
-                field="direction",
-                value=self.direction,
-            )
+        check_choice(DIRECTIONS, error=TrainingError, direction=self.direction)
 
     def exit_losses(
         self, exit_logits: Tensor, labels: Tensor, problem_type: str, label_losses: LabelLosses = label_losses

@@ -145,7 +145,7 @@ def check_certificates(model: TorchExitModel, path: Any, drop_uncertified: bool)
         return
     fingerprint, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
     for point, policy, certificate in certified:
-        named = "exit policy" if point is None else f"operating point {point!r}"
+        named = _named(point)
         if policy is None or policy_fingerprint(policy) != certificate["policy"]:
             if policy is not None:
                 logger.warning(f"The {named} of {path} is not the one that was calibrated; it is used without certificate.")
@@ -183,10 +183,15 @@ def drop_promises_of_other_dtypes(config: Any, dtype: str) -> None:
             _drop_promise(point, certificate)
 
 
+def _named(point: str | None) -> str:
+    """An operating point in words; `None` is the default policy."""
+    return "exit policy" if point is None else f"operating point {point!r}"
+
+
 def _drop_promise(point: str | None, certificate: dict[str, Any]) -> None:
     if certificate.get("promise") is None:
         return
-    named = "exit policy" if point is None else f"operating point {point!r}"
+    named = _named(point)
     logger.warning(f"What was promised of the {named} held in {certificate['dtype']} only, and is left out.")
     certificate.update(_summed({**certificate, "promise": None}))
 

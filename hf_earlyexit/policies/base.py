@@ -18,7 +18,7 @@ from ..errors import PolicyError
 from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
-from ..values import DEEPEST, check_layers, check_real, is_whole, plain, shown
+from ..values import DEEPEST, check_choice, check_layers, check_real, is_whole, plain, shown
 from .scanning import Scan, scan
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
@@ -213,12 +213,7 @@ class ExitPolicy(ABC):
 
     @classmethod
     def _require_serves(cls, problem_type: str) -> None:
-        if problem_type not in PROBLEM_TYPES:
-            raise PolicyError(
-                f"problem_type is {shown(problem_type)}; expected one of {', '.join(PROBLEM_TYPES)}.",
-                field="problem_type",
-                value=problem_type,
-            )
+        check_choice(PROBLEM_TYPES, error=PolicyError, problem_type=problem_type)
         if problem_type not in cls.problem_types:
             able = [name for name in POLICIES.names() if problem_type in POLICIES.get(name).problem_types]
             raise PolicyError(

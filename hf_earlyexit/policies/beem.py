@@ -14,7 +14,7 @@ from ..citations import BEEM
 from ..errors import PolicyError
 from ..problem_types import MULTI_LABEL, SINGLE_LABEL
 from ..signals import ExitSignal
-from ..values import check_real, shown
+from ..values import check_choice, check_real
 from .agreement import Chain
 from .base import ExitPolicy, register_policy
 from .measures import log_odds, margin, max_probability, measure
@@ -71,8 +71,8 @@ class BeemPolicy(ExitPolicy):
         for index, weight in enumerate(self.weights):
             check_real(0, HEAVIEST, error=PolicyError, **{f"weights[{index}]": weight})
         check_real(0, 1, error=PolicyError, decay=self.decay)
-        require_choice("reset", self.reset, RESETS)
-        require_choice("vote", self.vote, VOTES)
+        check_choice(RESETS, error=PolicyError, reset=self.reset)
+        check_choice(VOTES, error=PolicyError, vote=self.vote)
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
@@ -131,17 +131,7 @@ class BeemAccuracyPolicy(BeemPolicy):
             normalize: "none", or divide by the weights' "sum" or "max"; decisions do not change, thresholds scale.
             options: other fields of the policy.
         """
-        require_choice("normalize", normalize, NORMALIZATIONS)
+        check_choice(NORMALIZATIONS, error=PolicyError, normalize=normalize)
         accuracy = trace.quality.mean(0).tolist()
         divisor = {"none": 1.0, "sum": sum(accuracy), "max": max(accuracy)}[normalize]
         return {"weights": tuple(value / divisor for value in accuracy), **options}
-
-
-def require_choice(field: str, value: Any, choices: Any) -> None:
-    """Refuse a value that is not among the choices.
-
-    Raises:
-        PolicyError: naming the field, the value and the choices.
-    """
-    if not isinstance(value, str) or value not in choices:
-        raise PolicyError(f"{field} is {shown(value)}; expected one of {', '.join(choices)}.", field=field, value=value)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import TrainingError
 from ..losses import ESTIMATORS, ConsistentObjective
 from ..losses.consistentee import ACTIONS
+from ..values import check_choice
 from .arguments import EarlyExitTrainingArguments
 from .gates import EpsilonSchedule, GateRecipe
 from .hardness import HARDNESS
@@ -69,12 +70,7 @@ class ConsistentTrainingArguments(EarlyExitTrainingArguments):
         self.make_epsilon()
         self.make_gate_recipe(0)
         HARDNESS.get(self.hardness)
-        if self.chosen_phase not in CHOSEN_PHASES:
-            raise TrainingError(
-                f"chosen_phase is {self.chosen_phase!r}; expected one of {', '.join(CHOSEN_PHASES)}.",
-                field="chosen_phase",
-                value=self.chosen_phase,
-            )
+        check_choice(CHOSEN_PHASES, error=TrainingError, chosen_phase=self.chosen_phase)
         for name, why in NO_PLACE.items():
             if getattr(self, name):
                 raise refused(name, getattr(self, name), why)
