@@ -13,7 +13,9 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,30 @@ import promises_shadow as shadow
 import promises_simulated as simulated
 import promises_sizes as size
 import promises_splits as splits
+from filelock import FileLock
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "promises.json"
-PARTS = ("sizes", "monitor", "shift", "shadow", "validity", "traces", "unlabelled", "page")
+LOCK = Path(tempfile.gettempdir()) / "promises.lock"
+PARTS = ("sizes", "monitor", "shift", "shadow", "validity", "traces", "folds", "unlabelled", "page")
+OF_FOLDS = "rte"  # where `expected` was furthest off
 UNLABELLED = ("sst2 fine-tuned", "sst2", "clinc150")
+
+
+def keep(part: str, value: Any, command: str) -> None:
+    """Write what was measured beside what there is, and the command; several runs at once may do so."""
+    with FileLock(LOCK):
+        latest = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        made = latest.setdefault("commands", {})  # by part, or by part and cell
+        if isinstance(value, dict):
+            latest[part] = latest.get(part, {}) | value
+            made.update({f"{part}|{name}": command for name in value})
+        else:
+            latest[part] = value
+            made[part] = command
+        written = RESULTS.with_suffix(".part")
+        written.write_text(json.dumps(latest, indent=1) + "\n")
+        written.replace(RESULTS)
 
 
 def main() -> None:
@@ -41,36 +62,36 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("hf_earlyexit").setLevel(logging.ERROR)  # thousands of alarms are the point of some parts
 
-    def keep(part: str, value: Any) -> None:
-        latest = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        latest[part] = value if not isinstance(value, dict) else latest.get(part, {}) | value
-        RESULTS.write_text(json.dumps(latest, indent=1) + "\n")
-
     command = "python benchmarks/promises.py " + shlex.join(sys.argv[1:])
-    made = json.loads(RESULTS.read_text()).get("commands", []) if RESULTS.exists() else []
-    keep("commands", [*(one for one in made if one != command), command] if args.parts != ["page"] else made)
+    wanted = {"traces", "folds", "unlabelled"} & set(args.parts)
+    tasks = [task for task in splits.tasks() if args.only is None or task.name in args.only] if wanted else []
     for name, cell in size.sizes() if "sizes" in args.parts else ():
-        keep("sizes", {name: cell})
+        keep("sizes", {name: cell}, command)
     if "monitor" in args.parts:
-        keep("false_alarms", simulated.false_alarms(args.streams))
-        keep("detection", simulated.detection(args.streams))
+        keep("false_alarms", simulated.false_alarms(args.streams), command)
+        keep("detection", simulated.detection(args.streams), command)
     if "shift" in args.parts:
-        keep("shift", simulated.shifts(min(args.streams, 200)))
+        keep("shift", simulated.shifts(min(args.streams, 200)), command)
     if "shadow" in args.parts:
-        keep("shadow", shadow.cost())
+        keep("shadow", shadow.cost(), command)
     if "validity" in args.parts:
-        keep("validity", simulated.validity(args.draws))
-    for task in splits.tasks() if {"traces", "unlabelled"} & set(args.parts) else ():
-        if args.only is not None and task.name not in args.only:
-            continue
-        for policy in args.policies if "traces" in args.parts else ():
-            cells = splits.judge(task, policy, args.splits)
-            keep("traces", {f"{task.name}|{policy}|{rule}": cell for rule, cell in cells.items()})
-            print(task.name, policy, flush=True)
-        if "unlabelled" in args.parts and task.name in UNLABELLED:
-            bare = task._replace(traces=[splits.without_labels(trace) for trace in task.traces])
-            cells = splits.judge(bare, "confidence", args.splits, splits.UNLABELLED)
-            keep("unlabelled", {f"{task.name}|confidence|{rule}": cell for rule, cell in cells.items()})
+        keep("validity", simulated.validity(args.draws), command)
+    if "folds" in args.parts:
+        for task in tasks:
+            if task.name == OF_FOLDS:
+                keep("folds", splits.fold_gaps(task, args.splits), command)
+    if "unlabelled" in args.parts:
+        for task in tasks:
+            if task.name in UNLABELLED:
+                bare = task._replace(traces=[splits.without_labels(trace) for trace in task.traces])
+                cells = splits.judge(bare, "confidence", args.splits, splits.UNLABELLED)
+                keep("unlabelled", {f"{task.name}|confidence|{rule}": cell for rule, cell in cells.items()}, command)
+    if "traces" in args.parts:
+        for policy, task in product(args.policies, tasks):  # a policy's column is done before the next begins
+            if splits.has_signals(task, policy):
+                cells = splits.judge(task, policy, args.splits)
+                keep("traces", {f"{task.name}|{policy}|{rule}": cell for rule, cell in cells.items()}, command)
+                print(policy, task.name, flush=True)
     if "page" in args.parts:
         promises_page.write(json.loads(RESULTS.read_text()))
 

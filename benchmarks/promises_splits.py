@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from hf_earlyexit import ExitTrace, FinalLayerError, MaxDrop
 from hf_earlyexit.calibration import Certified
 from hf_earlyexit.calibration.certify import certify_setting
-from hf_earlyexit.calibration.cross_fit import expect
+from hf_earlyexit.calibration.cross_fit import LEAST_ROWS, expect
 from hf_earlyexit.calibration.quality_metrics import Accuracy
 from hf_earlyexit.calibration.settings import Pool, Recipe, choose, learns, make_policy, split_places
 from hf_earlyexit.errors import CalibrationError
+from hf_earlyexit.policies.base import POLICIES as REGISTERED
 from hf_earlyexit.policies.base import ExitPolicy
+from hf_earlyexit.signals import LOGITS
 
 TRACES = Path(__file__).parent / "traces"
 POLICIES = ("confidence", "beem-a", "beem-calibrated", "gate", "reward")
@@ -38,8 +41,7 @@ UNLABELLED = {
     "Certified(0.01, 0.9) disagreement": (Certified(0.01, 0.9, risk="disagreement"), False),
 }
 EXPECTED = "MaxDrop(0.01)"
-LEARNING_SHARE, FOLDS = 0.2, 5
-DEAR, DEAR_SHARE = "MaxDrop(0.01) per exit", 0.25  # the rule that takes longest is tried on a share of the splits
+LEARNING_SHARE = 0.2
 
 
 class Task(NamedTuple):
@@ -64,6 +66,11 @@ def tasks() -> Iterator[Task]:
         loaded = [ExitTrace.load(path) for path in sorted(TRACES.glob(f"{name}-?.safetensors"))]
         traces = [in_float32(trace) for trace in loaded]
         yield Task(name, traces, traces[0].num_rows // 2)
+
+
+def has_signals(task: Task, policy: str) -> bool:
+    """Whether the task's traces hold what a policy asks for."""
+    return {*REGISTERED.get(policy).asks} <= {LOGITS, *task.traces[0].scalars}
 
 
 def in_float32(trace: ExitTrace) -> ExitTrace:
@@ -121,7 +128,7 @@ def _chosen(name: str, rule: tuple[Any, bool], split: _Split, known: dict[tuple[
     return choose(_recipe(policy, rule, split.seed), pool, places).policy
 
 
-def _gap(recipe: Recipe, pool: Pool, order: Tensor, num_choosing: int) -> float | None:
+def _gap(recipe: Recipe, pool: Pool, order: Tensor, num_choosing: int, folds: int | None = None) -> float | None:
     """What a choice was expected to be worth minus what it was to the judging rows; the mean of two splits.
 
     The judging rows of a finite pool are bad where those that choose are good, so every split starts from both ends of the
@@ -130,12 +137,41 @@ def _gap(recipe: Recipe, pool: Pool, order: Tensor, num_choosing: int) -> float 
     gaps = []
     for places in (order, order.flip(0)):
         choosing, judging = places[:num_choosing], places[num_choosing:]
-        expected = expect(recipe, Pool(pool.trace.select(choosing), Accuracy()), FOLDS)
+        expected = expect(recipe, Pool(pool.trace.select(choosing), Accuracy()), folds)
         if expected is None:
             return None
         drop, _, _ = _outcome(choose(recipe, pool, choosing).policy, pool)
         gaps.append(expected.difference + float(drop[judging].mean()))
     return sum(gaps) / len(gaps)
+
+
+def fold_gaps(task: Task, splits: int) -> list[dict[str, Any]]:
+    """What `expected` is off by with several numbers of folds, where weak exits are closed and where they are kept.
+
+    Beside it how many exits are weak to the rows of the choice, and to those that a fold leaves.
+    """
+    pools, cells = [Pool(trace, Accuracy()) for trace in task.traces], []
+    for keep, folds in product((False, True), (5, 10, task.num_choosing // LEAST_ROWS)):
+        gaps, weak = [], []
+        for seed in range(splits):
+            pool = pools[seed % len(pools)]
+            order = torch.randperm(pool.trace.num_rows, generator=torch.Generator().manual_seed(seed))
+            recipe = replace(_recipe("confidence", RULES[EXPECTED], seed), keep_weak_exits=keep)
+            gaps.append(_gap(recipe, pool, order, task.num_choosing, folds))
+            counts = (task.num_choosing, task.num_choosing - task.num_choosing // folds)
+            weak.append([0 if keep else len(pool.weak_exits(order[:count])) for count in counts])
+        cells.append(
+            {
+                "trace": task.name,
+                "keep_weak_exits": keep,
+                "folds": folds,
+                "splits": splits,
+                "gap": float(np.mean(gaps)),
+                "error": float(np.std(gaps) / np.sqrt(splits)),
+                "weak": np.mean(weak, 0).tolist(),
+            }
+        )
+    return cells
 
 
 def _outcome(policy: ExitPolicy, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +200,6 @@ def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool
         split = _Split(pool, order[: task.num_choosing], order[task.num_choosing :], seed)
         known: dict[tuple[int, ...], ExitPolicy] = {}
         for name, rule in rules.items():
-            if name == DEAR and seed >= DEAR_SHARE * splits:
-                continue
             try:
                 made = _chosen(policy, rule, split, known)
             except CalibrationError:
@@ -179,10 +213,9 @@ def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool
             if name == EXPECTED and policy == "confidence":
                 gap = _gap(_recipe(policy, rule, seed), pool, order, task.num_choosing)
                 gaps += [] if gap is None else [gap]
-    tried = {name: round(DEAR_SHARE * splits) if name == DEAR else splits for name in rules}
     return {
-        name: _cell(task, rules[name][0], tried[name], refused[name], losses[name], gaps if name == EXPECTED else [])
-        for name in rules
+        name: _cell(task, rule[0], splits, refused[name], losses[name], gaps if name == EXPECTED else [])
+        for name, rule in rules.items()
     }
 
 

@@ -68,7 +68,7 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
         float64, `[N]` or `[N, E]`.
     """
     if problem_type == SINGLE_LABEL:
-        right = _largest(logits) == (labels if logits.ndim == 2 else labels[:, None])
+        right = largest(logits) == (labels if logits.ndim == 2 else labels[:, None])
         return right.double()
     truth = labels.reshape(labels.shape[0], *([1] * (logits.ndim - 2)), logits.shape[-1])
     if problem_type == MULTI_LABEL:
@@ -77,7 +77,7 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     return -(logits.double() - truth.double()).square().mean(-1)
 
 
-def _largest(logits: Tensor) -> Tensor:
+def largest(logits: Tensor) -> Tensor:
     """`argmax` over classes, the first of equals; of a large trace NumPy finds it in a third of the time.
 
     `predictions` cannot have it: policies are traced through that, for their graphs.

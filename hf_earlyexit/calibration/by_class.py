@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem_types import REGRESSION, SINGLE_LABEL, given_labels, predictions
+from ..problem_types import REGRESSION, SINGLE_LABEL, given_labels, largest, predictions
 
 MOST, WORST = 8, 5  # classes that are all shown; of more, those that lose most
 
@@ -46,7 +46,8 @@ def class_reports(early: Tensor, full: Tensor, labels: Tensor, problem_type: str
     truth = labels if single else given_labels(labels)
     rows = _counts(truth, full.shape[-1]) if single else truth.sum(0)
     f1s, recalls = [], []
-    for answer in (predictions(logits, problem_type) for logits in (early, full)):
+    for logits in (early, full):
+        answer = largest(logits) if single else predictions(logits, problem_type)
         right = _counts(truth[answer == truth], full.shape[-1]) if single else (answer & truth).sum(0)
         answered = _counts(answer, full.shape[-1]) if single else answer.sum(0)
         both = right.double()

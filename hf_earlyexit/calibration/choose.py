@@ -39,7 +39,7 @@ def calibrate(
     keep_weak_exits: bool = False,
     min_leavers: int = 10,
     learning_share: float = 0.2,
-    folds: int = 5,
+    folds: int | None = None,
     groups: ArrayLike | None = None,
     learned_from: ExitTrace | None = None,
     seed: int = 0,
@@ -65,7 +65,8 @@ def calibrate(
         min_leavers: with `per_exit`, the fewest rows an exit must take to be opened.
         learning_share: share of the rows a policy learns its own numbers from, in `(0, 1)`; for `Certified`, of those that
             make the path of settings.
-        folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none.
+        folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none. By default 10, and 5 for more
+            than 10,000 rows.
         groups: for `Certified(by="group")`, the number of each row's slice `[N]`.
         learned_from: the rows that a ready policy learned its numbers from; a trace that holds any is refused.
         seed: of the split between learning rows and threshold rows, and of the folds.
@@ -80,7 +81,9 @@ def calibrate(
         PolicyError: for options the policy refuses, or a problem type it cannot serve.
     """
     check_flags(per_exit=per_exit, keep_weak_exits=keep_weak_exits)
-    check_whole(min_leavers=min_leavers, folds=folds)
+    check_whole(min_leavers=min_leavers)
+    if folds is not None:
+        check_whole(folds=folds)
     check_whole(-SEEDS, SEEDS - 1, seed=seed)
     target = parse_target(target) if isinstance(target, str) else target
     _check(trace, target)

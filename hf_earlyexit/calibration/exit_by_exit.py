@@ -91,20 +91,27 @@ class _Exit:
         self.sums = np.add.reduceat(self.values, starts, axis=1)  # [3, blocks]
         self.gains = np.add.reduceat(np.minimum(errors, 0), starts)  # sums of errors below 0 [blocks]
         self.has_end = np.logical_or.reduceat(self.may_end, starts)  # blocks in which somebody may be the last to leave
+        self._add_up()
+
+    def _add_up(self) -> None:
+        self.ends = self.sums.cumsum(1)  # sums up to the end of each block, and up to its start
+        self.starts = self.ends - self.sums
 
     def change(self, come: Rows, gone: Rows) -> tuple[Rows, Rows]:
         """Count some rows as having reached the exit, and others no longer; gives their places in the order."""
+        if not len(come) and not len(gone):
+            return NOBODY, NOBODY
         places = self.rank[np.concatenate([come, gone])]
-        if len(places):
-            blocks, signs, count = places // BLOCK, np.ones(len(places)), len(self.gains)
-            signs[len(come) :] = -1
-            self.sums[0] += np.bincount(blocks, signs, count)
-            errors = self.values[1][places]
-            some = np.flatnonzero(errors)  # most rows err neither more nor less than at the last exit
-            blocks, signs, errors = blocks[some], signs[some], errors[some]
-            self.sums[1] += np.bincount(blocks, signs * errors, count)
-            self.sums[2] += np.bincount(blocks, signs * self.values[2][places[some]], count)
-            self.gains += np.bincount(blocks, signs * np.minimum(errors, 0), count)
+        blocks, signs, count = places // BLOCK, np.ones(len(places)), len(self.gains)
+        signs[len(come) :] = -1
+        self.sums[0] += np.bincount(blocks, signs, count)
+        errors = self.values[1][places]
+        some = np.flatnonzero(errors)  # most rows err neither more nor less than at the last exit
+        blocks, signs, errors = blocks[some], signs[some], errors[some]
+        self.sums[1] += np.bincount(blocks, signs * errors, count)
+        self.sums[2] += np.bincount(blocks, signs * self.values[2][places[some]], count)
+        self.gains += np.bincount(blocks, signs * np.minimum(errors, 0), count)
+        self._add_up()
         return places[: len(come)], places[len(come) :]
 
     def leavers(self, rule: LeaverRule, left: NDArray[np.int16], index: int) -> Leavers:
@@ -115,31 +122,38 @@ class _Exit:
             left: where each row leaves `[N]`; those that left before this exit are not here.
             index: of the exit.
         """
-        ends = self.sums.cumsum(1)
-        starts = ends - self.sums
-        for block in self._blocks(rule, starts, ends, index):
+        for block in self._blocks(rule, index):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             here = left[self.order[part]] >= index
-            sums = starts[:, block, None] + (self.values[:, part] * here).cumsum(1)
+            sums = self.starts[:, block, None] + (self.values[:, part] * here).cumsum(1)
             fine = rule.holds(sums[0], sums[1], sums[2], index) & self.may_end[part]
             if fine.any():
                 place = len(fine) - 1 - int(fine[::-1].argmax())
-                number = int(sums[0, place])
-                last, following = (self._score_of(one, ends[0], left, index) for one in (number, number + 1))
+                number, rows = int(sums[0, place]), here.nonzero()[0]
+                leaving = int(rows.searchsorted(place, side="right"))  # of this block
+                last, following = (
+                    float(self.score[part.start + rows[one]])
+                    if 0 <= one < len(rows)
+                    else self._score_of(number + one + 1 - leaving, left, index)
+                    for one in (leaving - 1, leaving)
+                )
                 return Leavers(part.start + place, last, following, sums[:, place])
         return NOBODY_LEAVES
 
-    def _blocks(self, rule: LeaverRule, starts: Array, ends: Array, index: int) -> list[int]:
+    def _blocks(self, rule: LeaverRule, index: int) -> list[int]:
         """Blocks in which the last leaver can be, the last of them first."""
         if len(self.gains) == 1:
             return [0]
+        if not self.ends[0, -1]:
+            return []
         at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
-        possible = at_best.holds(ends[0], starts[1] + self.gains, starts[2], index) & self.has_end
-        blocks: list[int] = np.flatnonzero(possible)[::-1].tolist()
+        possible = at_best.holds(self.ends[0], self.starts[1] + self.gains, self.starts[2], index) & self.has_end
+        blocks: list[int] = possible.nonzero()[0][::-1].tolist()
         return blocks
 
-    def _score_of(self, number: int, ends: Array, left: NDArray[np.int16], index: int) -> float:
+    def _score_of(self, number: int, left: NDArray[np.int16], index: int) -> float:
         """Score of the row that comes at a place, from 1, among those that have reached the exit; -inf beyond the last."""
+        ends = self.ends[0]
         block = int(ends.searchsorted(number))
         if block == len(ends):
             return -math.inf
@@ -175,17 +189,15 @@ class ExitByExit:
         Returns:
             Thresholds `[E - 1]`, nan for exits that cannot satisfy the rule.
         """
-        thresholds, left = np.full(self.last, np.nan), self.left
+        left, ends = self.left, np.full((2, self.last), np.nan)  # scores of who leaves last, and of who stays first
         come = gone = NOBODY  # who reaches the exit under this rule alone, and who did under the rule before alone
         for index, here in enumerate(self.exits):
             come_at, gone_at = here.change(come, gone)
             leavers = here.leavers(rule, left, index)
             cut, before = leavers.place, self.cuts[index]
-            self.cuts[index], self.sums[index] = cut, leavers.sums
-            if cut >= 0:
-                halfway = not self.counts and leavers.next > -math.inf
-                between = cut_between(np.array(leavers.next), np.array(leavers.last)) if halfway else leavers.last
-                thresholds[index] = max(float(between), self.lowest)
+            self.cuts[index], self.sums[index], ends[:, index] = cut, leavers.sums, (leavers.last, leavers.next)
+            if cut == before and not len(come) and not len(gone):
+                continue
             left[come[come_at <= cut]] = index
             back = here.order[cut + 1 : before + 1]
             back = back[left[back] >= index]
@@ -195,6 +207,8 @@ class ExitByExit:
             left[out] = index
             come = np.concatenate([back, come[come_at > max(cut, before)]])
             gone = np.concatenate([out, gone[gone_at > before]])
+        last, following = ends
+        thresholds: Array = np.maximum(last if self.counts else cut_between(following, last), self.lowest)
         return thresholds
 
 

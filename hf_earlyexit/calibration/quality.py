@@ -89,6 +89,12 @@ class Metric(ABC):
         return Comparison(quality, full_quality, float(math.sqrt(spread)))
 
     @property
+    def is_row_quality(self) -> bool:
+        """Whether it is the mean of `row_quality`, which need not be worked out again where it is known."""
+        mine = type(self)
+        return mine.per_row is RowQuality.per_row and mine.compare is RowMean.compare
+
+    @property
     def name(self) -> str:
         """The words that give this metric: its name, and its numbers behind colons."""
         numbers = [getattr(self, field.name) for field in dataclasses.fields(self)]
@@ -100,6 +106,12 @@ class Metric(ABC):
         return self.name
 
 
+def compare_rows(values: Tensor, full_values: Tensor) -> Comparison:
+    """Compare what early answers and the full model's are worth, row by row `[N]`, by their means."""
+    spread = (values - full_values).std(correction=0) / math.sqrt(len(values))
+    return Comparison(float(values.mean()), float(full_values.mean()), float(spread))
+
+
 class RowMean(Metric):
     """A metric that is the mean of what each row's answer is worth."""
 
@@ -109,9 +121,7 @@ class RowMean(Metric):
         return float(self.per_row(logits, labels, problem_type).mean())
 
     def compare(self, early: Tensor, full: Tensor, labels: Tensor, problem_type: str) -> Comparison:
-        values, full_values = (self.per_row(part, labels, problem_type) for part in (early, full))
-        spread = (values - full_values).std(correction=0) / math.sqrt(len(labels))
-        return Comparison(float(values.mean()), float(full_values.mean()), float(spread))
+        return compare_rows(*(self.per_row(part, labels, problem_type) for part in (early, full)))
 
 
 class RowQuality(RowMean):

@@ -14,7 +14,7 @@ from ..policies.scanning import Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace
 from .by_class import ClassReport, class_reports
-from .quality import Metric, find_metric
+from .quality import Metric, compare_rows, find_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,17 @@ def replay_scanned(policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_qualit
     """`replay`, with what the policy makes of the rows and the quality of its answers at each exit `[N, E]`."""
     scores, answers = scan
     taken = policy.decide(scores).numpy()
-    given = answers[torch.arange(trace.num_rows), torch.from_numpy(taken)]
-    compared = metric.compare(given, trace.logits[:, -1], trace.labels, trace.problem_type)
-    quality = exit_quality.numpy()
-    full = row_quality(trace.logits[:, -1], trace.labels, trace.problem_type).numpy()
+    left_at = torch.arange(trace.num_rows), torch.from_numpy(taken)
+    given, labels, problem_type = answers[left_at], trace.labels, trace.problem_type
+    if answers is trace.logits:
+        full_quality = exit_quality[:, -1].contiguous()
+    else:
+        full_quality = row_quality(trace.logits[:, -1], labels, problem_type)
+    if metric.is_row_quality:
+        compared = compare_rows(exit_quality[left_at], full_quality)
+    else:
+        compared = metric.compare(given, trace.logits[:, -1], labels, problem_type)
+    quality, full = exit_quality.numpy(), full_quality.numpy()
     layers = np.asarray(trace.exit_layers)[taken]
     return Replay(
         quality=compared.quality,
@@ -120,7 +127,7 @@ def replay_scanned(policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_qualit
         mean_cost=float(np.asarray(trace.costs)[taken].mean()),
         layer_speed_up=float(trace.exit_layers[-1] / layers.mean()),
         exits=tuple(_exit_report(policy, trace, quality, full, taken, index) for index in range(trace.num_exits)),
-        classes=class_reports(given, trace.logits[:, -1], trace.labels, trace.problem_type),
+        classes=class_reports(given, trace.logits[:, -1], labels, problem_type),
         exit_layer=layers,
     )
 

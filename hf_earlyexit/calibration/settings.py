@@ -18,7 +18,7 @@ from ..problem_types import row_quality
 from ..trace import ExitTrace, dead_exits
 from ..values import unexpected
 from .exit_by_exit import per_exit_curve
-from .quality import Metric, RowQuality
+from .quality import Metric
 from .search import Array, Curve, exits_taken, means_along, single_threshold_curve, standard_error
 from .targets import Target
 
@@ -101,8 +101,8 @@ class Pool:
             part: Array = self.metric.per_row(answers[places], labels[places], problem_type).numpy()
             return part
         if self._quality is None:
-            plain = type(self.metric).per_row is RowQuality.per_row
-            self._quality = self.row_quality(policy) if plain else self.metric.per_row(answers, labels, problem_type)
+            known = self.metric.is_row_quality
+            self._quality = self.row_quality(policy) if known else self.metric.per_row(answers, labels, problem_type)
         quality: Array = self._quality[places].numpy()
         return quality
 

@@ -50,13 +50,25 @@ class Fingerprints:
         return self._known[dtype]
 
 
-def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) -> dict[str, Any] | None:
+def computing_dtype(model: ExitModel) -> str:
+    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its layers."""
+    modules = model.modules() if hasattr(model, "modules") else ()
+    rounded = (str(module.computes_in) for module in modules if hasattr(module, "computes_in"))
+    return next(rounded, str(getattr(model, "layer_dtype", None) or model.dtype).removeprefix("torch."))
+
+
+def certify(
+    result: CalibrationResult, model: ExitModel, fingerprints: Fingerprints, point: str | None = None
+) -> dict[str, Any] | None:
     """The certificate of a calibration's thresholds on this model; `None` if the calibration does not know its model.
+
+    What was promised in another dtype than the model computes in is left out, and that is said.
 
     Args:
         result: of a calibration.
-        config: the model's.
+        model: that is to have the thresholds.
         fingerprints: the model's.
+        point: the operating point's name; `None` for the default policy.
 
     Raises:
         CheckpointError: if the thresholds were chosen on another model.
@@ -74,7 +86,7 @@ def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) 
     certificate = {
         "fingerprint": fingerprint,
         "rounded": {name: fingerprints.rounded_to(getattr(torch, name)) for name in NARROWER},
-        "settings": answering_settings(config),
+        "settings": answering_settings(model.config),
         "policy": policy_fingerprint(result.policy.to_dict()),
         "dtype": result.dtype,
         "split": result.split,
@@ -83,7 +95,10 @@ def certify(result: CalibrationResult, config: Any, fingerprints: Fingerprints) 
         "exit_shares": [report.share for report in result.exits],
         "promise": None if result.promise is None else result.promise.to_dict(),
     }
-    return _summed(certificate)
+    certificate = _summed(certificate)
+    if result.dtype not in ("", computing_dtype(model)):
+        _drop_promise(point, certificate)
+    return certificate
 
 
 def _summed(certificate: dict[str, Any]) -> dict[str, Any]:

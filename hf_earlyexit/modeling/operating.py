@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..calibration.result import CalibrationResult
 from ..errors import EarlyExitConfigError, UsageError
@@ -13,6 +13,7 @@ from ..signals import SIGNALS, known_signals, signals_of
 from ..values import check_flags, unexpected
 from .certificate import Fingerprints, certify
 from .configuration import DEFAULT, EXACT
+from .protocol import ExitModel
 
 
 class OperatingPoints:
@@ -197,5 +198,6 @@ class OperatingPoints:
             self.config.check_policy(policy)
         else:
             self.config.check_operating_point(name, policy)
-        certificate = certify(source, self.config, fingerprints) if isinstance(source, CalibrationResult) else None
-        return policy.to_dict(), certificate
+        if not isinstance(source, CalibrationResult):
+            return policy.to_dict(), None
+        return policy.to_dict(), certify(source, cast(ExitModel, self), fingerprints, name)

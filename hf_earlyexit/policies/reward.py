@@ -193,6 +193,7 @@ def _taught(trace: Any, kept: list[int], member: int) -> Tensor:
     layers = torch.tensor(trace.costs, dtype=torch.float32)[kept]
     prices = torch.logspace(math.log10(PRICES[0]), math.log10(PRICES[1]), 10)
     dearer = (prices / HALF_PRICE).log()[:, None]
+    toll = harm + prices[:, None] * layers  # [N, prices, K]
 
     weights = 0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(member))
     with torch.enable_grad():
@@ -203,7 +204,7 @@ def _taught(trace: Any, kept: list[int], member: int) -> Tensor:
         for _ in range(STEPS):
             gates = sharpness.exp() * (_network(seen, weights)[:, None] + dearer)  # [N, prices, K - 1]
             chance = exit_log_probabilities(gates).exp()
-            paid = (chance * (harm + prices[:, None] * layers)).sum(-1).mean(0)
+            paid = (chance * toll).sum(-1).mean(0)
             loss = (paid / (prices + PRICE_SCALE)).mean() + RIDGE * weights.square().mean()
             optimizer.zero_grad()
             loss.backward()

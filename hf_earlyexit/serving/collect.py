@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError
 from ..labels import LABEL_COLUMNS, Labels, find_label_column, read_labels
+from ..modeling.certificate import computing_dtype
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.finite import check_finite
 from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
@@ -125,17 +126,10 @@ def make_trace(
         cost=None if model.config.exit_cost is None else tuple(map(float, model.config.exit_cost)),
         fingerprint=model_fingerprint(model),
         meta={
-            "dtype": _computing_dtype(model),
+            "dtype": computing_dtype(model),
             "versions": {name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         },
     )
-
-
-def _computing_dtype(model: ExitModel) -> str:
-    """What a model computes its layers in: "int8" for a copy in 8 bits, else the dtype of its layers."""
-    modules = model.modules() if hasattr(model, "modules") else ()
-    rounded = (str(module.computes_in) for module in modules if hasattr(module, "computes_in"))
-    return next(rounded, str(getattr(model, "layer_dtype", None) or model.dtype).removeprefix("torch."))
 
 
 def _problem_type_of(model: ExitModel) -> str:

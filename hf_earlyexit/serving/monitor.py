@@ -90,7 +90,8 @@ class Monitor:
     Args:
         exit_layers: a model with exits, whose certificate tells limit and reference where it has one; or the layers
             (1-based) of its exits.
-        limit: the largest share of differing answers that is fine, in (0, 1); by default what was promised, or 0.02.
+        limit: the largest share of differing answers that is fine, in (0, 1); by default what a promise of
+            risk="disagreement" allows, or 0.02. Other promises are about lost quality, and answers may differ more often.
         shadow: share of rows that run on to the last layer after they have left, in (0, 1].
         confidence: that no alarm for disagreement is ever false, in [0.5, 1).
         reference: share of rows that left at each exit when thresholds were chosen `[E]`; by default the certificate's, or
@@ -154,7 +155,8 @@ class Monitor:
         if certificate is not None and self.reference is None:
             self.reference = tuple(certificate.get("exit_shares") or ()) or None
         if certificate is not None and self.limit is None:
-            self.limit = (certificate.get("promise") or {}).get("limit")
+            promise = certificate.get("promise") or {}
+            self.limit = promise.get("limit") if promise.get("risk") == DISAGREEMENT else None
 
     def __repr__(self) -> str:
         return f"Monitor({self.state.num_rows} rows, {self.state.num_shadowed} shadowed, {len(self.state.alarms)} alarms)"

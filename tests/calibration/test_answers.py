@@ -74,16 +74,30 @@ def test_thresholds_are_chosen_and_judged_by_what_the_policy_answers(policy, per
         assert (cost, quality) == pytest.approx(((taken + 1).mean(), right[np.arange(400), taken].mean()))
 
 
-def test_so_is_what_other_rows_can_be_expected_to_get(policy):
-    trace, options = learned_trace(400, seed=2), {"target": MaxDrop(0.02), "keep_weak_exits": True}
-    gained = 0
-    for fold in torch.randperm(400, generator=torch.Generator().manual_seed(1)).chunk(5):
+@pytest.mark.parametrize("metric", ["accuracy", "matthews"])
+@pytest.mark.parametrize("answers_itself", [True, False])
+def test_so_is_what_other_rows_can_be_expected_to_get(policy, metric, answers_itself):
+    trace = learned_trace(400, seed=2)
+    options = {"policy": policy if answers_itself else "confidence", "target": MaxDrop(0.05), "metric": metric}
+    early, layers = torch.empty(400, dtype=torch.long), 0
+    for fold in torch.randperm(400, generator=torch.Generator().manual_seed(1)).tensor_split(2):
         others = torch.ones(400, dtype=torch.bool).index_fill(0, fold, False)
-        chosen, part = calibrate(trace.select(others), policy, folds=0, **options).policy, trace.select(fold)
+        chosen, part = calibrate(trace.select(others), folds=0, **options).policy, trace.select(fold)
         scores, answers = chosen.scan(part)
-        early = answers[torch.arange(80), chosen.decide(scores)].argmax(-1)
-        gained += int((early == part.labels).sum() - part.quality[:, -1].sum())
-    assert calibrate(trace, policy, **options).expected.difference == pytest.approx(gained / 400)
+        taken = chosen.decide(scores)
+        early[fold], layers = answers[torch.arange(200), taken].argmax(-1), layers + int((taken + 1).sum())
+    found = calibrate(trace, folds=2, **options).expected
+    full = trace.logits[:, -1].argmax(-1)
+    if metric == "accuracy":
+        gain = (early == trace.labels).double() - (full == trace.labels).double()
+        assert found.difference == pytest.approx(float(gain.mean()))
+        assert found.standard_error == pytest.approx(float(gain.std(correction=0)) / 20)
+    else:
+        assert found.difference == pytest.approx(
+            matthews_corrcoef(trace.labels, early) - matthews_corrcoef(trace.labels, full)
+        )
+    assert found.difference != 0  # the test would see the full model
+    assert found.mean_layers == pytest.approx(layers / 400)
 
 
 @pytest.mark.parametrize("per_exit", [True, False])

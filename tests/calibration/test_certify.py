@@ -10,7 +10,7 @@ import torch
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, parse_target, replay
+from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, cross_fit, parse_target, replay
 from hf_earlyexit.calibration import certify as module
 from hf_earlyexit.calibration.certify import _Walk
 from hf_earlyexit.calibration.evidence import (
@@ -422,10 +422,15 @@ def test_f1_cannot_be_certified():
     [
         ({"drop": 0}, "drop"),
         ({"drop": 1.0}, "drop"),
+        ({"drop": 1.5}, "drop"),
+        ({"drop": -0.01}, "drop"),
         ({"drop": math.nan}, "drop"),
         ({"drop": True}, "drop"),
         ({"confidence": 1.0}, "confidence"),
+        ({"confidence": 1.5}, "confidence"),
         ({"confidence": 0.3}, "confidence"),
+        ({"confidence": -0.95}, "confidence"),
+        ({"confidence": math.nan}, "confidence"),
         ({"risk": "harms"}, "risk"),
         ({"procedure": "ltt"}, "procedure"),
         ({"by": "class"}, "by"),
@@ -444,8 +449,9 @@ def test_words_and_print():
     assert parse_target("certified:0.02") == Certified(0.02)
     assert parse_target("certified:0.02@0.9") == Certified(0.02, 0.9)
     assert parse_target("certified:0.02:risk=harm:by=label") == Certified(0.02, risk="harm", by="label")
-    with pytest.raises(CalibrationError, match=r"write it like `certified:0.01@0.95:risk=harm`"):
-        parse_target("certified:0.02:risk=harms")
+    for words in ("certified:0.02:risk=harms", "certified:0", "certified:1.5@0.9", "certified:0.01@1", "certified:0.01@nan"):
+        with pytest.raises(CalibrationError, match=r"write it like `certified:0.01@0.95:risk=harm`"):
+            parse_target(words)
     assert parse_target(str(Certified(0.02, by="label"))) == Certified(0.02, by="label")
     for number in (np.float64(0.25), np.float32(0.25), torch.tensor(0.25)):
         assert parse_target(str(Certified(number, 1 - number))) == Certified(0.25, 0.75)
@@ -459,9 +465,11 @@ def test_train_rows_and_no_rows_are_refused():
 
 def test_it_is_the_same_every_time():
     trace = learned_trace(2000)
-    first, second = (calibrate(trace, "beem-a", Certified(0.05), seed=3) for _ in range(2))
-    assert first == second
-    assert first.policy != calibrate(trace, "beem-a", Certified(0.05), seed=4).policy
+    for target in (Certified(0.05), MaxDrop(0.02)):
+        first, second = (calibrate(trace, "beem-a", target, seed=3) for _ in range(2))
+        assert first == second
+        other = calibrate(trace, "beem-a", target, seed=4)
+        assert (first.policy, first.expected or first.promise) != (other.policy, other.expected or other.promise)
 
 
 def test_sst2_at_one_point(data_path):
@@ -493,8 +501,6 @@ def test_what_is_expected_is_what_new_rows_get():
 
 
 def test_folds_do_not_choose_what_they_judge(monkeypatch):
-    from hf_earlyexit.calibration import cross_fit
-
     trace = learned_trace(260)
     chosen, judged, real = [], [], cross_fit._judged
 
@@ -535,10 +541,34 @@ def test_rows_that_are_left_out_leave_no_trace_in_a_choice(policy, metric):
     assert made[0].may_leave
 
 
-def test_few_rows_have_fewer_folds_or_none():
-    assert calibrate(learned_trace(120), "confidence").expected.num_folds == 2
-    assert calibrate(learned_trace(99), "confidence").expected is None
-    assert calibrate(learned_trace(500), "confidence", folds=0).expected is None
+def test_the_number_of_folds(monkeypatch):
+    """Ten, of many rows five, of few as many as have 50 rows each, or none; the caller's where given."""
+    sizes, real = [], cross_fit._judged
+
+    def spy(recipe, pool, others, fold):
+        sizes.append((len(others), len(fold)))
+        return real(recipe, pool, others, fold)
+
+    monkeypatch.setattr(cross_fit, "_judged", spy)
+    for rows, given, wanted in (
+        (99, None, 0),
+        (120, None, 2),
+        (549, None, 10),
+        (10_000, None, 10),
+        (10_001, None, 5),
+        (549, 3, 3),
+        (549, 50, 10),
+        (550, 50, 11),
+        (549, 0, 0),
+        (549, 1, 0),
+    ):
+        sizes.clear()
+        expected = calibrate(learned_trace(rows, exits=2), "confidence", folds=given).expected
+        assert (expected.num_folds if wanted else expected) == (wanted or None)
+        assert len(sizes) == wanted
+        assert all(others + fold == rows and fold in (rows // wanted, rows // wanted + 1) for others, fold in sizes)
+        assert sum(fold for _, fold in sizes) == (rows if wanted else 0)
+        assert min((fold for _, fold in sizes), default=50) >= 50
 
 
 def test_an_expectation_that_breaks_the_target_is_said():

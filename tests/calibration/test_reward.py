@@ -101,7 +101,8 @@ def test_members_that_are_no_number_of_networks_are_refused(members):
 
 
 def test_it_is_calibrated_as_every_policy():
-    found = calibrate(learned_trace(600), "reward", MaxDrop(0.01), learning_share=0.5, keep_weak_exits=True)
+    found = calibrate(learned_trace(600), "reward", MaxDrop(0.01), learning_share=0.5, keep_weak_exits=True, folds=2)
+    assert found.expected.num_folds == 2
     assert (found.num_rows, found.num_learning_rows) == (300, 300)
     assert found.quality >= found.full_quality - 0.01
     assert found.layer_speed_up > 1.2

@@ -178,6 +178,17 @@ def test_a_promise_stands_in_the_certificate_and_holds_in_its_dtype_only(model, 
         meta={"dtype": "float32"},
     )
     result = ee.calibrate(trace, "confidence", ee.Certified(0.05, risk="harm"))
+    elsewhere = replace(result, dtype="bfloat16")  # weights that bfloat16 holds, computed with in it
+    model.set_exit_policy(elsewhere)
+    model.set_operating_points({"fast": elsewhere})
+    assert model.exit_policy == result.policy
+    assert len(heard(caplog, "held in bfloat16 only")) == 2
+    assert "the operating point 'fast' held" in heard(caplog, "held in bfloat16 only")[1]
+    for certificate in (model.config.exit_certificate, model.config.exit_point_certificates["fast"]):
+        assert certificate["promise"] is None
+        assert is_certificate(certificate)
+    model.set_operating_points(None)
+    caplog.clear()
     model.set_exit_policy(result)
     assert model.config.exit_certificate["promise"] == json.loads(json.dumps(result.promise.to_dict()))
     assert model.config.exit_certificate["exit_shares"] == [report.share for report in result.exits]

@@ -245,6 +245,18 @@ def test_the_reference_is_that_of_the_calibration(served):
     assert monitor.shift(monitor.state.exits) < 1e-3  # the very rows
 
 
+@pytest.mark.parametrize(("risk", "limit"), [("disagreement", 0.4), ("harm", 0.02), ("drop", 0.02)])
+def test_the_limit_is_what_was_promised_of_disagreement_and_of_nothing_else(served, risk, limit):
+    """Answers may differ where no quality is lost, so that the limit of another risk would give alarms on the very rows."""
+    model, ids = served
+    trace = ee.collect_trace(model, ids, labelled=False, progress=False)
+    result = ee.calibrate(trace, "confidence", ee.Certified(0.4, 0.9, risk=risk), keep_weak_exits=True)
+    model.set_operating_points({"fast": result})
+    assert model.config.exit_point_certificates["fast"]["promise"]["limit"] == 0.4
+    assert Monitor(model, operating_point="fast").limit == limit
+    assert Monitor(model, limit=0.3, operating_point="fast").limit == 0.3
+
+
 def test_it_falls_back_to_the_full_model_and_only_then(served):
     model, ids = served
     monitor = Monitor(model, limit=1e-4, shadow=1.0, confidence=0.6, fall_back=True)
