@@ -24,13 +24,13 @@ from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import graph_walker, predict
 from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
-from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.shadow import Shadow
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.signals import names_at
 
-from .test_scheduler import NAMES, alone, assert_same
+from .conftest import alone
+from .test_scheduler import NAMES, assert_same
 
 NEAR = 1e-5
 where = torch.ops.aten.where
@@ -57,11 +57,6 @@ class Recorder:
         return replay, outputs
 
 
-@pytest.fixture(scope="module")
-def rows(tokenizer, random_texts):
-    return encode_rows(random_texts(500, longest=40), tokenizer)
-
-
 def graphed(model, limit=1000):
     return GraphWalker(model, SegmentGraphs(Recorder(), limit))
 
@@ -77,23 +72,21 @@ def twice(walker, policy, budget, rows, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_policy_answers_as_in_forward(tiny_model, open_policy, rows, name):
-    model = tiny_model()
-    policy = open_policy(model, name)
-    model.set_exit_policy(policy)
+def test_every_policy_answers_as_in_forward(in_forward, rows, name):
+    model, expected = in_forward(name, 150)
     walker = graphed(model)
-    got = twice(walker, policy, 96, rows[:150])
+    got = twice(walker, model.exit_policy, 96, rows[:150])
     assert walker.graphs.capture.replayed > 10
-    assert_same(got, alone(model, rows[:150]), policy)
+    assert_same(got, expected, model.exit_policy)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 512, 100_000])
 @pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_order_budget_and_lanes_change_no_answer(model, rows, budget, lanes):
-    rows = rows[:200]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(budget)).tolist()
+def test_order_budget_and_lanes_change_no_answer(in_forward, rows, budget, lanes):
+    model, expected = in_forward("confidence", 500)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(budget)).tolist()
     got = twice(graphed(model), model.exit_policy, budget, [rows[place] for place in order], lanes=lanes)
-    assert_same(got, alone(model, rows), model.exit_policy, order)
+    assert_same(got, expected, model.exit_policy, order)
     assert len(set(got.exit_index.tolist())) == 4
 
 

@@ -15,7 +15,6 @@ from hf_earlyexit.errors import UsageError
 from hf_earlyexit.families.context import Context
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import scheduler as engine
-from hf_earlyexit.serving.answers import Answers, Leaving
 from hf_earlyexit.serving.chunks import Chunk, Flight
 from hf_earlyexit.serving.course import Course
 from hf_earlyexit.serving.rows import encode_rows
@@ -52,19 +51,11 @@ def lanes(request):
 
 
 @pytest.fixture(scope="module")
-def rows(tokenizer, random_texts):
-    return encode_rows(random_texts(500, longest=40), tokenizer)
-
-
-def alone(model, rows):
-    """What `forward` says of every row by itself."""
-    answers = Answers.blank(len(rows), model.num_labels)
+def every_exit(model, rows):
+    """`[N, E, C]`: the logits of each row by itself at every exit."""
     with torch.inference_mode():
-        for place, row in enumerate(rows):
-            output = model(input_ids=torch.tensor([row["input_ids"]]))
-            exit_index = model.exit_layers.index(int(output.exit_layer))
-            answers.write([Leaving([place], output.logits, exit_index, output.exit_score, ["policy"])])
-    return answers
+        each = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows]
+    return torch.cat(each)
 
 
 def assert_same(got, expected, policy, places=slice(None)):
@@ -84,17 +75,15 @@ def clock_of(walker, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_policy_answers_as_in_forward(tiny_model, open_policy, rows, name, lanes):
-    model = tiny_model()
-    policy = open_policy(model, name)
-    model.set_exit_policy(policy)
-    got = Scheduler(ModelWalker(model), policy, 96, lanes=lanes).run(rows[:150])
-    assert_same(got, alone(model, rows[:150]), policy)
+def test_every_policy_answers_as_in_forward(in_forward, rows, name, lanes):
+    model, expected = in_forward(name, 150)
+    got = Scheduler(ModelWalker(model), model.exit_policy, 96, lanes=lanes).run(rows[:150])
+    assert_same(got, expected, model.exit_policy)
 
 
 @pytest.mark.parametrize("budget", [1, 40, 128, 512, 100_000])
-def test_order_and_budget_change_no_answer(model, rows, budget, lanes):
-    expected = alone(model, rows)
+def test_order_and_budget_change_no_answer(in_forward, rows, budget, lanes):
+    model, expected = in_forward("confidence", 500)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(budget))
     got = Scheduler(ModelWalker(model), model.exit_policy, budget, lanes=lanes).run(
         [rows[place] for place in order.tolist()]
@@ -103,14 +92,14 @@ def test_order_and_budget_change_no_answer(model, rows, budget, lanes):
     assert len(set(got.exit_index.tolist())) == 4
 
 
-def test_the_threads_of_torch_change_no_answer(model, rows):
-    expected, threads = alone(model, rows[:100]), torch.get_num_threads()
+def test_the_threads_of_torch_change_no_answer(in_forward, rows):
+    (model, expected), threads = in_forward("confidence", 500), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         got = Scheduler(ModelWalker(model), model.exit_policy, 128).run(rows[:100])
     finally:
         torch.set_num_threads(threads)
-    assert_same(got, expected, model.exit_policy)
+    assert_same(got, expected, model.exit_policy, slice(100))
 
 
 def test_layers_run_exactly_the_rows_that_have_not_left(model, rows, lanes):
@@ -236,10 +225,11 @@ def test_exits_nobody_can_leave_at_are_not_computed(model, rows, lanes):
     assert walker.asked == {3}
 
 
-def test_zero_rows_and_one_row(model, rows, lanes):
+def test_zero_rows_and_one_row(in_forward, rows, lanes):
+    model, expected = in_forward("confidence", 500)
     scheduler = Scheduler(ModelWalker(model), model.exit_policy, 128, lanes=lanes)
     assert scheduler.run([]).logits.shape == (0, 3)
-    assert_same(scheduler.run(rows[:1]), alone(model, rows[:1]), model.exit_policy)
+    assert_same(scheduler.run(rows[:1]), expected, model.exit_policy, slice(1))
 
 
 def test_chunks_that_join_keep_the_budget_of_tokens(tiny_model, tokenizer, random_texts):
@@ -293,15 +283,13 @@ def test_at_the_deadline_rows_leave_at_the_last_exit_they_passed(model, rows, mo
     assert bool(unanswered.any())
 
 
-def test_answers_at_a_deadline_are_those_of_the_exit(model, rows, monkeypatch, lanes):
+def test_answers_at_a_deadline_are_those_of_the_exit(model, rows, every_exit, monkeypatch, lanes):
     walker = CountingWalker(model)
     clock_of(walker, monkeypatch)
     got = Scheduler(walker, ee.ConfidencePolicy(thresholds=[None] * 3), 100_000, ends_at=2, lanes=lanes).run(rows[:30])
     assert set(got.exit_index.tolist()) == {1}
     assert set(got.reason) == {"deadline"}
-    with torch.inference_mode():
-        second = [model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits[0, 1] for row in rows[:30]]
-    assert torch.allclose(got.logits, torch.stack(second), atol=NEAR)
+    assert torch.allclose(got.logits, every_exit[:30, 1], atol=NEAR)
 
 
 def test_no_layer_begins_after_a_deadline(model, rows, lanes):
@@ -357,12 +345,9 @@ def test_rows_with_masked_tokens_inside_and_in_front_are_answered_as_in_forward(
             assert torch.allclose(output.logits[0], got.logits[place], atol=NEAR)
 
 
-def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(tiny_model, rows, monkeypatch, lanes):
+def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(model, rows, every_exit, monkeypatch, lanes):
     """Rows leave at every exit before the clock strikes; whoever stays remembers what its last exit said of it alone."""
-    model, walker = tiny_model(), CountingWalker(tiny_model())
-    with torch.inference_mode():
-        each = torch.cat([model(input_ids=torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows])
-    sure = each.softmax(-1).amax(-1)
+    walker, sure = CountingWalker(model), every_exit.softmax(-1).amax(-1)
     policy = ee.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
     clock_of(walker, monkeypatch)
     got = Scheduler(walker, policy, 256, ends_at=100, lanes=lanes).run(rows)
@@ -371,7 +356,7 @@ def test_at_a_deadline_rows_keep_their_own_answers_after_others_left(tiny_model,
     assert len({int(got.exit_index[place]) for place in late}) > 1
     assert len(late) > 5
     assert got.reason.count("policy") > 50
-    assert torch.allclose(got.logits[answered], each[answered, got.exit_index[answered]], atol=NEAR)
+    assert torch.allclose(got.logits[answered], every_exit[answered, got.exit_index[answered]], atol=NEAR)
     assert torch.allclose(got.score[answered], sure[answered, got.exit_index[answered]], atol=NEAR)
 
 
