@@ -10,6 +10,8 @@ OLDEST := constraints/oldest.txt
 # stretch when its own is done.
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
+# Tests start many processes, which would compile the package each for itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check docs test-newest test-oldest constraints clean
 

@@ -6,14 +6,15 @@ the text put in its place, what that means, and the tests that must fall. Each i
     python benchmarks/mutation.py                 # all that are not known yet, then the table and the page
     python benchmarks/mutation.py losses reward   # those of an area, or whose file or meaning holds one of these words
 
-A result is kept with a sum of the mutant and its source file, so a run goes on where it was stopped and repeats what has
-changed since, and what survived. A mutant that survives must say why; the exit status is 1 if one does not, is in error or
-was not tried.
+A result is kept with a sum of the mutant and the function or class that it changes, so a run goes on where it was stopped
+and repeats what has changed since, and what survived. A mutant that survives must say why; the exit status is 1 if one does
+not, is in error or was not tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -54,7 +55,8 @@ class Mutant:
     @cached_property
     def key(self) -> str:
         """What a result belongs to; not the text of the tests, as those that are added take no fall back."""
-        parts = [self.file, self.old, self.new, *self.tests, (ROOT / self.file).read_text(encoding="utf-8")]
+        around = code_around((ROOT / self.file).read_text(encoding="utf-8"), self.old)
+        parts = [self.file, self.old, self.new, *self.tests, around]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
@@ -75,6 +77,35 @@ class Mutant:
             if not (root / file).is_file() or (name and f"def {name}(" not in (root / file).read_text(encoding="utf-8")):
                 return f"{test} is not there ({self.file}: {self.means})"
         return None if self.tests else f"{self.file}: {self.means} names no test"
+
+
+class _Bare(ast.NodeTransformer):
+    """Without what computes nothing: docstrings, and the types of arguments and answers."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.ClassDef) -> ast.AST:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        return self.generic_visit(node)
+
+    visit_ClassDef = visit_FunctionDef  # noqa: N815
+
+
+def code_around(source: str, part: str) -> str:
+    """The statements of a module that hold a part of its text, as they compute: no comments, docstrings or types."""
+    begin = source.index(part)
+    first, last = (source.count("\n", 0, place) + 1 for place in (begin, begin + len(part.rstrip("\n"))))
+    held = []
+    for node in ast.parse(source).body:
+        start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+        if start <= last and first <= (node.end_lineno or start):
+            held.append(ast.dump(_Bare().visit(node)))
+    return "\n".join(held)
 
 
 def load(folder: Path = HERE / "mutants") -> list[Mutant]:

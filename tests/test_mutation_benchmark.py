@@ -44,6 +44,23 @@ def test_a_mutant_that_no_longer_fits_is_told(mutation, tmp_path):
     assert "names no test" in fault(tests=())
 
 
+def test_a_result_holds_for_the_code_around_a_mutant_and_no_longer(mutation):
+    """Not for its comments, docstrings and types, nor for the functions beside it."""
+    plain = "limit = 3\n\n\n@cache\ndef least(rows):\n    return min(rows)\n\n\ndef most(rows):\n    return max(rows)\n"
+
+    def around(part, source=plain):
+        return mutation.code_around(source, part)
+
+    typed = plain.replace("(rows):\n", '(rows: list[int]) -> int:\n    """A number."""  # of them\n', 1)
+    assert around("min(rows)", typed) == around("min(rows)")
+    assert around("min(rows)", plain.replace("max", "sum").replace("3", "4")) == around("min(rows)")
+    assert around("3") != around("3", plain.replace("3", "3 + 1"))
+    for old, new in [("min(rows)", "min(rows or [0])"), ("@cache", "@lru_cache"), ("(rows)", "(rows, limit=2)")]:
+        assert around("min(", plain.replace(old, new, 1)) != around("min(")
+    two = around("return min(rows)\n\n\ndef most")
+    assert two == around("min") + "\n" + around("max")
+
+
 def test_a_mutant_is_tried_in_a_copy_and_the_tree_stays_as_it_is(mutation, tmp_path, monkeypatch):
     """One that falls, one that survives, one that cannot be imported, one that never ends; and the tree as it is."""
     for name in mutation.COPIED:
