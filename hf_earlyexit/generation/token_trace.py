@@ -56,16 +56,34 @@ class TracedTokens:
     problem_type = SINGLE_LABEL
 
     def __init__(self, model: TorchExitWriter, trace: TokenTrace | None = None) -> None:
-        self.exit_layers = model.exit_layers
+        self.model, self.exit_layers = model, model.exit_layers
         self.num_exits = len(self.exit_layers)
         self.scalars: tuple[str, ...] = model.signals
+        self.costs = tuple(map(float, model.config.exit_cost or self.exit_layers))
         self._trace = trace
 
     @property
-    def quality(self) -> Tensor:
+    def _tokens(self) -> TokenTrace:
         if self._trace is None:
             raise CalibrationError("This policy does not say that it learns (`learns = True`), yet reads rows.")
-        return self._trace.agrees
+        return self._trace
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._tokens.words)
+
+    @property
+    def quality(self) -> Tensor:
+        return self._tokens.agrees
+
+    def select(self, rows: Tensor | Sequence[int]) -> TracedTokens:
+        """Some of the tokens."""
+        index = torch.as_tensor(rows)
+        return TracedTokens(self.model, TokenTrace(*(part[index] for part in self._tokens)))
+
+    def signal(self, exit_index: int) -> NoReturn:
+        """None is kept."""
+        self._no_logits()
 
     def _no_logits(self) -> NoReturn:
         raise CalibrationError(

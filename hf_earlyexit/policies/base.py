@@ -19,7 +19,7 @@ from ..problem_types import PROBLEM_TYPES, SINGLE_LABEL
 from ..registry import Registry
 from ..signals import LOGITS, SIGNALS, ExitSignal, SignalSource, known_signals, missing, names_at
 from ..values import DEEPEST, check_choice, check_layers, check_real, is_whole, plain, shown
-from .scanning import Scan, scan
+from .scanning import LearningRows, Scan, scan
 
 POLICIES: Registry[type[ExitPolicy]] = Registry("policy", group="hf_earlyexit.policies")
 
@@ -96,7 +96,7 @@ class ExitPolicy(ABC):
         return self.highest_score
 
     @classmethod
-    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, **options: Any) -> dict[str, Any]:
         """Fields of the policy fitted to the rows of `trace` (an `ExitTrace`); `options` win over defaults."""
         return options
 
@@ -120,7 +120,7 @@ class ExitPolicy(ABC):
         return len(self.thresholds) + 1
 
     @classmethod
-    def from_trace(cls, trace: Any, **options: Any) -> Self:
+    def from_trace(cls, trace: LearningRows, **options: Any) -> Self:
         """The policy for the exits of `trace`, its own numbers learned from it, every exit still closed."""
         cls._require_serves(trace.problem_type)  # before anything is learned from what the rule cannot read
         for name in names_at(known_signals(cls.asks), last=trace.num_exits == 1):

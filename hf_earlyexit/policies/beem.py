@@ -18,6 +18,7 @@ from ..values import check_choice, check_real
 from .agreement import Chain
 from .base import ExitPolicy, register_policy
 from .measures import log_odds, margin, max_probability, measure
+from .scanning import LearningRows
 
 VOTES: dict[str, Callable[[Tensor], Tensor]] = {
     "probability": max_probability,
@@ -87,7 +88,7 @@ class BeemPolicy(ExitPolicy):
         return state.follow(logits, score), score, signal.logits
 
     @classmethod
-    def learn(cls, trace: Any, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, **options: Any) -> dict[str, Any]:
         if "weights" not in options:
             raise PolicyError(
                 "The beem policy takes its weights from you (`weights=[...]`, one per exit); beem-c takes them from the "
@@ -103,7 +104,7 @@ class BeemCostPolicy(BeemPolicy):
     """BEEM with weights from cost: an exit weighs `layer_cost` times its layer's number."""
 
     @classmethod
-    def learn(cls, trace: Any, layer_cost: float = 0.1, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, layer_cost: float = 0.1, **options: Any) -> dict[str, Any]:
         """Weights from the layers' numbers.
 
         Args:
@@ -123,7 +124,7 @@ class BeemAccuracyPolicy(BeemPolicy):
     learns: ClassVar[bool] = True
 
     @classmethod
-    def learn(cls, trace: Any, normalize: str = "none", **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, normalize: str = "none", **options: Any) -> dict[str, Any]:
         """Weights from the exits' accuracy on the rows of `trace`.
 
         Args:

@@ -17,6 +17,7 @@ from ..values import check_real
 from .agreement import Chain
 from .base import ExitPolicy, register_policy
 from .measures import log_odds, measure, probability
+from .scanning import LearningRows
 
 
 @register_policy("beem-calibrated")
@@ -75,7 +76,7 @@ class CalibratedBeemPolicy(ExitPolicy):
         return state.follow(logits, running), probability(running), signal.logits
 
     @classmethod
-    def learn(cls, trace: Any, ridge: float = 1.0, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, ridge: float = 1.0, **options: Any) -> dict[str, Any]:
         """One logistic regression per exit.
 
         Args:

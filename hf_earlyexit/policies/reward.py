@@ -18,6 +18,7 @@ from ..signals import ExitSignal
 from ..values import check_real, check_whole
 from .base import ExitPolicy, register_policy
 from .measures import certainty, log_odds, probability
+from .scanning import LearningRows
 
 FEATURES = 8
 WIDTH = 8
@@ -99,7 +100,7 @@ class RewardPolicy(ExitPolicy):
         return state, probability(leave_logits), signal.logits
 
     @classmethod
-    def learn(cls, trace: Any, members: int = 1, **options: Any) -> dict[str, Any]:
+    def learn(cls, trace: LearningRows, members: int = 1, **options: Any) -> dict[str, Any]:
         """Teach the network; the same rows give the same numbers.
 
         Args:
@@ -160,7 +161,7 @@ def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     return leave_logits
 
 
-def _part(trace: Any, member: int, members: int) -> Any:
+def _part(trace: LearningRows, member: int, members: int) -> LearningRows:
     """The rows that teach one member, at most so many that full batches stay quick."""
     count = min(trace.num_rows, MOST_ROWS)
     if members == 1:
@@ -175,7 +176,7 @@ def _together(networks: Sequence[Tensor]) -> tuple[float, ...]:
     return (*whole.flatten().tolist(), float(torch.stack([weights[-1] for weights in networks]).mean()))
 
 
-def _taught(trace: Any, kept: list[int], member: int) -> Tensor:
+def _taught(trace: LearningRows, kept: list[int], member: int) -> Tensor:
     """Weights `[NUM_WEIGHTS]` that earn the most over all prices, from a fixed start and in full batches.
 
     Args:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,45 @@ from torch import Tensor
 from ..signals import ExitSignal, SignalSource
 
 SCANNED = 4096  # rows at a time, so that what is made of them stays small
+
+
+class LearningRows(SignalSource, Protocol):
+    """Labelled rows that a policy learns its own numbers from: an `ExitTrace`, or what stands in for one."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+
+    @property
+    def problem_type(self) -> str:
+        """What the labels mean."""
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Layers (1-based) of all exits."""
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Cost of leaving at each exit, in layers."""
+
+    @property
+    def scalars(self) -> Container[str]:
+        """Holds the names of the signals that there are beside the logits."""
+
+    @property
+    def quality(self) -> Tensor:
+        """Quality of each exit on each row, `[N, E]`."""
+
+    @property
+    def logits(self) -> Tensor:
+        """`[N, E, C]`."""
+
+    @property
+    def labels(self) -> Tensor:
+        """`[N]` class numbers, or `[N, C]`."""
+
+    def select(self, rows: Tensor | Sequence[int]) -> LearningRows:
+        """Some of the rows, in the given order."""
 
 
 class Scan(NamedTuple):

@@ -308,6 +308,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
         ({"policy": "nonsense"}, UnknownNameError, "nonsense"),
         ({"policy": "gate"}, CalibrationError, "learn_gates=True"),
         ({"policy": "beem-calibrated"}, CalibrationError, "logits of many rows"),
+        ({"policy": "reward"}, CalibrationError, "logits of many rows"),
         ({"policy": "beem-a", "learning_share": 0.01}, CalibrationError, "rows on both sides"),
         ({"policy": ee.ConfidencePolicy(thresholds=(0.5,) * 2)}, EarlyExitConfigError, "3 thresholds"),
         (
