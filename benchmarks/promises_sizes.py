@@ -25,7 +25,8 @@ from hf_earlyexit.calibration import Certified
 
 kind, policy, rows, exits, classes = *sys.argv[1:3], *map(int, sys.argv[3:])
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = lambda: dict(line.split(":", 1) for line in open("/proc/self/status"))
+peak = lambda: int(status()["VmHWM"].split()[0]) * 1024  # unlike ru_maxrss, none of it is the parent's
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 draw = torch.Generator().manual_seed(0)
 labels = torch.randint(classes, (rows,), generator=draw)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate, replay
 from hf_earlyexit.policies import POLICIES, ExitPolicy, scanning
+from hf_earlyexit.problem_types import REGRESSION
 from tests.samples import learned_trace
 
 
@@ -98,6 +99,22 @@ def test_so_is_what_other_rows_can_be_expected_to_get(policy, metric, answers_it
         )
     assert found.difference != 0  # the test would see the full model
     assert found.mean_layers == pytest.approx(layers / 400)
+
+
+def test_so_it_is_in_a_mean_of_something_else():
+    trace = learned_trace(200, classes=1, problem_type=REGRESSION)
+    options = {"policy": "patience", "target": MaxDrop(0.3), "metric": "mae", "options": {"tolerance": 0.3}}
+    early = torch.empty(200)
+    for fold in torch.randperm(200, generator=torch.Generator().manual_seed(1)).tensor_split(2):
+        others = torch.ones(200, dtype=torch.bool).index_fill(0, fold, False)
+        chosen, part = calibrate(trace.select(others), folds=0, **options).policy, trace.select(fold)
+        scores, answers = chosen.scan(part)
+        early[fold] = answers[torch.arange(100), chosen.decide(scores), 0]
+    errors = [
+        (values.double() - trace.labels.flatten().double()).abs().mean().item() for values in (early, trace.logits[:, -1, 0])
+    ]
+    assert errors[0] != pytest.approx(errors[1])  # the test would see the full model
+    assert calibrate(trace, folds=2, **options).expected.difference == pytest.approx(errors[1] - errors[0])
 
 
 @pytest.mark.parametrize("per_exit", [True, False])
