@@ -16,13 +16,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..calibration.result import CalibrationResult
 from ..errors import UsageError
-from ..modeling.protocol import TorchExitClassifier, TorchExitModel
 from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments, TextArguments
 from .command_result import CommandResult
+
+if TYPE_CHECKING:
+    from ..calibration.result import CalibrationResult
+    from ..modeling.protocol import TorchExitClassifier, TorchExitModel
 
 POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
 TARGETS = (

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EarlyExitError, UsageError
-from ..modeling.protocol import TorchExitWriter
 from ..values import check_whole, unexpected
 from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, OutputArguments, TextArguments, given
 from .command_result import CommandResult
 
 if TYPE_CHECKING:
+    from ..modeling.protocol import TorchExitWriter
     from .incoming import Incoming
 
 TAKEN = ("generated_text", "exit_layers", "mean_exit_layer")

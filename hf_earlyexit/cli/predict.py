@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..modeling.protocol import ExitClassifier
 from ..values import unexpected
 from .arguments import SLICES, STDOUT, DeviceArguments, FileArguments, FormArguments, OutputArguments
 from .command_result import CommandResult
 
 if TYPE_CHECKING:
-    from ..modeling.protocol import ExitModel
+    from ..modeling.protocol import ExitClassifier, ExitModel
     from .incoming import Incoming
 
 ANSWERS = ("label", "score", "logits", "exit_layer", "error")
