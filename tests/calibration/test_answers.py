@@ -9,10 +9,12 @@ import torch
 from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 
-from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate, replay
+from hf_earlyexit.calibration import LayerBudget, MaxDrop, replay
 from hf_earlyexit.policies import POLICIES, ExitPolicy, scanning
 from hf_earlyexit.problem_types import REGRESSION
 from tests.samples import learned_trace
+
+from . import calibrate
 
 
 class Sum(NamedTuple):

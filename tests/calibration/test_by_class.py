@@ -8,13 +8,15 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, recall_score
 
-from hf_earlyexit.calibration import CalibrationResult, MaxDrop, calibrate
+from hf_earlyexit.calibration import CalibrationResult, MaxDrop
 from hf_earlyexit.calibration.by_class import ClassReport, class_lines, class_reports, to_show
 from hf_earlyexit.errors import CheckpointError
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.reports.write import write_report
 from hf_earlyexit.values import json_sum
 from tests.samples import learned_trace
+
+from . import calibrate
 
 
 def uneven(rows=600):

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_earlyexit.calibration import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, calibrate, settings
+from hf_earlyexit.calibration import FinalLayerError, LayerBudget, MaxDrop, SpeedUp, settings
 from hf_earlyexit.errors import CalibrationError, PolicyError, UnknownNameError, UsageError
 from hf_earlyexit.policies import POLICIES, BeemAccuracyPolicy, BeemCostPolicy, ConfidencePolicy
 from hf_earlyexit.problem_types import MULTI_LABEL, PROBLEM_TYPES, REGRESSION
 from tests.samples import learned_trace, options_for, sst2_trace
+
+from . import calibrate
 
 LEARNERS = [name for name in POLICIES.names() if POLICIES.get(name).learns]
 OTHERS = [name for name in POLICIES.names() if not POLICIES.get(name).learns]

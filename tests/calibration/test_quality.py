@@ -8,11 +8,13 @@ import torch
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
-from hf_earlyexit.calibration import METRICS, MaxDrop, calibrate, replay
+from hf_earlyexit.calibration import METRICS, MaxDrop, replay
 from hf_earlyexit.calibration.quality import find_metric
 from hf_earlyexit.errors import CalibrationError, UnknownNameError
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from tests.samples import learned_trace
+
+from . import calibrate
 
 NAMES = ("accuracy", "f1:0", "f1:1", "f1-macro", "balanced-accuracy", "matthews", "recall-at-precision:0.8")
 ORACLES = {

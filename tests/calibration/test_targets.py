@@ -8,7 +8,6 @@ from hf_earlyexit.calibration import (
     LayerBudget,
     MaxDrop,
     SpeedUp,
-    calibrate,
     parse_target,
 )
 from hf_earlyexit.calibration.search import Curve
@@ -16,6 +15,8 @@ from hf_earlyexit.errors import CalibrationError, UnknownNameError
 from hf_earlyexit.policies import ConfidencePolicy
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
+
+from . import calibrate
 
 # The full model costs 12; the second point is better and the third equal; two points tie in quality, two in cost.
 CURVE = Curve(

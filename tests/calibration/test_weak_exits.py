@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from hf_earlyexit.calibration import LayerBudget, MaxDrop, calibrate
+from hf_earlyexit.calibration import LayerBudget, MaxDrop
 from hf_earlyexit.errors import CalibrationError
 from hf_earlyexit.policies import POLICIES, ConfidencePolicy, PatiencePolicy
 from tests.samples import learned_trace, options_for
+
+from . import calibrate
 
 
 def trace_with_weak_exits():
