@@ -175,7 +175,7 @@ def test_files_are_answered_once_and_a_stopped_run_goes_on(cluster, folder, text
         pandas.DataFrame({"id": rows, "text": [texts[row] for row in rows]}).to_parquet(place)
     out = tmp_path / "out"
     words = ["predict", str(folder), "--engine", "ray", "--input", f"{tmp_path}/in/**/*.parquet", "--output", str(out)]
-    words += ["--operating_point", "fast", "--workers", "2"]
+    words += ["--operating_point", "fast", "--workers", "1"]
     whole = places[1].read_bytes()
     places[1].write_bytes(whole[:300])
     monkeypatch.setattr(predict_files, "FileAnswerer", DiesAtFile)
