@@ -89,17 +89,17 @@ def test_no_value_of_any_type_makes_a_policy_fall_over(name):
 
 
 @pytest.mark.parametrize(
-    ("check", "kind", "expected"),
+    ("check", "highest", "above", "kind", "expected"),
     [
-        (partial(check_whole, 2), UsageError, "a whole number from 2"),
-        (partial(check_whole, 2, 9, error=DataError), DataError, "a whole number from 2 to 9"),
-        (partial(check_real, 2, error=DataError), DataError, "a finite number from 2"),
-        (partial(check_real, 0.5, 2.5), UsageError, "a finite number from 0.5 to 2.5"),
+        (partial(check_whole, 2), 2**53, 2**53 + 1, UsageError, "a whole number from 2"),
+        (partial(check_whole, 2, 9, error=DataError), 9, 10, DataError, "a whole number from 2 to 9"),
+        (partial(check_real, 2, error=DataError), 1e300, HUGE, DataError, "a finite number from 2"),
+        (partial(check_real, 0.5, 2.5), 2.5, 2.6, UsageError, "a finite number from 0.5 to 2.5"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_name_and_kind(check, kind, expected):
-    check(first=2, second=2)
-    for wrong in (0, True, "2", None, math.nan, math.inf, -HUGE):
+def test_a_number_out_of_its_range_is_refused_by_name_and_kind(check, highest, above, kind, expected):
+    check(first=2, second=highest)
+    for wrong in (above, 0, True, "2", None, math.nan, math.inf, -HUGE):
         with pytest.raises(kind) as caught:
             check(first=2, second=wrong)
         assert (caught.value.field, caught.value.value) == ("second", wrong)
