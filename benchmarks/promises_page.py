@@ -326,7 +326,7 @@ def _shadow(cells: list[dict[str, Any]]) -> str:
 `predict` with a monitor (shadow 0.01) and without, in turns, one thread, the real small encoder; CPU time of the process.
 A shadowed row goes on from the exit it left at, so that a share s of them costs about s times the layers that its exit saves
 over those that it runs: s x (speed-up - 1). *More layers*: tokens that go through a layer, counted, padding included.
-Others were at work on the machine: where the middle half of the rounds is wide, the CPU time says nothing, the count does.
+Where the middle half of the rounds is wide, others were at work: the CPU time says nothing then, the count does.
 
 {_table(head, rows)}"""
 
@@ -360,10 +360,10 @@ Walking along {walk["settings"]} settings x {walk["rows"]:,} rows x {walk["exits
 {walk["harm"]:.2f} s of CPU time for `harm` and {walk["drop"]:.2f} s for `drop`. Below, `collect_trace` runs a tiny model on
 rows of 4 tokens, so its seconds are those of the host; `calibrate` chooses by `MaxDrop(0.01)` with five folds,
 *one threshold* or *per exit*, or by `Certified(0.01, 0.9)`. Each turn is a process of its own, one thread; of several turns
-the median stands first. The machine has {sizes["walk"]["cores"]} cores, others were at work on it, and its load was
-{min(loads):.1f} to {max(loads):.1f}: memory that others read slows these seconds down. *Most memory* is a process's peak
-without what was there before the trace, *process* the whole of it. The rows that certify are a copy apart from those that
-make the path, so that certifying holds the trace twice. `reward` learns anew for each fold, from at most 1,000 rows, which
-is nearly all that it takes.
+the median stands first. The machine has {sizes["walk"]["cores"]} cores, and its load was {min(loads):.1f} to
+{max(loads):.1f}: above 1 others are at work, and memory that they read slows these seconds down. *Most memory* is a
+process's peak without what was there before the trace, *process* the whole of it. The rows that certify are a copy apart
+from those that make the path, so that certifying holds the trace twice. `reward` learns anew for each fold, from at most
+1,000 rows, which is nearly all that it takes.
 
 {_table(head, rows)}"""
