@@ -18,6 +18,7 @@ from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
+from ..modeling.certificate import computing_dtype
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.protocol import TorchExitWriter, Wrapped
 from ..modeling.wrapped import unwrapped
@@ -145,7 +146,7 @@ def calibrate_generation(
         num_learning_rows=len(learners),
         seed=seed,
         split=split,
-        dtype=str(inner.dtype).removeprefix("torch."),
+        dtype=computing_dtype(inner),
         fingerprint=model_fingerprint(inner),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score)),

@@ -158,7 +158,7 @@ def check_certificates(model: TorchExitModel, path: Any, drop_uncertified: bool)
             f"Weights of {path} are not in memory, so nobody can see whether they are those that were calibrated."
         )
         return
-    fingerprint, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    fingerprint, dtype = model_fingerprint(model), computing_dtype(model)
     for point, policy, certificate in certified:
         named = _named(point)
         if policy is None or policy_fingerprint(policy) != certificate["policy"]:
