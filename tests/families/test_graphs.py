@@ -1,4 +1,4 @@
-"""Families as ONNX files, and with states and attentions asked for."""
+"""Families that need no ONNX files of their own or make none, and states and attentions. See tests/onnx/test_laws.py."""
 
 import ast
 from dataclasses import replace
@@ -12,36 +12,10 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
 from hf_earlyexit.families import FAMILIES
 
-from .tiny import batch_of, new_model, rows_of, stock_of, tiny
+from .tiny import batch_of, new_model, stock_of, tiny
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing, which runs the exported graphs (extra: onnx)")
-PICTURES = ("deit", "dinov2")  # tests/onnx/test_pictures.py
 ALIKE = {"camembert": "Camembert", "xlm-roberta": "XLMRoberta"}  # roberta under another name
-TRACED = [name for name in FAMILIES if not FAMILIES[name].untraced and name not in (*PICTURES, *ALIKE)]
-SHALLOW = {"distilbert": {"n_layers": 2}}
-
-
-@pytest.mark.parametrize("name", TRACED)
-def test_exported_files_let_rows_go_where_the_model_does(name, tmp_path):
-    model = new_model(name, **SHALLOW.get(name, {"num_hidden_layers": 2}))
-    batch = batch_of(name, rows=10, seed=1)
-    with torch.inference_mode():
-        first = model(**batch, early_exit=False).exit_logits[:, 0].softmax(-1).amax(-1).sort().values
-    model.set_exit_policy(ee.ConfidencePolicy(thresholds=[float((first[4] + first[5]) / 2)]))
-    ee.export_onnx(model, tmp_path)
-    rows = rows_of(batch, segments=True)
-    expected = ee.predict(model, rows)
-    layers = expected.exit_layer.tolist()
-    assert set(layers) == {1, 2}
-    found = ee.predict(ee.OnnxClassifier.from_pretrained(tmp_path, threads=1), rows)
-    assert found.exit_layer.tolist() == layers
-    assert (found.logits - expected.logits).abs().max() <= 1e-4
-    session = ort.InferenceSession(tmp_path / "model.onnx")
-    for row, layer in zip(rows, layers, strict=True):
-        given = {name: torch.as_tensor(values)[None] for name, values in row.items()}
-        given["attention_mask"] = torch.ones(1, len(row.get("input_ids", ())), dtype=torch.long)
-        told = session.run(["exit_layer"], {part.name: given[part.name].numpy() for part in session.get_inputs()})
-        assert told[0].tolist() == [layer]
 
 
 @pytest.mark.parametrize("name", ALIKE)
