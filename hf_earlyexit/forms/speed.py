@@ -10,6 +10,7 @@ import torch
 
 from ..families.vision import picture_of
 from ..modeling.protocol import ExitClassifier
+from ..serving.batching import padding_token
 from ..serving.predict import predict
 from ..serving.reader import reads_images
 from ..serving.tables import PIXELS
@@ -45,6 +46,5 @@ def _rows(model: ExitClassifier) -> list[dict[str, Any]]:
     if reads_images(model):
         return [{PIXELS: torch.zeros(picture_of(config))} for _ in range(ROWS)]
     most = model.family.longest(config)
-    pad = getattr(config, "pad_token_id", None) or 0
-    ids = [token for token in range(config.vocab_size) if token != pad][:ROWS] or [0]
+    ids = [token for token in range(config.vocab_size) if token != padding_token(config)][:ROWS] or [0]
     return [{"input_ids": [ids[row % len(ids)]] * min(TOKENS, most)} for row in range(ROWS)]

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UsageError
 from ..modeling.protocol import TorchExitClassifier
-from ..serving.batching import pad_batch
+from ..serving.batching import pad_batch, padding_token
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
@@ -54,7 +54,7 @@ def torch_ways(
         stock_model: whose stock forward is the rival; the model itself by default.
     """
     walker, policy = walker_for(model), model.exit_policy
-    budget = walker.best_batch_tokens
+    budget, pad = walker.best_batch_tokens, padding_token(model.config)
     full, early = Scheduler(walker, None, budget), Scheduler(walker, policy, budget)
     static = Scheduler(walker, None, budget, layer_budget=static_layer)
 
@@ -62,7 +62,7 @@ def torch_ways(
         @torch.inference_mode()
         def run(rows: Sequence[TokenIds]) -> None:
             for start in range(0, len(rows), size):
-                call(dict(pad_batch(rows[start : start + size]).to(walker.device)))
+                call(dict(pad_batch(rows[start : start + size], pad).to(walker.device)))
             finished(walker.device)
 
         return run

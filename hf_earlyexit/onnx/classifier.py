@@ -26,7 +26,7 @@ from ..modeling.finite import check_finite
 from ..modeling.operating import OperatingPoints
 from ..modeling.outputs import EarlyExitClassifierOutput, early_output, full_output
 from ..policies import ExitPolicy
-from ..serving.batching import pad_batch
+from ..serving.batching import pad_batch, padding_token
 from ..serving.rows import check_any_token, check_ids
 from ..serving.tables import PIXELS
 from ..serving.walker import BatchWalker
@@ -84,7 +84,7 @@ class OnnxWalker(BatchWalker):
 
     def begin(self, rows: Sequence[Any]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""
-        return self.begin_batch(self.read(dict(pad_batch(rows, getattr(self.config, "pad_token_id", None) or 0))))
+        return self.begin_batch(self.read(dict(pad_batch(rows, padding_token(self.config)))))
 
     def read(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         """A batch as the first graph takes it, checked: see `text_batch` and `picture_batch`."""

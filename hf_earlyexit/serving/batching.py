@@ -36,7 +36,7 @@ def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
 def sorted_batches(
     encoded: Sequence[dict[str, Any]],
     max_batch_tokens: int,
-    tokenizer: Any = None,
+    pad_token_id: int = 0,
     length: Callable[[Any], int] = lambda row: len(row["input_ids"]),
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
     """Padded batches of rows of similar length, the longest first, with the rows' places.
@@ -44,11 +44,16 @@ def sorted_batches(
     Args:
         encoded: token ids of every row; or pixel values, of one size.
         max_batch_tokens: most padded tokens in a batch; a longer row stands alone.
-        tokenizer: gives the padding token; 0 without one.
+        pad_token_id: stands at padding; see `padding_token`.
         length: of a row, in tokens.
     """
     for places in cut([length(row) for row in encoded], max_batch_tokens):
-        yield places, pad_batch([encoded[place] for place in places], getattr(tokenizer, "pad_token_id", None) or 0)
+        yield places, pad_batch([encoded[place] for place in places], pad_token_id)
+
+
+def padding_token(config: Any) -> int:
+    """The token that stands at padding: the model's own, by which decoders find a row's end; 0 where it has none."""
+    return getattr(config, "pad_token_id", None) or 0
 
 
 def pad_batch(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> BatchEncoding:

@@ -19,7 +19,7 @@ from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..trace import ExitTrace
 from ..values import check_flags, check_whole, unexpected
-from .batching import sorted_batches
+from .batching import padding_token, sorted_batches
 from .reader import PICTURES, RowReader, first_error, reader_for, reads_images
 from .served import served_classifier
 from .tables import plain_rows
@@ -71,7 +71,7 @@ def collect_trace(
         encoded, truth = _unlabelled_rows(rows, reader, labels), None
     logits: Tensor | None = None  # filled in place, so that a large trace is in memory once
     scalars: dict[str, Tensor] = {}
-    for indices, output in full_pass(served, encoded, tokenizer, max_batch_tokens, progress, served.signals):
+    for indices, output in full_pass(served, encoded, max_batch_tokens, progress, served.signals):
         if logits is None:
             logits = torch.empty(len(encoded), *output.exit_logits.shape[1:])
             scalars = {name: torch.empty(len(encoded), *output.exit_scalars[name].shape[1:]) for name in served.signals}
@@ -142,7 +142,6 @@ def _problem_type_of(model: ExitModel) -> str:
 def full_pass(
     model: Wrapped,
     encoded: Sequence[Any],
-    tokenizer: Any,
     max_batch_tokens: int,
     progress: bool,
     signals: Sequence[str] | None = None,
@@ -150,7 +149,8 @@ def full_pass(
     """Run every exit on encoded rows, batch by batch; gives the rows' places and the model's output.
 
     Args:
-        model, encoded, tokenizer, max_batch_tokens, progress: as in `collect_trace`, the rows as the model reads them.
+        model, max_batch_tokens, progress: as in `collect_trace`.
+        encoded: the rows as the model reads them.
         signals: names of what the exits give beside their logits, as `exit_signals` in the model's `forward`.
 
     Raises:
@@ -158,14 +158,14 @@ def full_pass(
     """
     served = served_classifier(model)
     walker: BatchWalker = getattr(served, "walker", None) or ModelWalker(cast(TorchExitClassifier, served))
-    size = PICTURES if reads_images(served) else max(len(encoded), 1)
+    size, pad = PICTURES if reads_images(served) else max(len(encoded), 1), padding_token(served.config)
     with torch.inference_mode(), tqdm(total=len(encoded), disable=not progress, unit="row") as bar:
         for first in range(0, len(encoded), size):
             rows = encoded[first : first + size]
             first_error(rows, walker.check, first)
             for group in walker.apart(rows):
                 together = [rows[place] for place in group]
-                for places, batch in sorted_batches(together, max_batch_tokens, tokenizer, walker.length):
+                for places, batch in sorted_batches(together, max_batch_tokens, pad, walker.length):
                     output = served(**batch.to(served.device), early_exit=False, exit_signals=signals)
                     numbers = [first + group[place] for place in places]
                     check_finite(output.exit_logits, numbers)

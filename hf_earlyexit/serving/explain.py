@@ -70,7 +70,7 @@ def explain(
     reader = reader_for(served, tokenizer, max_length, image_processor)
     encoded = reader.encode_all([row])[:]
     first_error(encoded, walker_for(served, cuda_graphs=False).check, 0)
-    batch = pad_batch(encoded, getattr(tokenizer, "pad_token_id", None) or 0)
+    batch = pad_batch(encoded)
     with torch.inference_mode():
         output = served(**batch.to(served.device), early_exit=False, exit_signals=known_signals(policy.asks))
     check_finite(output.exit_logits, [0])

@@ -16,7 +16,7 @@ from ..families.base import LAST, TEXT, is_watched
 from ..families.context import Context, widened
 from ..modeling.protocol import ExitClassifier, TorchExitClassifier, TorchExitModel
 from ..signals import ExitSignal
-from .batching import pad_batch
+from .batching import pad_batch, padding_token
 from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
 from .rows import TokenIds, check_any_token
 from .transfer import placed
@@ -68,7 +68,7 @@ class GraphWalker(ModelWalker):
         return super().check(row, number) or check_any_token(row, number)  # it would attend to the padding
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
-        batch = pad_batch(rows, self.base.config.pad_token_id or 0)
+        batch = pad_batch(rows, padding_token(self.base.config))
         given = {name: placed(values, self.device) for name, values in batch.items()}
         tokens = given["attention_mask"].bool()
         self.family.check(self.family, self.base, given)

@@ -16,7 +16,7 @@ from ..families.prepared import prepared
 from ..modeling.protocol import TorchExitClassifier
 from ..signals import ExitSignal
 from ..walking.step import Walks
-from .batching import pad_batch
+from .batching import pad_batch, padding_token
 from .rows import TokenIds, check_ids
 from .tables import PIXELS
 
@@ -129,7 +129,7 @@ class ModelWalker(BatchWalker):
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""
-        batch = pad_batch(rows, getattr(self.base.config, "pad_token_id", None) or 0).to(self.device)
+        batch = pad_batch(rows, padding_token(self.base.config)).to(self.device)
         if self.packs:
             return self.family.begin_packed(self.base, dict(batch))
         return self.family.begin(self.base, dict(batch), {})

@@ -114,7 +114,7 @@ def collect_states(
     encoded, labels = labelled_rows(model, rows, reader_for(model, tokenizer, max_length, image_processor), None)
     states, logits, order = [], [], []
     with pooled_states(model) as pooled:
-        for indices, output in full_pass(model, encoded, tokenizer, max_batch_tokens, progress):
+        for indices, output in full_pass(model, encoded, max_batch_tokens, progress):
             states.append(torch.stack(pooled, 1) if pooled else torch.zeros(len(indices), 0, 0))
             pooled.clear()
             logits.append(output.exit_logits.float().cpu())

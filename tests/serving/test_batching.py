@@ -83,11 +83,8 @@ def test_batches_keep_the_budget_and_hold_every_row_once(budget):
     assert [lengths[index] for index in seen] == sorted(lengths, reverse=True)
 
 
-def test_padding_uses_the_tokenizers_token():
-    class Pads:
-        pad_token_id = 3
-
-    (_, batch), *_ = sorted_batches(ids(3, 1), 100, Pads())
+def test_padding_has_the_token_that_is_given():
+    (_, batch), *_ = sorted_batches(ids(3, 1), 100, 3)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 3, 3]]
 
 
