@@ -87,6 +87,9 @@ def evaluating(model: Model) -> Model:
     Args:
         model: a torch model, or anything else with `modules()`.
 
+    A model that the Trainer has run in mixed precision still has Accelerate's `forward`; the view has that of its class, as
+    the model has once it is saved and loaded.
+
     Raises:
         UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
             of the model itself.
@@ -99,7 +102,7 @@ def evaluating(model: Model) -> Model:
 def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     if (view := known.get(id(module))) is not None:
         return view
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not _is_accelerated(module):
         raise UsageError(
             f"The model is in training mode, and its {type(module).__name__} has been given another forward, which would "
             "run with dropout: call model.eval() first.",
@@ -110,4 +113,21 @@ def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     compiled = {"_compiled_call_impl": None}  # it would run the module itself
     children = {name: child if child is None else _view(child, known) for name, child in module._modules.items()}
     vars(view).update({**vars(module), **hooks, **compiled, "_modules": children, "training": False})
+    vars(view).pop("forward", None)
     return view
+
+
+def _is_accelerated(module: nn.Module) -> bool:
+    """Whether a module's own `forward` is that of its class, or that in Accelerate's mixed precision."""
+    own: Any = vars(module)["forward"]
+    found = _wrapped(getattr(own, "__func__", own))
+    of_class = _wrapped(type(module).forward)
+    return any(one in of_class for one in (found if "_original_forward" in vars(module) else found[:1]))
+
+
+def _wrapped(function: Any) -> list[Any]:
+    """A function, and those it is wrapped around."""
+    functions = [function]
+    while hasattr(functions[-1], "__wrapped__"):
+        functions.append(functions[-1].__wrapped__)
+    return functions

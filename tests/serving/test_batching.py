@@ -1,5 +1,7 @@
 """From rows of many kinds to padded batches of similar length."""
 
+from functools import wraps
+
 import pytest
 import torch
 from datasets import Dataset
@@ -131,10 +133,18 @@ def test_a_module_that_came_twice_comes_twice_in_the_view(tiny_model):
 
 def test_a_forward_that_knows_the_models_own_mode_is_refused(tiny_model):
     model = tiny_model().train()
-    model.bert.forward = model.bert.forward
+    known = model.bert.forward
+    model.bert.forward = wraps(known)(lambda *given, **named: known(*given, **named))
     with pytest.raises(UsageError, match=r"BertModel has been given another forward.*call model.eval\(\) first"):
         evaluating(model)
     assert evaluating(model.eval()) is model
+
+
+def test_a_forward_that_was_put_back_is_that_of_the_class(tiny_model, random_batch):
+    model, batch = tiny_model(), random_batch(4)
+    expected = model(**batch, early_exit=False).exit_logits
+    model.train().bert.forward = model.bert.forward
+    assert torch.equal(evaluating(model)(**batch, early_exit=False).exit_logits, expected)
 
 
 def test_code_compiled_in_place_is_passed_by_in_training_mode(tiny_model, random_batch):

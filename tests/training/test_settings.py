@@ -335,6 +335,19 @@ def test_options_of_the_step_work(trainer, arguments, tiny_model, fields):
     assert all(torch.isfinite(value).all() for value in state(run.model).values())
 
 
+def test_a_model_trained_in_mixed_precision_is_served_as_it_is_once_saved_and_loaded(
+    trainer, arguments, tiny_model, rows, tmp_path
+):
+    run = trainer(tiny_model(), arguments(bf16=True))
+    run.train()
+    assert run.model.training
+    assert "forward" in vars(run.model)  # that of Accelerate
+    run.save_model(tmp_path)
+    loaded = type(run.model).from_pretrained(tmp_path)
+    traces = [ee.collect_trace(model, rows(16), labelled=False, progress=False) for model in (run.model, loaded)]
+    assert torch.equal(traces[0].logits, traces[1].logits)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, and transformers takes fp16 on one only")
 def test_half_precision_works_on_a_gpu(trainer, arguments, tiny_model):
     run = trainer(tiny_model(), arguments(fp16=True, use_cpu=False))
