@@ -53,6 +53,8 @@ def open_image(image: Any, field: str = "images") -> Image:
             image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         source: Any = nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
         with source as opened:
+            if 0 in opened.size:
+                raise ValueError("it is {} x {} pixels large".format(*opened.size))
             return _in_bytes(ImageOps.exif_transpose(opened)).convert("RGB")  # this reads all of the file
     except FileNotFoundError as error:
         raise DataError(f"There is no picture {image}; check the name.", field=field, path=image) from error

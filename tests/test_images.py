@@ -89,8 +89,10 @@ def test_numbers_whose_range_nobody_knows_are_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "wrong", [7, None, {"bytes": None}, {}, {"bytes": b"no picture"}, io.BytesIO, np.zeros((2, 2, 2, 2)), np.array(["a"])]
-)
+    "wrong",
+    [7, None, {"bytes": None}, {}, {"bytes": b"no picture"}, io.BytesIO, np.zeros((2, 2, 2, 2)), np.array(["a"]),
+     np.zeros((0, 0, 3), np.uint8), Image.new("RGB", (0, 5))],
+)  # fmt: skip
 def test_what_is_none_is_refused_by_its_column(wrong):
     with pytest.raises(DataError, match=r"given as|no picture that Pillow") as caught:
         open_image(wrong, "photo")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .base import LAST, TEXT_INPUTS, Family, Frame, Framed
+from .checks import check_text
 from .context import Context, Part
 from .masks import MASK, backwards, framed, positions
 from .packed import PackedView
-from .text import NO_SEGMENTS, ROTARY, check_text, rotary_call
+from .text import NO_SEGMENTS, ROTARY, rotary_call
 
 NO_GRAPH = "which token answers is found from token ids, which the exported exits do not see."
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, UsageError
 from .base import TEXT_INPUTS, Family, Frame, Framed
+from .checks import check_text
 from .context import Context, Part
 from .masks import MASK, both_ways, framed, one_mask, positions
 from .packed import PackedView
@@ -19,37 +19,6 @@ from .packed_bert import PackedBertLayer
 EMBEDDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 NO_SEGMENTS = tuple(name for name in TEXT_INPUTS if name != "token_type_ids")
 ROTARY = "position_embeddings"
-
-
-def check_text(family: Family, model: Any, inputs: dict[str, Any]) -> None:
-    """Refuse inputs that a text model cannot read."""
-    if model.config._attn_implementation == "flex_attention":  # before its mask, which takes a compilation
-        raise UsageError(
-            "Attention 'flex_attention' has no plain mask, so finished rows cannot be dropped; "
-            "load the model with attn_implementation='sdpa' or 'eager'.",
-            field="attn_implementation",
-        )
-    given, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if (given is None) == (embedded is None):
-        raise UsageError("Give exactly one of input_ids and inputs_embeds.", field="input_ids")
-    rows = given if embedded is None else embedded
-    assert rows is not None  # one of them is given
-    check_width(rows.shape[1], family.longest(model.config))
-
-
-def check_width(tokens: int, limit: int) -> None:
-    """Refuse inputs of a length that the model does not take.
-
-    Raises:
-        DataError: telling both.
-    """
-    if not 1 <= tokens <= limit:
-        raise DataError(
-            f"The input is {tokens} tokens long; this model takes 1 to {limit}. "
-            "Pass truncation=True to the tokenizer, or split the text.",
-            field="input_ids",
-            value=tokens,
-        )
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:

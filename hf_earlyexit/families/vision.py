@@ -8,48 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
 from .base import IMAGE, Family, Frame, Framed
+from .checks import FITTED, check_images, check_images_of_any_size, picture_of
 from .context import Context, Part
 from .masks import MASK, both_ways, framed, one_mask
 from .text import call
 
-PIXELS = ("pixel_values", "interpolate_pos_encoding")
-
-
-def check_images(family: Family, model: Any, inputs: dict[str, Any]) -> None:
-    """Refuse what is not a batch of images of the model's channels and size.
-
-    Raises:
-        DataError: telling what came and what is expected.
-    """
-    size = model.config.image_size
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    _check(model, inputs, None if inputs.get("interpolate_pos_encoding") else sides)
-
-
-def check_images_of_any_size(family: Family, model: Any, inputs: dict[str, Any]) -> None:
-    """As `check_images`, for models that fit their positions to every image."""
-    _check(model, inputs, None)
-
-
-def _check(model: Any, inputs: dict[str, Any], sides: tuple[int, ...] | None) -> None:
-    pixels, channels = inputs.get("pixel_values"), model.config.num_channels
-    shape = None if pixels is None else tuple(pixels.shape)
-    if shape is None or len(shape) != 4 or shape[1] != channels or (sides is not None and shape[2:] != sides):
-        height, width = sides or ("height", "width")
-        raise DataError(
-            f"pixel_values has shape {shape and list(shape)}; expected [images, {channels}, {height}, {width}]. Prepare "
-            "images with the model's own image processor.",
-            field="pixel_values",
-            value=shape,
-        )
+IMAGE_INPUTS = ("pixel_values", FITTED)
 
 
 def embed(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Patches, in the model's precision."""
     pixels = inputs["pixel_values"]
-    options = {"interpolate_pos_encoding": True} if inputs.get("interpolate_pos_encoding") else {}
+    options = {FITTED: True} if inputs.get(FITTED) else {}
     return model.embeddings(pixels.to(model.embeddings.patch_embeddings.projection.weight.dtype), **options)
 
 
@@ -57,13 +28,6 @@ def embed_any_size(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Patches of a model that always fits its positions to the image, in the model's precision."""
     pixels = inputs["pixel_values"]
     return model.embeddings(pixels.to(model.embeddings.patch_embeddings.projection.weight.dtype))
-
-
-def picture_of(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the pictures that a config is made for."""
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return config.num_channels, height, width
 
 
 def _frame_beit(frame: Frame) -> Framed:
@@ -111,7 +75,7 @@ VIT = Family(
     check=check_images,
     longest=lambda config: 0,
     dropout=("hidden_dropout_prob",),
-    inputs=PIXELS,
+    inputs=IMAGE_INPUTS,
     task=IMAGE,
 )
 DINOV2 = replace(
@@ -122,7 +86,7 @@ DINOV2 = replace(
     embed=embed_any_size,
     answer=patches_answer(lambda config: 0),
     one_token=False,
-    inputs=PIXELS[:1],
+    inputs=IMAGE_INPUTS[:1],
 )
 FAMILIES = {
     "vit": VIT,
@@ -135,7 +99,7 @@ FAMILIES = {
         call=_call_beit,
         answer=lambda model, part: model.classifier(model.base_model.pooler(part.hidden)),
         one_token=False,
-        inputs=PIXELS[:1],
+        inputs=IMAGE_INPUTS[:1],
     ),
     "dinov2": DINOV2,
     "dinov2_with_registers": replace(

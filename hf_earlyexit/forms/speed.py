@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..families.vision import picture_of
+from ..families.checks import picture_of
 from ..modeling.protocol import ExitClassifier
 from ..serving.batching import padding_token
 from ..serving.predict import predict

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError, UsageError
 from ..families.base import IMAGE
-from ..families.vision import picture_of
+from ..families.checks import check_width, picture_of
 from ..modeling.protocol import TorchExitClassifier
 from ..serving.pictures import encode_picture
 from ..serving.tables import PIXELS
@@ -101,13 +101,7 @@ def text_batch(given: Mapping[str, Any], vocabulary: int, longest: int, segments
     mask = torch.ones_like(ids) if mask is None else _whole("attention_mask", mask, 2, ids.shape)
     known = types is not None and segments is not None
     token_types = _whole("token_type_ids", types, segments or 0, ids.shape) if known else torch.zeros_like(ids)
-    if not 1 <= ids.shape[1] <= longest:
-        raise DataError(
-            f"The input is {ids.shape[1]} tokens long; this model takes 1 to {longest}. "
-            "Pass truncation=True to the tokenizer, or split the text.",
-            field="input_ids",
-            value=ids.shape[1],
-        )
+    check_width(ids.shape[1], longest)
     return dict(zip(IDS, (ids, mask, token_types), strict=True))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..families.base import IMAGE, Family
-from ..families.vision import picture_of
+from ..families.checks import picture_of
 from ..modeling.classifier import EarlyExitClassifier
 from ..modeling.exits import require_float32_on_cpu
 from ..modeling.protocol import ExitModel, TorchExitClassifier

@@ -218,6 +218,19 @@ def test_images_of_another_shape_are_refused_in_words_or_read_as_the_stock_model
         model(pixel_values=pixels)
 
 
+@image
+def test_positions_are_fitted_to_larger_images_as_in_the_stock_model_or_the_size_is_refused(name):
+    model, pixels = tiny(name), torch.randn(2, 3, 24, 24)
+    given = {"pixel_values": pixels, "interpolate_pos_encoding": True}
+    if name == "beit":  # whose table of relative places would have to be fitted in every layer
+        with pytest.raises(DataError, match=r"\[2, 3, 24, 24\]; expected \[images, 3, 16, 16\]"):
+            model(**given)
+        return
+    stock = stock_of(model, name)
+    with torch.inference_mode():
+        assert torch.equal(model(**given).logits, (stock(pixels) if name.startswith("dinov2") else stock(**given)).logits)
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_several_rows_need_a_padding_token_to_find_the_last_real_one(name):
     model = new_model(name, pad_token_id=None)
@@ -320,10 +333,10 @@ def test_a_certificate_is_refused_for_any_part_that_is_changed(name, tmp_path):
     model.save_pretrained(tmp_path)
     policy, certificate = model.config.exit_policy, model.config.exit_certificate
     layers = {id(part) for layer in model.family.layers_of(model.base_model) for part in layer.modules()}
-    outside = [path for path, part in model.named_modules()
-               if list(part.parameters(recurse=False)) and id(part) not in layers]  # fmt: skip
+    places = [path for path, part in model.named_modules() if list(part.parameters(recurse=False))]
+    outside = [path for path in places if id(model.get_submodule(path)) not in layers]
     assert any("classifier" in path or "score" in path for path in outside)
-    for path in outside:
+    for path in [*outside, next(path for path in reversed(places) if path not in outside)]:  # of the layers' parts, the last
         changed = copy.deepcopy(model)
         with torch.no_grad():
             next(changed.get_submodule(path).parameters()).flatten()[0] += 1
