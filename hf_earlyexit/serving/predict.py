@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -105,25 +106,19 @@ def predict(
         size = PICTURES_WITH_DEADLINE if with_clock else PICTURES
     else:
         size = WINDOW_WITH_DEADLINE if with_clock else WINDOW
+    options = _Options(
+        early_exit=early_exit,
+        operating_point=operating_point,
+        max_batch_tokens=max_batch_tokens,
+        layer_budget=layer_budget,
+        ends_at=ends_at,
+        errors=errors,
+        cuda_graphs=cuda_graphs,
+        monitor=monitor,
+    )
     count = len(rows) if hasattr(rows, "__len__") else None
     with tqdm(total=count, disable=not progress, unit="row") as bar:
-        choice = (early_exit, operating_point)
-        done = list(
-            _answered(
-                model,
-                rows,
-                reader,
-                size,
-                max_batch_tokens,
-                choice,
-                layer_budget,
-                ends_at,
-                errors,
-                cuda_graphs,
-                monitor,
-                bar.update,
-            )
-        )
+        done = list(_answered(model, reader, reader.windows(rows, size), options, bar.update))
     done = done or [Answers.blank(0, model.num_labels)]
     starts = [0]
     for part in done:
@@ -170,22 +165,16 @@ def stream(
     if window is None:
         window = PICTURES if reader.images else WINDOW
     check_whole(1, window=window)
-    return _one_by_one(
-        model,
-        _answered(
-            model,
-            rows,
-            reader,
-            window,
-            max_batch_tokens,
-            (early_exit, operating_point),
-            layer_budget,
-            None,
-            errors,
-            cuda_graphs,
-            monitor,
-        ),
+    options = _Options(
+        early_exit=early_exit,
+        operating_point=operating_point,
+        max_batch_tokens=max_batch_tokens,
+        layer_budget=layer_budget,
+        errors=errors,
+        cuda_graphs=cuda_graphs,
+        monitor=monitor,
     )
+    return _one_by_one(model, _answered(model, reader, reader.windows(rows, window), options))
 
 
 def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
@@ -195,37 +184,51 @@ def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
             yield Answer(logits, layer, score, reason, part.errors.get(place))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `predict` and `stream` were asked for, checked; `ends_at` is the deadline on the monotonic clock, in seconds."""
+
+    early_exit: bool | None
+    operating_point: str | None
+    max_batch_tokens: int | None
+    layer_budget: int | None
+    ends_at: float | None = None
+    errors: str
+    cuda_graphs: bool
+    monitor: Monitor | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.errors, str) or self.errors not in ("raise", "slot"):
+            raise unexpected("errors", self.errors, "'raise' or 'slot'")
+        check_monitor(self.monitor)
+        check_flags(cuda_graphs=self.cuda_graphs)
+
+    @property
+    def raises(self) -> bool:
+        """Whether the first row at fault ends the call."""
+        return self.errors == "raise"
+
+
 def _answered(
     model: ExitClassifier,
-    rows: Any,
     reader: RowReader,
-    size: int,
-    max_batch_tokens: int | None,
-    choice: tuple[bool | None, str | None],
-    layer_budget: int | None,
-    ends_at: float | None,
-    errors: str,
-    cuda_graphs: bool,
-    monitor: Monitor | None,
+    windows: Iterable[Sequence[Any]],
+    options: _Options,
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
-    """Answers window by window; `choice` is what `forward` calls early_exit and operating_point."""
-    if not isinstance(errors, str) or errors not in ("raise", "slot"):
-        raise unexpected("errors", errors, "'raise' or 'slot'")
-    check_monitor(monitor)
-    check_flags(cuda_graphs=cuda_graphs)
-    walker, first = walker_for(model, cuda_graphs), 0
-    budget = walker.best_batch_tokens if max_batch_tokens is None else max_batch_tokens
-    for window in reader.windows(rows, size):
+    """Answers window by window; `on_done` hears how many rows have been answered."""
+    walker, first, monitor, ends_at = walker_for(model, options.cuda_graphs), 0, options.monitor, options.ends_at
+    budget = walker.best_batch_tokens if options.max_batch_tokens is None else options.max_batch_tokens
+    for window in windows:
         if ends_at is not None and time.monotonic() >= ends_at:
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
         else:
             falls_back = monitor is not None and monitor.falls_back
-            policy = None if falls_back else model.choose_policy(*choice, {})
-            scheduler = Scheduler(walker, policy, budget, layer_budget, ends_at, on_done)
+            policy = None if falls_back else model.choose_policy(options.early_exit, options.operating_point, {})
+            scheduler = Scheduler(walker, policy, budget, options.layer_budget, ends_at, on_done)
             encoded = reader.encode(window, first)
-            if errors == "raise":
+            if options.raises:
                 first_error(encoded, walker.check, first)
             same: list[bool] = []
             shadow = None
@@ -233,8 +236,8 @@ def _answered(
                 require_classes(policy.problem_type)
                 chosen = frozenset(monitor.draw(len(encoded)))
                 shadow = Shadow(scheduler, chosen.__contains__, same.extend)
-            answers = scheduler.run(encoded, first, shadow, checked=errors == "raise")
-            if errors == "raise" and answers.errors:
+            answers = scheduler.run(encoded, first, shadow, checked=options.raises)
+            if options.raises and answers.errors:
                 raise answers.errors[min(answers.errors)]
             if monitor is not None and shadow is not None:
                 layers = _layers(model, answers.exit_index[answers.exit_index >= 0]).tolist()
