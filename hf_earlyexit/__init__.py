@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from .after_import import after_import
-from .tested import warn_if_untested
+from .versions import warn_if_untested
 
 __version__ = version("hf_earlyexit")
 

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from hf_earlyexit import tested
+from hf_earlyexit import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -78,14 +78,14 @@ def test_the_makefile_builds_with_what_the_constraints_hold():
 
 def test_the_newest_tested_transformers_is_the_locked_one():
     (locked,) = pins("locked.txt")["transformers"]
-    assert tuple(map(int, locked.split(".")[:2])) == tested.NEWEST_TRANSFORMERS
+    assert tuple(map(int, locked.split(".")[:2])) == versions.NEWEST_TRANSFORMERS
 
 
 @pytest.mark.parametrize("installed", ["5.25.0", "5.25.0.dev0", "5.100.1", "6.0.0rc1"])
 def test_a_newer_transformers_is_warned_of(monkeypatch, installed):
-    monkeypatch.setattr(tested, "version", lambda name: installed)
+    monkeypatch.setattr(versions, "version", lambda name: installed)
     with pytest.warns(UserWarning, match=rf'transformers {installed} is newer than 5.24, .* "transformers<5.25"'):
-        tested.warn_if_untested()
+        versions.warn_if_untested()
 
 
 @pytest.mark.parametrize("installed", ["5.23.0", "5.24.0", "5.24.9", "5.24.1.dev0", None])
@@ -95,10 +95,10 @@ def test_tested_ones_are_not(monkeypatch, installed):
             raise importlib.metadata.PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(tested, "version", version)
+    monkeypatch.setattr(versions, "version", version)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tested.warn_if_untested()
+        versions.warn_if_untested()
 
 
 def test_the_import_warns_once_and_loads_nothing_for_it():

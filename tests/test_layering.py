@@ -20,7 +20,7 @@ SERVE = WALK | {"images", "modeling", "serving"}
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
-    "tested": set(),
+    "versions": set(),
     "after_import": set(),
     "citations": set(),
     "timing": set(),
@@ -42,7 +42,7 @@ ALLOWED = {
     "walking": BASE | {"signals", "policies", "families"},
     "modeling": WALK,
     "serving": WALK | {"images", "modeling"},
-    "measuring": SERVE | {"onnx", "forms"},
+    "measuring": SERVE | {"onnx", "forms", "versions"},
     "forms": SERVE | {"onnx"},
     "generation": SERVE,
     "training": SERVE | {"data", "generation"},
@@ -58,7 +58,7 @@ ALLOWED = {
     "pipelines": SERVE | {"generation", "captions", "images", "doors", "forms"},
     "cli": SERVE
     | {"data", "training", "plots", "hub", "images", "reports", "pipelines", "onnx", "measuring", "captions", "doors"}
-    | {"server", "scale", "forms", "generation", "__init__"},
+    | {"server", "scale", "forms", "generation", "versions", "__init__"},
 }
 OUTSIDE = {"torch", "numpy", "scipy", "safetensors"}  # all that the pure parts may need, beside the standard library
 

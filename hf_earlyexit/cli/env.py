@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
+from ..versions import installed_version
 from .command_result import CommandResult
 
 PACKAGES = (
@@ -40,25 +39,13 @@ ARGUMENTS = (EnvArguments,)
 
 def run(args: EnvArguments) -> CommandResult:
     """Look around."""
-    versions = environment()
-    return CommandResult(versions, "\n".join(f"{name:16s} {value}" for name, value in versions.items()))
-
-
-def environment() -> dict[str, Any]:
-    """Versions, threads and devices by name."""
     import torch
 
-    return {
+    facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed_version(name) or "not installed" for name in PACKAGES},
         "torch threads": torch.get_num_threads(),
         "devices": ", ".join(["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))]),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return CommandResult(facts, "\n".join(f"{name:16s} {value}" for name, value in facts.items()))

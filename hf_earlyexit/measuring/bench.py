@@ -7,7 +7,6 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..serving.predict import Predictions, predict
 from ..serving.rows import TokenIds
 from ..serving.served import served_classifier
 from ..timing import seconds_in_turns, timing_of
+from ..versions import installed_version
 from .ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, Form, Run, torch_ways
 
 WORTH_IT = 1.05  # times as fast as the fastest full model, at least
@@ -175,15 +175,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: number for name in PACKAGES if (number := _version(name)) is not None},
+        "versions": {name: number for name in PACKAGES if (number := installed_version(name)) is not None},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def as_table(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,9 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_earlyexit as ee
 from hf_earlyexit import doors
+from hf_earlyexit.families import FAMILIES
 from hf_earlyexit.modeling.shim import auto_map
+from tests.families.tiny import door, tiny
 from tests.processes import python
 from tests.test_files import content
 
@@ -73,6 +75,27 @@ def test_installed_but_not_imported_loads_with_trust_only_and_saves_no_code(fold
         name: data for name, data in content(folder / "model").items() if not name.startswith("token")
     }
     assert set(content(folder / "config")) == {"config.json", "modeling_hf_earlyexit.py"}
+
+
+def test_folders_of_every_family_load_with_trust_by_what_their_shims_name(tmp_path):
+    """In one process: the first brings the package with it, and every other still names its own classes."""
+    for name in FAMILIES:
+        tiny(name).save_pretrained(tmp_path / "all" / name)
+    found = run(
+        tmp_path,
+        """
+import json
+from pathlib import Path
+from transformers import AutoConfig, AutoModel
+out = {}
+for place in sorted(Path("all").iterdir()):
+    loaded = [auto.from_pretrained(place, trust_remote_code=True) for auto in (AutoConfig, AutoModel)]
+    out[place.name] = [type(one).__name__ for one in loaded] + [(place / "modeling_hf_earlyexit.py").read_text()]
+""",
+    )
+    for name in FAMILIES:
+        names = [door(name).config_class.__name__, door(name).__name__]
+        assert found[name] == [*names, f"from hf_earlyexit import {', '.join(names)}\n"]
 
 
 def test_not_installed_says_what_to_install(folder):

@@ -1,4 +1,4 @@
-"""Which releases of transformers this release was tested with."""
+"""Which packages are installed, and which releases of transformers this release was tested with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from importlib.metadata import PackageNotFoundError, version
 NEWEST_TRANSFORMERS = (5, 24)  # major and minor, of constraints/locked.txt; `make test-newest` tells when it may rise
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package, by its name for pip; `None` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def warn_if_untested() -> None:
     """Warn of an installed transformers of a newer minor release than any that was tested; reads its metadata only."""
-    try:
-        installed = version("transformers")
-    except PackageNotFoundError:  # whoever needs it will be told
-        return
-    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    installed = installed_version("transformers")
+    numbers = None if installed is None else re.match(r"(\d+)\.(\d+)", installed)  # whoever needs it will be told
     if numbers and tuple(map(int, numbers.groups())) > NEWEST_TRANSFORMERS:
         tested = ".".join(map(str, NEWEST_TRANSFORMERS))
         warnings.warn(
