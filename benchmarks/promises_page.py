@@ -241,7 +241,8 @@ the .999 quantile of the binomial with chance delta. Too few rows to certify any
 
 *Of the limit*: mean risk used over the limit. *Exact test*: the most that a binomial test at level delta can use on this
 path, whatever the procedure; *any test*: the same with the most powerful test by counts there is, which tosses a coin at its
-edge (Neyman-Pearson). At a limit of 0.01, delta 0.05 and 1,000 rows the exact test certifies up to four losses, and on a
+edge (Neyman-Pearson; for `drop`, the least powerful of those that only have to hold for one share of gains, so that no test
+reaches it). At a limit of 0.01, delta 0.05 and 1,000 rows the exact test certifies up to four losses, and on a
 path however fine it uses 5 / 1,001 on average, just below half of the limit.
 
 {_table(head, rows)}"""

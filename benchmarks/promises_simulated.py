@@ -41,6 +41,7 @@ class Pool:
         self.planning = self.scores[POOL:], self.losses[POOL:]
         leaves = score[:POOL, None] >= np.nan_to_num(self.path.T, nan=2.0)
         self.risks = (leaves * loss[:POOL, None]).mean(0)
+        self.gains = (leaves * (loss[:POOL, None] < 0)).mean(0)
 
     def certified(self, target: Certified, count: int, draws: int) -> np.ndarray:
         """True risk of the setting that each draw of `count` rows certified, `[draws]`."""
@@ -74,7 +75,7 @@ def validity(draws: int) -> list[dict[str, Any]]:
                             "broken": broken,
                             "most": int(binom.ppf(0.999, draws, delta)),
                             "used": float(used.mean()),
-                            "possible": possible(pool, limit, delta, count) if risk == "harm" else None,
+                            "possible": (possible if risk == "harm" else possible_with_gains)(pool, limit, delta, count),
                             "without_coin": possible(pool, limit, delta, count, False) if risk == "harm" else None,
                         }
                     )
@@ -94,6 +95,42 @@ def possible(pool: Pool, limit: float, delta: float, count: int, with_coin: bool
     coin = with_coin * (delta - binom.cdf(edge - 1, count, limit)) / binom.pmf(edge, count, limit)
     chance = binom.cdf(edge - 1, count, pool.risks) + coin * binom.pmf(edge, count, pool.risks)
     return float(np.diff(pool.risks, prepend=0.0) @ chance)
+
+
+def possible_with_gains(pool: Pool, limit: float, delta: float, count: int) -> float:
+    """A bound of the mean true risk, up to the limit, that certifying by numbers of losses and gains can use here.
+
+    As in `possible`; a setting whose risk is above the limit may have any share of gains. Against each of them alone the
+    most powerful test is that of Neyman and Pearson, and a test that has to hold against all of them can be no more powerful
+    than the least of these.
+    """
+    chances = [
+        min(
+            delta if risk > limit else _most_power(count, risk + gain, gain, limit, share, delta)
+            for share in (0.0, *(gain * np.geomspace(0.5, 4, 7)))
+        )
+        for risk, gain in zip(pool.risks, pool.gains, strict=True)
+    ]
+    return float(np.diff(pool.risks.clip(max=limit), prepend=0.0).clip(min=0) @ np.array(chances))
+
+
+def _most_power(count: int, losing: float, gaining: float, limit: float, share: float, delta: float) -> float:
+    """Chance of the most powerful test of a share of gains and losses above it by the limit, where the shares are others."""
+    most = [int(count * top + 9 * math.sqrt(count * top) + 9) for top in (max(losing, share + limit), max(gaining, share))]
+    losses, gains = (part.ravel() for part in np.meshgrid(*(np.arange(top + 1) for top in most), indexing="ij"))
+    under, over = (
+        binom.pmf(gains, count, down) * binom.pmf(losses, count - gains, up / (1 - down))
+        for up, down in ((share + limit, share), (losing, gaining))
+    )
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        order = np.argsort(-np.nan_to_num(over / under, posinf=np.inf))
+    spent = np.cumsum(under[order])
+    certain = int(np.searchsorted(spent, delta, side="right"))
+    power = float(over[order][:certain].sum())
+    if certain < len(order):
+        left = delta - (spent[certain - 1] if certain else 0.0)
+        power += float(over[order][certain] * left / under[order][certain])
+    return min(1.0, power)
 
 
 LIMIT = 0.02

@@ -22,9 +22,9 @@ from ..policies.base import ExitPolicy
 from ..trace import ExitTrace
 from ..values import check_choice, is_real, shown
 from .along import LossesAlong
-from .evidence import fallback, fixed_sequence, holm, least_rows
+from .evidence import STARTS, fallback, fixed_sequence, holm, least_rows
 from .promise import GroupEvidence, Promise
-from .risks import RISKS, Losses, groups_of, losses_of
+from .risks import RISKS, Losses, Plan, edge, groups_of, losses_of
 from .search import Array, Curve
 from .settings import Pool, Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
 from .targets import TARGETS, Target
@@ -174,16 +174,27 @@ class _Walk:
         self.along = LossesAlong(losses, scores, path, member, len(parts))
         seen = Losses(before[1], losses.low, losses.high)
         self.before = LossesAlong(seen, before[0], path, np.zeros(len(before[1]), dtype=np.int64), 1)
+        self.plans = self._plans()
         self.p_values = cache(self._p_values)
+
+    def _plans(self) -> list[Plan]:
+        """How each group is tested, at every setting alike: as suits the last one that it might certify."""
+        level = _first_level(self.target)
+        means = [tally.total / tally.counts.sum() for tally in (self.before.tallies(k)[0] for k in range(len(self.path)))]
+        return [self._plan(means, int(part.sum()), level) for part in self.parts.values()]
+
+    def _plan(self, means: list[float], num_rows: int, level: float) -> Plan:
+        hoped = edge(num_rows, self.target.drop)
+        decisive = max((place for place, mean in enumerate(means) if mean <= hoped), default=0)
+        return self.before.losses.plan(self.before.tallies(decisive)[0], num_rows, self.target.drop, level)
 
     def at(self, place: int) -> Array:
         """Losses `[N]` at a setting."""
         return self.along.at(place)
 
     def _p_values(self, place: int) -> list[float]:
-        limit, (seen,) = self.target.drop, self.before.tallies(place)
         tallies = self.along.tallies(place)
-        return [self.losses.p_value(here, limit, self.losses.plan(seen, int(here.counts.sum()), limit)) for here in tallies]
+        return [self.losses.p_value(here, self.target.drop, plan) for here, plan in zip(tallies, self.plans, strict=True)]
 
     def p_value(self, place: int) -> float:
         """Of "some group's risk is above the limit": the largest of the groups' own, as one of their nulls is then true."""
@@ -244,6 +255,11 @@ class _Walk:
         return None if needed is None else math.ceil(needed * len(self.losses.values) / part.sum())
 
 
+def _first_level(target: Certified) -> float:
+    """What the first p-value of a walk is held against."""
+    return (1 - target.confidence) / (STARTS if target.procedure == "fallback" else 1)
+
+
 def _check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np.bool_]]) -> None:
     """Refuse rows that could not certify anything, however few losses they showed."""
     smallest = min(parts, key=lambda name: parts[name].sum())
@@ -251,8 +267,7 @@ def _check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np
     if target.procedure == "crc":
         least = math.ceil(losses.high / target.drop - 1)
     else:
-        level = (1 - target.confidence) / (4 if target.procedure == "fallback" else 1)
-        least = least_rows(lambda n: losses.p_value_at(0.0, n, target.drop), level) or 10**9
+        least = least_rows(lambda n: losses.p_value_at(0.0, n, target.drop), _first_level(target)) or 10**9
     if have >= least:
         return
     rate = target.drop / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ from ..errors import CalibrationError
 from ..problem_types import REGRESSION, predictions
 from ..trace import ExitTrace
 from ..values import check_choice
-from .evidence import betting_p, binomial_p
+from .evidence import betting_p, binomial_p, hoeffding_bentkus_p
+from .paired import best_credit, paired_p
 from .quality import Metric
 from .search import Array
 
 HARM, DISAGREEMENT, DROP = "harm", "disagreement", "drop"
 RISKS = (DROP, HARM, DISAGREEMENT)
+COUNT, PAIRS, BET, HOEFFDING_BENTKUS = "binomial", "exact paired", "betting", "Hoeffding-Bentkus"
 SHARES = np.linspace(0.05, 0.95, 19)  # of the largest bet that a gambler survives
 
 
@@ -33,6 +36,28 @@ class Tally(NamedTuple):
     def total(self) -> float:
         """Their sum."""
         return float(self.values @ self.counts)
+
+    @property
+    def total_lost(self) -> float:
+        """The sum of those above 0."""
+        return float(self.values.clip(min=0) @ self.counts)
+
+    @property
+    def num_lost(self) -> float:
+        """Rows with a loss above 0."""
+        return float(self.counts[self.values > 0].sum())
+
+    @property
+    def num_gained(self) -> float:
+        """Rows that gain as much as a whole loss takes."""
+        return float(self.counts[self.values <= -1].sum())
+
+
+class Plan(NamedTuple):
+    """Which test, and its number: tenths of a loss credited for a gain, or the share of the largest stake that is bet."""
+
+    test: str
+    number: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,45 +78,72 @@ class Losses:
         """Whether every loss is -1, 0 or 1."""
         return bool(((self.values == 0) | (self.values == 1) | (self.values == -1)).all())
 
-    def plan(self, seen: Tally, num_rows: int, limit: float) -> float | None:
-        """How to test losses like these, so that the test has the best chance; by rows that are not tested.
+    def plan(self, seen: Tally, num_rows: int, limit: float, level: float) -> Plan:
+        """How to test other losses like these, so that the test has the best chance. Those tested have no say in it.
 
         Args:
-            seen: losses of other rows.
+            seen: of these, those at one setting.
             num_rows: that will be tested.
             limit: of the mean loss.
-
-        Returns:
-            The share to bet; `None` for the binomial test of the rows with a loss, which overlooks gains.
+            level: what the p-value will be held against.
         """
-        if self.low == 0 and self.are_whole:
-            return None
+        if self.are_whole:
+            return Plan(COUNT) if self.low == 0 else self._plan_of_pairs(seen, num_rows, limit, level)
         seen = Tally(np.append(seen.values, self.high), np.append(seen.counts, 1.0))  # one more loss, against overconfidence
-        losses, top, count = self._on_unit(seen.values), self._on_unit(limit), seen.counts.sum()
-        growth = [np.log1p(share / (1 - top) * (top - losses)) @ seen.counts / count for share in SHARES]
-        best = float(SHARES[int(np.argmax(growth))])
-        if not self.are_whole:
-            return best
-        by_count = binomial_p(np.ceil(seen.counts[seen.values > 0].sum() / count * num_rows), num_rows, limit)
-        return None if by_count < np.exp(-num_rows * max(growth)) else best
+        expected = _at_edge(seen, num_rows, limit)
+        losses, top = self._on_unit(expected.values), self._on_unit(limit)
+        growth = [np.log1p(bet / (1 - top) * (top - losses)) @ expected.counts for bet in SHARES]
+        p_values = {
+            Plan(BET, float(SHARES[int(np.argmax(growth))])): np.exp(-max(growth)),
+            Plan(HOEFFDING_BENTKUS): hoeffding_bentkus_p(expected.total_lost, num_rows, limit),
+            Plan(COUNT): binomial_p(np.ceil(expected.num_lost - 1e-9), num_rows, limit),
+        }
+        return min(p_values, key=p_values.__getitem__)
 
-    def p_value(self, losses: Tally, limit: float, share: float | None) -> float:
+    @staticmethod
+    def _plan_of_pairs(seen: Tally, num_rows: int, limit: float, level: float) -> Plan:
+        """How much of a gain to credit, for rows with as many gains and no more losses than might be certified."""
+        rows = seen.counts.sum() + 1
+        gains = (seen.num_gained + 0.5) / rows
+        losses = min((seen.num_lost + 0.5) / rows, gains + edge(num_rows, limit))
+        credit = best_credit(losses * num_rows, gains * num_rows, num_rows, limit, level)
+        return Plan(PAIRS, credit) if credit else Plan(COUNT)
+
+    def p_value(self, losses: Tally, limit: float, plan: Plan) -> float:
         """p-value of "the mean loss is above `limit`", for the losses of n rows, by a plan made on others."""
         if not (count := int(losses.counts.sum())):
             return 1.0
-        if share is None:  # the mean of the losses alone is no lower than with the gains
-            return binomial_p(float(losses.counts[losses.values > 0].sum()), count, limit)
-        return betting_p(self._on_unit(losses.values), losses.counts, float(self._on_unit(limit)), share)
+        if plan.test == PAIRS:  # losses between are taken for whole ones, and gains between for none
+            return paired_p(round(losses.num_lost), round(losses.num_gained), count, limit, int(plan.number))
+        if plan.test == BET:
+            return betting_p(self._on_unit(losses.values), losses.counts, float(self._on_unit(limit)), plan.number)
+        if plan.test == HOEFFDING_BENTKUS:  # the mean of the losses alone is no lower than with the gains
+            return hoeffding_bentkus_p(losses.total_lost, count, limit)
+        return binomial_p(losses.num_lost, count, limit)  # nor is it where every loss is taken for a whole one
 
     def p_value_at(self, rate: float, num_rows: int, limit: float) -> float:
         """The same for n rows of which a share has the highest loss and all others none, by the plan that suits them."""
         if self.are_whole:
             return binomial_p(np.ceil(rate * num_rows), num_rows, limit)
         values, counts = self._on_unit(np.array([0.0, self.high])), np.array([(1 - rate) * num_rows, rate * num_rows])
-        return min(betting_p(values, counts, float(self._on_unit(limit)), share) for share in SHARES)
+        bets = [betting_p(values, counts, float(self._on_unit(limit)), share) for share in SHARES]
+        return min(*bets, hoeffding_bentkus_p(rate * num_rows, num_rows, limit))
 
     def _on_unit(self, losses: Any) -> Any:
         return (losses - self.low) / (self.high - self.low)
+
+
+def edge(num_rows: int, limit: float) -> float:
+    """About the highest mean loss that n rows might certify: two standard errors below the limit, or half of it."""
+    return max(limit / 2, limit - 2 * math.sqrt(limit / num_rows))
+
+
+def _at_edge(seen: Tally, num_rows: int, limit: float) -> Tally:
+    """What n rows would lose that are like those seen, but for being spared losses with which none could be certified."""
+    shares, lost = seen.counts / seen.counts.sum(), seen.values > 0
+    excess = seen.values @ shares - edge(num_rows, limit)
+    spared = np.where(lost, shares * max(0.0, excess) / max(float(seen.values[lost] @ shares[lost]), 1e-300), 0.0)
+    return Tally(np.append(seen.values, 0.0), num_rows * np.append(shares - spared, spared.sum()))
 
 
 def losses_of(risk: str, trace: ExitTrace, answers: Tensor, metric: Metric, bound: float | None) -> Losses:

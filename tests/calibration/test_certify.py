@@ -10,7 +10,7 @@ import torch
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, cross_fit, parse_target, replay
+from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, cross_fit, parse_target, replay, risks
 from hf_earlyexit.calibration import certify as module
 from hf_earlyexit.calibration.certify import _Walk
 from hf_earlyexit.calibration.evidence import (
@@ -18,11 +18,12 @@ from hf_earlyexit.calibration.evidence import (
     binomial_p,
     fallback,
     fixed_sequence,
+    hoeffding_bentkus_p,
     holm,
     least_rows,
 )
 from hf_earlyexit.calibration.quality import find_metric
-from hf_earlyexit.calibration.risks import Losses, Tally
+from hf_earlyexit.calibration.risks import COUNT, Losses, Plan, Tally
 from hf_earlyexit.calibration.settings import Pool, Recipe, choose
 from hf_earlyexit.errors import CalibrationError, DataError
 from hf_earlyexit.policies import POLICIES
@@ -100,7 +101,7 @@ def on_past_the_first_failure(monkeypatch):
 
 def naive(monkeypatch):
     monkeypatch.setattr(
-        Losses, "p_value", lambda self, losses, limit, share: float(losses.total / losses.counts.sum() > limit)
+        Losses, "p_value", lambda self, losses, limit, plan: float(losses.total / losses.counts.sum() > limit)
     )
 
 
@@ -163,7 +164,7 @@ def test_a_difference_that_is_not_paired_breaks_the_promise():
     for _ in range(draws):
         rows = generator.integers(0, len(full), count)
         tally = Tally(np.array([0.0, 1.0]), np.bincount(harm[rows].astype(int), minlength=2).astype(float))
-        broken["paired"] += Losses(harm[rows], 0.0, 1.0).p_value(tally, 0.025, None) <= delta
+        broken["paired"] += Losses(harm[rows], 0.0, 1.0).p_value(tally, 0.025, Plan(COUNT)) <= delta
         excess = max(0.0, full[rows].mean() - early[rows].mean())  # what comparing two accuracies would call harm
         broken["unpaired"] += binomial_p(excess * count, count, 0.025) <= delta
     assert broken["paired"] <= most_broken(delta, draws) < broken["unpaired"]
@@ -201,6 +202,54 @@ def test_the_binomial_tail_is_that_of_the_distribution():
         assert [binomial_p(total, rows, limit) for total in totals] == pytest.approx(
             binom.cdf(totals, rows, limit), rel=1e-9
         )
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(1, 0.5), (100, 0.05), (1000, 0.01), (3000, 0.3)])
+def test_hoeffding_bentkus_is_that_of_the_formula_and_of_mapie(rows, limit):
+    totals = np.unique([0.0, *np.linspace(0, min(rows, 1.5 * rows * limit), 23), 1.0, rows])
+    theirs = np.asarray(compute_hoeffding_bentkus_p_value(totals / rows, rows, np.array([limit]))).flatten()
+
+    def by_hand(total):
+        mean = min(total / rows, limit)
+        other = (1 - mean) * math.log((1 - mean) / (1 - limit)) if mean < 1 else 0.0
+        tight = math.exp(-rows * (other + (mean * math.log(mean / limit) if mean else 0.0)))
+        return min(1.0, tight, math.e * binom.cdf(math.ceil(round(total, 9)), rows, limit))
+
+    ours = [hoeffding_bentkus_p(total, rows, limit) for total in totals]
+    assert ours == pytest.approx([by_hand(total) for total in totals], rel=1e-9)
+    assert ours == pytest.approx(np.minimum(theirs, 1.0), rel=1e-6)
+
+
+class BoundedPool(KnownPool):
+    """Losses of nearly one, which the binomial test takes for whole ones."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.losses *= 0.95
+        self.before, self.risks = (self.before[0], self.before[1] * 0.95), self.risks * 0.95
+
+
+@pytest.mark.parametrize("count", [1000, 3000])
+def test_bounded_losses_keep_the_promise(count):
+    pool, target = BoundedPool(), Certified(0.05, 0.9, risk="harm")
+    used = pool.certified(target, count, 300)
+    assert (used > 0.05).sum() <= most_broken(0.1, 300)
+    assert used.mean() >= 0.025
+    plans = pool.walk(target, np.arange(count)).plans
+    assert plans[0].test == "Hoeffding-Bentkus"
+
+
+def too_few_losses(monkeypatch):
+    real = risks.hoeffding_bentkus_p
+    monkeypatch.setattr(risks, "hoeffding_bentkus_p", lambda total, *given: real(max(0.0, total - 0.3 * total), *given))
+
+
+def test_a_sum_that_forgets_losses_breaks_the_promise(monkeypatch):
+    pool, target = BoundedPool(rows=4000, most=0.2, steps=25), Certified(0.05, 0.9, risk="harm")
+    assert pool.walk(target, np.arange(3000)).plans[0].test == "Hoeffding-Bentkus"
+    assert (pool.certified(target, 3000, 200) > 0.05).sum() <= most_broken(0.1, 200)
+    too_few_losses(monkeypatch)
+    assert (pool.certified(target, 3000, 200) > 0.05).sum() > most_broken(0.1, 200)
 
 
 def test_betting_uses_that_losses_hardly_vary():
