@@ -26,7 +26,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.measuring.onnx_forms import _in_8_bits, by_length
 from hf_earlyexit.onnx.classifier import open_session
-from hf_earlyexit.onnx.graphs import cut, inputs_of
+from hf_earlyexit.onnx.graphs import inputs_of, subgraph
 from hf_earlyexit.onnx.walk import logits_of, walk_graph
 from hf_earlyexit.server.app import make_app
 from hf_earlyexit.serving.rows import encode_rows
@@ -59,7 +59,7 @@ def prepare(work: Path, folder: Path | None, exports: bool) -> tuple[list[str], 
     models: dict[str, Any] = {FLOAT: model}
     if exports:
         plain, last = walk_graph(model), logits_of(len(model.exit_layers) - 1)
-        plain = cut(plain, inputs_of(plain), {last: (TensorProto.FLOAT, ("batch", "classes"))})
+        plain = subgraph(plain, inputs_of(plain), {last: (TensorProto.FLOAT, ("batch", "classes"))})
         for precision, name in FORMS.items():
             small = precision == INT8
             ee.export_onnx(model, work / name, forms=["layers"], int8=small, tokenizer=tokenizer)

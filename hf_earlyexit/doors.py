@@ -23,6 +23,7 @@ from .errors import UsageError
 from .families import FAMILIES
 from .families.base import IMAGE, TEXT, WRITING
 from .modeling.configuration import EarlyExitClassifierConfig
+from .modeling.loading import check_named_checkpoint
 from .modeling.tasks import TASKS
 from .values import unexpected
 
@@ -144,6 +145,7 @@ def _door_in(name: Any, task: str | None, **hub: Any) -> tuple[str, str]:
     Raises:
         UsageError: for a type or task without exits; with the list of those that have them.
     """
+    check_named_checkpoint(name)
     values = PreTrainedConfig.get_config_dict(name, **hub)[0]
     kind = values.get("model_type")
     at = next(((stock_type, able) for stock_type, able, door in _every_door() if kind == door.model_type), None)

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..data.forms import STDIN, open_text, unreadable
+from ..data.formats import STDIN, open_text, unreadable_file
 from ..errors import DataError
 from ..images import SUFFIXES
 from ..serving.tables import PIXELS, text_columns
@@ -67,7 +67,7 @@ def incoming(args: FileArguments, place: str, split: str | None, images: bool = 
     check_columns(args, images)
     how = reading(args)
     is_file = place == STDIN or Path(place).is_file()
-    form = (how.form_of(place) or "text") if is_file else None
+    form = (how.format_of(place) or "text") if is_file else None
     total = None
     if images and is_file and Path(place).suffix.lower() in SUFFIXES:
         return Incoming(iter([{COLUMN: Path(place).name}]), (COLUMN,), 1, folder_of(place))
@@ -173,5 +173,5 @@ def _guarded(place: str, how: Any, rows: Iterator[Row]) -> Iterator[Row]:
         except (ValueError, EOFError) as error:  # undecodable, torn or otherwise no such file
             if "No columns to parse" in str(error):
                 return  # empty
-            raise unreadable(place, how, error) from error
+            raise unreadable_file(place, how, error) from error
         yield row

@@ -19,7 +19,7 @@ from transformers import (
 
 from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
-from ..modeling.loading import INPUT_PARTS, check_config_file, check_input_parts, has_input_part
+from ..modeling.loading import INPUT_PARTS, check_input_parts, check_named_checkpoint, has_input_part
 from ..modeling.operating import OperatingPoints
 from ..modeling.protocol import ExitClassifier, ExitModel
 from ..serving.reader import reads_images
@@ -176,7 +176,7 @@ def _load_part(part: str, name: Any) -> Any:
 
 def _load(autos: tuple[Any, ...], name: Any, remedy: str) -> Any:
     """A model with exits, through the first of the Auto classes that knows its config."""
-    check_config_file(name)
+    check_named_checkpoint(name)
     trust = {"trust_remote_code": False}  # never asks
     try:
         config = AutoConfig.from_pretrained(name, **trust)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.forms import PACKED, plain_suffix
+from ..data.formats import PACKED, plain_suffix
 from ..errors import CheckpointError, DataError, UsageError
 from ..files import read_json, write_json
 from ..values import unexpected
@@ -42,19 +42,19 @@ class OutputFile:
         check_output(path)
         self.part = self.path.with_name(self.path.name + ".part")
         self.state = self.path.with_name(self.path.name + ".part.json")
-        self.form = plain_suffix(path)
+        self.suffix = plain_suffix(path)
         self.columns: list[str] | None = None
         self.done, start = self._stopped(resume)
         if start is not None:
             os.truncate(self.part, start)
-        if self.form in (".parquet", ".arrow"):
+        if self.suffix in (".parquet", ".arrow"):
             self.write: Callable[[Sequence[Row]], None] = self._write_table
             self.table: Any = None
             self.file: Any = open(self.part, "wb")  # noqa: SIM115  # closed by `write_all`
         else:
             opener: Any = PACKED.get(self.path.suffix.lower(), open)
             self.file = opener(self.part, "ab" if start is not None else "wb")
-            self.write = self._write_lines if self.form in (".jsonl", ".ndjson") else self._write_cells
+            self.write = self._write_lines if self.suffix in (".jsonl", ".ndjson") else self._write_cells
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write rows as they come; after an error or an interruption, what was written can be gone on with."""
@@ -69,7 +69,7 @@ class OutputFile:
         except BaseException:
             self.file.close()
             raise
-        if self.form in (".parquet", ".arrow"):
+        if self.suffix in (".parquet", ".arrow"):
             if self.table is None:
                 self._write_table([])
             self.table.close()
@@ -133,7 +133,7 @@ class OutputFile:
 
     def _write_cells(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()
-        writer = csv.writer(text, delimiter="," if self.form == ".csv" else "\t", lineterminator="\n")
+        writer = csv.writer(text, delimiter="," if self.suffix == ".csv" else "\t", lineterminator="\n")
         if self.columns is None:
             self.columns = list(rows[0])
             writer.writerow([_cell(name) for name in self.columns])
@@ -153,7 +153,7 @@ class OutputFile:
                 nothing = pyarrow.null()
                 fields = [one.with_type(pyarrow.string()) if one.type == nothing else one for one in table.schema]
                 self.schema = pyarrow.schema(fields)
-                made = parquet.ParquetWriter if self.form == ".parquet" else pyarrow.ipc.new_stream
+                made = parquet.ParquetWriter if self.suffix == ".parquet" else pyarrow.ipc.new_stream
                 self.table = made(self.file, self.schema)
             for row in rows:
                 self._known(row)

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Image
 
-from ..data.forms import STDIN
+from ..data.formats import STDIN
 from ..errors import DataError, UsageError
 from ..serving.pictures import PICTURE_COLUMNS, picture_columns
 from ..serving.tables import PIXELS

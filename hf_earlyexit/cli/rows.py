@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.forms import Reading
+from ..data.formats import Reading
 from ..data.labels import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError

@@ -21,7 +21,7 @@ from .arguments import DeviceArguments, FormArguments, given
 from .command_result import CommandResult
 
 LOOPBACK, API_KEY = "127.0.0.1", "HF_EARLYEXIT_API_KEY"
-TEXTS, PICTURES, RANKING = TASKS = ("text-classification", "image-classification", "text-ranking")
+TEXTS, PICTURES, RANKING = SERVED = ("text-classification", "image-classification", "text-ranking")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ServeArguments(FormArguments, DeviceArguments):
     """Which model, where, and how much at most."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model with exits, or a folder of ONNX files"})
-    task: str | None = field(default=None, metadata={"help": f"{', '.join(TASKS)}: refuses a model for another"})
+    task: str | None = field(default=None, metadata={"help": f"{', '.join(SERVED)}: refuses a model for another"})
     host: str = field(default=LOOPBACK, metadata={"help": "address to listen at; 0.0.0.0 is every one of this machine"})
     port: int = field(default=8000, metadata={"help": "0 takes a free one"})
     workers: int = field(
@@ -90,8 +90,8 @@ def _check(args: ServeArguments) -> None:
     check_whole(1, **given(args, "max_rows", "max_body", "max_characters", "max_queue", "max_tokens"))
     check_whole(workers=args.workers)
     check_whole(0, 65535, port=args.port)
-    if args.task not in (None, *TASKS):
-        raise unexpected("task", args.task, ", ".join(TASKS))
+    if args.task not in (None, *SERVED):
+        raise unexpected("task", args.task, ", ".join(SERVED))
     if not args.max_seconds > 0:
         raise UsageError(f"max_seconds is {args.max_seconds}; expected seconds, above 0.", field="max_seconds")
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from ..data.forms import STDIN
+from ..data.formats import STDIN
 from ..errors import DataError, UsageError
 from ..modeling.protocol import TorchExitWriter
 from ..values import check_whole
@@ -57,7 +57,7 @@ def text_rows(args: FileArguments, place: str, split: str | None, default: str) 
     Raises:
         DataError: for rows that cannot be read, naming the first.
     """
-    if not (place == STDIN or Path(place).is_file()) or reading(args).form_of(place) not in (None, "text"):
+    if not (place == STDIN or Path(place).is_file()) or reading(args).format_of(place) not in (None, "text"):
         return read_rows(args, place, split, default)
     if split not in (None, "train"):
         raise DataError(

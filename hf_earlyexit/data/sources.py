@@ -15,7 +15,7 @@ import datasets
 
 from ..errors import DataError
 from ..images import SUFFIXES
-from .forms import BUILDERS, FORMS, STDIN, Reading, open_text, plain_suffix, readable
+from .formats import BUILDERS, FORMATS, STDIN, Reading, open_text, plain_suffix, readable
 
 ALIASES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -46,6 +46,7 @@ class Source:
         self.is_file = name == STDIN or Path(name).is_file()
         self.saved: Any = None
         self.whole = False  # read by the data set's own card
+        self.format: str | None = None  # as the card tells it
         with readable(name, self.reading):
             self.files = self._find()
 
@@ -105,9 +106,9 @@ class Source:
         if self.name == STDIN:
             return {"train": [STDIN]}
         if path.is_file():
-            if self.reading.form_of(path) in (None, "text"):
+            if self.reading.format_of(path) in (None, "text"):
                 raise DataError(
-                    f"{self.name} is a {path.suffix or 'file without suffix'}; expected one of {_suffixes()}, or its form "
+                    f"{self.name} is a {path.suffix or 'file without suffix'}; expected one of {_suffixes()}, or its format "
                     "with --input_format.",
                     path=self.name,
                 )
@@ -141,7 +142,7 @@ class Source:
 
     def _find_by_card(self) -> dict[str, Any]:
         """Splits of a data set that tells itself where they are, on the Hub or in a folder laid out like one."""
-        if not Path(self.name).is_dir() and (plain_suffix(self.name) in FORMS or self.name.startswith((".", "/", "~"))):
+        if not Path(self.name).is_dir() and (plain_suffix(self.name) in FORMATS or self.name.startswith((".", "/", "~"))):
             raise DataError(f"There is no file or folder {self.name}; check the name.", path=self.name)
         try:
             builder = datasets.load_dataset_builder(self.name, name=self.reading.config)
@@ -155,7 +156,7 @@ class Source:
         files = getattr(builder.config, "data_files", None) or {}
         if self.whole and builder.info.splits:
             return dict.fromkeys(builder.info.splits)
-        self.form = "tsv" if builder.name == "csv" and getattr(builder.config, "sep", ",") == "\t" else builder.name
+        self.format = "tsv" if builder.name == "csv" and getattr(builder.config, "sep", ",") == "\t" else builder.name
         return {str(split): [str(file) for file in list_] for split, list_ in files.items()}
 
     def _read(self, name: str, spec: str) -> datasets.Dataset:
@@ -164,31 +165,31 @@ class Source:
         if self.whole:
             return datasets.load_dataset(self.name, name=self.reading.config, split=spec)
         files = self.files[name]
-        form = self.reading.form_of(files[0]) or getattr(self, "form", None) or "text"
+        format = self.reading.format_of(files[0]) or self.format or "text"
         if files == [STDIN]:
-            files, form = [_spooled(self.reading)], self.reading.form or ""
-            if form in ("", "text"):
+            files, format = [_spooled(self.reading)], self.reading.format or ""
+            if format in ("", "text"):
                 raise DataError(
-                    "Standard input has no name that tells its form; say --input_format csv, tsv, jsonl or another.",
-                    field="form",
+                    "Standard input has no name that tells its format; say --input_format csv, tsv, jsonl or another.",
+                    field="format",
                 )
-        if form in ("csv", "tsv"):
-            return _read_cells(files, name, spec, self.reading, form)
-        options = {"encoding": self.reading.encoding} if BUILDERS[form] == "json" and self.reading.encoding else {}
-        return datasets.load_dataset(BUILDERS[form], data_files={name: files}, split=spec, **options)
+        if format in ("csv", "tsv"):
+            return _read_cells(files, name, spec, self.reading, format)
+        options = {"encoding": self.reading.encoding} if BUILDERS[format] == "json" and self.reading.encoding else {}
+        return datasets.load_dataset(BUILDERS[format], data_files={name: files}, split=spec, **options)
 
 
-def _read_cells(files: Sequence[str], name: str, spec: str, reading: Reading, form: str) -> datasets.Dataset:
+def _read_cells(files: Sequence[str], name: str, spec: str, reading: Reading, format: str) -> datasets.Dataset:
     """CSV or TSV, every cell as the text that it is: "NA" and "" are texts, and 007 keeps its zeros."""
     import pandas
 
-    options = reading.csv_options(form)
+    options = reading.csv_options(format)
     for file in files:
         check_header(pandas.read_csv(file, nrows=1, dtype=str, **options), file, options["sep"])
     columns = pandas.read_csv(files[0], nrows=0, **options).columns
     features = datasets.Features({str(column): datasets.Value("string") for column in columns})
     rows = datasets.load_dataset("csv", data_files={name: list(files)}, split=spec, features=features, **options)
-    if form == "tsv" and reading.quotes is None:
+    if format == "tsv" and reading.quotes is None:
         import pyarrow.compute as compute
 
         for column in rows.column_names:
@@ -246,7 +247,7 @@ def _sliced(rows: datasets.Dataset, name: str, spec: str) -> datasets.Dataset:
 
 def _spooled(reading: Reading) -> str:
     """Standard input as a file, which data sets need; it is removed when the program ends."""
-    suffix = "." + {"text": "txt"}.get(reading.form or "", reading.form or "rows")
+    suffix = "." + {"text": "txt"}.get(reading.format or "", reading.format or "rows")
     with tempfile.NamedTemporaryFile("wb", suffix=suffix, prefix="hf-earlyexit-", delete=False) as file:
         raw = getattr(sys.stdin, "buffer", None)
         if raw is not None:
@@ -258,7 +259,7 @@ def _spooled(reading: Reading) -> str:
 
 
 def _holds_rows(file: Path) -> bool:
-    return FORMS.get(plain_suffix(file), "text") != "text" and not file.name.startswith((*NO_ROWS, ".", "_"))
+    return FORMATS.get(plain_suffix(file), "text") != "text" and not file.name.startswith((*NO_ROWS, ".", "_"))
 
 
 def _holds_pictures(folder: Path) -> bool:
@@ -266,7 +267,7 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _stem(file: Path) -> str:
-    """The name without the suffix of its form, and without that of a packed file."""
+    """The name without the suffix of its format, and without that of a packed file."""
     return Path(file.stem).stem if plain_suffix(file) != file.suffix.lower() else file.stem
 
 
@@ -276,4 +277,4 @@ def _has_card(folder: Path) -> bool:
 
 
 def _suffixes() -> str:
-    return ", ".join(suffix for suffix, form in FORMS.items() if form != "text")
+    return ", ".join(suffix for suffix, format in FORMATS.items() if format != "text")

@@ -18,7 +18,7 @@ from .text import NO_SEGMENTS, ROTARY, rotary_call
 NO_GRAPH = "which token answers is found from token ids, which the exported exits do not see."
 
 
-def scored(model: Any, part: Part) -> Tensor:
+def last_token_answer(model: Any, part: Part) -> Tensor:
     """The score of the token that answers; the stock model scores every token, and so does this, for equal bits."""
     return part._replace(hidden=model.score(part.hidden)).state
 
@@ -69,7 +69,7 @@ LLAMA = Family(
     frame=_frame_llama,
     call=rotary_call,
     final_norm="norm",
-    answer=scored,
+    answer=last_token_answer,
     one_token=False,
     token=LAST,
     check=check_text,

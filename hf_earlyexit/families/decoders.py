@@ -297,13 +297,13 @@ class RotaryDecoder(DecoderBackbone):
         return decoder.config.sliding_window if SLIDING in kinds else None
 
 
-ROTARY = RotaryDecoder()
+ROTARY_DECODER = RotaryDecoder()
 DECODERS: dict[str, DecoderBackbone] = {
     "gpt2": Gpt2Decoder(),
     "bert": BertDecoder(),
-    "llama": ROTARY,
-    "qwen2": ROTARY,
-    "qwen3": ROTARY,
+    "llama": ROTARY_DECODER,
+    "qwen2": ROTARY_DECODER,
+    "qwen3": ROTARY_DECODER,
 }
 
 

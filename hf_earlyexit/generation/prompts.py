@@ -13,7 +13,7 @@ from ..labels import LEFT_OUT
 from ..values import shown
 
 IDS, MASK, LABELS = "input_ids", "attention_mask", "labels"
-FORMS = ("messages", "prompt", "text")  # columns of rows, beside token ids; the first that a row has is taken
+COLUMNS = ("messages", "prompt", "text")  # columns of rows, beside token ids; the first that a row has is taken
 
 
 def read_prompts(rows: Any, tokenizer: Any = None, words: int | None = None, first: int = 0) -> list[list[int]]:
@@ -54,10 +54,10 @@ def _ids(row: Any, place: int, tokenizer: Any) -> list[int]:
     if isinstance(row, Mapping):
         if IDS in row:
             return _listed(row, place)
-        name = next((name for name in FORMS if name in row), None)
+        name = next((name for name in COLUMNS if name in row), None)
         if name is None:
             raise DataError(
-                f"Row {place} has {', '.join(map(str, row)) or 'no columns'}; expected one of {', '.join((IDS, *FORMS))}.",
+                f"Row {place} has {', '.join(map(str, row)) or 'no columns'}; expected one of {', '.join((IDS, *COLUMNS))}.",
                 field="prompts",
                 value=place,
             )

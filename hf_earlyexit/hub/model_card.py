@@ -58,9 +58,9 @@ class CardKind(NamedTuple):
     measure: str | None = None
 
 
-CLASSIFIER = CardKind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
-IMAGE_CLASSIFIER = CardKind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
-CAPTIONER = CardKind(
+TEXT_CARD = CardKind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
+IMAGE_CARD = CardKind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
+CAPTIONER_CARD = CardKind(
     CAPTIONING, "image-text-to-text", "about_captioner.md", "Captioner", "token", "pictures", "one.jpg", "token accuracy"
 )
 
@@ -130,10 +130,10 @@ def model_card_files(
         datasets=known or None,
         language=language,
         license=license,
-        metrics=None if kind is CAPTIONER else METRICS.get(problem),
+        metrics=None if kind is CAPTIONER_CARD else METRICS.get(problem),
     )
     files = _plots(model, calibration, evaluations, measure)
-    labels = [] if kind is CAPTIONER else [str(name) for _, name in sorted(model.config.id2label.items())]
+    labels = [] if kind is CAPTIONER_CARD else [str(name) for _, name in sorted(model.config.id2label.items())]
     judged = {name: evaluations.get(name, result) for name, result in calibration.items()}
     files["README.md"] = _render(
         meta=Markup(meta.to_yaml()),
@@ -168,7 +168,7 @@ def model_card_files(
         notes={name: [without_private(note) for note in result.notes] for name, result in calibration.items()},
         citations=[Markup(text) for text in _citations(policies, objective)],
     ).encode()
-    if data_name is not None and problem == SINGLE_LABEL and kind is not CAPTIONER:
+    if data_name is not None and problem == SINGLE_LABEL and kind is not CAPTIONER_CARD:
         for name, done in evaluations.items():
             path = f".eval_results/{file_name(name)}.yaml"
             if path in files:
@@ -181,8 +181,8 @@ def _kind_of(config: Any) -> CardKind:
     """What a model's card calls things, by the Auto class that loads it."""
     autos = getattr(config, "auto_models", ())
     if "AutoModelForImageTextToText" in autos:
-        return CAPTIONER
-    return IMAGE_CLASSIFIER if "AutoModelForImageClassification" in autos else CLASSIFIER
+        return CAPTIONER_CARD
+    return IMAGE_CARD if "AutoModelForImageClassification" in autos else TEXT_CARD
 
 
 def _citations(policies: Iterable[str], objective: str | None) -> list[str]:

@@ -17,7 +17,7 @@ from ..serving.copies import copied
 from .ways import Ways, torch_ways
 
 FP16 = "fp16"
-FORMS = ("fp32", "bf16", FP16, "int8", "onnx", "onnx-int8")
+MEASURED = ("fp32", "bf16", FP16, "int8", "onnx", "onnx-int8")
 
 
 class Forms(NamedTuple):
@@ -42,11 +42,13 @@ def make_forms(model: TorchExitClassifier, names: Sequence[str] | None = None) -
     Raises:
         UsageError: for a name that is none, or a form that was asked for and does not run here, with what it lacks.
     """
-    if unknown := [name for name in names or () if name not in FORMS]:
-        raise UsageError(f"forms holds {unknown[0]!r}; expected some of {', '.join(FORMS)}.", field="forms", value=unknown)
+    if unknown := [name for name in names or () if name not in MEASURED]:
+        raise UsageError(
+            f"forms holds {unknown[0]!r}; expected some of {', '.join(MEASURED)}.", field="forms", value=unknown
+        )
     models: dict[str, Any] = {}
     left_out: dict[str, str] = {}
-    for name in FORMS if names is None else names:
+    for name in MEASURED if names is None else names:
         lacking = what_lacks(name, model.device)
         if lacking is None:
             try:

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..modeling.protocol import TorchExitClassifier
 from ..onnx.classifier import OnnxClassifier, open_session
 from ..onnx.export import one_file
-from ..onnx.graphs import cut, inputs_of
+from ..onnx.graphs import inputs_of, subgraph
 from ..onnx.layer_files import cut_pieces
 from ..onnx.quantize import quantize_graph
 from ..onnx.walk import logits_of, walk_graph
@@ -71,7 +71,9 @@ class OnnxForm:
 
     def _session(self, exit_index: int) -> ort.InferenceSession:
         """The plain graph up to one exit."""
-        graph = cut(self.plain, inputs_of(self.plain), {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))})
+        graph = subgraph(
+            self.plain, inputs_of(self.plain), {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))}
+        )
         return self._open(_in_8_bits(graph) if self.int8 else graph.SerializeToString())
 
     def _open(self, data: bytes) -> ort.InferenceSession:

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..files import replaced_folder
 from .certificate import check_certificates, drop_outdated
 from .configuration import FORMAT_VERSION
-from .loading import check_tensors, unreadable
+from .loading import check_tensors, unreadable_weights
 from .operating import OperatingPoints
 from .protocol import ExitModel
 from .shim import LoadedByShim
@@ -112,7 +112,7 @@ class ModelWithExits(OperatingPoints, LoadedByShim):
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_weights(path, error) from error
         check_tensors(model, info, path, init_missing, any_size)
         check_certificates(model, path, drop_uncertified=ignore_certificate or init_missing)
         return (model, info) if wants_info else model

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging
@@ -24,17 +26,24 @@ INPUT_PARTS = {
 logger = logging.get_logger(__name__)
 
 
-def check_config_file(name: Any) -> None:
-    """Refuse a folder whose config.json holds no JSON object, which the Auto classes do not do in so many words.
+def check_named_checkpoint(name: Any) -> None:
+    """Refuse what is neither a folder nor the id of a repository, and a folder whose config.json holds no JSON object, which
+    the Auto classes do not do in so many words.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: naming the folder or the file.
     """
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(str(name))
+        except HFValidationError as error:
+            words = f"There is no folder {name}; expected a folder or a Hub id, such as owner/name."
+            raise CheckpointError(words, field="model", value=name, path=name) from error
     if (Path(name) / CONFIG).is_file():
         read_json(Path(name) / CONFIG, finite=False)
 
 
-def unreadable(name: Any, error: SafetensorError) -> CheckpointError:
+def unreadable_weights(name: Any, error: SafetensorError) -> CheckpointError:
     """The error for weights that cannot be read; tells the damaged file and its size where they lie in a folder."""
     damaged = [path for path in sorted(Path(name).glob("*.safetensors")) if not _opens(path)]
     place = f"{damaged[0]} ({damaged[0].stat().st_size:,} bytes)" if damaged else str(name)

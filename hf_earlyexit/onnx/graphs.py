@@ -11,7 +11,7 @@ ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_s
 Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
 
 
-def cut(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
+def subgraph(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
     """The part of a flat graph between some of its values.
 
     Args:
@@ -32,7 +32,7 @@ def cut(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
 
 
 def inputs_of(whole: ModelProto) -> dict[str, tuple[int, tuple[int | str, ...]]]:
-    """The inputs of a whole, as `cut` takes them; open sizes by their names, such as "batch"."""
+    """The inputs of a whole, as `subgraph` takes them; open sizes by their names, such as "batch"."""
     return {info.name: (info.type.tensor_type.elem_type, _sizes(info)) for info in whole.graph.input}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from onnx import ModelProto, TensorProto
 
 from ..signals import SIGNALS
-from .graphs import cut, inputs_of, sizes_of
+from .graphs import inputs_of, sizes_of, subgraph
 from .walk import EMBEDDED, TOKENS, hidden_after, logits_of, scalar_of
 
 BEGIN = "begin.onnx"
@@ -32,10 +32,10 @@ def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
     def hidden(name: str) -> dict[str, Any]:
         return {name: (TensorProto.FLOAT, states)}
 
-    pieces = {BEGIN: cut(whole, inputs_of(whole), hidden(EMBEDDED))}
+    pieces = {BEGIN: subgraph(whole, inputs_of(whole), hidden(EMBEDDED))}
     for layer in range(1, config.num_hidden_layers + 1):
         given = {**hidden(hidden_after(layer - 1)), **tokens}
-        pieces[layer_file(layer)] = cut(whole, given, hidden(hidden_after(layer)))
+        pieces[layer_file(layer)] = subgraph(whole, given, hidden(hidden_after(layer)))
     for index, layer in enumerate(config.exit_layers):
         names = [name for name in SIGNALS.names() if scalar_of(name, index) in made]
         outputs: dict[str, Any] = {logits_of(index): (TensorProto.FLOAT, ("batch", "classes"))}
@@ -43,5 +43,5 @@ def cut_pieces(whole: ModelProto, config: Any) -> dict[str, bytes]:
         given = {**hidden(hidden_after(layer)), **tokens}
         if any(SIGNALS.get(name).reads_states for name in names):
             given |= hidden(hidden_after(layer - 1))
-        pieces[exit_file(index)] = cut(whole, given, outputs)
+        pieces[exit_file(index)] = subgraph(whole, given, outputs)
     return {name: piece.SerializeToString() for name, piece in pieces.items()}

@@ -15,7 +15,7 @@ from ..families.base import IMAGE, TEXT, WRITING
 from ..forms.convert import convert
 from ..forms.speed import THROUGHPUT
 from ..modeling.certificate import warn_of_other_tokenizer
-from ..modeling.loading import check_config_file, check_input_parts
+from ..modeling.loading import check_input_parts, check_named_checkpoint
 from ..modeling.tasks import TASKS
 from ..modeling.wrapped import unwrapped
 from ..registry import unknown_name
@@ -77,7 +77,7 @@ def pipeline(
     if form is not None and task not in (TEXT, IMAGE):
         raise UsageError(f"form is {form!r}; forms are for classifiers, and the task is {task}.", field="form", value=form)
     if isinstance(model, (str, PathLike)):
-        check_config_file(model)
+        check_named_checkpoint(model)
         _check_task(model, kind)
         if "image_processor" in kind.parts:  # transformers tells of a missing tokenizer in so many words
             check_input_parts(model, kwargs, kind.parts)

@@ -17,7 +17,7 @@ from ..serving.served import form_of
 from ..values import check_flags, check_whole
 from .options import unknown_option
 
-ENGINE = 0  # in place of a batch size where none is given
+BY_ENGINE = 0  # in place of a batch size where none is given
 OURS = {"operating_point", "early_exit", "cuda_graphs", "monitor", "window"}
 
 
@@ -72,7 +72,7 @@ class ThroughEngine:
 
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
         if batch_size is None and self._batch_size is None:
-            batch_size = ENGINE
+            batch_size = BY_ENGINE
             if kwargs.get("num_workers", self._num_workers) is not None:
                 raise UsageError("num_workers is for batches of batch_size rows; give both or none.", field="num_workers")
         rows = self.rows_of(inputs)
@@ -134,7 +134,7 @@ class ThroughEngine:
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[Any]:
-        if batch_size != ENGINE:
+        if batch_size != BY_ENGINE:
             stock: Iterator[Any] = super().get_iterator(  # type: ignore[misc]
                 inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
             )

@@ -26,10 +26,10 @@ from .rows import (
     RefusedError,
     answers_of,
     classified,
+    label_scores,
     needs,
     picture_row,
     probabilities,
-    scored,
     text_row,
 )
 from .shapes import Classified, ClassifyRequest, PredictRequest, Problem, Ranked, RerankRequest, Scored
@@ -122,7 +122,7 @@ def make_app(
         several = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
         rows = [text_row(row) for row in (body.inputs if several else [body.inputs])]  # type: ignore[arg-type]
         _check_lengths(app.state.parts.get("tokenizer"), limits, rows, body.truncate)
-        lists = [scored(model, answer, body.raw_scores) for answer in await answered(rows)]
+        lists = [label_scores(model, answer, body.raw_scores) for answer in await answered(rows)]
         return lists if several else lists[0]
 
     @app.post("/rerank", response_model=list[Ranked], response_model_exclude_none=True, responses=PROBLEMS)

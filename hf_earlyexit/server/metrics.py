@@ -12,7 +12,7 @@ from ..serving.online import Engine
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 FOLDER_OF_ALL = "PROMETHEUS_MULTIPROC_DIR"  # of several processes; to be set before prometheus_client is imported
-ENGINE = (  # what, in words, and how several processes' are told as one
+ENGINE_GAUGES = (  # what, in words, and how several processes' are told as one
     ("queued", "Rows that wait to be let in.", "livesum"),
     ("running", "Rows under way.", "livesum"),
     ("answered", "Rows answered.", "sum"),
@@ -23,7 +23,7 @@ ENGINE = (  # what, in words, and how several processes' are told as one
     ("batch_fill", "Mean share of a full batch.", "livemostrecent"),
     ("restarts", "Times that the worker was started anew.", "sum"),
 )
-MONITOR = (
+MONITOR_GAUGES = (
     ("rows", "Rows that the monitor saw."),
     ("shadowed", "Of them, those that the full model answered as well."),
     ("different", "Of these, those whose early answer was another."),
@@ -52,9 +52,9 @@ class Metrics:
             name("request_seconds"), "From request to response.", ["path"], buckets=SECONDS, registry=registry
         )
         self.exits = Counter(name("exits"), "Rows by the layer they left after.", ["layer"], registry=registry)
-        gauges = [(f"engine_{what}", words, mode) for what, words, mode in ENGINE]
+        gauges = [(f"engine_{what}", words, mode) for what, words, mode in ENGINE_GAUGES]
         if monitor is not None:
-            gauges += [(f"monitor_{what}", words, "mostrecent") for what, words in MONITOR]
+            gauges += [(f"monitor_{what}", words, "mostrecent") for what, words in MONITOR_GAUGES]
         self.gauges = {
             what: Gauge(name(what), words, multiprocess_mode=mode, registry=registry)  # type: ignore[arg-type]
             for what, words, mode in gauges
@@ -70,7 +70,7 @@ class Metrics:
     def refresh(self) -> None:
         """Take over the engine's counts."""
         state = self.engine.state
-        for what, *_ in ENGINE:
+        for what, *_ in ENGINE_GAUGES:
             self.gauges[f"engine_{what}"].set(getattr(state, what))
 
     def text(self) -> bytes:
@@ -79,7 +79,7 @@ class Metrics:
         if self.monitor is not None:
             state, (lower, upper) = self.monitor.state, self.monitor.bounds()
             counts = (state.num_rows, state.num_shadowed, state.num_different, len(state.alarms))
-            for (what, _), value in zip(MONITOR, (*counts, lower, upper, self.monitor.limit or 0), strict=True):
+            for (what, _), value in zip(MONITOR_GAUGES, (*counts, lower, upper, self.monitor.limit or 0), strict=True):
                 self.gauges[f"monitor_{what}"].set(value)
         if not self.one_of_many:
             return generate_latest(self.registry)

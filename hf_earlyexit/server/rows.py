@@ -153,7 +153,7 @@ def needs(model: ExitClassifier, pictures: bool) -> None:
         raise RefusedError(422, "validation", f"This model reads {kind}.")
 
 
-def scored(model: ExitClassifier, answer: Answer, raw: bool) -> list[Scored]:
+def label_scores(model: ExitClassifier, answer: Answer, raw: bool) -> list[Scored]:
     """Every label with its score, the highest first."""
     values = answer.logits if raw else probabilities(model, answer)
     names = model.config.id2label
@@ -179,7 +179,7 @@ def classified(model: ExitClassifier, answer: Answer) -> Classified:
     kind = model.config.resolved_problem_type
     label = score = None
     if kind in (SINGLE_LABEL, MULTI_LABEL):
-        best = scored(model, answer, raw=False)[0]
+        best = label_scores(model, answer, raw=False)[0]
         label, score = best.label, best.score
     return Classified(
         label=label, score=score, logits=answer.logits.tolist(), exit_layer=answer.exit_layer, num_layers=layers,

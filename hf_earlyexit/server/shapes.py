@@ -15,18 +15,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Choice(_Strict):
-    """How rows are to be run."""
-
-    operating_point: StrictStr | None = Field(None, max_length=200, description="Name of a policy; exact: the full model.")
-    layer_budget: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = Field(
-        None, description="Most layers a row may run."
-    )
-    deadline: Annotated[float, Field(ge=0, le=3600)] | None = Field(
-        None, description="Seconds; a row then leaves at the last exit it passed."
-    )
-
-
 class PredictRequest(_Strict):
     """Texts to classify: a text, a pair of two texts, or a list of lists of one or two texts."""
 
@@ -47,11 +35,18 @@ class RerankRequest(_Strict):
     truncation_direction: Literal["right", "Right"] = "right"
 
 
-class ClassifyRequest(Choice):
+class ClassifyRequest(_Strict):
     """Rows to classify, each with the layer it left after: texts, pairs of texts or, of image classifiers, pictures."""
 
     inputs: Annotated[list[Sequence], Field(min_length=1)] | None = None
     images: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="Picture files in base64.")
+    operating_point: StrictStr | None = Field(None, max_length=200, description="Name of a policy; exact: the full model.")
+    layer_budget: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = Field(
+        None, description="Most layers a row may run."
+    )
+    deadline: Annotated[float, Field(ge=0, le=3600)] | None = Field(
+        None, description="Seconds; a row then leaves at the last exit it passed."
+    )
     exits: StrictBool = Field(False, description="Tell what every exit says as well; all layers are run for it.")
 
 

@@ -18,7 +18,7 @@ from .tables import PIXELS
 Model = TypeVar("Model", bound=ExitModel | nn.Module)
 
 
-def cut(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
+def batch_places(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
     """Places of rows of similar length that make a batch, the longest first.
 
     Args:
@@ -47,7 +47,7 @@ def sorted_batches(
         pad_token_id: stands at padding; see `padding_token`.
         length: of a row, in tokens.
     """
-    for places in cut([length(row) for row in encoded], max_batch_tokens):
+    for places in batch_places([length(row) for row in encoded], max_batch_tokens):
         yield places, pad_batch([encoded[place] for place in places], pad_token_id)
 
 

@@ -77,7 +77,7 @@ def some_rows(chunk: Chunk, staying: Sequence[int]) -> Chunk:
     return Chunk(chunk.depth, [chunk.places[row] for row in staying], chunk.standing.keep(staying, keep), passed)
 
 
-def joined(walker: BatchWalker, parts: Sequence[Chunk]) -> Chunk:
+def join_chunks(walker: BatchWalker, parts: Sequence[Chunk]) -> Chunk:
     """Chunks of one depth as one."""
     first = parts[0]
     if len(parts) == 1:

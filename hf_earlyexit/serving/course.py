@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers import Leaving
-from .chunks import Chunk, Flight, called_off, joined, some_rows
+from .chunks import Chunk, Flight, called_off, join_chunks, some_rows
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -94,7 +94,7 @@ class Course:
 
     def _leave_pile(self, depth: int) -> Chunk:
         pile, self.waiting[depth] = self.waiting[depth], []
-        return joined(self.scheduler.walker, pile)
+        return join_chunks(self.scheduler.walker, pile)
 
     def _launch(self, chunk: Chunk) -> None:
         going: Chunk | None = chunk
@@ -152,4 +152,4 @@ class Course:
         ready = pile[:-1] if together > most else list(pile)
         del pile[: len(ready)]
         self.since[chunk.depth] = now  # of whoever is left, who has just come
-        return joined(self.scheduler.walker, ready)
+        return join_chunks(self.scheduler.walker, ready)

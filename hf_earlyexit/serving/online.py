@@ -24,7 +24,7 @@ from .reader import reader_for
 from .scheduler import Scheduler
 from .served import served_classifier
 
-DEFAULT = "default"
+DEFAULT_MODEL = "default"
 
 
 class Engine:
@@ -78,7 +78,7 @@ class Engine:
         check_whole(1, max_queue=max_queue)
         check_flags(cuda_graphs=cuda_graphs)
         check_monitor(monitor)
-        models = dict(model) if isinstance(model, Mapping) else {DEFAULT: model}
+        models = dict(model) if isinstance(model, Mapping) else {DEFAULT_MODEL: model}
         if not models:
             raise UsageError("model holds no models; expected at least one.", field="model")
         if monitor is not None and len(models) > 1:

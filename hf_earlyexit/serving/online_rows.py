@@ -20,7 +20,7 @@ import torch
 from ..errors import EarlyExitError
 from ..modeling.finite import not_finite
 from .answers import DEADLINE, Answer, Leaving
-from .batching import cut
+from .batching import batch_places
 from .chunks import Chunk
 from .course import Course
 from .monitor import Monitor
@@ -190,7 +190,7 @@ class Line:
         for shape, members in shapes.items():
             lengths = [self.scheduler.walker.length(self.inside[future]) for future in members]
             groups = self.groups.setdefault(shape, deque())
-            for places in cut(lengths, self.scheduler.max_batch_tokens):
+            for places in batch_places(lengths, self.scheduler.max_batch_tokens):
                 groups.append([members[place] for place in places])
             if shape not in self.courses:
                 self.courses[shape] = self._course(shape)

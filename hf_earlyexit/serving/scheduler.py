@@ -22,7 +22,7 @@ from ..policies.base import ExitPolicy
 from ..values import check_whole
 from ..walking.step import Standing, parted, step_to_exit
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
-from .batching import cut
+from .batching import batch_places
 from .chunks import Chunk, Flight, Passed, some_rows
 from .course import Course
 from .rows import TokenIds
@@ -135,7 +135,7 @@ class Scheduler:
         return good
 
     def _let_in(self, good: Sequence[tuple[int, TokenIds]]) -> Iterator[Chunk]:
-        for chosen in cut([self.walker.length(row) for _, row in good], self.max_batch_tokens):
+        for chosen in batch_places([self.walker.length(row) for _, row in good], self.max_batch_tokens):
             if self.late():
                 self.on_done(len(chosen))
                 continue

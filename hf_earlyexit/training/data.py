@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from ..data.forms import Reading
+from ..data.formats import Reading
 from ..data.labels import as_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError

@@ -54,7 +54,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 @EXIT_METRICS.register("f1")
-def f1(logits: np.ndarray, labels: np.ndarray) -> float:
+def glue_f1(logits: np.ndarray, labels: np.ndarray) -> float:
     """F1 of class 1 for two classes, micro-averaged for many labels, macro-averaged otherwise."""
     from sklearn.metrics import f1_score
 
@@ -115,6 +115,6 @@ def by_output(predictions: Any) -> Any:
     return [list(part) for part in zip(*predictions, strict=True)] if isinstance(predictions, list) else predictions
 
 
-def joined(part: Any) -> np.ndarray:
+def one_array(part: Any) -> np.ndarray:
     """One array of an output that may be kept batch by batch."""
     return np.concatenate(part) if isinstance(part, list) else np.asarray(part)

@@ -27,7 +27,7 @@ from .arguments import EarlyExitTrainingArguments
 from .checkpoints import check_checkpoint, newest_complete_checkpoint
 from .checks import NamesToNumbers, check_data_set, check_token_ids, label_column, no_labels, pop_labels, without_labels
 from .gate_report import gate_metrics
-from .metrics import by_output, default_exit_metric, exit_metrics, joined, keeping_exits, on_last_exit
+from .metrics import by_output, default_exit_metric, exit_metrics, keeping_exits, on_last_exit, one_array
 from .pictures import opened_rows
 from .pushing import NoPickledSettings
 from .settings import (
@@ -302,7 +302,7 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
         metrics = dict(output.metrics or {})
         if output.label_ids is not None:
             config = self.exit_model.config
-            exit_logits, labels, *gates = map(joined, (exit_logits, output.label_ids, *gates))
+            exit_logits, labels, *gates = map(one_array, (exit_logits, output.label_ids, *gates))
             metric = self.args.exit_metric or default_exit_metric(label_problem_type(config, torch.as_tensor(labels[:1])))
             values = exit_metrics(exit_logits, labels, config.exit_layers, metric)
             if gates:

@@ -94,7 +94,7 @@ def _within(bounds: tuple[float, float], values: Tensor) -> Tensor:
     return highest - values.abs() if math.isfinite(highest) else values
 
 
-def serve(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tuple[Tensor, Tensor]:
+def served_exits(policy: ExitPolicy, signals: _Signals, drop_rows: bool = True) -> tuple[Tensor, Tensor]:
     """Step a policy as serving does: rows leave at their exit and are dropped.
 
     Returns:
@@ -127,14 +127,14 @@ def serving_equals_scan(policy: ExitPolicy) -> bool:
     """Rows leave in serving where the scan over all exits says, with the same scores."""
     signals = _Signals.random(policy)
     scores = policy.scan(signals).scores
-    exits, at_exit = serve(policy, signals)
+    exits, at_exit = served_exits(policy, signals)
     return torch.equal(exits, policy.decide(scores)) and torch.equal(at_exit, scores[torch.arange(ROWS), exits])
 
 
 def dropping_rows_changes_nothing(policy: ExitPolicy) -> bool:
     """Who has left matters to nobody who stays."""
     signals = _Signals.random(policy)
-    return torch.equal(serve(policy, signals)[0], serve(policy, signals, drop_rows=False)[0])
+    return torch.equal(served_exits(policy, signals)[0], served_exits(policy, signals, drop_rows=False)[0])
 
 
 def rows_do_not_see_each_other(policy: ExitPolicy) -> bool:
@@ -213,7 +213,7 @@ def last_exit_always_leaves(policy: ExitPolicy) -> bool:
     closed = policy.with_thresholds((None,) * (policy.num_exits - 1))
     signals = _Signals.random(policy)
     decided = closed.decide(closed.scan(signals).scores)
-    return bool((decided == policy.num_exits - 1).all()) and bool((serve(closed, signals)[0] >= 0).all())
+    return bool((decided == policy.num_exits - 1).all()) and bool((served_exits(closed, signals)[0] >= 0).all())
 
 
 def higher_thresholds_never_leave_earlier(policy: ExitPolicy) -> bool:
@@ -235,9 +235,8 @@ def empty_batches_and_single_rows_work(policy: ExitPolicy) -> bool:
     """No row and one row give outputs of that size."""
     signals = _Signals.random(policy)
     sizes = [policy.scan(signals.rows(slice(0, n))).scores.shape for n in (0, 1)]
-    return sizes == [(0, policy.num_exits), (1, policy.num_exits)] and serve(policy, signals.rows(slice(0, 0)))[0].shape == (
-        0,
-    )
+    nobody = served_exits(policy, signals.rows(slice(0, 0)))[0]
+    return sizes == [(0, policy.num_exits), (1, policy.num_exits)] and nobody.shape == (0,)
 
 
 def a_single_exit_works(policy: ExitPolicy) -> bool:
@@ -245,7 +244,7 @@ def a_single_exit_works(policy: ExitPolicy) -> bool:
     fields: dict[str, Any] = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     last = {k: v[-1:] for k, v in fields.items() if isinstance(v, tuple) and len(v) == policy.num_exits}
     single = type(policy)(**{**fields, **last, "thresholds": (), "muted": ()})
-    return bool((serve(single, _Signals.random(single))[0] == 0).all())
+    return bool((served_exits(single, _Signals.random(single))[0] == 0).all())
 
 
 def _first_open(policy: ExitPolicy) -> int:

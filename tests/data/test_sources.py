@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import hf_earlyexit as ee
-from hf_earlyexit.data.forms import Reading
+from hf_earlyexit.data.formats import Reading
 from hf_earlyexit.data.sources import Source
 from hf_earlyexit.training.data import load_splits
 
@@ -155,7 +155,7 @@ def test_lone_quotes_in_tsv_swallow_no_rows(tmp_path):
 
 def test_standard_input_needs_a_form(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"text,label\nNA,1\n")))
-    assert Source("-", Reading(form="csv")).read(default="test")[:] == {"text": ["NA"], "label": ["1"]}
+    assert Source("-", Reading(format="csv")).read(default="test")[:] == {"text": ["NA"], "label": ["1"]}
     with pytest.raises(ee.EarlyExitError, match="--input_format"):
         Source("-").read()
 
@@ -205,7 +205,7 @@ def test_two_files_of_one_split_are_refused(tmp_path):
     [
         ({"encoding": "latin-99"}, "Python does not know"),
         ({"separator": "::"}, "one character"),
-        ({"form": "xml"}, "one of csv"),
+        ({"format": "xml"}, "one of csv"),
     ],
 )
 def test_readings_that_cannot_be(fields, message):

@@ -309,6 +309,12 @@ def test_classes_have_the_names_they_say_and_can_be_pickled(name):
     assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict() == copy.deepcopy(config).to_dict()
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "a/b/c", "~/model"])
+def test_a_folder_that_is_not_there_is_told_as_such(name):
+    with pytest.raises(CheckpointError, match=f"There is no folder {name}; expected a folder or a Hub id"):
+        ee.from_pretrained(name)
+
+
 def test_what_has_no_exits_is_refused_with_the_list_of_what_has(tmp_path):
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"type 't5'; types that can have exits are bert, roberta, .*vit.*qwen3"):

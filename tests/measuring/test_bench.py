@@ -13,7 +13,7 @@ from hf_earlyexit.forms import table
 from hf_earlyexit.measuring import forms as forms_module
 from hf_earlyexit.measuring import ways as ways_module
 from hf_earlyexit.measuring.bench import advice, as_table, bench, exits_of
-from hf_earlyexit.measuring.forms import FORMS, make_forms, what_lacks
+from hf_earlyexit.measuring.forms import MEASURED, make_forms, what_lacks
 from hf_earlyexit.measuring.onnx_forms import OnnxForm
 from hf_earlyexit.measuring.ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, torch_ways
 from hf_earlyexit.serving.batching import pad_batch
@@ -111,9 +111,9 @@ def test_a_static_layer_without_an_exit_is_refused(onnx_forms, tiny_model):
 
 def test_forms_that_run_here_are_made_and_others_are_named(model, monkeypatch):
     monkeypatch.setattr(forms_module, "what_lacks", lambda name, device: "it is a test" if name == "bf16" else None)
-    monkeypatch.setattr(forms_module, "_MAKE", {name: lambda model: model for name in FORMS})
+    monkeypatch.setattr(forms_module, "_MAKE", {name: lambda model: model for name in MEASURED})
     made = make_forms(model)
-    assert set(made.models) == set(FORMS) - {"bf16"}
+    assert set(made.models) == set(MEASURED) - {"bf16"}
     assert made.left_out == {"bf16": "it is a test"}
     with pytest.raises(UsageError, match="'bf16' does not run here: it is a test"):
         make_forms(model, ["fp32", "bf16"])

@@ -16,7 +16,7 @@ from typing import IO, Any
 from ..errors import DataError, EarlyExitError, UsageError
 from ..values import unexpected
 
-FORMS = {
+FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".json": "json",
@@ -36,7 +36,7 @@ class Reading:
     """How files are read.
 
     Attributes:
-        form: one of the values of `FORMS`, for a file whose name does not tell it.
+        format: one of the values of `FORMATS`, for a file whose name does not tell it.
         encoding: of texts; UTF-8 by default.
         separator: of the cells in CSV; a comma by default, in TSV a tab.
         quotes: whether double quotes hold a cell of CSV or TSV together. `None` means yes, but in TSV no line break may
@@ -44,15 +44,15 @@ class Reading:
         config: name of a configuration, of a data set that has several.
     """
 
-    form: str | None = None
+    format: str | None = None
     encoding: str | None = None
     separator: str | None = None
     quotes: bool | None = None
     config: str | None = None
 
     def __post_init__(self) -> None:
-        if self.form is not None and self.form not in FORMS.values():
-            raise unexpected("form", self.form, f"one of {', '.join(dict.fromkeys(FORMS.values()))}")
+        if self.format is not None and self.format not in FORMATS.values():
+            raise unexpected("format", self.format, f"one of {', '.join(dict.fromkeys(FORMATS.values()))}")
         if self.encoding is not None:
             try:
                 "".encode(self.encoding)
@@ -65,13 +65,13 @@ class Reading:
         if self.separator is not None and len(self.separator) != 1:
             raise unexpected("separator", self.separator, "one character")
 
-    def form_of(self, path: str | Path) -> str | None:
+    def format_of(self, path: str | Path) -> str | None:
         """What a file holds: as told, else by its name; `None` where neither says."""
-        return self.form or FORMS.get(plain_suffix(path))
+        return self.format or FORMATS.get(plain_suffix(path))
 
-    def csv_options(self, form: str) -> dict[str, Any]:
+    def csv_options(self, format: str) -> dict[str, Any]:
         """Arguments of `pandas.read_csv` with which every cell stays the text that it is."""
-        separator = self.separator or ("\t" if form == "tsv" else ",")
+        separator = self.separator or ("\t" if format == "tsv" else ",")
         none, minimal = 3, 0  # csv.QUOTE_NONE, csv.QUOTE_MINIMAL
         return {
             "sep": separator,
@@ -116,16 +116,16 @@ def readable(place: str, reading: Reading) -> Iterator[None]:
     except (EarlyExitError, MemoryError, ModuleNotFoundError):
         raise
     except (ValueError, OSError, EOFError, RuntimeError, TypeError, lzma.LZMAError, pyarrow.ArrowException) as error:
-        raise unreadable(place, reading, error) from error
+        raise unreadable_file(place, reading, error) from error
     except Exception as error:  # datasets wraps all that its readers raise, in classes of its own
         if not type(error).__module__.startswith(("datasets", "huggingface_hub", "fsspec")):
             raise
-        raise unreadable(place, reading, error) from error
+        raise unreadable_file(place, reading, error) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
-def unreadable(place: str, reading: Reading, error: BaseException) -> DataError:
+def unreadable_file(place: str, reading: Reading, error: BaseException) -> DataError:
     """What kept a file from being read, in words."""
     cause = error
     while isinstance(cause.__cause__, Exception):
@@ -140,12 +140,12 @@ def unreadable(place: str, reading: Reading, error: BaseException) -> DataError:
             path=place,
         )
     if "corresponds to no data" in first or "No columns to parse" in first:
-        return DataError(f"{name} has no rows; expected at least one, below a header where the form has one.", path=place)
+        return DataError(f"{name} has no rows; expected at least one, below a header where the format has one.", path=place)
     hint = ""
     if "Error tokenizing data" in first:
         hint = " Quote cells that hold the separator, name another with --separator, or say --quotes false."
     elif "Config name is missing" in first or "BuilderConfig" in first:
         hint = " Name one with --dataset_config."
-    elif reading.form_of(place) is not None:
-        hint = " Check that the file is whole, and that its name or --input_format tells its form."
+    elif reading.format_of(place) is not None:
+        hint = " Check that the file is whole, and that its name or --input_format tells its format."
     return DataError(f"{name} cannot be read: {first}{'' if first.endswith('.') else '.'}{hint}", path=place)
