@@ -63,6 +63,7 @@ def run(args: BenchArguments) -> CommandResult:
             f"{name}: mean exit layer {exits['mean_layer']:.2f}, layer speed-up {exits['layer_speed_up']:.2f}x, "
             f"token-layer bound {exits['token_layer_bound']:.2f}x, of which {100 * exits['share_of_bound']:.0f} % reached"
         )
+    lines += [f"Rows of {name} are padded, which costs time: {why}." for name, why in result["padded"].items()]
     lines += [f"Left out: {name}, as {reason}." for name, reason in forms.left_out.items()]
     lines += ["", result["advice"]]
     if args.output is not None:

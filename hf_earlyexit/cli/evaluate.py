@@ -51,7 +51,7 @@ ARGUMENTS = (EvaluateArguments,)
 
 def run(args: EvaluateArguments) -> CommandResult:
     """Predict early and in full, compare."""
-    from ..data.labels import Labelling
+    from ..data.labelling import Labelling
     from ..modeling.configuration import EXACT
     from ..serving.reader import reader_for, reads_images
     from .evaluate_writer import evaluate_writer

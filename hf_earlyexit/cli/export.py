@@ -68,7 +68,7 @@ def run(args: ExportArguments) -> CommandResult:
         parts = {name: there[name] for name in ("image_processor" if images else "tokenizer",)}
     rows = None
     if args.dataset is not None:
-        from ..data.labels import Labelling
+        from ..data.labelling import Labelling
         from .rows import read_rows, rows_and_labelling
 
         rows = read_rows(args, args.dataset, args.split, "validation", images)

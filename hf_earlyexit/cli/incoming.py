@@ -67,12 +67,12 @@ def incoming(args: FileArguments, place: str, split: str | None, images: bool = 
     check_columns(args, images)
     how = reading(args)
     is_file = place == STDIN or Path(place).is_file()
-    form = (how.format_of(place) or "text") if is_file else None
+    format = (how.format_of(place) or "text") if is_file else None
     total = None
     if images and is_file and Path(place).suffix.lower() in SUFFIXES:
         return Incoming(iter([{COLUMN: Path(place).name}]), (COLUMN,), 1, folder_of(place))
-    if form in READERS and split is None:
-        rows = _guarded(place, how, READERS[form](place, how))
+    if format in READERS and split is None:
+        rows = _guarded(place, how, READERS[format](place, how))
     else:
         from ..data.sources import Source
 
@@ -90,7 +90,7 @@ def incoming(args: FileArguments, place: str, split: str | None, images: bool = 
     rows = chain([first], rows)
     if not images:
         return Incoming(rows, _columns_of_texts(args, first, place), total)
-    if form == "text":
+    if format == "text":
         rows, first = ({COLUMN: row["text"]} for row in rows), {COLUMN: None}
     return Incoming(rows, (picture_column(args, list(first), place),), total, folder_of(place))
 
@@ -128,18 +128,18 @@ def _objects(place: str, how: Any) -> Iterator[Row]:
             yield row
 
 
-def _cells(form: str) -> Callable[[str, Any], Iterator[Row]]:
+def _cells(format: str) -> Callable[[str, Any], Iterator[Row]]:
     def read(place: str, how: Any) -> Iterator[Row]:
         import pandas
 
         from ..data.sources import check_header, lone_quote
 
-        options = how.csv_options(form)
+        options = how.csv_options(format)
         with open_text(place, how) as file:
             for part in pandas.read_csv(file, dtype=str, chunksize=CHUNK, **{**options, "encoding": None}):
                 check_header(part, place, options["sep"])
                 for row in part.where(part.notna(), None).to_dict("records"):
-                    if form == "tsv" and how.quotes is None:
+                    if format == "tsv" and how.quotes is None:
                         for name, cell in row.items():
                             if cell is not None and "\n" in cell:
                                 raise lone_quote(place, str(name))

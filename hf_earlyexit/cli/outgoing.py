@@ -1,4 +1,4 @@
-"""Answers written as they come, in the form that a file's name tells; a run that was stopped goes on where it was."""
+"""Answers written as they come, in the format that a file's name tells; a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OutputFile:
     """A file of answers, whole under its name once all rows are written; until then beside it, with how far it came.
 
     Args:
-        path: its suffix tells the form: JSON Lines, CSV, TSV, Parquet or Arrow; all but the last two may end in .gz as well.
+        path: its suffix tells the format: JSON Lines, CSV, TSV, Parquet or Arrow; all but these two may end in .gz.
         run: what must be the same for a stopped run to go on: model, input, options.
         resume: go on with what a stopped run left; `False` begins anew; `None` refuses to choose.
 
@@ -34,7 +34,7 @@ class OutputFile:
         done: rows that a stopped run wrote already.
 
     Raises:
-        UsageError: for a suffix that tells no form, or a stopped run that may not, or cannot, go on.
+        UsageError: for a suffix that tells no format, or a stopped run that may not, or cannot, go on.
     """
 
     def __init__(self, path: str, run: dict[str, Any], resume: bool | None) -> None:

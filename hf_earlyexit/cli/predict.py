@@ -34,6 +34,7 @@ CHANGES_NO_ANSWER = (
     "output", "resume", "max_rows", "max_batch_tokens", "device", "performance_hint", "engine", "workers",
 )  # fmt: skip
 ENGINES = ("here", "ray")
+PIPED = 256  # rows that are answered at a time: whoever writes into a pipe wants to see answers come
 
 
 @dataclass
@@ -134,6 +135,7 @@ def _answered(
     """Each row with its answer; `tally` counts along."""
     from tqdm.auto import tqdm
 
+    from ..data.formats import STDIN
     from ..problem_types import SINGLE_LABEL
     from ..serving.predict import WINDOW, stream
     from ..serving.reader import PICTURES
@@ -147,15 +149,12 @@ def _answered(
             waiting.append(row)
             yield source.text(row)
 
+    window = PICTURES if source.folder is not None else PIPED if args.input == STDIN else WINDOW
     answers = stream(
         model,
         texts(),
         **parts,
-        window=PICTURES
-        if source.folder is not None
-        else WINDOW
-        if args.input != "-"
-        else 256,  # whoever writes into a pipe wants to see answers come
+        window=window,
         max_batch_tokens=args.max_batch_tokens,
         early_exit=args.early_exit,
         operating_point=args.operating_point,

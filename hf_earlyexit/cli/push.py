@@ -58,7 +58,7 @@ def run(args: PushArguments) -> CommandResult:
     fields = ("base_model", "datasets", "language", "license", "evaluated_on")
     card: Any = {name: getattr(args, name) for name in fields} if args.card else False
     if args.test_rows is not None and args.card:
-        from ..data.labels import Labelling
+        from ..data.labelling import Labelling
         from ..hub.figures import card_figures
         from ..serving.reader import reads_images
         from .rows import read_rows, rows_and_labelling

@@ -55,7 +55,7 @@ def run(args: ReportArguments) -> CommandResult:
     policy = model.policy_at(args.operating_point)
     rows, texts, pictures, split = None, None, None, args.split or "validation"
     if args.dataset is not None:
-        from ..data.labels import Labelling
+        from ..data.labelling import Labelling
         from .pictures import named_pictures
         from .rows import read_rows, rows_and_labelling, texts_of
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data.formats import Reading
-from ..data.labels import Labelling, class_numbers, learn_labelling
+from ..data.labelling import Labelling, class_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError, UsageError
 from ..modeling.protocol import ExitModel

@@ -196,6 +196,17 @@ class Family:
             return False
         return all(map(self.packed.fits, self.layers_of(model)))
 
+    def why_padded(self, model: Any) -> str | None:
+        """Why rows of several lengths are padded, in words; `None` where they stand end to end, or all have one length."""
+        attention = model.config._attn_implementation
+        if self.task == IMAGE or self.packs(model):
+            return None
+        if self.packed is None:
+            return f"{self.name} layers compute attention in a way of their own"
+        if attention != "sdpa":
+            return f"the model was loaded with attn_implementation={attention!r}, and only 'sdpa' does without padding"
+        return "parts of the layers have been exchanged, are watched or are in training mode"
+
     def packed_layer(self, layer: nn.Module) -> Callable[[Tensor, Any], Tensor]:
         """The layer for packed rows: a function of hidden states `[tokens, H]` and their `Packed` context."""
         run: Callable[[Tensor, Any], Tensor] = self.packed(self, layer)

@@ -230,8 +230,7 @@ def _eval_result(name: str, done: Replay, data_name: str) -> str:
         task_id="default",
         value=done.quality,
         notes=f"{name}: mean exit {done.mean_layers:.2f}/{depth}, full model {done.full_quality:.4f}, "
-        f"standard error of the difference "
-        f"{done.standard_error:.4f}",
+        f"standard error of the difference {done.standard_error:.4f}",
     )
     return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
 

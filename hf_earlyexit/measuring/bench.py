@@ -52,8 +52,8 @@ def bench(
 
     Returns:
         Plain values: `rows`, `turns`, `batch_size`, `exits` (by model), `throughput` and `latency` (by model and way),
-        `advice`, `environment`. Speed-ups are over the first model in full: in arrival order (throughput), one by one
-        (latency).
+        `padded` (why, by torch model whose rows are padded), `advice`, `environment`. Speed-ups are over the first model in
+        full: in arrival order (throughput), one by one (latency).
 
     Raises:
         UsageError: without rows, or for a model without a policy.
@@ -91,6 +91,7 @@ def bench(
         "exits": exits,
         "throughput": {name: _table(throughput, name, _reference(many, first), len(rows)) for name in served},
         "latency": {name: _table(latency, name, _reference(single, first), len(few)) for name in served},
+        "padded": {name: why for name, model in served.items() if (why := _why_padded(model)) is not None},
     }
     for name in served:
         _add_shares(exits[name], few_exits[name], result["throughput"][name], result["latency"][name])
@@ -100,6 +101,12 @@ def bench(
 def _form(model: Wrapped | Form) -> Any:
     """A torch model ready to serve, or another form as it is."""
     return model if hasattr(model, "ways") else served_classifier(model)
+
+
+def _why_padded(model: Any) -> str | None:
+    """Of a torch model; files of ONNX Runtime are padded as they are."""
+    torch_model: Any = model if isinstance(model, torch.nn.Module) else None
+    return None if torch_model is None else torch_model.family.why_padded(torch_model.base_model)
 
 
 def _reference(ways: Mapping[tuple[str, str], Run], first: str) -> tuple[str, str]:

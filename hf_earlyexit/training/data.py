@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 
 from ..data.formats import Reading
-from ..data.labels import as_numbers, learn_labelling
+from ..data.labelling import as_numbers, learn_labelling
 from ..data.sources import Source
 from ..errors import DataError
 from ..serving.tables import text_columns

@@ -174,6 +174,19 @@ def test_packed_rows_can_be_dropped_and_joined(name):
     assert (found - whole[[0, 2, 3, 4, 5, 7]]).abs().max() <= 1e-5 * max(1, float(whole.abs().max()))
 
 
+@every
+def test_rows_that_are_padded_say_why(name):
+    family = FAMILIES[name]
+    model, plain = tiny(name), new_model(name, attn_implementation="eager")
+    reasons = [family.why_padded(one.base_model) for one in (model, plain)]
+    if name in IMAGES or name in PACKED:
+        assert reasons[0] is None
+        assert (reasons[1] is None) == (name in IMAGES)
+        assert name in IMAGES or "attn_implementation='eager'" in reasons[1]
+    else:
+        assert reasons == [f"{family.name} layers compute attention in a way of their own"] * 2
+
+
 @text
 def test_padded_rows_can_be_joined(name):
     model = tiny(name)

@@ -19,6 +19,7 @@ from hf_earlyexit.measuring.ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, t
 from hf_earlyexit.serving.batching import pad_batch
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.transfer import finished
+from tests.families.tiny import new_model
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,14 @@ def test_onnx_forms_leave_where_predict_leaves(onnx_forms, tokenizer, random_tex
     ]
     for row, logits in zip(rows, expected.logits, strict=True):
         assert ways.single[ONE_FILE]([row])[0][0] == pytest.approx(logits.numpy(), abs=1e-4)
+
+
+def test_rows_that_are_padded_are_told_with_the_reason():
+    model, packed = new_model("mpnet", num_hidden_layers=2), new_model("bert", num_hidden_layers=2)
+    for one in (model, packed):
+        one.set_exit_policy(ee.ConfidencePolicy(thresholds=[0.5]))
+    result = bench({"mpnet": model, "bert": packed}, [{"input_ids": [5, 6, 7]}] * 2, repeats=1, latency_rows=1)
+    assert result["padded"] == {"mpnet": "MPNet layers compute attention in a way of their own"}
 
 
 def test_an_early_exit_in_onnx_runtime_is_measured_beside_its_rivals(onnx_forms, model, tokenizer, random_texts):

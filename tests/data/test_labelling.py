@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 import hf_earlyexit as ee
-from hf_earlyexit.data.labels import Labelling, class_numbers, learn_labelling
+from hf_earlyexit.data.labelling import Labelling, class_numbers, learn_labelling
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.training.data import label_names
 
