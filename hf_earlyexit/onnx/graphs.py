@@ -9,6 +9,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_score": TensorProto.FLOAT}
 Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
+LARGE = 1024  # bytes of a weight that is put in place at the end
 
 
 def subgraph(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:
@@ -107,11 +108,17 @@ def append(whole: ModelProto, other: ModelProto, prefix: str) -> ModelProto:
 
 def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """The nodes of a graph and of all its branches."""
+    for part in _all_graphs(graph):
+        yield from part.node
+
+
+def _all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph and all its branches."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
+                yield from _all_graphs(attribute.g)
 
 
 def _ancestors(graph: GraphProto, wanted: Iterable[str], known: set[str]) -> list[NodeProto]:
@@ -125,13 +132,20 @@ def _ancestors(graph: GraphProto, wanted: Iterable[str], known: set[str]) -> lis
 
 
 def _weights(graph: GraphProto, nodes: Sequence[NodeProto], ends: Iterable[str] = ()) -> list[TensorProto]:
-    """Copies of the constants that these nodes read, or that are wanted themselves."""
+    """Copies of the constants that these nodes read, or that are wanted themselves.
+
+    Large ones come without their numbers, until `_model` puts them in place: each branch is copied into the one around it.
+    """
     used = {name for node in nodes for name in node.input} | set(ends)
     copies = []
     for weight in graph.initializer:
         if weight.name in used:
             copies.append(TensorProto())
-            copies[-1].CopyFrom(weight)
+            if len(weight.raw_data) < LARGE:
+                copies[-1].CopyFrom(weight)
+                continue
+            copies[-1].name, copies[-1].data_location = weight.name, TensorProto.EXTERNAL
+            copies[-1].external_data.add(key="location", value=weight.name)
     return copies
 
 
@@ -164,7 +178,16 @@ def _renamed(node: NodeProto, new: Mapping[str, str]) -> NodeProto:
     return copy
 
 
-def _model(like: ModelProto, graph: GraphProto) -> ModelProto:
-    return helper.make_model(
-        graph, opset_imports=list(like.opset_import), ir_version=like.ir_version, producer_name="hf_earlyexit"
+def _model(whole: ModelProto, graph: GraphProto) -> ModelProto:
+    """A model of parts of a whole, with the numbers of its weights."""
+    model = helper.make_model(
+        graph, opset_imports=list(whole.opset_import), ir_version=whole.ir_version, producer_name="hf_earlyexit"
     )
+    weights = {weight.name: weight for weight in whole.graph.initializer}
+    for part in _all_graphs(model.graph):
+        for weight in part.initializer:
+            if weight.data_location == TensorProto.EXTERNAL:
+                name = weight.name
+                weight.CopyFrom(weights[weight.external_data[0].value])
+                weight.name = name
+    return model
