@@ -16,7 +16,7 @@ from scipy.stats import binom
 
 from hf_earlyexit import ExitTrace
 from hf_earlyexit.calibration import Certified, calibrate
-from hf_earlyexit.calibration.certify import _Walk
+from hf_earlyexit.calibration.certify import walk_of_rows
 from hf_earlyexit.calibration.risks import Losses
 from hf_earlyexit.serving.monitor import MOST_SHIFT, Monitor
 
@@ -50,7 +50,7 @@ class Pool:
         for place in range(draws):
             rows = draw.integers(0, POOL, count)
             losses = Losses(self.losses[rows], self.low, 1.0)
-            walk = _Walk(target, losses, self.scores[rows], self.path, everyone, self.planning)
+            walk = walk_of_rows(target, losses, self.scores[rows], self.path, everyone, self.planning)
             used[place] = self.risks[walk.last_certified()]
         return used
 

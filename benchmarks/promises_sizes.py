@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_earlyexit.calibration import Certified
-from hf_earlyexit.calibration.certify import _Walk
+from hf_earlyexit.calibration.certify import walk_of_rows
 from hf_earlyexit.calibration.risks import Losses
 
 EXITS, TURNS = 12, 3
@@ -79,7 +79,9 @@ def certify_seconds(settings: int = 400, rows: int = 100_000) -> dict[str, Any]:
         gains = (draw.random((rows, EXITS)) < 0.005) * (losses == 0) * (np.arange(EXITS) < EXITS - 1)
         given = losses - gains if low else losses
         start = time.process_time()
-        walk = _Walk(Certified(0.01, 0.9, risk=risk), Losses(given, low, 1.0), scores, path, everyone, (scores, given))
+        walk = walk_of_rows(
+            Certified(0.01, 0.9, risk=risk), Losses(given, low, 1.0), scores, path, everyone, (scores, given)
+        )
         assert walk.last_certified() == settings - 1
         seconds[risk] = time.process_time() - start
     return seconds

@@ -27,6 +27,9 @@ class LossesAlong:
         self.member, self.num_groups = member, num_groups
         self.counts = self._count() if losses.are_whole else None  # [K, G, 3]: of losses of -1, 0 and 1
 
+    def __len__(self) -> int:
+        return len(self.path)
+
     def at(self, place: int) -> Array:
         """Losses `[N]` at a setting."""
         taken = exits_taken(self.scores, self.path[place])

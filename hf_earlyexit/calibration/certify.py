@@ -7,27 +7,30 @@ that the setting picked breaks the promise is at most one minus the confidence.
 
 from __future__ import annotations
 
-import datetime
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import CalibrationError
 from ..policies.base import ExitPolicy
+from ..problem_types import SINGLE_LABEL
 from ..trace import ExitTrace
 from ..values import check_choice, is_real, shown
 from .along import LossesAlong
-from .evidence import STARTS, fallback, fixed_sequence, holm, least_rows
-from .promise import GroupEvidence, Promise
-from .risks import RISKS, Losses, Plan, edge, groups_of, losses_of
+from .evidence import least_rows
+from .lists import Lists, ListsAlong, groups_of_lists, list_scores
+from .promise import Promise
+from .quality import Metric
+from .risks import RISKS, Losses, groups_of, losses_of
 from .search import Array, Curve
 from .settings import Pool, Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
 from .targets import TARGETS, Target
+from .walk import Walk, first_level
 
 PROCEDURES = ("fixed-sequence", "fallback", "crc")
 
@@ -45,7 +48,7 @@ class Certified(Target):
         procedure: "fixed-sequence" walks the path until the first setting that cannot be certified; "fallback" shares the
             error among several starts; "crc" (conformal risk control) bounds the risk on average over draws only.
         by: `None`, or "label" or "group": each label's rows, or each slice given in `calibrate(groups=...)`, keep it.
-        bound: for regression, the largest difference in quality that counts.
+        bound: for values, lists and texts, the largest difference in quality that counts; `drop` is then in units of it.
 
     Examples:
         >>> from hf_earlyexit.calibration import parse_target
@@ -89,7 +92,11 @@ class Certified(Target):
 
 
 def certify_setting(
-    recipe: Recipe, target: Certified, trace: ExitTrace, groups: NDArray[np.int64] | None = None
+    recipe: Recipe,
+    target: Certified,
+    trace: ExitTrace,
+    groups: NDArray[np.int64] | None = None,
+    lists: Lists | None = None,
 ) -> tuple[Setting, Promise]:
     """Make a path on some rows of a trace, certify on the others.
 
@@ -98,9 +105,10 @@ def certify_setting(
         target: what is promised.
         trace: of held-back rows.
         groups: number of each row's slice `[N]`, for `by="group"`.
+        lists: what rows are certified list by list, and by which metric.
 
     Raises:
-        CalibrationError: where the certifying rows are too few for the promise even without a single loss.
+        CalibrationError: where those that certify are too few for the promise even without a single loss.
     """
     if groups is not None and np.shape(groups) != (trace.num_rows,):
         raise CalibrationError(
@@ -110,17 +118,23 @@ def certify_setting(
         raise CalibrationError(
             f"groups are {np.asarray(groups).dtype}; expected a whole number or a name for each row's slice.", field="groups"
         )
-    path_places, places = split_places(trace.num_rows, recipe.learning_share, recipe.seed)
+    split = split_places if lists is None else lists.split
+    path_places, places = split(trace.num_rows, recipe.learning_share, recipe.seed)
     path_pool, pool = (Pool(trace.select(part), recipe.metric) for part in (path_places, places))
     path_rows, rows = path_pool.trace, pool.trace
     every_path_row = torch.arange(path_rows.num_rows)
-    weak = () if recipe.keep_weak_exits else path_pool.weak_exits(every_path_row)
+    weak = () if recipe.keep_weak_exits or lists is not None else path_pool.weak_exits(every_path_row)
     policy = make_policy(recipe, path_rows, weak)
     path = _path(policy_curve(recipe, policy, path_pool, every_path_row))
-    (path_scores, path_losses), (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
-    parts = groups_of(target.by, rows, None if groups is None else np.asarray(groups)[places.numpy()])
-    _check_enough(target, losses, parts)
-    walk = _Walk(target, losses, scores, path, parts, (path_scores, path_losses.values))
+    here = None if groups is None else np.asarray(groups)[places.numpy()]
+    if lists is None:
+        seen, (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
+        parts = groups_of(target.by, rows, here)
+        check_enough(target, losses, parts)
+        measure = _measure(recipe.metric, trace.problem_type)
+        walk = walk_of_rows(target, losses, scores, path, parts, (seen[0], seen[1].values), measure)
+    else:
+        walk = _walk_of_lists(target, lists, policy, path, (path_pool, path_places), (pool, places), here)
     chosen = walk.last_certified()
     setting = Setting(
         policy=policy.with_thresholds(as_thresholds(path[chosen])),
@@ -131,13 +145,18 @@ def certify_setting(
         curve=curve_of(path, policy, pool, torch.arange(rows.num_rows)),
         weak=weak,
     )
-    return setting, walk.promise(chosen, path_rows.num_rows)
+    return setting, walk.promise(chosen, path_rows.num_rows if lists is None else lists.num_lists - walk.num_units)
 
 
 def _looked_at(policy: ExitPolicy, pool: Pool, recipe: Recipe, target: Certified) -> tuple[Array, Losses]:
     """Scores `[N, E]`, -inf at muted exits, and losses of the rows of a pool."""
     scores, answers = pool.scan(policy)
     return scores.double().numpy(), losses_of(target.risk, pool.trace, answers, recipe.metric, target.bound)
+
+
+def _measure(metric: Metric, problem_type: str) -> str | None:
+    """What quality is, in words; `None` where an answer is right or wrong."""
+    return None if problem_type == SINGLE_LABEL and metric.is_row_quality else metric.title(problem_type)
 
 
 def _path(curve: Curve) -> Array:
@@ -148,8 +167,16 @@ def _path(curve: Curve) -> Array:
     return curve.thresholds[order][np.sort(first)]
 
 
-class _Walk:
-    """The certifying rows along a path.
+def walk_of_rows(
+    target: Certified,
+    losses: Losses,
+    scores: Array,
+    path: Array,
+    parts: dict[str, NDArray[np.bool_]],
+    before: tuple[Array, Array],
+    measure: str | None = None,
+) -> Walk:
+    """Rows along a path of settings.
 
     Args:
         target: what is promised.
@@ -157,126 +184,61 @@ class _Walk:
         scores: `[N, E]`, -inf at muted exits.
         path: settings `[K, E - 1]`.
         parts: the rows of each group, which must all keep the promise.
-        before: scores and losses `[M, E]` of the rows that made the path; tests are planned on them.
+        before: scores and losses `[M, E]` of the rows that made the path.
+        measure: what quality is, in words; `None` for right or wrong.
     """
-
-    def __init__(
-        self,
-        target: Certified,
-        losses: Losses,
-        scores: Array,
-        path: Array,
-        parts: dict[str, NDArray[np.bool_]],
-        before: tuple[Array, Array],
-    ) -> None:
-        self.target, self.losses, self.path, self.parts = target, losses, path, parts
-        member = np.argmax(np.stack(list(parts.values())), axis=0)
-        self.along = LossesAlong(losses, scores, path, member, len(parts))
-        seen = Losses(before[1], losses.low, losses.high)
-        self.before = LossesAlong(seen, before[0], path, np.zeros(len(before[1]), dtype=np.int64), 1)
-        self.plans = self._plans()
-        self.p_values = cache(self._p_values)
-
-    def _plans(self) -> list[Plan]:
-        """How each group is tested, at every setting alike: as suits the last one that it might certify."""
-        level = _first_level(self.target)
-        means = [tally.total / tally.counts.sum() for tally in (self.before.tallies(k)[0] for k in range(len(self.path)))]
-        return [self._plan(means, int(part.sum()), level) for part in self.parts.values()]
-
-    def _plan(self, means: list[float], num_rows: int, level: float) -> Plan:
-        hoped = edge(num_rows, self.target.drop)
-        decisive = max((place for place, mean in enumerate(means) if mean <= hoped), default=0)
-        return self.before.losses.plan(self.before.tallies(decisive)[0], num_rows, self.target.drop, level)
-
-    def at(self, place: int) -> Array:
-        """Losses `[N]` at a setting."""
-        return self.along.at(place)
-
-    def _p_values(self, place: int) -> list[float]:
-        tallies = self.along.tallies(place)
-        return [self.losses.p_value(here, self.target.drop, plan) for here, plan in zip(tallies, self.plans, strict=True)]
-
-    def p_value(self, place: int) -> float:
-        """Of "some group's risk is above the limit": the largest of the groups' own, as one of their nulls is then true."""
-        return max(self.p_values(place))
-
-    def last_certified(self) -> int:
-        """The last setting that holds; 0, the full model, always does."""
-        if self.target.procedure == "crc":
-            return self._last_controlled()
-        test = fixed_sequence if self.target.procedure == "fixed-sequence" else fallback
-        fallen = test(self.p_value, len(self.path), 1 - self.target.confidence)
-        return max(fallen, default=0)
-
-    def _last_controlled(self) -> int:
-        """Conformal risk control: losses are made to grow along the path, row by row, as its theorem needs."""
-        worst, chosen = np.full(len(self.losses.values), self.losses.low), 0
-        for place in range(len(self.path)):
-            worst = np.maximum(worst, self.at(place))
-            for part in self.parts.values():
-                if (worst[part].sum() + self.losses.high) / (part.sum() + 1) > self.target.drop:
-                    return chosen
-            chosen = place
-        return chosen
-
-    def promise(self, chosen: int, num_path_rows: int) -> Promise:
-        """The evidence at the setting that was picked."""
-        here, p_values = self.at(chosen), self.p_values(chosen)
-        groups = tuple(
-            GroupEvidence(name=name, num_rows=int(part.sum()), mean_loss=float(here[part].mean()), p_value=float(adjusted))
-            for (name, part), adjusted in zip(self.parts.items(), holm(p_values), strict=True)
-        )
-        return Promise(
-            risk=self.target.risk,
-            limit=self.target.drop,
-            confidence=self.target.confidence,
-            procedure=self.target.procedure,
-            num_rows=len(here),
-            num_path_rows=num_path_rows,
-            num_settings=len(self.path),
-            mean_loss=float(here.mean()),
-            p_value=max(p_values),
-            groups=groups,
-            rows_needed=self._rows_for(chosen + 1),
-            bound=self.target.bound,
-            date=datetime.date.today().isoformat(),
-        )
-
-    def _rows_for(self, place: int) -> int | None:
-        """Certifying rows that would about certify a setting, at the rate of losses seen in its worst group."""
-        if place >= len(self.path):
-            return None
-        p_values = self.p_values(place)
-        part = list(self.parts.values())[int(np.argmax(p_values))]
-        rate = max(0.0, float(self.at(place)[part].mean())) / self.losses.high
-        needed = least_rows(
-            lambda n: self.losses.p_value_at(rate, n, self.target.drop), 1 - self.target.confidence, most=10**7
-        )
-        return None if needed is None else math.ceil(needed * len(self.losses.values) / part.sum())
+    member = np.argmax(np.stack(list(parts.values())), axis=0)
+    seen = Losses(before[1], losses.low, losses.high)
+    alone = np.zeros(len(before[1]), dtype=np.int64)
+    along = LossesAlong(losses, scores, path, member, len(parts))
+    return Walk(target, along, LossesAlong(seen, before[0], path, alone, 1), parts, measure=measure)
 
 
-def _first_level(target: Certified) -> float:
-    """What the first p-value of a walk is held against."""
-    return (1 - target.confidence) / (STARTS if target.procedure == "fallback" else 1)
+def _walk_of_lists(
+    target: Certified,
+    lists: Lists,
+    policy: ExitPolicy,
+    path: Array,
+    before: tuple[Pool, Tensor],
+    here: tuple[Pool, Tensor],
+    groups: NDArray[np.int64] | None,
+) -> Walk:
+    """Lists of rows along a path of settings; pools and the places of their rows, groups of the certifying rows."""
+    if target.by not in (None, "group"):
+        raise CalibrationError("Lists are certified together or by='group': each of them holds several labels.", field="by")
+    if target.by == "group" and groups is None:
+        raise CalibrationError("by is 'group'; pass the number of each row's slice as groups.", field="groups")
+    alongs = []
+    for (pool, places), slices in ((before, None), (here, groups)):
+        scores, answers = pool.scan(policy)
+        ranking = list_scores(answers)
+        ranking[:, -1] = list_scores(pool.trace.logits[:, -1:])[:, 0]  # whoever runs through all layers has this answer
+        member = np.unique(lists.member[places.numpy()], return_inverse=True)[1].reshape(-1)
+        parts = groups_of_lists(member, slices)
+        labels = pool.trace.labels.double().reshape(len(member)).numpy()
+        visible = scores.double().numpy()
+        alongs.append(ListsAlong(target.risk, lists.quality, ranking, labels, member, visible, path, parts))
+    check_enough(target, alongs[1].losses, alongs[1].parts, "lists")
+    return Walk(target, alongs[1], alongs[0], alongs[1].parts, "lists", f"{lists.quality.name} of a list")
 
 
-def _check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np.bool_]]) -> None:
-    """Refuse rows that could not certify anything, however few losses they showed."""
+def check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np.bool_]], unit: str = "rows") -> None:
+    """Refuse too few to certify anything, however few losses they showed."""
     smallest = min(parts, key=lambda name: parts[name].sum())
     have = int(parts[smallest].sum())
     if target.procedure == "crc":
         least = math.ceil(losses.high / target.drop - 1)
     else:
-        least = least_rows(lambda n: losses.p_value_at(0.0, n, target.drop), _first_level(target)) or 10**9
+        least = least_rows(lambda n: losses.p_value_at(0.0, n, target.drop), first_level(target)) or 10**9
     if have >= least:
         return
     rate = target.drop / 2
     likely = least_rows(lambda n: losses.p_value_at(rate, n, target.drop), 1 - target.confidence, most=10**7)
     whom = "" if len(parts) == 1 else f" of {smallest}"
     raise CalibrationError(
-        f"{have} certifying rows{whom} cannot certify {target.drop:g} at {target.confidence:g}: {least} without a single "
-        f"loss would be the least, and about {likely} at half the rate that is allowed. Collect more rows, ask for less, or "
-        "run the full model.",
+        f"{have} certifying {unit}{whom} cannot certify {target.drop:g} at {target.confidence:g}: {least} without a single "
+        f"loss would be the least, and about {likely} at half the rate that is allowed. Collect more {unit}, ask for less, "
+        "or run the full model.",
         field="trace",
         value=have,
     )

@@ -17,6 +17,7 @@ from ..values import check_flags, check_whole, is_real, shown, unexpected
 from .certify import Certified, certify_setting
 from .copies import check_not_learned_from
 from .cross_fit import Expectation, expect
+from .lists import NAMED, Lists
 from .notes import on_expectation, on_rare_classes, on_ready_policy, on_rows, on_setting, on_target
 from .promise import Promise
 from .quality import Metric, default_metric, find_metric
@@ -41,6 +42,7 @@ def calibrate(
     learning_share: float = 0.2,
     folds: int | None = None,
     groups: ArrayLike | None = None,
+    lists: ArrayLike | None = None,
     learned_from: ExitTrace | None = None,
     seed: int = 0,
 ) -> CalibrationResult:
@@ -68,6 +70,9 @@ def calibrate(
         folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none. By default 10, and 5 for more
             than 10,000 rows.
         groups: for `Certified(by="group")`, the number of each row's slice `[N]`.
+        lists: for `Certified`, the number or name of each row's list `[N]`, such as its query: the promise is about lists,
+            judged by `metric`, which is then "ndcg", "ndcg:10", "mrr" or a function of a list's scores and labels, with
+            the target's `bound`. Rows are ranked by their value, or by how far label 1 is ahead of label 0.
         learned_from: the rows that a ready policy learned its numbers from; a trace that holds any is refused.
         seed: of the split between learning rows and threshold rows, and of the folds.
 
@@ -98,12 +103,16 @@ def calibrate(
     per_exit = target.per_exit if per_exit is None else per_exit
     if not per_exit and not target.serves_single_threshold:
         raise CalibrationError(f"{target} sets each exit's own threshold; use per_exit=True.", field="per_exit")
-    chosen_metric = find_metric(metric, trace.problem_type, default_metric(trace))
+    whole = None if lists is None else _lists(lists, trace, target, metric)
+    if whole is None and isinstance(metric, str) and metric.partition(":")[0] in NAMED:
+        raise CalibrationError(f"{metric} judges lists; pass the list of each row as lists, with Certified.", field="metric")
+    chosen_metric = find_metric(metric if whole is None else None, trace.problem_type, default_metric(trace))
     check_not_learned_from(trace, learned_from)
-    notes = on_rows(trace, metric, chosen_metric, isinstance(target, Certified))
+    named = metric if whole is None else whole.quality.name
+    notes = on_rows(trace, named, chosen_metric, isinstance(target, Certified))
     if isinstance(target, Certified):
         notes += on_ready_policy(policy, learned_from)
-    if isinstance(target, Certified) and metric is None and not chosen_metric.is_mean:
+    if isinstance(target, Certified) and (metric is None or whole is not None) and not chosen_metric.is_mean:
         chosen_metric = Accuracy()
     recipe = Recipe(
         policy=policy,
@@ -117,7 +126,7 @@ def calibrate(
         seed=seed,
     )
     if isinstance(target, Certified):
-        setting, promise = certify_setting(recipe, target, trace, None if groups is None else np.asarray(groups))
+        setting, promise = certify_setting(recipe, target, trace, None if groups is None else np.asarray(groups), whole)
         return _result(recipe, setting, notes, None, promise)
     pool = Pool(trace, recipe.metric)
     setting = choose_setting(recipe, pool)
@@ -140,6 +149,12 @@ def _check(trace: ExitTrace, target: Target) -> None:
             field="split",
             value=trace.split,
         )
+
+
+def _lists(lists: ArrayLike, trace: ExitTrace, target: Target, metric: Any) -> Lists:
+    if not isinstance(target, Certified):
+        raise CalibrationError(f"lists go with Certified; {target} would not see them.", field="lists")
+    return Lists.of(lists, trace.num_rows, "ndcg" if metric is None else metric, target.bound)
 
 
 def _result(

@@ -11,14 +11,17 @@ from .search import Array
 
 CREDITS = (0, 5, 6, 7, 8, 9)  # tenths of a loss that a gain may make good
 CLOSE = 0.02  # how much of itself a p-value may be too large by
-SMALL = 1e-4  # what is below needs no exact figure
-CHUNK = 16  # spans looked at together
+SMALL = 1e-4  # what is below needs no closer figure
+SPANS = 800  # narrow enough for Chernoff bounds to settle most of them
+CHUNK = 16  # of those looked at together
 STEEPNESS = np.geomspace(
     0.01, 8.0, 60
 )  # exponents of Chernoff bounds; which, decides how good they are, not whether they hold
 
 
-def paired_p(losses: int, gains: int, num_rows: int, limit: float, credit: int) -> float:
+def paired_p(
+    losses: int, gains: int, num_rows: int, limit: float, credit: int, levels: tuple[float, float] = (SMALL, 1.0)
+) -> float:
     """p-value of "the mean of losses of -1, 0 and 1 is above `limit`": small where losses minus credited gains are few.
 
     It is the largest chance, over every share of gains that there may be, of a total that is as small. No more than a part
@@ -30,31 +33,34 @@ def paired_p(losses: int, gains: int, num_rows: int, limit: float, credit: int) 
         num_rows: n.
         limit: in (0, 1).
         credit: tenths of a loss that a gain makes good, below 10; fixed before these rows are seen.
+        levels: the lowest and the highest that it will be held against; which side of both it is on need not be told closer.
 
     Returns:
-        The p-value or up to 2 % more; no more than .0001 where it is less.
+        The p-value or up to 2 % more; no more than the lowest level where it is less, and 1 where it is above the highest.
 
     Source: the exact unconditional test of noninferiority for pairs, Hsueh, Liu and Chen (Biometrics 57, 2001); the credit
         is ours.
     """
-    return _p_value(10 * losses - credit * gains, num_rows, limit, credit)
+    return _p_value(10 * losses - credit * gains, num_rows, limit, credit, *levels)
 
 
 @lru_cache(maxsize=4096)
-def _p_value(score: int, num_rows: int, limit: float, credit: int) -> float:
+def _p_value(score: int, num_rows: int, limit: float, credit: int, lowest: float, highest: float) -> float:
     most = (1 - limit) / 2  # share of gains, where losses exceed them by the limit
     best = float(_tails(score, num_rows, np.array([limit]), np.array([0.0]), credit)[0])
-    edges = np.concatenate([[0.0], np.geomspace(min(0.25 / num_rows, most / 2), most, 40)])
+    edges = np.concatenate([[0.0], np.geomspace(min(0.25 / num_rows, most / 2), most, SPANS)])
     low, high, most_seen = edges[:-1], edges[1:], 0.0
     while len(low):
         # at one end the fewest losses of the span, at the other the most gains: no share of gains in it makes for more
         for bound in (_chernoff, _tails):
             chances = bound(score, num_rows, low + limit, high, credit)
-            close = chances <= max(best * (1 + CLOSE), SMALL)
+            close = chances <= max(best * (1 + CLOSE), lowest)
             most_seen = max(most_seen, float(chances[close].max(initial=0.0)))
             low, high = low[~close], high[~close]
         middle = (low + high) / 2
         best = max(best, float(_tails(score, num_rows, middle + limit, middle, credit).max(initial=0.0)))
+        if best > highest:
+            return 1.0
         low, high = np.stack([low, middle]).T.ravel(), np.stack([middle, high]).T.ravel()
     return min(1.0, max(best, most_seen))
 
@@ -75,7 +81,9 @@ def best_credit(losses: float, gains: float, num_rows: int, limit: float, level:
         return float(totals.min())
 
     by_promise = sorted(CREDITS, key=log_p)
-    return next(credit for credit in by_promise if not credit or paired_p(0, 0, num_rows, limit, credit) <= level)
+    return next(
+        credit for credit in by_promise if not credit or paired_p(0, 0, num_rows, limit, credit, (level, level)) <= level
+    )
 
 
 def _tails(score: int, num_rows: int, loss_shares: Array, gain_shares: Array, credit: int) -> Array:

@@ -16,7 +16,7 @@ from ..problem_types import REGRESSION, predictions
 from ..trace import ExitTrace
 from ..values import check_choice
 from .evidence import betting_p, binomial_p, hoeffding_bentkus_p
-from .paired import best_credit, paired_p
+from .paired import SMALL, best_credit, paired_p
 from .quality import Metric
 from .search import Array
 
@@ -109,12 +109,17 @@ class Losses:
         credit = best_credit(losses * num_rows, gains * num_rows, num_rows, limit, level)
         return Plan(PAIRS, credit) if credit else Plan(COUNT)
 
-    def p_value(self, losses: Tally, limit: float, plan: Plan) -> float:
-        """p-value of "the mean loss is above `limit`", for the losses of n rows, by a plan made on others."""
+    def p_value(self, losses: Tally, limit: float, plan: Plan, levels: tuple[float, float] = (SMALL, 1.0)) -> float:
+        """p-value of "the mean loss is above `limit`", for the losses of n rows, by a plan made on others.
+
+        Args:
+            losses, limit, plan: as said.
+            levels: the lowest and the highest that it will be held against; see `paired_p`.
+        """
         if not (count := int(losses.counts.sum())):
             return 1.0
         if plan.test == PAIRS:  # losses between are taken for whole ones, and gains between for none
-            return paired_p(round(losses.num_lost), round(losses.num_gained), count, limit, int(plan.number))
+            return paired_p(round(losses.num_lost), round(losses.num_gained), count, limit, int(plan.number), levels)
         if plan.test == BET:
             return betting_p(self._on_unit(losses.values), losses.counts, float(self._on_unit(limit)), plan.number)
         if plan.test == HOEFFDING_BENTKUS:  # the mean of the losses alone is no lower than with the gains
@@ -175,6 +180,12 @@ def losses_of(risk: str, trace: ExitTrace, answers: Tensor, metric: Metric, boun
             "which bounds what each class loses, or a metric such as accuracy.",
             field="metric",
             value=metric.name,
+        )
+    if bound is not None and trace.problem_type != REGRESSION:
+        raise CalibrationError(
+            f"bound is {bound:g}; rows of labels lose no more than 1 each; leave it out: it is for values, lists and texts.",
+            field="bound",
+            value=bound,
         )
     quality = metric.per_row(answers, trace.labels, trace.problem_type).numpy()
     full_quality = metric.per_row(trace.logits[:, -1], trace.labels, trace.problem_type).numpy()[:, None]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_earlyexit.calibration.along import LossesAlong
-from hf_earlyexit.calibration.certify import Certified, _Walk
+from hf_earlyexit.calibration.certify import Certified, walk_of_rows
 from hf_earlyexit.calibration.risks import Losses
 from hf_earlyexit.calibration.search import exits_taken, means_along, shared_thresholds
 
@@ -96,6 +96,6 @@ def test_a_long_path_over_many_rows_takes_no_time(risk):
     everyone = {"all rows": np.ones(rows, dtype=bool)}
     start = time.process_time()
     low = -1.0 if risk == "drop" else 0.0
-    walk = _Walk(Certified(0.01, 0.9, risk=risk), Losses(losses, low, 1.0), scores, path, everyone, (scores, losses))
+    walk = walk_of_rows(Certified(0.01, 0.9, risk=risk), Losses(losses, low, 1.0), scores, path, everyone, (scores, losses))
     assert walk.last_certified() == settings - 1
     assert time.process_time() - start < 2  # 0.5 s when idle; setting by setting it takes 4 to 8 s

@@ -10,9 +10,19 @@ import torch
 from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from scipy.stats import binom
 
-from hf_earlyexit.calibration import CalibrationResult, Certified, MaxDrop, calibrate, cross_fit, parse_target, replay, risks
+from hf_earlyexit.calibration import (
+    CalibrationResult,
+    Certified,
+    MaxDrop,
+    calibrate,
+    cross_fit,
+    parse_target,
+    replay,
+    risks,
+    walk,
+)
 from hf_earlyexit.calibration import certify as module
-from hf_earlyexit.calibration.certify import _Walk
+from hf_earlyexit.calibration.certify import walk_of_rows
 from hf_earlyexit.calibration.evidence import (
     betting_p,
     binomial_p,
@@ -25,6 +35,7 @@ from hf_earlyexit.calibration.evidence import (
 from hf_earlyexit.calibration.quality import find_metric
 from hf_earlyexit.calibration.risks import COUNT, Losses, Plan, Tally
 from hf_earlyexit.calibration.settings import Pool, Recipe, choose
+from hf_earlyexit.calibration.walk import Walk
 from hf_earlyexit.errors import CalibrationError, DataError
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
@@ -53,7 +64,7 @@ class KnownPool:
     def walk(self, target, rows):
         losses = Losses(self.losses[rows], self.low, 1.0)
         parts = {"all rows": np.ones(len(rows), dtype=bool)}
-        return _Walk(target, losses, self.scores[rows], self.path, parts, self.before)
+        return module.walk_of_rows(target, losses, self.scores[rows], self.path, parts, self.before)
 
     def certified(self, target, count, draws=DRAWS):
         """True risk of what each draw certified."""
@@ -84,8 +95,8 @@ def test_the_promise_holds_and_is_used(risk, limit, delta, count, procedure):
 
 
 def off_by_one(monkeypatch):
-    real = _Walk.last_certified
-    monkeypatch.setattr(_Walk, "last_certified", lambda self: min(real(self) + 1, len(self.path) - 1))
+    real = Walk.last_certified
+    monkeypatch.setattr(Walk, "last_certified", lambda self: min(real(self) + 1, len(self.along) - 1))
 
 
 def turned_round(monkeypatch):
@@ -95,7 +106,7 @@ def turned_round(monkeypatch):
 
 def on_past_the_first_failure(monkeypatch):
     monkeypatch.setattr(
-        module, "fixed_sequence", lambda p_value, count, delta: [k for k in range(count) if p_value(k) <= delta]
+        walk, "fixed_sequence", lambda p_value, count, delta: [k for k in range(count) if p_value(k) <= delta]
     )
 
 
@@ -107,14 +118,14 @@ def naive(monkeypatch):
 
 def path_by_certifying_rows(monkeypatch):
     """The settings in the order in which they look good on the very rows."""
-    real = _Walk.__init__
+    real = walk_of_rows
 
-    def sorted_first(self, target, losses, scores, path, *others):
-        real(self, target, losses, scores, path, *others)
-        looks = np.argsort([self.at(place).mean() for place in range(len(path))], kind="stable")
-        real(self, target, losses, scores, path[looks], *others)
+    def sorted_first(target, losses, scores, path, *others):
+        along = real(target, losses, scores, path, *others).along
+        looks = np.argsort([along.at(place).mean() for place in range(len(path))], kind="stable")
+        return real(target, losses, scores, path[looks], *others)
 
-    monkeypatch.setattr(_Walk, "__init__", sorted_first)
+    monkeypatch.setattr(module, "walk_of_rows", sorted_first)
 
 
 @pytest.mark.parametrize("mutant", [off_by_one, naive])
@@ -146,7 +157,9 @@ def test_looking_for_a_lucky_setting_breaks_the_promise(monkeypatch, mutant):
         path[np.arange(1, steps + 1), np.arange(steps)] = 0.0  # all rows leave at one exit
         losses[:, -1] = 0
         target, parts = Certified(0.05, 1 - delta, risk="harm"), {"all rows": np.ones(rows, dtype=bool)}
-        return _Walk(target, Losses(losses, 0.0, 1.0), scores, path, parts, (scores, losses)).last_certified() > 0
+        return (
+            module.walk_of_rows(target, Losses(losses, 0.0, 1.0), scores, path, parts, (scores, losses)).last_certified() > 0
+        )
 
     assert sum(broken() for _ in range(draws)) <= most_broken(delta, draws)
     mutant(monkeypatch)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hf_earlyexit.calibration.certify import Certified, _Walk
+from hf_earlyexit.calibration.certify import Certified, walk_of_rows
 from hf_earlyexit.calibration.risks import Losses
 
 
@@ -14,8 +14,8 @@ def test_a_loss_once_seen_along_the_path_stays():
     scores[:8, 1], losses[:8, 1], losses[8:16, 0] = 0.8, 1.0, 1.0
     path = np.array([[np.nan, np.nan], [0.7, 0.7], [0.4, 0.4]])
     target, everybody = Certified(0.1, procedure="crc"), {"all rows": np.ones(100, dtype=bool)}
-    walk = _Walk(target, Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
-    assert [walk.at(place).sum() for place in range(3)] == [0, 8, 8]
+    walk = walk_of_rows(target, Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
+    assert [walk.along.at(place).sum() for place in range(3)] == [0, 8, 8]
     assert walk.last_certified() == 1
 
 
@@ -26,5 +26,7 @@ def test_the_row_to_come_counts_as_lost():
         losses = np.zeros((100, 2))
         losses[:wrong, 0] = 1.0
         scores = np.full((100, 2), 0.8)
-        walk = _Walk(Certified(0.1, procedure="crc"), Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses))
+        walk = walk_of_rows(
+            Certified(0.1, procedure="crc"), Losses(losses, 0.0, 1.0), scores, path, everybody, (scores, losses)
+        )
         assert walk.last_certified() == kept

@@ -9,7 +9,7 @@ from scipy.stats import binom
 
 from hf_earlyexit.calibration.evidence import hoeffding_bentkus_p
 from hf_earlyexit.calibration.quality import find_metric
-from hf_earlyexit.calibration.risks import BET, COUNT, HOEFFDING_BENTKUS, RISKS, Losses, Plan, Tally, losses_of
+from hf_earlyexit.calibration.risks import BET, COUNT, HOEFFDING_BENTKUS, PAIRS, RISKS, Losses, Plan, Tally, losses_of
 from hf_earlyexit.problem_types import SINGLE_LABEL
 from tests.samples import learned_trace
 
@@ -63,6 +63,18 @@ def test_a_plan_is_made_for_rows_that_can_be_certified():
         number=lossy.number
     )
     assert lossy.test == BET
+
+
+def test_a_credit_is_planned_for_rows_that_can_be_certified():
+    """As many gains, and losses far above the limit or just at what might be certified: the same credit."""
+    losses = Losses(np.array([[1.0, 0.0]]), -1.0, 1.0)
+
+    def planned(lost):
+        return losses.plan(Tally(np.array([-1.0, 0.0, 1.0]), np.array([40.0, 3960.0 - lost, lost])), 3000, 0.02, 0.05)
+
+    assert planned(2000.0) == planned(400.0) == planned(110.0)
+    assert planned(400.0).test == PAIRS
+    assert planned(400.0).number >= 7
 
 
 def test_bounded_losses_that_lie_near_the_ends_are_tested_by_their_sum():
