@@ -233,10 +233,19 @@ class Family:
 def last_token(config: Any, inputs: dict[str, Any]) -> Tensor:
     """Place of the token that answers for each row `[B]`: the last one that is not the padding token, as in the stock model.
 
+    Where the config's padding token is below 0, which no token is, the attention mask tells the last one.
+
+    Args:
+        config: the model's.
+        inputs: token ids or embeddings, and the attention mask where there is one.
+
     Raises:
         UsageError: for several rows where the config tells no padding token.
     """
-    ids, pad = inputs.get("input_ids"), config.get_text_config().pad_token_id
+    ids, pad, mask = inputs.get("input_ids"), config.get_text_config().pad_token_id, inputs.get("attention_mask")
+    if pad is not None and pad < 0 and mask is not None:
+        last: Tensor = mask.shape[1] - 1 - mask.bool().flip(1).int().argmax(1)
+        return last
     rows = inputs["inputs_embeds"] if ids is None else ids
     if pad is None and len(rows) != 1:
         raise UsageError(

@@ -205,7 +205,7 @@ def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Te
     mask = given.pop("attention_mask", None)
     ids = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
     shape = ids.shape[:2]
-    answering = last_token(model.config, given) if family.token == LAST else None
+    answering = last_token(model.config, {**given, "attention_mask": mask}) if family.token == LAST else None
     tokens, context = pack(shape, mask, ids.device, answering, front=family.token != LAST)
     if tokens is None and not family.keeps_positions and "position_ids" not in given:  # as the stock model does it
         hidden = family.embed(model, {**dict.fromkeys(family.inputs), **given})

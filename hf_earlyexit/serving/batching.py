@@ -52,8 +52,11 @@ def sorted_batches(
 
 
 def padding_token(config: Any) -> int:
-    """The token that stands at padding: the model's own, by which decoders find a row's end; 0 where it has none."""
-    return getattr(config, "pad_token_id", None) or 0
+    """The token that stands at padding: the model's own, by which decoders find a row's end; 0 where it has none.
+
+    Some checkpoints of Llama say -1, which no vocabulary has.
+    """
+    return max(getattr(config, "pad_token_id", None) or 0, 0)
 
 
 def pad_batch(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> BatchEncoding:
