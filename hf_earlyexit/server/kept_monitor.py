@@ -116,7 +116,7 @@ class KeptMonitor(Monitor):
                 return
             try:
                 self.sync()
-            except EarlyExitError as error:  # the rows wait for the next look
+            except (EarlyExitError, OSError) as error:  # the rows wait for the next look
                 logger.error("The monitor's counts could not be kept: %s", error)
 
 

@@ -39,7 +39,7 @@ def test_pieces_and_branches_hold_the_numbers_of_the_whole(whole):
     nested = numbers(graphs.nest(whole, graphs.inputs_of(whole), exits()))
     assert nested.keys() == expected.keys()
     assert all(np.array_equal(nested[name], values) for name, values in expected.items())
-    state = {name: (TensorProto.FLOAT, ("b", WIDTH)) for name in ("h2", "h3")}
+    state = dict.fromkeys(("h2", "h3"), (TensorProto.FLOAT, ("b", WIDTH)))
     (piece,) = numbers(graphs.subgraph(whole, {"h2": state["h2"]}, {"h3": state["h3"]})).items()
     assert piece[0] == "w2"
     assert np.array_equal(piece[1], expected["w2"])
@@ -48,7 +48,12 @@ def test_pieces_and_branches_hold_the_numbers_of_the_whole(whole):
 def test_branches_are_put_into_one_another_without_their_weights(whole, monkeypatch):
     """Each is copied into the one around it: with its weights, time and memory would grow with the square of the depth."""
     sizes, make = [], helper.make_graph
-    monkeypatch.setattr(helper, "make_graph", lambda *parts: sizes.append(sum(n.ByteSize() for n in parts[0])) or make(*parts))
+
+    def weighed(nodes, *parts):
+        sizes.append(sum(node.ByteSize() for node in nodes))
+        return make(nodes, *parts)
+
+    monkeypatch.setattr(helper, "make_graph", weighed)
     nested = graphs.nest(whole, graphs.inputs_of(whole), exits())
     matrix = 4 * WIDTH * WIDTH
     assert DEPTH * matrix < nested.ByteSize() < (DEPTH + 2) * matrix

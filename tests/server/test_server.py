@@ -214,6 +214,27 @@ def test_alarms_of_a_kept_monitor_are_of_all_that_write_into_its_file(model, tmp
         watch.close()
 
 
+def test_counts_that_cannot_be_kept_are_told_and_wait_until_they_can(model, tmp_path, caplog):
+    path = tmp_path / "seen.json"
+    watch = KeptMonitor(model, path, every=0.01)
+    lock = path.with_name("seen.json.lock")
+    lock.unlink()
+    lock.mkdir()  # as where a disk is gone: it cannot be opened
+
+    def waited(done):
+        ends_at = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < ends_at
+            time.sleep(0.01)
+
+    watch.record([1, 2], [True])
+    waited(lambda: "counts could not be kept" in caplog.text)
+    lock.rmdir()
+    waited(lambda: watch.state.num_rows == 2)
+    watch.close()
+    assert ee.Monitor.load(path).state.num_rows == 2
+
+
 def test_rerank_puts_texts_in_order(make_client, client, tiny_model, tokenizer):
     model = tiny_model(num_labels=1)
     reranker = make_client(model)
