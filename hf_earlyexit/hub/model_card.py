@@ -58,11 +58,23 @@ class CardKind(NamedTuple):
     measure: str | None = None
 
 
-TEXT_CARD = CardKind(TEXT, TEXT, "about_classifier.md", "Text classifier", "text", "texts", "one text")
-IMAGE_CARD = CardKind(IMAGE, IMAGE, "about_image_classifier.md", "Image classifier", "picture", "pictures", "one.jpg")
-CAPTIONER_CARD = CardKind(
-    CAPTIONING, "image-text-to-text", "about_captioner.md", "Captioner", "token", "pictures", "one.jpg", "token accuracy"
+TEXT_CARD = CardKind(
+    task=TEXT,
+    tag=TEXT,
+    about="about_classifier.md",
+    title="Text classifier",
+    unit="text",
+    inputs="texts",
+    example="one text",
 )
+IMAGE_CARD = CardKind(
+    task=IMAGE, tag=IMAGE, about="about_image_classifier.md", title="Image classifier", unit="picture", inputs="pictures",
+    example="one.jpg",
+)  # fmt: skip
+CAPTIONER_CARD = CardKind(
+    task=CAPTIONING, tag="image-text-to-text", about="about_captioner.md", title="Captioner", unit="token",
+    inputs="pictures", example="one.jpg", measure="token accuracy",
+)  # fmt: skip
 
 logger = logging.get_logger(__name__)
 

@@ -64,7 +64,15 @@ def push_to_hub(
         shutil.rmtree(home)
         raise
     try:
-        commit = _commit(folder, repo_id, private, revision, create_pr, commit_message, token)
+        commit = _commit(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=commit_message,
+            token=token,
+        )
     except Exception as error:  # whatever the client or the network raises, the way out is the same
         branch = f" --revision {revision}" if revision is not None else ""
         branch += " --create-pr" if create_pr else ""
@@ -82,6 +90,7 @@ def push_to_hub(
 def _commit(
     folder: Path,
     repo_id: str,
+    *,
     private: bool | None,
     revision: str | None,
     create_pr: bool,
