@@ -48,7 +48,9 @@ class Serving:
             model, parts = self.load()
             self.engine.replace(model, **parts)
         except Exception as error:  # whatever is wrong with the folder, what serves goes on
-            logger.error("The model cannot be loaded anew (%s); the former one serves on.", type(error).__name__)
+            logger.error(
+                "The model cannot be loaded anew, and the former one serves on. %s: %s", type(error).__name__, error
+            )
             return False
         self.app.state.parts = deepcopy(parts)
         logger.warning("The model has been loaded anew.")

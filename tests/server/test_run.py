@@ -20,6 +20,7 @@ from PIL import Image
 
 import hf_earlyexit as ee
 from hf_earlyexit.cli.main import main
+from hf_earlyexit.server.run import Serving
 
 SECONDS = 150
 PATIENCE = 6  # of the server, with one request
@@ -206,6 +207,24 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
     assert done
     assert all(len(one.result()) == 8 for one in done)
     assert not re.search(r"w[5-9]|Traceback", "".join(lines))
+
+
+def test_a_folder_that_cannot_be_loaded_anew_is_told_with_the_reason_and_serves_on(new_folder, tokenizer, caplog):
+    folder = new_folder()
+
+    def load():
+        return ee.from_pretrained(folder).eval(), {"tokenizer": tokenizer}
+
+    serving = Serving(load, {}, None, {})
+    try:
+        answer = serving.engine.submit("w5 w6").result()
+        (folder / "config.json").write_text("{")
+        assert not serving.reload()
+        assert "the former one serves on. CheckpointError: " in caplog.text
+        assert "config.json" in caplog.text
+        assert serving.engine.submit("w5 w6").result().exit_layer == answer.exit_layer
+    finally:
+        serving.close()
 
 
 def workers_of(process):
