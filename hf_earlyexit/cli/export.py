@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ..onnx import FORMS, LAYOUTS
 from ..values import unexpected
 from .arguments import SLICES, SPLITS, RowArguments
 from .command_result import CommandResult
 
 FORMATS = ("onnx",)
-FORMS = ("one-file", "layers")
-LAYOUTS = ("folder", "triton")
 
 
 @dataclass

@@ -1,1 +1,4 @@
 """Export to ONNX: one file that stops at the exit, or a file for each layer; needs the extra `onnx`."""
+
+ONE, LAYERS = FORMS = ("one-file", "layers")  # what is written
+FOLDER, TRITON = LAYOUTS = ("folder", "triton")  # for whom

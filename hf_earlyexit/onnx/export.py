@@ -22,6 +22,7 @@ from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from ..values import unexpected
+from . import FOLDER, FORMS, LAYERS, LAYOUTS, ONE, TRITON
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
 from .graphs import append, inputs_of, nest
@@ -33,8 +34,6 @@ from .recalibrate import Recalibration, recalibrate
 from .triton import triton_files
 from .walk import walk_graph
 
-FORMS = ONE, LAYERS = ("one-file", "layers")
-LAYOUTS = FOLDER, TRITON = ("folder", "triton")
 LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
 
 logger = logging.get_logger(__name__)
