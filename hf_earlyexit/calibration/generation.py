@@ -106,6 +106,7 @@ class GenerationCalibrationResult(CalibrationResult):
             f"({self.quality - self.full_quality:+.4f}, standard error {self.standard_error:.4f})",
             f"mean layers {self.mean_layers:.2f} of {self.exits[-1].layer} a token: layer speed-up "
             f"{self.layer_speed_up:.2f}x",
+            *([] if self.promise is None else [self.promise.in_words()]),
             "",
             "   setting        on trace  layers  speed-up    score  difference  standard error",
         ]

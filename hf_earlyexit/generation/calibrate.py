@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..calibration.certify import Certified
 from ..calibration.generation import FULL, GenerationCalibrationResult, settings_curve
 from ..calibration.notes import on_drop
+from ..calibration.promise import Promise
 from ..calibration.proposals import Proposal, propose
 from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
@@ -26,6 +28,7 @@ from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..signals import known_signals
 from ..values import check_whole
+from .certify import Certifying, check_certifies_texts
 from .checks import check_generation, generation_settings
 from .judge import Judge, TextMetric, listed_references
 from .token_exits import ModelThatWrites
@@ -67,6 +70,9 @@ def calibrate_generation(
     and compared with the full model's of the same row. `config.exit_decay` is used as it is served. For thresholds of drafts
     in lossless runs, where nothing can be lost, see `calibrate_drafts`.
 
+    With `Certified`, the texts of some rows put the settings in the order of their cost, and those of the others certify
+    them one after the other, until one cannot be certified: the promise is about whole texts.
+
     Args:
         model: a captioner or language model with exits.
         rows: what the exits were not trained on. Of a language model prompts, in any form of `read_prompts`: texts, chats,
@@ -75,7 +81,8 @@ def calibrate_generation(
             its states are kept on the CPU.
         policy: a registered name, or a policy whose own numbers are kept. What a policy learns, such as beem-a's weights, is
             agreement with the full model's word, on other rows than those that choose the thresholds.
-        target: `MaxDrop` in the unit of the score, `SpeedUp`, `LayerBudget`, or words such as "max-drop:0.01".
+        target: `MaxDrop` in the unit of the score, `SpeedUp`, `LayerBudget`, `Certified`, or words such as "max-drop:0.01".
+            `Certified` needs a `bound` for a metric of your own.
         tokenizer: reads prompts that are texts, and turns ids into texts; without one, scores compare ids, which needs
             `references=None`.
         image_processor: needed for pictures.
@@ -83,7 +90,8 @@ def calibrate_generation(
         metric: gets texts and references, gives one score per text, bigger is better; ROUGE-L by default.
         options: fields of the policy or of its `learn`; with a name only.
         proposals: settings to try, at least 2. Each writes all texts once.
-        learning_share: share of the rows that a policy learns its own numbers from, in `(0, 1)`.
+        learning_share: share of the rows that a policy learns its own numbers from, in `(0, 1)`; for `Certified`, of those
+            that make the path of settings.
         seed: of the split between these and the others.
         split: where the rows come from; "train" is refused.
         batch_size: rows in a batch.
@@ -94,8 +102,8 @@ def calibrate_generation(
         The policy with thresholds, everything that was tried, and what it gave. Report figures on other rows.
 
     Raises:
-        CalibrationError: for rows tagged "train", a model without early exits, a policy that cannot learn from tokens, or
-            a target that cannot be met.
+        CalibrationError: for rows tagged "train", a model without early exits, a policy that cannot learn from tokens, a
+            target that cannot be met, or too few texts to certify.
         DataError: for no rows, or references that do not fit.
         UnknownNameError, PolicyError, EarlyExitConfigError: for a policy that is unknown or cannot serve the model.
         UsageError: for a model that does not write, sampling, or texts, pictures or references without what they need.
@@ -103,13 +111,21 @@ def calibrate_generation(
     target = parse_target(target) if isinstance(target, str) else target
     inner: TorchExitWriter = unwrapped(model)
     _check(inner, policy, options, target, split, proposals, batch_size, generation)
+    if isinstance(target, Certified):
+        check_certifies_texts(target, metric)
     inner = evaluating(inner)
     with tqdm(unit="batch", disable=not progress) as bar:
         writer = _Writer(inner, batch_size, generation, bar)
         prompts = inner.read_prompts(rows, tokenizer, image_processor, batch_size)
         known = listed_references(references, len(prompts), tokenizer)
-        learners, kept = _split(policy, len(prompts), learning_share, seed)
-        rule = _make_policy(policy, options, writer, [prompts[place] for place in learners])
+        certifies = isinstance(target, Certified)
+        learners, kept = _split(certifies or _learns(policy), len(prompts), learning_share, seed)
+        taught = [prompts[place] for place in learners] if _learns(policy) else []
+        rule = _make_policy(policy, options, writer, taught)
+        others = None
+        if isinstance(target, Certified):
+            others = Certifying(target, inner, writer.write, prompts, known, kept, tokenizer, metric)
+        kept = learners if certifies else kept
         prompts = [prompts[place] for place in kept]
         full = writer.write(prompts, None)
         trace = token_trace(inner, zip(writer.batches(prompts), full, strict=True), rule)
@@ -128,28 +144,37 @@ def calibrate_generation(
         bar.reset(len(candidates) * len(full))
         tried = [(Proposal(FULL, rule.thresholds, deep), full)]
         tried += [(one, writer.write(prompts, rule.with_thresholds(one.thresholds))) for one in candidates]
-    settings = tuple(judge.setting(*one) for one in tried)
-    chosen = target.pick(settings_curve(settings))
-    best, rule = settings[chosen], rule.with_thresholds(settings[chosen].thresholds)
+        settings, promise = tuple(judge.setting(*one) for one in tried), None
+        if others is not None:
+            order = [0, *sorted(range(1, len(tried)), key=lambda place: -settings[place].mean_cost)]
+            tried, settings = [tried[place] for place in order], tuple(settings[place] for place in order)
+            chosen, promise = others.certify([one for one, _ in tried], rule, [judge.scored(texts) for _, texts in tried])
+        else:
+            chosen = target.pick(settings_curve(settings))
+    full_score, best, texts = settings[0].score, settings[chosen], tried[chosen][1]
+    if others is not None:
+        full_score, best, texts, judge = others.judged(tried[chosen][0], chosen)
+    rule = rule.with_thresholds(best.thresholds)
     return GenerationCalibrationResult(
         policy=rule,
         target=str(target),
         quality=best.score,
-        full_quality=settings[0].score,
+        full_quality=full_score,
         standard_error=best.standard_error,
         mean_layers=best.mean_layers,
         mean_cost=best.mean_cost,
         layer_speed_up=best.layer_speed_up,
-        exits=_reports(rule, trace, judge.exits_of(tried[chosen][1]), inner.exit_layers),
+        exits=_reports(rule, trace, judge.exits_of(texts), inner.exit_layers),
         curve=tuple((one.mean_cost, one.score, one.thresholds) for one in sorted(settings, key=lambda one: -one.mean_cost)),
-        num_rows=len(prompts),
+        num_rows=len(prompts) if others is None else len(others.prompts),
         num_learning_rows=len(learners),
         seed=seed,
         split=split,
         dtype=computing_dtype(inner),
         fingerprint=model_fingerprint(inner),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
-        notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score)),
+        promise=promise,
+        notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score), *_on_path(promise)),
         metric=judge.measure,
         settings=settings,
         chosen=chosen,
@@ -195,10 +220,10 @@ def _check(
             "calibrated on a trace, by `calibrate`.",
             field="model",
         )
-    if not isinstance(target, (MaxDrop, SpeedUp, LayerBudget)):
+    if not isinstance(target, (MaxDrop, SpeedUp, LayerBudget, Certified)):
         raise CalibrationError(
-            f"target is {target!r}; models that write take MaxDrop, SpeedUp or LayerBudget: their unit of error is the "
-            "text, not the exit.",
+            f"target is {target!r}; models that write take MaxDrop, SpeedUp, LayerBudget or Certified: their unit of error "
+            "is the text, not the exit.",
             field="target",
             value=target,
         )
@@ -239,9 +264,13 @@ def _check(
     check_generation(settings, generation, early=True, wants_layers=True)
 
 
-def _split(policy: str | ExitPolicy, count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Places of the rows that a policy learns its numbers from, and of those that choose the thresholds."""
-    if isinstance(policy, ExitPolicy) or not POLICIES.get(policy).learns:
+def _learns(policy: str | ExitPolicy) -> bool:
+    return not isinstance(policy, ExitPolicy) and POLICIES.get(policy).learns
+
+
+def _split(wanted: bool, count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the rows that teach a policy or make the path, if wanted, and of those that choose the thresholds."""
+    if not wanted:
         return [], list(range(count))
     learners = round(share * count)
     if not 0 < learners < count:
@@ -285,6 +314,15 @@ def _reports(policy: ExitPolicy, trace: TokenTrace, exits: np.ndarray, layers: t
         )
         for index, layer in enumerate(layers)
     )
+
+
+def _on_path(promise: Promise | None) -> list[str]:
+    if promise is None:
+        return []
+    return [
+        f"the table is of the {promise.num_path_rows} texts that put the settings in order; all other figures are of the "
+        f"{promise.num_rows} texts that certify"
+    ]
 
 
 def _notes(policy: ExitPolicy, decay: float | None) -> list[str]:

@@ -69,6 +69,10 @@ class Judge:
             trace_layers=proposal.trace_layers,
         )
 
+    def scored(self, written: list[Written]) -> tuple[np.ndarray, list[str]]:
+        """The score of each text `[N]`, and the texts."""
+        return self._scores(written), self._texts(written)
+
     def exits_of(self, written: list[Written]) -> np.ndarray:
         """Exit index of every generated token, `[T]`."""
         left = np.concatenate([part.exit_layers[part.exit_layers > 0].numpy() for part in written])

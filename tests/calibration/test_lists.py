@@ -174,6 +174,9 @@ def test_a_function_of_ones_own_needs_its_bound():
     assert wide.promise.bound == 4.0
     assert "exceeds the early answers' by at most 0.2, differences cut to 4" in wide.promise.in_words()
     assert narrow.mean_layers >= wide.mean_layers  # cut to 1, a lost hit is a whole loss; of 4, too, but the limit is .2
+    half = calibrate(trace, "confidence", Certified(0.05, 0.9, bound=8.0), lists=lists, metric=hits)
+    assert (half.promise.mean_loss * 800 % 0.5) == pytest.approx(0)  # a lost hit is half of the bound
+    assert (half.promise.mean_loss * 800) % 1 == pytest.approx(0.5)
     with pytest.raises(CalibrationError, match="gave 'many' for a list"):
         calibrate(trace, "confidence", Certified(0.05, bound=1.0), lists=lists, metric=lambda *_: "many")
 

@@ -303,7 +303,7 @@ def test_a_result_through_a_file_and_into_a_certificate(captioner, images, tmp_p
     ("options", "error", "words"),
     [
         ({"split": "train"}, CalibrationError, "tagged 'train'"),
-        ({"target": ee.FinalLayerError()}, CalibrationError, "MaxDrop, SpeedUp or LayerBudget"),
+        ({"target": ee.FinalLayerError()}, CalibrationError, "MaxDrop, SpeedUp, LayerBudget or Certified"),
         ({"target": 3}, CalibrationError, "target is 3"),
         ({"policy": "nonsense"}, UnknownNameError, "nonsense"),
         ({"policy": "gate"}, CalibrationError, "learn_gates=True"),
