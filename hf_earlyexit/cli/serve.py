@@ -50,6 +50,13 @@ class ServeArguments(FormArguments, DeviceArguments):
     monitor: str | None = field(
         default=None, metadata={"help": "file in which a monitor keeps what it sees; `hf-earlyexit monitor` prints it"}
     )
+    limit: float | None = field(
+        default=None,
+        metadata={
+            "help": "with monitor: largest share of answers that may differ from the full model's; as was promised of "
+            "disagreement, or 0.02"
+        },
+    )
     shadow: float = field(default=0.01, metadata={"help": "with monitor: share of rows the full model answers as well"})
     fall_back: bool = field(default=False, metadata={"help": "with monitor: run every layer after an alarm"})
 
@@ -73,7 +80,7 @@ def run(args: ServeArguments) -> CommandResult:
     engine = {"max_queue": args.max_queue, "max_batch_tokens": args.max_batch_tokens, "max_length": args.max_tokens}
     watch = None
     if args.monitor is not None:
-        watch = {"path": args.monitor, "shadow": args.shadow, "fall_back": args.fall_back}
+        watch = {"path": args.monitor, "limit": args.limit, "shadow": args.shadow, "fall_back": args.fall_back}
         watch["operating_point"] = args.operating_point
     app = {"limits": limits, "operating_point": args.operating_point, "api_key": os.environ.get(API_KEY) or None}
     make = partial(Serving, partial(_load, args), engine, watch, app)
@@ -90,6 +97,8 @@ def _check(args: ServeArguments) -> None:
     check_whole(1, **given(args, "max_rows", "max_body", "max_characters", "max_queue", "max_tokens"))
     check_whole(workers=args.workers)
     check_whole(0, 65535, port=args.port)
+    if args.limit is not None and args.monitor is None:
+        raise UsageError("limit is that of a monitor; name the file it keeps its counts in with --monitor.", field="limit")
     if args.task not in (None, *SERVED):
         raise unexpected("task", args.task, ", ".join(SERVED))
     if not args.max_seconds > 0:

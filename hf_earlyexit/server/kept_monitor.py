@@ -31,12 +31,13 @@ class KeptMonitor(Monitor):
     Args:
         model: with exits, whose certificate tells limit and reference where it has one.
         path: the file, as `Monitor.save` writes it; gone on with where it is there.
-        shadow, fall_back, operating_point: as for `Monitor`; limit, window and the like are the file's where it is there.
+        limit, shadow, fall_back, operating_point: as for `Monitor`. Limit, window and the like are the file's where it is
+            there; another limit than its own is refused.
         every: seconds between two looks into the file.
 
     Raises:
         CheckpointError: for a file that is no monitor's.
-        UsageError: for a file of a model with other exits.
+        UsageError: for a file of a model with other exits, or with another limit than the one given.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class KeptMonitor(Monitor):
         model: ExitModel,
         path: str | PathLike[str],
         *,
+        limit: float | None = None,
         shadow: float = 0.01,
         fall_back: bool = False,
         operating_point: str | None = None,
         every: float = EVERY,
     ) -> None:
         self.path, self.every = Path(path), every
-        super().__init__(model, shadow=shadow, fall_back=fall_back, operating_point=operating_point, seed=os.getpid())
+        options = {"limit": limit, "shadow": shadow, "fall_back": fall_back, "operating_point": operating_point}
+        super().__init__(model, seed=os.getpid(), **options)  # type: ignore[arg-type]
+        self._given_limit = limit
         self._waiting: list[tuple[list[int], list[bool]]] = []
         self._something = threading.Condition()
         self._closed = threading.Event()
@@ -102,6 +106,14 @@ class KeptMonitor(Monitor):
                 f"{self.path} is of a model with exits behind {joint.exit_layers}, and this one has them behind "
                 f"{self.exit_layers}; name another file.",
                 field="monitor",
+                path=self.path,
+            )
+        if self._given_limit is not None and joint.limit != self._given_limit:
+            raise UsageError(
+                f"{self.path} keeps counts and alarms of the limit {joint.limit:g}, and limit is {self._given_limit:g}. Name "
+                "another file, or leave the limit out to go on.",
+                field="limit",
+                value=self._given_limit,
                 path=self.path,
             )
         joint.shadow, joint.fall_back = self.shadow, self.fall_back

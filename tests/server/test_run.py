@@ -291,6 +291,8 @@ def test_a_model_that_cannot_be_served_ends_the_command_in_words(folder, capsys)
         (["--workers", "-1"], "workers is -1"),
         (["--max_tokens", "0"], "max_tokens is 0"),
         (["--monitor", str(folder / "config.json")], "no saved monitor"),
+        (["--limit", "0.05"], "limit is that of a monitor"),
+        (["--monitor", str(folder / "seen.json"), "--limit", "2"], "limit is 2.0"),
     ):
         assert main(["serve", str(folder), "--port", "0", *flags]) == 2
         assert words in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import logging
 import threading
@@ -195,6 +196,36 @@ def test_several_processes_keep_one_monitor_in_a_file(make_client, model, tmp_pa
         more.record([7])
     with pytest.raises(UsageError, match="name another file"):
         KeptMonitor(new_model("bert", num_hidden_layers=2), tmp_path / "seen.json")
+
+
+def test_the_limit_of_a_kept_monitor(model, tmp_path):
+    """The one given; else what is promised of disagreement at the operating point that is served; else 0.02."""
+    for name, limit in (("given", 0.05), ("usual", None)):
+        watch = KeptMonitor(model, tmp_path / name, limit=limit, every=3600)
+        watch.close()
+        assert watch.limit == ee.Monitor.load(tmp_path / name).limit == (limit or 0.02)
+    with pytest.raises(UsageError, match="keeps counts and alarms of the limit 0.05, and limit is 0.1. ") as caught:
+        KeptMonitor(model, tmp_path / "given", limit=0.1)
+    assert caught.value.field == "limit"
+    for limit in (0.05, None):  # goes on
+        watch = KeptMonitor(model, tmp_path / "given", limit=limit, every=3600)
+        watch.close()
+        assert watch.limit == 0.05
+    with pytest.raises(UsageError, match=r"limit is 1.5"):
+        KeptMonitor(model, tmp_path / "never", limit=1.5)
+    assert not (tmp_path / "never").exists()
+    promised = copy.deepcopy(model)
+    certificate = {"promise": {"risk": "disagreement", "limit": 0.03}, "exit_shares": None}
+    promised.config.exit_certificate = certificate
+    promised.config.exit_point_certificates = {
+        "fast": {**certificate, "promise": {"risk": "disagreement", "limit": 0.07}},
+        "lossy": {**certificate, "promise": {"risk": "drop", "limit": 0.01}},
+    }
+    promised.config.exit_operating_points = {name: promised.exit_policy.to_dict() for name in ("fast", "lossy")}
+    for point, limit in ((None, 0.03), ("fast", 0.07), ("lossy", 0.02)):
+        watch = KeptMonitor(promised, tmp_path / f"promised-{point}", operating_point=point, every=3600)
+        watch.close()
+        assert watch.limit == limit
 
 
 def test_alarms_of_a_kept_monitor_are_of_all_that_write_into_its_file(model, tmp_path):
