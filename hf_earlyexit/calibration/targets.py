@@ -265,15 +265,6 @@ def _plain_value(word: str) -> object:
         raise CalibrationError(f"{shown(word)} is no number") from error
 
 
-def target_forms() -> str:
-    """How each registered target is written in words, for help texts: "name:NUMBER", or the name alone if that is enough."""
-    numbers = {name: next(iter(dataclasses.fields(TARGETS.get(name))), None) for name in TARGETS.names()}
-    return ", ".join(
-        f"{name}:{number.name.upper()}" if number is not None and number.default is dataclasses.MISSING else name
-        for name, number in numbers.items()
-    )
-
-
 def _parse_printed(cls: type[Target], text: str) -> Target:
     try:
         call = ast.parse(text, mode="eval").body

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from ..calibration.result import CalibrationResult
     from ..modeling.protocol import TorchExitClassifier, TorchExitModel
 
-POLICIES = "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
-TARGETS = (
+POLICY_WORDS = (
+    "beem, beem-a, beem-c, beem-calibrated, confidence, entropy, gate, margin, patience, reward, saturation or static"
+)
+TARGET_WORDS = (
     "certified:DROP@CONFIDENCE, final-layer-error, layer-budget:LAYERS, max-drop:DROP or speed-up:RATIO; with more fields, "
     "max-drop:0.01:sigmas=1"
 )
-METRICS = (
+METRIC_WORDS = (
     "unit of quality: accuracy, balanced-accuracy, f1:LABEL, f1-macro, matthews, recall-at-precision:PRECISION, mae, mse or "
     "spearman; by default accuracy, f1-macro where classes are uneven, mse for values"
 )
@@ -43,9 +45,9 @@ class CalibrateArguments(RowArguments, TextArguments, DeviceArguments):
     """Which policy, for what, on which rows."""
 
     model: str = field(metadata={"help": "folder of a trained model with exits"})
-    policy: str = field(default="confidence", metadata={"help": POLICIES})
-    target: str | None = field(default=None, metadata={"help": f"{TARGETS}; max-drop:0 by default"})
-    metric: str | None = field(default=None, metadata={"help": METRICS})
+    policy: str = field(default="confidence", metadata={"help": POLICY_WORDS})
+    target: str | None = field(default=None, metadata={"help": f"{TARGET_WORDS}; max-drop:0 by default"})
+    metric: str | None = field(default=None, metadata={"help": METRIC_WORDS})
     unlabelled: bool = field(default=False, metadata={"help": "choose for agreement with the full model; read no labels"})
     per_exit: bool | None = field(default=None, metadata={"help": "one threshold per exit; as the target prefers"})
     options: str = field(default="{}", metadata={"help": "options of the policy, JSON"})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
-from .calibrate import METRICS, TARGETS
+from .calibrate import METRIC_WORDS, TARGET_WORDS
 from .command_result import CommandResult
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class RecalibrateArguments(RowArguments, DeviceArguments):
     operating_point: str = field(metadata={"help": "a new name for the new thresholds"})
     former: str | None = field(default=None, metadata={"help": "operating point to start from; the default policy"})
     split: str | None = field(default=None, metadata={"help": f"split of the data set, {SLICES}; validation by default"})
-    target: str | None = field(default=None, metadata={"help": f"{TARGETS}; by default what the old ones were for"})
-    metric: str | None = field(default=None, metadata={"help": METRICS})
+    target: str | None = field(default=None, metadata={"help": f"{TARGET_WORDS}; by default what the old ones were for"})
+    metric: str | None = field(default=None, metadata={"help": METRIC_WORDS})
     unlabelled: bool = field(default=False, metadata={"help": "choose for agreement with the full model; read no labels"})
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
 

@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 
 from hf_earlyexit.calibration import TARGETS, parse_target
-from hf_earlyexit.calibration.targets import target_forms
-from hf_earlyexit.cli.calibrate import CalibrateArguments
+from hf_earlyexit.calibration.targets import MaxDrop
+from hf_earlyexit.cli.calibrate import TARGET_WORDS, CalibrateArguments
 from hf_earlyexit.cli.consistentee import GateArguments
 from hf_earlyexit.cli.main import COMMANDS
 from hf_earlyexit.cli.train import TrainArguments
@@ -46,9 +46,16 @@ def test_names_are_listed_in_words():
 
 
 def test_targets_are_shown_as_they_are_written():
-    assert target_forms() == ("certified:DROP, final-layer-error, layer-budget:LAYERS, max-drop:DROP, speed-up:RATIO")
-    for form in target_forms().split(", "):
-        assert parse_target(form.split(":")[0] + ":0.5" * ("DROP" in form) + ":2" * ("LAYERS" in form or "RATIO" in form))
+    """Each with its number in words, and one with more fields."""
+    shown, _, more = TARGET_WORDS.partition("; with more fields, ")
+    words = shown.replace(" or ", ", ").split(", ")
+    numbers = {"DROP": "0.5", "CONFIDENCE": "0.9", "LAYERS": "2", "RATIO": "2"}
+    for target in words:
+        name, _, number = target.partition(":")
+        for word, value in numbers.items():
+            number = number.replace(word, value)
+        assert type(parse_target(f"{name}:{number}" if number else name)) is TARGETS.get(name)
+    assert parse_target(more) == MaxDrop(0.01, sigmas=1)
 
 
 def modules_of_help(*commands):
