@@ -131,7 +131,7 @@ def certify_setting(
         seen, (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
         parts = groups_of(target.by, rows, here)
         check_enough(target, losses, parts)
-        measure = _measure(recipe.metric, trace.problem_type)
+        measure = _measure(recipe.metric, trace)
         walk = walk_of_rows(target, losses, scores, path, parts, (seen[0], seen[1].values), measure)
     else:
         walk = _walk_of_lists(target, lists, policy, path, (path_pool, path_places), (pool, places), here)
@@ -154,9 +154,11 @@ def _looked_at(policy: ExitPolicy, pool: Pool, recipe: Recipe, target: Certified
     return scores.double().numpy(), losses_of(target.risk, pool.trace, answers, recipe.metric, target.bound)
 
 
-def _measure(metric: Metric, problem_type: str) -> str | None:
+def _measure(metric: Metric, trace: ExitTrace) -> str | None:
     """What quality is, in words; `None` where an answer is right or wrong."""
-    return None if problem_type == SINGLE_LABEL and metric.is_row_quality else metric.title(problem_type)
+    if not trace.labelled:
+        return "agreement with the full model"
+    return None if trace.problem_type == SINGLE_LABEL and metric.is_row_quality else metric.title(trace.problem_type)
 
 
 def _path(curve: Curve) -> Array:

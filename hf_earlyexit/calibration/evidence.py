@@ -127,13 +127,13 @@ def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
     return adjusted
 
 
-def least_rows(p_value: Callable[[int], float], delta: float, most: int = 10**9) -> int | None:
-    """The least n from which a p-value that falls with n is at most `delta`; `None` where `most` rows are not enough."""
+def least_rows(p_value: Callable[[int], float], delta: float, most: int = 10**9, least: int = 0) -> int | None:
+    """The least n above `least` from which a p-value that falls with n is at most `delta`; `None` if `most` do not do."""
     if p_value(most) > delta:
         return None
-    low, high = 0, 1
+    low, high = least, least + 1
     while p_value(high) > delta:
-        low, high = high, high * 2
+        low, high = high, high * 2 - least
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if p_value(middle) <= delta else (middle, high)

@@ -173,6 +173,11 @@ class ListsAlong:
             raise CalibrationError(
                 f"A row has the label {labels.min():g}; {quality.name} needs relevances of at least 0.", field="labels"
             )
+        if isinstance(quality.metric, str) and labels.max() <= 0:
+            raise CalibrationError(
+                f"No row of any list has a label above 0, so {quality.name} cannot be lost: nothing to promise.",
+                field="labels",
+            )
         self.quality, self.ranking, self.labels, self.lists = quality, ranking, labels, lists
         self.scores, self.path, self.parts = np.asfortranarray(scores), path, parts
         self.count = len(next(iter(parts.values())))

@@ -150,5 +150,5 @@ def on_expectation(target: Target, result: CalibrationResult) -> list[str]:
                 f"sigmas=1, choose on more rows, or certify with 'certified:{max(target.promised_drop, 0.01):g}@0.95'"
             )
     if promise is not None and promise.rows_needed is not None:
-        notes.append(f"about {promise.rows_needed:,} certifying rows would allow the next faster setting")
+        notes.append(f"about {promise.rows_needed:,} certifying {promise.unit} would allow the next faster setting")
     return notes

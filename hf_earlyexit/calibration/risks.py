@@ -116,7 +116,7 @@ class Losses:
             losses, limit, plan: as said.
             levels: the lowest and the highest that it will be held against; see `paired_p`.
         """
-        if not (count := int(losses.counts.sum())):
+        if not (count := round(losses.counts.sum())):
             return 1.0
         if plan.test == PAIRS:  # losses between are taken for whole ones, and gains between for none
             return paired_p(round(losses.num_lost), round(losses.num_gained), count, limit, int(plan.number), levels)

@@ -62,14 +62,14 @@ class Walk:
         self.p_values = cache(self._p_values)
 
     def _plans(self) -> list[Plan]:
-        """How each group is tested, at every setting alike: as suits the last one that it might certify."""
+        """How each group is tested, at every setting alike: as suits that at about the edge of what it can certify."""
         level = first_level(self.target)
         means = [tally.total / tally.counts.sum() for tally in (self.before.tallies(k)[0] for k in range(len(self.before)))]
         return [self._plan(means, int(part.sum()), level) for part in self.parts.values()]
 
     def _plan(self, means: list[float], num_units: int, level: float) -> Plan:
         hoped = edge(num_units, self.target.drop)
-        decisive = max((place for place, mean in enumerate(means) if mean <= hoped), default=0)
+        decisive = min(range(len(means)), key=lambda place: (abs(means[place] - hoped), -place))
         return self.before.losses.plan(self.before.tallies(decisive)[0], num_units, self.target.drop, level)
 
     def _p_values(self, place: int) -> list[float]:
@@ -128,16 +128,29 @@ class Walk:
         )
 
     def _units_for(self, place: int) -> int | None:
-        """How many would about certify a setting, at the rate of losses seen in its worst group."""
+        """How many would about certify a setting, more than there are, at the losses seen in its worst group."""
         if place >= len(self.along):
             return None
-        p_values = self.p_values(place)
-        part = list(self.parts.values())[int(np.argmax(p_values))]
-        rate = max(0.0, float(self.along.at(place)[part].mean())) / self.losses.high
-        needed = least_rows(
-            lambda n: self.losses.p_value_at(rate, n, self.target.drop), 1 - self.target.confidence, most=10**7
-        )
-        return None if needed is None else math.ceil(needed * self.num_units / part.sum())
+        tallies, limit = self.along.tallies(place), self.target.drop
+        means = [tally.total / max(tally.counts.sum(), 1.0) for tally in tallies]
+        if self.target.procedure == "crc":
+            worst = np.max([self.along.at(one) for one in range(place + 1)], axis=0)
+            means = [float(worst[part].mean()) for part in self.parts.values()]
+        group = int(np.argmax(means if self.target.procedure == "crc" else self.p_values(place)))
+        seen, have = tallies[group], int(tallies[group].counts.sum())
+        if means[group] >= limit or not have:
+            return None
+        if self.target.procedure == "crc":
+            needed: int | None = math.ceil((self.losses.high - limit) / (limit - means[group]))
+        else:
+            level = first_level(self.target)
+
+            def p_value(count: int) -> float:
+                scaled = Tally(seen.values, seen.counts * (count / have))
+                return self.losses.p_value(scaled, limit, self.plans[group], (level, level))
+
+            needed = least_rows(p_value, level, most=10**7, least=have)
+        return None if needed is None else math.ceil(needed * self.num_units / have)
 
 
 def first_level(target: Certified) -> float:

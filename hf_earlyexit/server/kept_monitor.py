@@ -110,8 +110,8 @@ class KeptMonitor(Monitor):
             )
         if self._given_limit is not None and joint.limit != self._given_limit:
             raise UsageError(
-                f"{self.path} keeps counts and alarms of the limit {joint.limit:g}, and limit is {self._given_limit:g}. Name "
-                "another file, or leave the limit out to go on.",
+                f"{self.path} keeps counts and alarms of the limit {joint.limit:g}, and limit is {self._given_limit:g}. "
+                "Name another file, or leave the limit out to go on.",
                 field="limit",
                 value=self._given_limit,
                 path=self.path,

@@ -112,7 +112,7 @@ def on_past_the_first_failure(monkeypatch):
 
 def naive(monkeypatch):
     monkeypatch.setattr(
-        Losses, "p_value", lambda self, losses, limit, plan: float(losses.total / losses.counts.sum() > limit)
+        Losses, "p_value", lambda self, losses, limit, plan, levels: float(losses.total / losses.counts.sum() > limit)
     )
 
 
@@ -402,6 +402,64 @@ def test_more_rows_certify_more_and_are_asked_for():
     assert many.mean_layers < few.mean_layers
     assert few.promise.rows_needed > few.promise.num_rows
     assert any(f"{few.promise.rows_needed:,} certifying rows" in note for note in few.notes)
+
+
+@pytest.mark.parametrize("procedure", ["fixed-sequence", "fallback", "crc"])
+@pytest.mark.parametrize("risk", ["drop", "harm"])
+def test_more_rows_are_asked_for_than_there_are(procedure, risk):
+    """Gains make a mean loss less certain, and risk control goes by another formula: neither is forgotten."""
+    asked = []
+    for seed in range(4):
+        promise = calibrate(
+            learned_trace(2000, seed=seed), "confidence", Certified(0.05, 0.9, risk=risk, procedure=procedure)
+        ).promise
+        asked.append(promise.rows_needed)
+        assert promise.rows_needed is None or promise.rows_needed > promise.num_rows
+    assert procedure == "crc" or any(asked)
+
+
+def test_the_next_setting_takes_what_was_asked_for():
+    """By hand: 60 losses and 20 gains among 1,000 rows, a limit of .05 at 90 %, and the same rates among more."""
+    scores, losses = np.zeros((1000, 2)), np.zeros((1000, 2))
+    losses[:60, 0], losses[60:80, 0] = 1.0, -1.0
+    everybody, path = {"all rows": np.ones(1000, dtype=bool)}, np.array([[np.nan], [0.0]])
+    walked = module.walk_of_rows(Certified(0.05, 0.9), Losses(losses, -1.0, 1.0), scores, path, everybody, (scores, losses))
+    assert walked.last_certified() == 0
+    needed, (plan,) = walked.promise(0, 500).rows_needed, walked.plans
+    assert needed > 1000
+
+    def p_value(count):
+        tally = Tally(np.array([-1.0, 0.0, 1.0]), np.array([0.02, 0.92, 0.06]) * count)
+        return Losses(losses, -1.0, 1.0).p_value(tally, 0.05, plan)
+
+    assert p_value(needed) <= 0.1 < p_value(needed * 0.9)
+    controlled = module.walk_of_rows(
+        Certified(0.05, procedure="crc"), Losses(np.abs(losses), 0.0, 1.0), scores, path, everybody, (scores, losses)
+    )
+    assert controlled.promise(0, 500).rows_needed is None  # 80 of 1,000 is above the limit
+
+
+def test_without_labels_quality_is_agreement():
+    trace = learned_trace(2000)
+    traffic = dataclasses.replace(trace, labels=trace.logits[:, -1].argmax(-1), labelled=False)
+    words = calibrate(traffic, "confidence", Certified(0.05, 0.9)).promise.in_words()
+    assert (
+        "the full model's mean quality (agreement with the full model) exceeds the early answers' by at most 0.05" in words
+    )
+    harm = calibrate(traffic, "confidence", Certified(0.05, 0.9, risk="harm")).promise.in_words()
+    assert "lose at most 0.05 of quality (agreement with the full model) on average" in harm
+
+
+def test_a_promise_speaks_of_what_was_certified():
+    """Many labels lose parts; values in units of their bound: neither is told as a share of rows that are wrong."""
+    many = calibrate(learned_trace(2000, problem_type=MULTI_LABEL), "confidence", Certified(0.1, 0.9, risk="harm")).promise
+    assert "lose at most 0.1 of quality (share of right labels) on average, gains not counted" in many.in_words()
+    values = learned_trace(2000, classes=1, problem_type=REGRESSION)
+    options = {"options": {"tolerance": 0.2}}
+    value = calibrate(values, "patience", Certified(0.05, 0.9, bound=4.0), **options).promise
+    assert "(minus squared error) exceeds the early answers' by at most 0.2, differences cut to 4" in value.in_words()
+    with pytest.raises(CalibrationError, match="rows of labels lose no more than 1 each"):
+        calibrate(learned_trace(2000), "confidence", Certified(0.05, bound=4.0))
 
 
 def test_copies_are_warned_of():

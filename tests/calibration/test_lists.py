@@ -204,6 +204,10 @@ def test_what_lists_cannot_do(options, words):
 
 def test_lists_that_cannot_be_ranked_or_split():
     trace, lists = of_lists(3)
+    nothing, numbers = of_lists(100)
+    nothing = dataclasses.replace(nothing, labels=torch.zeros_like(nothing.labels))
+    with pytest.raises(CalibrationError, match="No row of any list has a label above 0"):
+        calibrate(nothing, "confidence", Certified(0.1), lists=numbers)
     with pytest.raises(CalibrationError, match="1 lists cannot be split"):
         calibrate(trace, "confidence", Certified(0.05), lists=np.zeros(trace.num_rows, dtype=int))
     with pytest.raises(CalibrationError, match="lists are float64"):

@@ -204,7 +204,7 @@ def test_the_limit_of_a_kept_monitor(model, tmp_path):
         watch = KeptMonitor(model, tmp_path / name, limit=limit, every=3600)
         watch.close()
         assert watch.limit == ee.Monitor.load(tmp_path / name).limit == (limit or 0.02)
-    with pytest.raises(UsageError, match="keeps counts and alarms of the limit 0.05, and limit is 0.1. ") as caught:
+    with pytest.raises(UsageError, match=r"keeps counts and alarms of the limit 0\.05, and limit is 0\.1\. ") as caught:
         KeptMonitor(model, tmp_path / "given", limit=0.1)
     assert caught.value.field == "limit"
     for limit in (0.05, None):  # goes on
