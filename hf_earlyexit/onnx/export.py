@@ -25,7 +25,7 @@ from ..values import unexpected
 from . import FOLDER, FORMS, LAYERS, LAYOUTS, ONE, TRITON
 from .classifier import OnnxClassifier
 from .decisions import PREFIX, asked_exits, policy_graph
-from .graphs import append, inputs_of, nest
+from .graphs import append, inputs_of, staged
 from .inputs import picture_shape
 from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
@@ -180,11 +180,11 @@ def one_file(whole: ModelProto, config: Any, policy: ExitPolicy) -> bytes:
     joined = append(whole, policy_graph(policy, config.num_labels), PREFIX)
     inputs = {name: (kind, (1, *sizes[1:])) for name, (kind, sizes) in inputs_of(whole).items()}
     exits = [(config.exit_layers[index], answer, score, leave) for index, answer, score, leave in asked_exits(policy)]
-    nested = nest(joined, inputs, exits)
-    if (size := nested.ByteSize()) > LARGEST_FILE:
+    graph = staged(joined, inputs, exits)
+    if (size := graph.ByteSize()) > LARGEST_FILE:
         raise UsageError(
             f"The model takes {size:,} bytes; one ONNX file holds {LARGEST_FILE:,}. Export forms=['layers'], or int8.",
             field="forms",
         )
-    onnx.checker.check_model(nested)
-    return bytes(nested.SerializeToString())
+    onnx.checker.check_model(graph)
+    return bytes(graph.SerializeToString())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_score": TensorProto.FLOAT}
+GONE = "gone"  # whether the row has left
 Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
 LARGE = 1024  # bytes of a weight that is put in place at the end
 
@@ -46,48 +50,132 @@ def _sizes(info: onnx.ValueInfoProto) -> tuple[int | str, ...]:
     return tuple(axis.dim_param or axis.dim_value for axis in info.type.tensor_type.shape.dim)
 
 
-def nest(whole: ModelProto, inputs: Shapes, exits: Sequence[tuple[int, str, str, str | None]]) -> ModelProto:
+class _Stage(NamedTuple):
+    """What is computed after one exit and up to the next.
+
+    Attributes:
+        nodes: in order.
+        layer: of the exit where it ends.
+        answer, score, leave: names of `[1, C]`, `[1]` and the decision `[1]`, `None` at the last exit.
+        kept: names of its values that later stages use.
+    """
+
+    nodes: list[NodeProto]
+    layer: int
+    answer: str
+    score: str
+    leave: str | None
+    kept: list[str]
+
+    @property
+    def ends(self) -> list[str]:
+        return [name for name in (self.answer, self.score, self.leave) if name is not None]
+
+    @property
+    def mark(self) -> str:
+        """Behind the names of what it answers; the last one's are the graph's own."""
+        return "" if self.leave is None else f"@{self.layer}"
+
+    def results(self, mark: str) -> list[str]:
+        """Names of what it answers, and of whether the row is gone."""
+        return [f"{name}{mark}" for name in (*ANSWERS, *(() if self.leave is None else (GONE,)))]
+
+
+def staged(whole: ModelProto, inputs: Shapes, exits: Sequence[tuple[int, str, str, str | None]]) -> ModelProto:
     """One graph that stops at the first exit that says so.
 
-    Every node stands in the branch of the first exit that needs it, with its own weights: runtimes prepare weights for fast
-    products only where the graph that uses them holds them.
+    What lies between two exits is the branch of an `If`, run only for a row that has not left. The branches follow one
+    another and do not hold one another: runtimes keep a copy of all that a branch holds, which made a graph of nested ones
+    grow with the square of the depth. Each has weights of its own, as runtimes prepare weights for fast products only where
+    the graph that uses them holds them.
 
     Args:
         whole: a flat graph.
         inputs: of the whole.
         exits: layer, and the names of answer `[1, C]`, score `[1]` and decision `[1]` (`None` at the last exit), in order.
     """
-    placed: set[str] = set(inputs)
-    stages = []
+    stages, values = _stages(whole.graph, set(inputs), exits), _values(whole)
+    first = stages[0]
+    nodes = [*first.nodes, *_results(first, first.mark, {})]
+    for before, stage in pairwise(stages):
+        gone, go_on = _passed_by(before, stage, values), _gone_through(whole.graph, stage, values)
+        outputs = [*stage.kept, *stage.results(stage.mark)]
+        name = f"to_{stage.layer}"
+        nodes.append(helper.make_node("If", [GONE + before.mark], outputs, name, then_branch=gone, else_branch=go_on))
+    weights = _weights(whole.graph, first.nodes, first.ends)
+    return _model(whole, helper.make_graph(nodes, "row", _infos(inputs), _answer_infos(""), weights))
+
+
+def _stages(graph: GraphProto, known: set[str], exits: Sequence[tuple[int, str, str, str | None]]) -> list[_Stage]:
+    """Every node in the stage of the first exit that needs it."""
+    stages: list[_Stage] = []
     for layer, answer, score, leave in exits:
-        nodes = _ancestors(whole.graph, [name for name in (answer, score, leave) if name is not None], placed)
-        placed.update(name for node in nodes for name in node.output)
-        stages.append((nodes, layer, answer, score, leave))
-    inner: GraphProto | None = None
-    for number, (nodes, layer, answer, score, leave) in reversed(list(enumerate(stages))):
-        ends = [name for name in (answer, score, leave) if name is not None]  # a constant has no node
-        weights = _weights(whole.graph, nodes, ends)
-        renamed = {weight.name: f"{weight.name}@{layer}" for weight in weights}
-        for weight in weights:
-            weight.name = renamed[weight.name]
-        nodes = [_renamed(node, renamed) for node in nodes]
-        outputs, more = _answers(
-            layer,
-            renamed.get(answer, answer),
-            renamed.get(score, score),
-            "" if number == 0 and inner is None else f"@{layer}",
-        )
-        if inner is None:
-            nodes += more
-        else:
-            then = helper.make_graph(more, f"leave_{layer}", [], outputs)
-            outputs = _answer_infos("" if number == 0 else f">{layer}")
-            names = [info.name for info in outputs]
-            condition = renamed.get(leave or "", leave or "")
-            nodes.append(helper.make_node("If", [condition], names, f"exit_{layer}", then_branch=then, else_branch=inner))
-        inner = helper.make_graph(nodes, f"to_{layer}", [] if number else _infos(inputs), outputs, weights)
-    assert inner is not None
-    return _model(whole, inner)
+        stage = _Stage([], layer, answer, score, leave, [])
+        stage.nodes.extend(_ancestors(graph, stage.ends, known))
+        known.update(name for node in stage.nodes for name in node.output)
+        stages.append(stage)
+    later: set[str] = set()
+    for stage in reversed(stages):
+        stage.kept.extend(name for node in stage.nodes for name in node.output if name in later)
+        later.update(stage.ends, *(node.input for node in stage.nodes))
+    return stages
+
+
+def _gone_through(graph: GraphProto, stage: _Stage, values: Mapping[str, TypeProto.Tensor]) -> GraphProto:
+    """The branch of a row that goes on: the stage itself."""
+    mark, weights = f"@{stage.layer}", _weights(graph, stage.nodes, stage.ends)
+    new = {name: name + mark for name in (*(weight.name for weight in weights), *stage.kept)}
+    for weight in weights:
+        weight.name = new[weight.name]
+    nodes = [*(_renamed(node, new) for node in stage.nodes), *_results(stage, f"{mark}:on", new)]
+    infos = [_info(new[name], values[name]) for name in stage.kept]
+    outputs = [*infos, *_result_infos(stage, f"{mark}:on")]
+    return helper.make_graph(nodes, f"on_to_{stage.layer}", [], outputs, weights)
+
+
+def _passed_by(before: _Stage, stage: _Stage, values: Mapping[str, TypeProto.Tensor]) -> GraphProto:
+    """The branch of a row that is gone: the answers it had, and nothing where the stage would have left values."""
+    mark = f"@{stage.layer}:gone"
+    nodes = [_nothing(name + mark, values[name]) for name in stage.kept]
+    for old, name in zip(before.results(before.mark), stage.results(mark), strict=False):
+        nodes.append(helper.make_node("Identity", [old], [name]))
+    infos = [_info(name + mark, values[name]) for name in stage.kept]
+    return helper.make_graph(nodes, f"past_{stage.layer}", [], [*infos, *_result_infos(stage, mark)])
+
+
+def _results(stage: _Stage, mark: str, new: Mapping[str, str]) -> list[NodeProto]:
+    """Nodes that give what a stage answers the names it has outside."""
+    logits, exit_layer, exit_score, *gone = stage.results(mark)
+    value = helper.make_tensor("layer", TensorProto.INT64, [1], [stage.layer])
+    named = [(stage.answer, logits), (stage.score, exit_score), *zip(filter(None, [stage.leave]), gone, strict=True)]
+    nodes = [helper.make_node("Identity", [new.get(name, name)], [outside]) for name, outside in named]
+    return [*nodes, helper.make_node("Constant", [], [exit_layer], value=value)]
+
+
+def _result_infos(stage: _Stage, mark: str) -> list[onnx.ValueInfoProto]:
+    gone = [] if stage.leave is None else [helper.make_tensor_value_info(GONE + mark, TensorProto.BOOL, [1])]
+    return [*_answer_infos(mark), *gone]
+
+
+def _nothing(name: str, like: TypeProto.Tensor) -> NodeProto:
+    """A tensor that stands for another: of its type, and empty along the axes whose size is open."""
+    sizes = [axis.dim_value for axis in like.shape.dim] if like.HasField("shape") else [0]
+    value = helper.make_tensor("nothing", like.elem_type, sizes, [0] * math.prod(sizes))
+    return helper.make_node("Constant", [], [name], value=value)
+
+
+def _info(name: str, like: TypeProto.Tensor) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, like.elem_type, None)
+
+
+def _values(whole: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """Types of all values of a flat graph, and sizes where they are known."""
+    standard = [node for node in whole.graph.node if not node.domain]
+    others = [name for node in whole.graph.node if node.domain for name in node.output]  # products in 8 bits
+    inputs = [*whole.graph.input, *(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in others)]
+    graph = helper.make_graph(standard, "row", inputs, whole.graph.output, _weights(whole.graph, standard))
+    found = onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=whole.opset_import)).graph
+    return {info.name: info.type.tensor_type for info in (*found.value_info, *found.output)}
 
 
 def append(whole: ModelProto, other: ModelProto, prefix: str) -> ModelProto:
@@ -144,20 +232,10 @@ def _weights(graph: GraphProto, nodes: Sequence[NodeProto], ends: Iterable[str] 
             if len(weight.raw_data) < LARGE:
                 copies[-1].CopyFrom(weight)
                 continue
-            copies[-1].name, copies[-1].data_location = weight.name, TensorProto.EXTERNAL
+            copies[-1].name, copies[-1].data_type, copies[-1].dims[:] = weight.name, weight.data_type, weight.dims
+            copies[-1].data_location = TensorProto.EXTERNAL
             copies[-1].external_data.add(key="location", value=weight.name)
     return copies
-
-
-def _answers(layer: int, answer: str, score: str, mark: str) -> tuple[list[onnx.ValueInfoProto], list[NodeProto]]:
-    infos = _answer_infos(mark)
-    logits, exit_layer, exit_score = (info.name for info in infos)
-    value = helper.make_tensor("layer", TensorProto.INT64, [1], [layer])
-    return infos, [
-        helper.make_node("Identity", [answer], [logits]),
-        helper.make_node("Constant", [], [exit_layer], value=value),
-        helper.make_node("Identity", [score], [exit_score]),
-    ]
 
 
 def _answer_infos(mark: str) -> list[onnx.ValueInfoProto]:

@@ -26,7 +26,7 @@ def batched(one_row: ModelProto, num_classes: int) -> ModelProto:
     Texts are `[B, T]`, padded on the right; padding is cut off before a row is run, so it costs nothing.
 
     Args:
-        one_row: from `graphs.nest`.
+        one_row: from `graphs.staged`.
         num_classes: C.
 
     Returns:
