@@ -174,7 +174,7 @@ def calibrate_generation(
         fingerprint=model_fingerprint(inner),
         versions={name: version(name) for name in ("hf_earlyexit", "torch", "transformers")},
         promise=promise,
-        notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score), *_on_path(promise)),
+        notes=(*_notes(rule, inner.config.exit_decay), *on_drop(target, settings[0].score), *_on_path(promise, others)),
         metric=judge.measure,
         settings=settings,
         chosen=chosen,
@@ -316,13 +316,21 @@ def _reports(policy: ExitPolicy, trace: TokenTrace, exits: np.ndarray, layers: t
     )
 
 
-def _on_path(promise: Promise | None) -> list[str]:
-    if promise is None:
+def _on_path(promise: Promise | None, others: Certifying | None) -> list[str]:
+    if promise is None or others is None:
         return []
-    return [
+    notes = [
         f"the table is of the {promise.num_path_rows} texts that put the settings in order; all other figures are of the "
         f"{promise.num_rows} texts that certify"
     ]
+    if promise.rows_needed is not None:
+        notes.append(f"about {promise.rows_needed:,} certifying texts would allow the next faster setting")
+    if copies := others.num_copies:
+        notes.append(
+            f"{copies} of {promise.num_rows} prompts are copies of others, so texts are not drawn independently: leave "
+            "copies out, or the promise is worth less than it says"
+        )
+    return notes
 
 
 def _notes(policy: ExitPolicy, decay: float | None) -> list[str]:

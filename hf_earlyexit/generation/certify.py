@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..calibration.certify import Certified, check_enough
 from ..calibration.generation import GenerationSetting
@@ -115,6 +116,11 @@ class Certifying:
         """Of their texts, once the full model has written them."""
         self._written[0] = self.write(self.prompts, None)
         return Judge(self.model, self._written[0], self.tokenizer, self.known, self.metric)
+
+    @property
+    def num_copies(self) -> int:
+        """Prompts that are copies of others."""
+        return len(self.prompts) - len({torch.as_tensor(prompt).numpy().tobytes() for prompt in self.prompts})
 
     def certify(self, path: Sequence[Proposal], rule: ExitPolicy, before: Sequence[Scored]) -> tuple[int, Promise]:
         """The last setting of a path that these texts certify, and the evidence.

@@ -96,6 +96,17 @@ def test_settings_write_only_when_it_is_their_turn(writer, monkeypatch):
     assert 128 not in written
 
 
+def test_copies_of_prompts_are_warned_of(writer):
+    model = writer("gpt2", exit_head="tied")
+    copied = calibrated(model, Certified(0.7, 0.9), [*ROWS[:60], *ROWS[:40]])
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()[20:]
+    twice = 80 - len({tuple(ROWS[place % 60]) for place in order})
+    assert twice > 10
+    assert any(f"{twice} of 80 prompts are copies of others" in note for note in copied.notes)
+    distinct = [row for place, row in enumerate(ROWS) if row not in ROWS[:place]]
+    assert not any("copies" in note for note in calibrated(model, Certified(0.7, 0.9), distinct).notes)
+
+
 def length(texts, references):
     return [float(len(text)) for text in texts]
 
