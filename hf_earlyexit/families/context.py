@@ -7,10 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def filled(values: Tensor, least: int) -> Tensor:
+    """`[B, ...]` with at least so many rows: the last one is repeated. 0 leaves sizes unread, as tracing wants it."""
+    if not least or len(values) >= least:
+        return values
+    return torch.cat([values, values[-1:].expand(least - len(values), *values.shape[1:])])
 
 
 class Part(NamedTuple):
@@ -25,6 +32,10 @@ class Part(NamedTuple):
     hidden: Tensor
     tokens: Tensor | None = None
     answering: Tensor | None = None
+
+    def filled(self, least: int) -> Part:
+        """At least so many rows: the last one is repeated."""
+        return Part(*(None if one is None else filled(one, least) for one in self))  # type: ignore[arg-type]
 
     @property
     def state(self) -> Tensor:
@@ -56,7 +67,10 @@ class Context:
             the token that answers, `answering`.
         options: keyword arguments for every layer.
         attentions: gets the attention of every layer, of families that transformers does not watch; `None` if nobody asks.
+        least_rows: that a head is given at once; fewer are filled up.
     """
+
+    least_rows: ClassVar[int] = 0
 
     per_row: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)

@@ -32,6 +32,8 @@ class Packed(Context):
         real: True at tokens that may be attended to `[tokens]`; `None` if all may.
     """
 
+    least_rows: ClassVar[int] = 4  # products of fewer rows are summed in another order, and a row would see its company
+
     lengths: tuple[int, ...] = ()
     starts: Tensor | None = None
     runs: tuple[tuple[int, int], ...] = ()

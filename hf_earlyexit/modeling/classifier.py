@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import DataError
 from ..families.base import IMAGE, Family
-from ..families.context import Context, Part
+from ..families.context import Context, Part, filled
 from ..families.packed import Packed
 from ..families.prepared import Layer, prepared
 from ..labels import read_labels
@@ -67,23 +68,28 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
     ) -> ExitSignal:
         """What exit `exit_index` (0-based) tells of the hidden states after its layer: see `Walker`."""
-        layer, family = self.config.exit_layers[exit_index], self.family
+        layer, least = self.config.exit_layers[exit_index], context.least_rows
         pooled = gate = None
         if layer == self.config.num_hidden_layers:
-            one_token = family.reads_one_token(self.config)
-            logits = _joined([family.answer(self, part) for part in self._parts(hidden, context, one_token)])
+            one_token = self.family.reads_one_token(self.config)
+            parts = self._parts(hidden, context, one_token)
+            logits = _of_rows(parts, least, partial(self.family.answer, self))
         else:
             head: Any = self.exit_heads[str(layer)]
             one_token = head.one_token
-            pooled = _joined([head.pool(part, self._stock_pool) for part in self._parts(hidden, context, one_token)])
+            parts = self._parts(hidden, context, one_token)
+            pooled = filled(_of_rows(parts, least, partial(head.pool, stock_pool=self._stock_pool)), least)
             logits = head(pooled)
             gate = self.exit_gates[str(layer)] if len(self.exit_gates) else None
+        rows = sum(len(part.hidden) for part in parts) if least else None
         if not asks:
-            return ExitSignal(logits)
+            return ExitSignal(_first(logits, rows))
         first = second = None
         if before is not None and any(SIGNALS.get(name).reads_states for name in asks):
-            first, second = (_state(self._read(part, context, one_token), one_token) for part in (before, hidden))
-        return ExitSignal(logits, scalars_of(asks, ExitPoint(logits, pooled, first, second, gate)))
+            states = (_state(self._read(part, context, one_token), one_token) for part in (before, hidden))
+            first, second = (filled(part, least) for part in states)
+        scalars = scalars_of(asks, ExitPoint(filled(logits, least), pooled, first, second, gate))
+        return ExitSignal(_first(logits, rows), {name: _first(values, rows) for name, values in scalars.items()})
 
     def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
         """What a head reads, behind the stock model's final norm."""
@@ -282,6 +288,16 @@ class EarlyExitImageClassifier(EarlyExitClassifier):
 def _state(parts: list[Part], one_token: bool) -> Tensor:
     """One state a row `[B, H]`: of the token that answers, or the mean of the real tokens."""
     return _joined([part.hidden[:, 0] if one_token else part.mean for part in parts])
+
+
+def _of_rows(parts: list[Part], least: int, call: Callable[[Part], Tensor]) -> Tensor:
+    """What a call gives for each part, given at least so many rows at once."""
+    return _joined([_first(call(part.filled(least)), len(part.hidden) if least else None) for part in parts])
+
+
+def _first(values: Tensor, rows: int | None) -> Tensor:
+    """The first rows; all as they are for `None`, and no size is read."""
+    return values if rows is None else values[:rows]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
