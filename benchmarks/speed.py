@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py --shape minilm
     OMP_NUM_THREADS=1 python benchmarks/speed.py --shape bert
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape modernbert --rows 200 --forms fp32 bf16 int8 onnx-int8
     OMP_NUM_THREADS=1 python benchmarks/speed.py --model build/glue/sst2-0
 
 Each run adds its part to benchmarks/results/speed.json and makes docs/how-to/speed.md anew. Shapes have random weights and
-mixed lengths (log-normal, median 28 tokens); their thresholds are set so that rows leave after 6 of 12 layers in the mean.
+mixed lengths (log-normal, median 28 tokens); their thresholds are set so that rows leave at half the depth in the mean.
 All exits, heads and decisions are really computed. Time is the CPU time of one thread.
 """
 
@@ -20,14 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from report import SETTINGS, TARGETS
-from speed_page import SHAPES, page
+from speed_page import SHAPES, TITLES, page
 from tasks import TASKS, load_rows
 from transformers import AutoTokenizer
 
 import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import bench, environment
-from hf_earlyexit.measuring.forms import make_forms
+from hf_earlyexit.measuring.forms import MEASURED, make_forms
 from hf_earlyexit.measuring.ways import EARLY, FIRST, FULL
+from hf_earlyexit.modeling.protocol import TorchExitClassifier
 from hf_earlyexit.serving.batching import sorted_batches
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -49,7 +51,7 @@ def mixed_rows(count: int) -> list[dict[str, list[int]]]:
 
 def all_exits(model, rows) -> ee.ExitTrace:
     """A trace of rows without labels."""
-    logits = torch.empty(len(rows), 12, model.num_labels)
+    logits = torch.empty(len(rows), len(model.exit_layers), model.num_labels)
     with torch.inference_mode():
         for places, batch in sorted_batches(rows, 512):
             logits[places] = model(**batch, early_exit=False).exit_logits
@@ -57,25 +59,34 @@ def all_exits(model, rows) -> ee.ExitTrace:
 
 
 def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
-    """Thresholds that spread rows over the exits as a normal of mean 6 and deviation 2.5."""
+    """Thresholds that spread rows over the exits, one a layer, as a normal around half the depth: 6 of 12, deviation 2.5."""
     policy = ee.ConfidencePolicy.from_trace(trace)
     scores = policy.scan(trace).scores.double()
-    wanted = np.clip(np.random.default_rng(1).normal(6, 2.5, 100_000).round(), 1, 12)
+    depth = trace.exit_layers[-1]
+    wanted = np.clip(np.random.default_rng(1).normal(depth / 2, 2.5 * depth / 12, 100_000).round(), 1, depth)
     left, thresholds = torch.arange(trace.num_rows), []
-    for layer in range(1, 12):
+    for layer in range(1, depth):
         share = (wanted == layer).sum() / (wanted >= layer).sum()
-        thresholds.append(float(scores[left, layer - 1].quantile(1 - share)))
+        thresholds.append(float(scores[left, layer - 1].quantile(1 - share)) if len(left) else 1.0)
         left = left[scores[left, layer - 1] < thresholds[-1]]
     return policy.with_thresholds(tuple(min(max(t, 0.0), 1.0) for t in thresholds))
 
 
-def shape_run(name: str, count: int, repeats: int, latency_rows: int) -> dict:
+def shaped(name: str) -> TorchExitClassifier:
+    """A model of a shape, with random weights."""
     torch.manual_seed(0)
-    config = ee.EarlyExitBertConfig(num_hidden_layers=12, num_labels=2, exit_head="linear-cls", **SHAPES[name])
-    model = ee.EarlyExitBertForSequenceClassification(config).eval()
+    if name in SHAPES:
+        config = ee.EarlyExitBertConfig(num_hidden_layers=12, num_labels=2, exit_head="linear-cls", **SHAPES[name])
+        return ee.EarlyExitBertForSequenceClassification(config).eval()
+    config = ee.EarlyExitModernBertConfig(num_labels=2, exit_head="linear-cls")  # its own defaults are the base model's
+    return ee.EarlyExitModernBertForSequenceClassification(config).eval()
+
+
+def shape_run(name: str, count: int, repeats: int, latency_rows: int, names: list[str] | None) -> dict:
+    model = shaped(name)
     rows = mixed_rows(count)
     model.set_exit_policy(spread_out(all_exits(model, rows)))
-    forms = make_forms(model)
+    forms = make_forms(model, names)
     for form in forms.models.values():
         served = getattr(form, "served", form)
         served.set_exit_policy(spread_out(all_exits(served, rows)))
@@ -198,7 +209,8 @@ def scheduler_run() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--shape", choices=TITLES)
+    parser.add_argument("--forms", nargs="+", choices=MEASURED, help="with --shape: some of the forms; all by default")
     parser.add_argument("--model", type=Path, help="folder that train_exits.py left")
     parser.add_argument("--rivals", action="store_true", help="with --model: int8 early exit against a shallower model only")
     parser.add_argument("--scheduler", action="store_true", help="cost of 1,000 to 100,000 rows")
@@ -209,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found: dict[str, dict] = {}
     if args.shape:
-        found[args.shape] = shape_run(args.shape, args.rows, args.repeats, args.latency_rows)
+        found[args.shape] = shape_run(args.shape, args.rows, args.repeats, args.latency_rows, args.forms)
     if args.model and args.rivals:
         found["rivals"] = {args.model.name: rivals_run(args.model, args.repeats)}
     elif args.model:
