@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ("calibrate {model} --dataset {prompts} --metric accuracy", "--metric is for classifiers"),
         ("calibrate {model} --dataset {prompts} --form int8", "--form is for classifiers"),
         ("calibrate {model} --dataset {prompts} --lossless true --target max-drop:0.1", "only time is left to choose for"),
-        ("calibrate {model} --dataset {prompts} --target final-layer-error", "MaxDrop, SpeedUp or LayerBudget"),
+        ("calibrate {model} --dataset {prompts} --target final-layer-error", "MaxDrop, SpeedUp, LayerBudget or Certified"),
         ("calibrate {model} --dataset {csv} --text_column question --split train", "tagged 'train'"),
         ("calibrate {model} --dataset {prompts} --split test", "a text file, which has no split 'test'"),
         ("calibrate {model} --dataset {prompts} --policy gate", "gate policy cannot decide"),
