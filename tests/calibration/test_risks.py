@@ -73,6 +73,11 @@ def test_a_credit_is_planned_for_rows_that_can_be_certified():
         return losses.plan(Tally(np.array([-1.0, 0.0, 1.0]), np.array([40.0, 3960.0 - lost, lost])), 3000, 0.02, 0.05)
 
     assert planned(2000.0) == planned(400.0) == planned(110.0)
+
+    def planned_for_few(lost):
+        return losses.plan(Tally(np.array([-1.0, 0.0, 1.0]), np.array([3.0, 997.0 - lost, lost])), 300, 0.05, 0.1)
+
+    assert planned_for_few(200.0) == planned_for_few(60.0) == planned_for_few(29.0)
     assert planned(400.0).test == PAIRS
     assert planned(400.0).number >= 7
 
