@@ -14,9 +14,7 @@ CLOSE = 0.02  # how much of itself a p-value may be too large by
 SMALL = 1e-4  # what is below needs no closer figure
 SPANS = 800  # narrow enough for Chernoff bounds to settle most of them
 CHUNK = 16  # of those looked at together
-STEEPNESS = np.geomspace(
-    0.01, 8.0, 60
-)  # exponents of Chernoff bounds; which, decides how good they are, not whether they hold
+STEEPNESS = np.geomspace(0.01, 8.0, 60)  # exponents of Chernoff bounds, which hold for any; more of them are closer
 
 
 def paired_p(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not listed for checkers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import unwrap
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -123,14 +124,8 @@ def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
 def _is_accelerated(module: nn.Module) -> bool:
     """Whether a module's own `forward` is that of its class, or that in Accelerate's mixed precision."""
     own: Any = vars(module)["forward"]
-    found = _wrapped(getattr(own, "__func__", own))
-    of_class = _wrapped(type(module).forward)
-    return any(one in of_class for one in (found if "_original_forward" in vars(module) else found[:1]))
-
-
-def _wrapped(function: Any) -> list[Any]:
-    """A function, and those it is wrapped around."""
-    functions = [function]
-    while hasattr(functions[-1], "__wrapped__"):
-        functions.append(functions[-1].__wrapped__)
-    return functions
+    own = getattr(own, "__func__", own)
+    if "_original_forward" in vars(module):
+        own = unwrap(own)
+    of_class = type(module).forward
+    return own is of_class or own is unwrap(of_class)  # what Accelerate puts back has lost its decorators
