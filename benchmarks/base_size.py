@@ -33,7 +33,7 @@ TASKS = {
 }
 MODES = ("joint", "two-stage")
 TRAIN_ROWS = 16_000  # at most, drawn at random
-FROZEN = 6  # lower layers that stay as they are while the plain classifier is fine-tuned, which takes a third less time
+FROZEN = 6  # lower layers that stay as they are while the plain classifier is fine-tuned, which spares their way back
 EXITS = {"num_train_epochs": 1, "learning_rate": 1e-3}  # of the second stage
 
 
