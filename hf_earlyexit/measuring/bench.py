@@ -105,8 +105,11 @@ def _form(model: Wrapped | Form) -> Any:
 
 def _why_padded(model: Any) -> str | None:
     """Of a torch model; files of ONNX Runtime are padded as they are."""
-    torch_model: Any = model if isinstance(model, torch.nn.Module) else None
-    return None if torch_model is None else torch_model.family.why_padded(torch_model.base_model)
+    if not isinstance(model, torch.nn.Module):
+        return None
+    served: Any = model
+    why: str | None = served.family.why_padded(served.base_model)
+    return why
 
 
 def _reference(ways: Mapping[tuple[str, str], Run], first: str) -> tuple[str, str]:

@@ -52,8 +52,9 @@ class KeptMonitor(Monitor):
         every: float = EVERY,
     ) -> None:
         self.path, self.every = Path(path), every
-        options = {"limit": limit, "shadow": shadow, "fall_back": fall_back, "operating_point": operating_point}
-        super().__init__(model, seed=os.getpid(), **options)  # type: ignore[arg-type]
+        super().__init__(
+            model, limit=limit, shadow=shadow, fall_back=fall_back, operating_point=operating_point, seed=os.getpid()
+        )
         self._given_limit = limit
         self._waiting: list[tuple[list[int], list[bool]]] = []
         self._something = threading.Condition()
