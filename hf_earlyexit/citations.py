@@ -29,6 +29,15 @@ DEEBERT = """@inproceedings{xin2020deebert,
   booktitle = {Proceedings of the 58th Annual Meeting of the Association for Computational Linguistics},
   year      = {2020}
 }"""
+LAYERSKIP = """@inproceedings{elhoushi2024layerskip,
+  title     = {LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding},
+  author    = {Elhoushi, Mostafa and Shrivastava, Akshat and Liskovich, Diana and Hosmer, Basil and Wasti, Bram and
+               Lai, Liangzhen and Mahmoud, Anas and Acun, Bilge and Agarwal, Saurabh and Roman, Ahmed and Aly, Ahmed A and
+               Chen, Beidi and Wu, Carole-Jean},
+  booktitle = {Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics},
+  year      = {2024},
+  note      = {arXiv:2404.16710}
+}"""
 MUE = """@inproceedings{tang2023you,
   title     = {You Need Multiple Exiting: Dynamic Early Exiting for Accelerating Unified Vision Language Model},
   author    = {Tang, Shengkun and Wang, Yaqing and Kong, Zhenglun and Zhang, Tianchi and Li, Yao and Ding, Caiwen and

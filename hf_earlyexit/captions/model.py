@@ -96,6 +96,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
         early_exit: bool | None = None,
         operating_point: str | None = None,
         exit_tokens: Tensor | None = None,
+        asked_exits: Sequence[int] | None = None,
         token_exits: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -112,6 +113,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
             early_exit, operating_point: as in `generate`.
             exit_tokens: booleans `[B, T]` with N true: where every exit answers, only these tokens get `exit_logits`
                 `[N, E, V]` and `exit_scalars` `[N, E - 1]`; that saves memory in training.
+            asked_exits: numbers (0-based) of the exits that answer, ascending, the last among them, where not all need to.
             token_exits: what `generate` carries from token to token.
             decoder_attention_mask, cache, decoder_inputs_embeds, use_cache, return_dict, kwargs: as in the stock model; the
                 cache by any name that a release of transformers gave it.
@@ -158,7 +160,7 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
                 )
             )
             if every_exit:
-                self.ask_every_exit(output, output.decoder_hidden_states, labels, exit_tokens)
+                self.ask_every_exit(output, output.decoder_hidden_states, labels, exit_tokens, asked_exits)
                 if not hidden_wanted:
                     output.decoder_hidden_states = output.encoder_hidden_states = None
         return self.handed_back(output, run, token_exits is not None, return_dict)

@@ -46,7 +46,12 @@ def run(args: TrainArguments, gates: GateArguments, training: ConsistentTraining
     from ..training import ConsistentTrainer
 
     model, parts, train, held = prepare(
-        args, training.seed, training.id_column, exit_gate=gates.exit_gate, init_missing_exits=training.exits_trained
+        args,
+        training.seed,
+        training.id_column,
+        training.make_objective().writers_only,
+        exit_gate=gates.exit_gate,
+        init_missing_exits=training.exits_trained,
     )
     (processing,) = parts.values()
     with settings():

@@ -51,7 +51,7 @@ class TrainArguments(RowArguments):
         default=None,
         metadata={
             "help": "linear, linear-cls, linear-mean or pooler, linear-mean by default; of language models tied, tuned, "
-            "linear or low-rank, tuned by default"
+            "linear or low-rank, tuned by default, tied with --objective layerskip"
         },
     )
     max_length: int | None = field(
@@ -78,7 +78,7 @@ def run(args: TrainArguments, training: EarlyExitTrainingArguments) -> CommandRe
     from ..training import EarlyExitLanguageModelTrainer, EarlyExitTrainer
     from .texts import writes
 
-    model, parts, train, held = prepare(args, training.seed)
+    model, parts, train, held = prepare(args, training.seed, shared_head=training.make_objective().writers_only)
     (processing,) = parts.values()
     kind = EarlyExitLanguageModelTrainer if writes(model) else EarlyExitTrainer
     with settings():
@@ -135,7 +135,7 @@ def save_held_back(model: Any, held: Dataset, parts: dict[str, Any], folder: str
 
 
 def prepare(
-    args: TrainArguments, seed: int, id_column: str | None = None, **fields: Any
+    args: TrainArguments, seed: int, id_column: str | None = None, shared_head: bool = False, **fields: Any
 ) -> tuple[Any, dict[str, Any], Dataset, Dataset]:
     """Model, its tokenizer or image processor by name, training rows and held-back rows: token ids, or pictures.
 
@@ -145,6 +145,7 @@ def prepare(
         args: which.
         seed: of the split and of what is new in the model.
         id_column: kept, or made where it is absent.
+        shared_head: whether new exits of a language model borrow its own head, where no kind of head is named.
         fields: given to `from_pretrained`.
     """
     import torch
@@ -160,7 +161,7 @@ def prepare(
     if task == WRITING:
         from .train_writer import prepare_writer
 
-        return prepare_writer(args, seed, id_column, **fields)
+        return prepare_writer(args, seed, id_column, shared_head, **fields)
     images = task == IMAGE
     if images and args.max_length is not None:
         raise UsageError("The model reads pictures, which have no max_length; leave it out.", field="max_length")

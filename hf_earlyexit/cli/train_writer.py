@@ -11,12 +11,12 @@ from .texts import single_texts, text_rows
 from .train import TrainArguments
 
 LENGTH = 256  # tokens of a row
-HEAD = "tuned"
+HEAD, SHARED = "tuned", "tied"
 IDS = "input_ids"
 
 
 def prepare_writer(
-    args: TrainArguments, seed: int, id_column: str | None, **fields: Any
+    args: TrainArguments, seed: int, id_column: str | None, shared_head: bool, **fields: Any
 ) -> tuple[Any, dict[str, Any], Dataset, Dataset]:
     """Model, its tokenizer by name, rows to learn from and rows that are held back.
 
@@ -26,6 +26,7 @@ def prepare_writer(
         args: which.
         seed: of the split and of what is new in the model.
         id_column: kept, or made where it is absent.
+        shared_head: whether new exits borrow the model's own head, where no kind of head is named.
         fields: given to `from_pretrained`.
 
     Raises:
@@ -44,7 +45,7 @@ def prepare_writer(
     if args.exit_head is not None:
         fields["exit_head"] = args.exit_head
     elif not isinstance(AutoConfig.from_pretrained(args.model), EarlyExitConfig):
-        fields["exit_head"] = HEAD
+        fields["exit_head"] = SHARED if shared_head else HEAD
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def rows_of(split: str) -> Dataset:

@@ -160,32 +160,49 @@ class ModelThatWrites(ModelWithExits):
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
-    def ask_every_exit(self, output: Any, states: Any, labels: Tensor | None, tokens: Tensor | None) -> None:
-        """Write what every exit says of every token, or of some, into the output of a full pass.
+    def ask_every_exit(
+        self,
+        output: Any,
+        states: Any,
+        labels: Tensor | None,
+        tokens: Tensor | None,
+        exits: Sequence[int] | None = None,
+    ) -> None:
+        """Write what every exit, or some, says of every token, or of some, into the output of a full pass.
 
         Args:
             output: with `logits` `[B, T, V]`.
             states: after every layer, `[B, T, H]` each, those before the first layer in front.
             labels: what each token is to be followed by `[B, T]`, -100 where nothing is learned; or `None`.
             tokens: booleans `[B, T]`, or `None` for all.
+            exits: numbers (0-based) of the exits that answer, ascending, the last among them; `None` for all.
+
+        Raises:
+            UsageError: for other numbers.
         """
+        asked = list(range(len(self.exit_layers)) if exits is None else exits)
+        if asked != sorted({*asked} & {*range(len(self.exit_layers))}) or asked[-1:] != [len(self.exit_layers) - 1]:
+            raise UsageError(
+                f"asked_exits is {exits!r}; expected numbers from 0 to {len(self.exit_layers) - 1}, ascending, the last "
+                "among them.",
+                field="asked_exits",
+                value=exits,
+            )
 
         def chosen(values: Tensor) -> Tensor:
             return values if tokens is None else values[tokens]
 
-        asked = [chosen(states[layer]) for layer in self.exit_layers[:-1]]
-        logits = [self.exit_logits(index, state) for index, state in enumerate(asked)]
+        early = {index: chosen(states[self.exit_layers[index]]) for index in asked[:-1]}
+        logits = [self.exit_logits(index, state) for index, state in early.items()]
         output.exit_logits = torch.stack([*logits, chosen(output.logits)], -2)  # [B, T, E, V]
-        if self.exit_gates:
-            gates = zip(self.exit_layers, asked, strict=False)
-            leave_logits = torch.stack(
-                [self.exit_gates[str(layer)](self.gate_states(state), None) for layer, state in gates], -1
-            )
-            output.exit_scalars = {"gate": leave_logits}
+        if self.exit_gates and early:
+            gates = [self.exit_gates[str(self.exit_layers[index])] for index in early]
+            leave_logits = [gate(self.gate_states(state), None) for gate, state in zip(gates, early.values(), strict=True)]
+            output.exit_scalars = {"gate": torch.stack(leave_logits, -1)}
         if self.training and labels is not None:
             wanted = chosen(labels).flatten()
             flat = output.exit_logits.reshape(len(wanted), *output.exit_logits.shape[-2:])
-            output.loss = WeightedObjective()(flat, wanted, SINGLE_LABEL, self.exit_layers).loss
+            output.loss = WeightedObjective()(flat, wanted, SINGLE_LABEL, self.exit_layers, taught=asked).loss
 
     def run_of(
         self,

@@ -1,8 +1,9 @@
 """Training objectives over all exits: one file each, known by name."""
 
-from .base import OBJECTIVES, Objective, ObjectiveValue, task_loss
+from .base import OBJECTIVES, Objective, ObjectiveValue, Progress, task_loss
 from .consistentee import ESTIMATORS, ConsistentObjective
 from .distillation import DistillationObjective
+from .layerskip import LayerSkipObjective
 from .two_stage import TwoStageObjective
 from .weighted import WeightedObjective
 
@@ -11,8 +12,10 @@ __all__ = [
     "OBJECTIVES",
     "ConsistentObjective",
     "DistillationObjective",
+    "LayerSkipObjective",
     "Objective",
     "ObjectiveValue",
+    "Progress",
     "TwoStageObjective",
     "WeightedObjective",
     "task_loss",

@@ -19,6 +19,13 @@ LabelLosses = Callable[[Tensor, Tensor, str], Tensor]  # exit logits [B, E, C], 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
+class Progress(NamedTuple):
+    """Where a run of training stands: steps that are done, and steps in all."""
+
+    step: int
+    steps: int
+
+
 class ObjectiveValue(NamedTuple):
     """The loss to minimise (scalar) and each exit's own loss `[E]`, float32."""
 
@@ -70,14 +77,17 @@ class Objective(ABC):
 
     weights: str | Sequence[float] = "linear"
 
+    named_weights: ClassVar[tuple[str, ...]] = ("linear", "uniform")
     freezes_backbone: ClassVar[bool] = False  # True: only what the exits added is trained
+    writers_only: ClassVar[bool] = False  # True: for models that write, whose exits share the decoder's head
     citation: ClassVar[tuple[str, ...]] = ()  # BibTeX of the papers it comes from, for model cards
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, str):
-            if self.weights not in ("linear", "uniform"):
+            if self.weights not in self.named_weights:
+                names = ", ".join(map(repr, self.named_weights))
                 raise TrainingError(
-                    f"weights is {self.weights!r}; expected 'linear', 'uniform' or one number per exit.",
+                    f"weights is {self.weights!r}; expected {names} or one number per exit.",
                     field="weights",
                     value=self.weights,
                 )
@@ -120,6 +130,14 @@ class Objective(ABC):
                 )
         return raw / raw.sum()
 
+    def taught(self, exit_layers: Sequence[int], progress: Progress) -> list[int] | None:
+        """Numbers (0-based, ascending, the last among them) of the exits that learn at a step; `None` for all."""
+        return None
+
+    def drop_chances(self, num_layers: int) -> Tensor | None:
+        """Chance of each layer to be passed over by a row in training, `[num_layers]`; `None` where none ever is."""
+        return None
+
     def __call__(
         self,
         exit_logits: Tensor,
@@ -127,7 +145,18 @@ class Objective(ABC):
         problem_type: str,
         exit_layers: Sequence[int],
         label_losses: LabelLosses = label_losses,
+        taught: Sequence[int] | None = None,
     ) -> ObjectiveValue:
-        """The weighted sum of the exits' losses, in float32."""
+        """The weighted sum of the exits' losses, in float32.
+
+        Args:
+            exit_logits, labels, problem_type, label_losses: as in `exit_losses`.
+            exit_layers: layer (1-based) of every exit, the last being L.
+            taught: the exits that `exit_logits` is of, from `taught`; `None` for all.
+        """
         losses = self.exit_losses(exit_logits.float(), labels, problem_type, label_losses)
-        return ObjectiveValue((self.exit_weights(exit_layers).to(losses.device) * losses).sum(), losses)
+        weights = self.exit_weights(exit_layers)
+        if taught is not None:
+            weights = weights[list(taught)]
+            weights = weights / weights.sum()
+        return ObjectiveValue((weights.to(losses.device) * losses).sum(), losses)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..labels import LEFT_OUT
+
 _STEP, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685  # splitmix64, as signed numbers
 
 
@@ -17,6 +19,12 @@ def row_keys(ids: Sequence[int | str]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.long)
 
 
+def label_keys(labels: Tensor) -> Tensor:
+    """A 64-bit number for each row of labels `[B, T]`, the same in every batch, whatever is padded behind it, `[B]`."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return (_mixed(labels + places * _STEP) * (labels != LEFT_OUT)).sum(1)
+
+
 def row_noise(keys: Tensor, seed: int, visit: int, shape: tuple[int, ...]) -> Tensor:
     """Uniform numbers for each row that depend on its key, the seed and the visit alone.
 
@@ -24,7 +32,7 @@ def row_noise(keys: Tensor, seed: int, visit: int, shape: tuple[int, ...]) -> Te
     device and process.
 
     Args:
-        keys: int64 `[B]`, from `row_keys`.
+        keys: int64 `[B]`, from `row_keys` or `label_keys`.
         seed: of the run.
         visit: how often the row was drawn for before, or the step; another number gives other noise.
         shape: of one row's noise.

@@ -19,8 +19,9 @@ class EarlyExitTrainingArguments(TrainingArguments):
     """`TrainingArguments`, and what the exits learn.
 
     Args:
-        objective: "weighted" (labels at every exit), "distillation" (labels, and the last exit's answers), or
-            "two-stage" (exits only; backbone and last head frozen).
+        objective: "weighted" (labels at every exit), "distillation" (labels, and the last exit's answers), "two-stage"
+            (exits only; backbone and last head frozen), or, for models that write, "layerskip" (the next word at some exits
+            in turn, while layers are dropped at random).
         objective_options: fields of the objective, a dict or JSON, such as `{"weights": "uniform"}`.
         exit_metric: logged for every exit in evaluations: "accuracy", "f1", "matthews", "spearman" or "mse"; chosen by the
             problem type if `None`.

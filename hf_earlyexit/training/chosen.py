@@ -106,6 +106,9 @@ class ChosenTokenTrainer(ChosenExits, EarlyExitLanguageModelTrainer):
     def _usual_collator(self) -> ChosenTokenCollator:
         return ChosenTokenCollator()
 
+    def _chances_to_drop(self) -> None:
+        """None: where tokens leave is measured with all layers."""
+
     def _loss_and_outputs(
         self, model: nn.Module, inputs: dict[str, Any], hardness: Tensor, keys: Tensor
     ) -> tuple[Tensor, Any]:

@@ -24,7 +24,8 @@ class EarlyExitLanguageModelTrainer(TokenTrainer):
     The objectives are those of `EarlyExitTrainer`, over the tokens whose label is not -100. "two-stage" trains the exits
     alone, on a network that stays as it is to the bit: with `strength` and `direction="last-to-exit"` they learn the full
     model's own distribution, so that any text will do, above all what the model itself writes (`write_samples`). "weighted"
-    and "distillation" train all weights together. What does not learn has no dropout. Evaluations log
+    and "distillation" train all weights together, and so does "layerskip", which also drops layers at random and teaches
+    some exits at a time. What does not learn has no dropout. Evaluations log
     `exit_<layer>_token_accuracy`, `exit_<layer>_agreement` (with the full model's first word) and `exit_<layer>_loss`, and
     with gates `gate_agreement`, `gate_layers` and `exit_<layer>_share`.
 
@@ -43,8 +44,8 @@ class EarlyExitLanguageModelTrainer(TokenTrainer):
         TrainingError: for what cannot be trained, or if one exit's loss is not finite.
 
     Papers: tuned lens (https://arxiv.org/abs/2303.08112) for exits on a frozen network; LayerSkip
-    (https://arxiv.org/abs/2404.16710) trains exits jointly through the shared head, as "weighted" with `exit_head="tied"`
-    does, but drops layers besides, which is not done here.
+    (https://arxiv.org/abs/2404.16710) for exits trained with the network through the shared head: "layerskip" with
+    `exit_head="tied"`.
     """
 
     trains: ClassVar[type] = EarlyExitLanguageModel

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..generation.token_exits import ModelThatWrites
 from ..losses import Objective
 from ..modeling.protocol import TorchExitModel
 from ..problem_types import SINGLE_LABEL
@@ -59,6 +60,12 @@ def check_settings(args: EarlyExitTrainingArguments, objective: Objective, model
                 getattr(args.parallelism_config, size),
                 "exits pool over whole sequences, which it cuts into parts",
             )
+    if objective.writers_only and not isinstance(model, ModelThatWrites):
+        raise refused("objective", args.objective, "it is for models that write, and this one classifies")
+    if objective.drop_chances(1) is not None and args.n_gpu > 1:
+        raise refused(
+            "objective", args.objective, "it drops layers row by row, and DataParallel cuts batches; start one process a GPU"
+        )
     if args.neftune_noise_alpha is not None and objective.freezes_backbone:
         raise refused(
             "neftune_noise_alpha",

@@ -12,9 +12,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..errors import DataError, TrainingError
 from ..labels import LEFT_OUT
+from ..losses import Progress
 from ..modeling.protocol import TorchExitModel
 from ..problem_types import SINGLE_LABEL
 from .arguments import EarlyExitTrainingArguments
+from .layer_dropout import dropped_layers, dropping
 from .settings import refused
 from .token_metrics import gate_value, row_sums, token_metrics
 from .trainer import EarlyExitTrainer
@@ -107,6 +109,20 @@ class TokenTrainer(EarlyExitTrainer):
     def _freeze_more(self, model: TorchExitModel) -> None:
         """Beside what the objective freezes."""
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in `Trainer`; with an objective that drops layers, rows pass over some of them, forwards and backwards."""
+        writer: Any = self.exit_model
+        chances, labels = self._chances_to_drop(), inputs.get(LABELS)
+        if chances is None or labels is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        dropped = dropped_layers(chances, labels, self.args.seed, self.state.global_step)
+        with dropping(writer.backbone.layers(writer.token_decoder), dropped):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _chances_to_drop(self) -> Tensor | None:
+        """Chance of each layer to be passed over by a row in training `[L]`; `None` where none is."""
+        return None if self.learn_gates else self.objective.drop_chances(self.exit_model.exit_layers[-1])
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -116,14 +132,18 @@ class TokenTrainer(EarlyExitTrainer):
         learned = truth != LEFT_OUT
         if not bool(learned.any()):
             raise DataError("Every label of a batch is -100, so nothing can be learned or measured.", field=LABELS)
-        outputs = model(**{"use_cache": False, **self._given(inputs)}, early_exit=False, exit_tokens=learned)
+        layers, taught = self.exit_model.config.exit_layers, None
+        if model.training and not self.learn_gates:
+            taught = self.objective.taught(layers, Progress(self.state.global_step, self.state.max_steps))
+        given = {"use_cache": False, **self._given(inputs)}
+        outputs = model(**given, early_exit=False, exit_tokens=learned, asked_exits=taught)
         if self.learn_gates:
             value = gate_value(outputs)
         else:
             words = truth[learned]
             losses = self._label_losses(model, outputs, words, num_items_in_batch)
-            value = self.objective(outputs.exit_logits, words, SINGLE_LABEL, self.exit_model.config.exit_layers, losses)
-        self._require_finite(value)
+            value = self.objective(outputs.exit_logits, words, SINGLE_LABEL, layers, losses, taught)
+        self._require_finite(value, taught)
         return (value.loss, outputs) if return_outputs else value.loss
 
     def _rest_what_does_not_learn(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -320,12 +321,12 @@ class EarlyExitTrainer(NoPickledSettings, WeightsByName, Trainer):
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(logits, output.label_ids, metrics, output.num_samples)
 
-    def _require_finite(self, value: ObjectiveValue) -> None:
+    def _require_finite(self, value: ObjectiveValue, taught: Sequence[int] | None = None) -> None:
         finite = torch.isfinite(value.per_exit)
         if bool(finite.all()):
             return
         index = int((~finite).nonzero()[0])
-        layer = self.exit_model.config.exit_layers[index]
+        layer = self.exit_model.config.exit_layers[index if taught is None else taught[index]]
         raise TrainingError(
             f"The loss of the exit after layer {layer} is {float(value.per_exit[index].detach())} at step "
             f"{self.state.global_step}; lower the learning rate or train in a wider dtype.",

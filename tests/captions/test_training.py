@@ -71,6 +71,28 @@ def test_joint_objectives_teach_every_weight_that_has_a_use(captioner, rows, arg
     assert all(np.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_layers_of_the_decoder_are_dropped_and_exits_taught_in_turns(captioner, rows, arguments, kind):
+    """The encoder runs whole; every weight learns, and evaluations tell of every exit."""
+    model, seen = captioner(kind, exit_head="tied"), []
+    for layer in model.backbone.layers(model.decoder):
+        layer.register_forward_hook(lambda _, given, answer: seen.append(bool((answer == given[0]).all((1, 2)).any())))
+    options = {"layer_dropout": 1.0, "curriculum": "rotational"}
+    before = weights(model)
+    trainer = trained(model, arguments(objective="layerskip", objective_options=options, max_steps=4), rows())
+    passed = np.array(seen).reshape(4, LAYERS)
+    assert passed[:, -1].all()
+    assert not passed[:, 0].any()
+    assert passed[:, 1:3].any()
+    still = set(before) - changed(model, before)
+    last = next(name for name, part in model.named_modules() if part is model.backbone.layers(model.decoder)[-1])
+    assert all(name.startswith(("encoder.pooler.", last)) or name.endswith(".attn.bias") for name in still), still
+    seen.clear()
+    metrics = trainer.evaluate(rows(5, seed=1))
+    assert not any(seen)
+    assert {f"eval_exit_{layer}_agreement" for layer in model.exit_layers} <= set(metrics)
+
+
 @pytest.mark.parametrize("head", ["tuned", "linear", "low-rank"])
 def test_two_stage_leaves_the_full_model_alone_to_the_bit(captioner, rows, arguments, images, head):
     model = captioner(exit_head=head)

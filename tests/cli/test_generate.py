@@ -142,6 +142,13 @@ def test_exits_and_gates_learn_from_texts(made, capsys, tmp_path):
     for name, weight in stock.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     assert model.exit_heads["2"].shift.weight.abs().sum() > 0, "a new one is 0"
+    joint = ["--objective_options", '{"curriculum": "gradual"}', *settings[2:]]
+    joint = [*given[:3], "--objective", "layerskip", *joint, "--output_dir", tmp_path / "joint", "--max_steps", 2]
+    trained = told(capsys, "train", *joint)
+    assert "eval_exit_2_loss" in trained["metrics"]
+    model = ee.from_pretrained(tmp_path / "joint")
+    assert (model.config.exit_head, model.exit_layers) == ("tied", (2, LAYERS)), "the model's own head for all exits"
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, stock.transformer.h[0].mlp.c_fc.weight)
     phases = ["--exit_gate", "linear", "--chosen_epochs", 0, "--num_train_epochs", 1, "--alpha", 0.2]
     gated = told(capsys, "consistentee", *given, *phases, "--output_dir", tmp_path / "gates")
     assert gated["held_back"] is None
