@@ -29,7 +29,7 @@ import hf_earlyexit as ee
 TASKS = {
     "banking77": Task("banking77", 1000, "test", 3, max_length=64, learning_rate=1e-4),
     "clinc150": Task("clinc150", "dev", "test", 3, max_length=64, learning_rate=1e-4),
-    "sst2": Task("sst2", 3000, "dev", 1, max_length=64),
+    "sst2": Task("sst2", 3000, "dev", 2, max_length=64),
 }
 MODES = ("joint", "two-stage")
 TRAIN_ROWS = 16_000  # at most, drawn at random

@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--policies", nargs="+", default=splits.POLICIES)
+    parser.add_argument("--targets", nargs="+", choices=splits.RULES, default=list(splits.RULES), help="of the real traces")
     parser.add_argument("--only", nargs="+", default=None, help="names of traces")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -89,7 +90,7 @@ def main() -> None:
     if "traces" in args.parts:
         for policy, task in product(args.policies, tasks):  # a policy's column is done before the next begins
             if splits.has_signals(task, policy):
-                cells = splits.judge(task, policy, args.splits)
+                cells = splits.judge(task, policy, args.splits, {name: splits.RULES[name] for name in args.targets})
                 keep("traces", {f"{task.name}|{policy}|{rule}": cell for rule, cell in cells.items()}, command)
                 print(policy, task.name, flush=True)
     if "page" in args.parts:

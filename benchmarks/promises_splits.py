@@ -184,12 +184,11 @@ def _outcome(policy: ExitPolicy, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     return full.double() - early.double(), (full & ~early).double(), torch.tensor(trace.exit_layers)[taken].double()
 
 
-def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool]] | None = None) -> dict[str, Any]:
+def judge(task: Task, policy: str, splits: int, rules: dict[str, tuple[Any, bool]]) -> dict[str, Any]:
     """What each rule promised and what rows got, over random splits that go round the task's traces.
 
     Certified settings are judged on the whole pool, all others on the rows that did not choose.
     """
-    rules = RULES if rules is None else rules
     pools = [Pool(trace, Accuracy()) for trace in task.traces]
     losses: dict[str, list[tuple[float, float]]] = {name: [] for name in rules}
     gaps: list[float] = []

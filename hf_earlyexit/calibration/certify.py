@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..errors import CalibrationError
@@ -29,6 +29,7 @@ from .quality import Metric
 from .risks import RISKS, Losses, groups_of, losses_of
 from .search import Array, Curve
 from .settings import Pool, Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
+from .slices import Parts, check_groups
 from .targets import TARGETS, Target
 from .walk import Walk, first_level
 
@@ -95,7 +96,7 @@ def certify_setting(
     recipe: Recipe,
     target: Certified,
     trace: ExitTrace,
-    groups: NDArray[np.int64] | None = None,
+    groups: ArrayLike | None = None,
     lists: Lists | None = None,
 ) -> tuple[Setting, Promise]:
     """Make a path on some rows of a trace, certify on the others.
@@ -104,20 +105,13 @@ def certify_setting(
         recipe: how settings are made; its `learning_share` of the rows makes the path and teaches the policy.
         target: what is promised.
         trace: of held-back rows.
-        groups: number of each row's slice `[N]`, for `by="group"`.
+        groups: number or name of each row's slice `[N]`, for `by="group"`.
         lists: what rows are certified list by list, and by which metric.
 
     Raises:
         CalibrationError: where those that certify are too few for the promise even without a single loss.
     """
-    if groups is not None and np.shape(groups) != (trace.num_rows,):
-        raise CalibrationError(
-            f"groups has shape {np.shape(groups)}; expected one number for each of {trace.num_rows} rows.", field="groups"
-        )
-    if groups is not None and np.asarray(groups).dtype.kind not in "biuUS":
-        raise CalibrationError(
-            f"groups are {np.asarray(groups).dtype}; expected a whole number or a name for each row's slice.", field="groups"
-        )
+    slices = check_groups(groups, trace.num_rows)
     split = split_places if lists is None else lists.split
     path_places, places = split(trace.num_rows, recipe.learning_share, recipe.seed)
     path_pool, pool = (Pool(trace.select(part), recipe.metric) for part in (path_places, places))
@@ -126,7 +120,7 @@ def certify_setting(
     weak = () if recipe.keep_weak_exits or lists is not None else path_pool.weak_exits(every_path_row)
     policy = make_policy(recipe, path_rows, weak)
     path = _path(policy_curve(recipe, policy, path_pool, every_path_row))
-    here = None if groups is None else np.asarray(groups)[places.numpy()]
+    here = None if slices is None else slices[places.numpy()]
     if lists is None:
         seen, (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
         parts = groups_of(target.by, rows, here)
@@ -174,7 +168,7 @@ def walk_of_rows(
     losses: Losses,
     scores: Array,
     path: Array,
-    parts: dict[str, NDArray[np.bool_]],
+    parts: Parts,
     before: tuple[Array, Array],
     measure: str | None = None,
 ) -> Walk:
@@ -203,7 +197,7 @@ def _walk_of_lists(
     path: Array,
     before: tuple[Pool, Tensor],
     here: tuple[Pool, Tensor],
-    groups: NDArray[np.int64] | None,
+    groups: NDArray[Any] | None,
 ) -> Walk:
     """Lists of rows along a path of settings; pools and the places of their rows, groups of the certifying rows."""
     if target.by not in (None, "group"):
@@ -224,7 +218,7 @@ def _walk_of_lists(
     return Walk(target, alongs[1], alongs[0], alongs[1].parts, "lists", f"{lists.quality.name} of a list")
 
 
-def check_enough(target: Certified, losses: Losses, parts: dict[str, NDArray[np.bool_]], unit: str = "rows") -> None:
+def check_enough(target: Certified, losses: Losses, parts: Parts, unit: str = "rows") -> None:
     """Refuse too few to certify anything, however few losses they showed."""
     smallest = min(parts, key=lambda name: parts[name].sum())
     have = int(parts[smallest].sum())

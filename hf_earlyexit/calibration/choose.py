@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import CalibrationError
@@ -69,7 +68,7 @@ def calibrate(
             make the path of settings.
         folds: most repetitions for `expected`, each judged on at least 50 rows; 0 for none. By default 10, and 5 for more
             than 10,000 rows.
-        groups: for `Certified(by="group")`, the number of each row's slice `[N]`.
+        groups: for `Certified(by="group")`, the number or name of each row's slice `[N]`.
         lists: for `Certified`, the number or name of each row's list `[N]`, such as its query: the promise is about lists,
             judged by `metric`, which is then "ndcg", "ndcg:10", "mrr" or a function of a list's scores and labels, with
             the target's `bound`. Rows are ranked by their value, or by how far label 1 is ahead of label 0.
@@ -126,7 +125,7 @@ def calibrate(
         seed=seed,
     )
     if isinstance(target, Certified):
-        setting, promise = certify_setting(recipe, target, trace, None if groups is None else np.asarray(groups), whole)
+        setting, promise = certify_setting(recipe, target, trace, groups, whole)
         return _result(recipe, setting, notes, None, promise)
     pool = Pool(trace, recipe.metric)
     setting = choose_setting(recipe, pool)

@@ -20,6 +20,7 @@ from ..values import shown
 from .risks import DISAGREEMENT, HARM, Losses, Tally
 from .search import Array, exits_taken
 from .settings import split_places
+from .slices import Parts, parts_by
 
 NAMED = ("ndcg", "mrr")
 ListMetric = str | Callable[[Any, Any], float]
@@ -165,7 +166,7 @@ class ListsAlong:
         lists: NDArray[np.int64],
         scores: Array,
         path: Array,
-        parts: dict[str, NDArray[np.bool_]],
+        parts: Parts,
     ) -> None:
         if risk == DISAGREEMENT:
             raise CalibrationError("Lists have risk='drop' and risk='harm'; certify one of these.", field="risk", value=risk)
@@ -250,7 +251,7 @@ class Lists:
         return chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
 
 
-def groups_of_lists(member: NDArray[np.int64], groups: NDArray[Any] | None) -> dict[str, NDArray[np.bool_]]:
+def groups_of_lists(member: NDArray[np.int64], groups: NDArray[Any] | None) -> Parts:
     """The lists that must each keep the promise, by name; all by default.
 
     Args:
@@ -267,4 +268,4 @@ def groups_of_lists(member: NDArray[np.int64], groups: NDArray[Any] | None) -> d
             "whole, so expected one group for each list.",
             field="groups",
         )
-    return {f"group {value}": of_list == value for value in np.unique(of_list)}
+    return parts_by("group", of_list)

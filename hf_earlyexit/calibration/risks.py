@@ -19,6 +19,7 @@ from .evidence import betting_p, binomial_p, hoeffding_bentkus_p
 from .paired import SMALL, best_credit, paired_p
 from .quality import Metric
 from .search import Array
+from .slices import Parts, parts_by
 
 HARM, DISAGREEMENT, DROP = "harm", "disagreement", "drop"
 RISKS = (DROP, HARM, DISAGREEMENT)
@@ -209,13 +210,13 @@ def _last_is_free(losses: Array) -> Array:
     return losses
 
 
-def groups_of(by: str | None, trace: ExitTrace, groups: NDArray[np.int64] | None) -> dict[str, NDArray[np.bool_]]:
+def groups_of(by: str | None, trace: ExitTrace, groups: NDArray[Any] | None) -> Parts:
     """The parts of the rows that must each keep the promise, by name; all rows by default.
 
     Args:
         by: `None`, "label", or "group" for `groups`.
         trace: the rows.
-        groups: number of the slice that each row belongs to `[N]`.
+        groups: number or name of each row's slice `[N]`.
     """
     if by is None:
         return {"all rows": np.ones(trace.num_rows, dtype=bool)}
@@ -229,4 +230,4 @@ def groups_of(by: str | None, trace: ExitTrace, groups: NDArray[np.int64] | None
             field="by",
             value=by,
         )
-    return {f"{by} {value}": member == value for value in np.unique(member)}
+    return parts_by(by, member)

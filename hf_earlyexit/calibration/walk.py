@@ -8,13 +8,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .evidence import STARTS, fallback, fixed_sequence, holm, least_rows
 from .paired import SMALL
 from .promise import GroupEvidence, Promise
 from .risks import Losses, Plan, Tally, edge
 from .search import Array
+from .slices import Parts
 
 if TYPE_CHECKING:
     from .certify import Certified
@@ -51,7 +51,7 @@ class Walk:
         target: Certified,
         along: Along,
         before: Along,
-        parts: dict[str, NDArray[np.bool_]],
+        parts: Parts,
         unit: str = "rows",
         measure: str | None = None,
     ) -> None:

@@ -89,6 +89,18 @@ class RowArguments(FileArguments):
     )
 
 
+@dataclass(kw_only=True)
+class CertifiedArguments:
+    """What promises are about, where it is not all rows, one by one."""
+
+    group_column: str | None = field(
+        default=None, metadata={"help": "column of slices that must each keep it, for certified:DROP@CONFIDENCE:by=group"}
+    )
+    list_column: str | None = field(
+        default=None, metadata={"help": "column of each row's list, such as its query: certified is then about lists"}
+    )
+
+
 TRACE_FILE = "held-back.safetensors"
 SPLITS = "folder with one file per split or with pictures in a folder per class, a file, '-' for standard input, or a Hub id"
 SLICES = "or a slice such as 'test[:100]'"

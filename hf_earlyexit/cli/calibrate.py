@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .arguments import SLICES, SPLITS, TRACE_FILE, DeviceArguments, RowArguments, TextArguments
+from .arguments import SLICES, SPLITS, TRACE_FILE, CertifiedArguments, DeviceArguments, RowArguments, TextArguments
 from .command_result import CommandResult
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ MAX_DROP = "max-drop:0"
 
 
 @dataclass
-class CalibrateArguments(RowArguments, TextArguments, DeviceArguments):
+class CalibrateArguments(RowArguments, CertifiedArguments, TextArguments, DeviceArguments):
     """Which policy, for what, on which rows."""
 
     model: str = field(metadata={"help": "folder of a trained model with exits"})
@@ -98,9 +98,12 @@ def run(args: CalibrateArguments) -> CommandResult:
         from .loading import reading_parts
         from .rows import collected
 
-        trace = collected(args, served, reading_parts(folder, model), labelled=not args.unlabelled)
+        trace, certified = collected(args, served, reading_parts(folder, model), labelled=not args.unlabelled)
     elif (folder / TRACE_FILE).is_file():
-        trace = ExitTrace.load(folder / TRACE_FILE)
+        trace, certified = ExitTrace.load(folder / TRACE_FILE), {}
+        for flag in ("group_column", "list_column"):
+            if getattr(args, flag) is not None:
+                raise UsageError(f"--{flag} is of rows of --dataset; {TRACE_FILE} has no columns.", field=flag)
     else:
         raise UsageError(f"{folder} has no {TRACE_FILE}; name rows with --dataset and --split.", field="dataset")
     if args.unlabelled and trace.labelled:
@@ -114,6 +117,7 @@ def run(args: CalibrateArguments) -> CommandResult:
         options=options,
         keep_weak_exits=args.keep_weak_exits,
         seed=args.seed,
+        **certified,
     )
     if args.form is not None:
         from ..forms.convert import keep_thresholds

@@ -9,9 +9,10 @@ from ..errors import UsageError
 from ..modeling.protocol import TorchExitWriter
 from .calibrate import MAX_DROP, CalibrateArguments, keep
 from .command_result import CommandResult
+from .rows import certified_columns
 from .texts import WritingTask, writing_task_of
 
-CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names")
+CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "label_names", "list_column")
 
 
 def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: dict[str, Any]) -> CommandResult:
@@ -43,6 +44,7 @@ def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: 
         split=args.split or "validation",
         batch_size=task.batch_size,
         **proposals,
+        **certified_columns(args, task.rows),
         **task.generation,
     )
     return keep(args, model, result)
@@ -55,7 +57,12 @@ def _calibrate_drafts(
     from ..generation.draft_calibration import calibrate_drafts
     from ..hub.save import save_calibrated
 
-    for name, value in (("target", args.target), ("label_column", args.label_column), ("proposals", args.proposals)):
+    for name, value in (
+        ("target", args.target),
+        ("label_column", args.label_column),
+        ("group_column", args.group_column),
+        ("proposals", args.proposals),
+    ):
         if value is not None:
             raise UsageError(
                 f"--{name} is given, but lossless texts are the full model's own, so that only time is left to choose for; "

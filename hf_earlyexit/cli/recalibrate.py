@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .arguments import SLICES, SPLITS, DeviceArguments, RowArguments
+from .arguments import SLICES, SPLITS, CertifiedArguments, DeviceArguments, RowArguments
 from .calibrate import METRIC_WORDS, TARGET_WORDS
 from .command_result import CommandResult
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class RecalibrateArguments(RowArguments, DeviceArguments):
+class RecalibrateArguments(RowArguments, CertifiedArguments, DeviceArguments):
     """Which thresholds, on which rows."""
 
     model: str = field(metadata={"help": "folder of a model with exits and a policy"})
@@ -63,9 +63,9 @@ def run(args: RecalibrateArguments) -> CommandResult:
             value=args.operating_point,
         )
     target = args.target or _former_target(model, args.former)
-    trace = collected(args, model, reading_parts(folder, model), labelled=not args.unlabelled)
+    trace, certified = collected(args, model, reading_parts(folder, model), labelled=not args.unlabelled)
     policy: Any = former.name if former.learns else former
-    result = calibrate(trace, policy, target, metric=args.metric, seed=args.seed)
+    result = calibrate(trace, policy, target, metric=args.metric, seed=args.seed, **certified)
     old, new = (replay(one, trace, result.metric) for one in (former, result.policy))
     model.set_operating_points({args.operating_point: result}, keep_others=True)
     save_calibrated(model, folder, result, args.operating_point)

@@ -18,7 +18,7 @@ from ..serving.reader import reads_images
 from ..serving.tables import MODEL_COLUMNS, TEXT_COLUMNS, text_columns
 from ..trace import ExitTrace
 from ..values import check_whole
-from .arguments import FileArguments, RowArguments, given
+from .arguments import CertifiedArguments, FileArguments, RowArguments, given
 from .pictures import check_columns, with_pictures
 
 LABEL, LABEL_TEXT = "label", "label_text"
@@ -56,16 +56,16 @@ def read_rows(args: FileArguments, place: str, split: str | None, default: str =
     return with_pictures(rows, args, place) if images else _with_texts(rows, args.text_column, place)
 
 
-def require_label_column(rows: Dataset, column: str, holds: str) -> None:
-    """Refuse rows without the column that --label_column is for.
+def require_column(rows: Dataset, column: str, holds: str, flag: str) -> None:
+    """Refuse rows without the column that a flag is for.
 
     Raises:
         DataError: naming the columns that there are.
     """
     if column not in rows.column_names:
         raise DataError(
-            f"No column {column!r} among {', '.join(rows.column_names)}; name the column of {holds} with --label_column.",
-            field="label_column",
+            f"No column {column!r} among {', '.join(rows.column_names)}; name the column of {holds} with --{flag}.",
+            field=flag,
             value=column,
         )
 
@@ -85,7 +85,7 @@ def rows_and_labelling(
         DataError: for labels that cannot be, naming the first row.
     """
     column = args.label_column or LABEL
-    require_label_column(rows, column, "labels")
+    require_column(rows, column, "labels", "label_column")
     labels = rows[column][:]
     class_names: Sequence[str] | None = getattr(rows.features[column], "names", None)
     if labelling is None:
@@ -147,19 +147,39 @@ def _with_texts(rows: Dataset, chosen: Sequence[str] | None, place: str) -> Data
     return rows
 
 
-def collected(args: Any, model: ExitModel, parts: dict[str, Any], labelled: bool = True) -> ExitTrace:
-    """The trace of the rows that `dataset` and `split` name, validation rows by default.
+def collected(args: Any, model: ExitModel, parts: dict[str, Any], labelled: bool = True) -> tuple[ExitTrace, dict[str, Any]]:
+    """The trace of the rows that `dataset` and `split` name, validation rows by default, and their groups and lists.
 
     Args:
-        args: flags of a command that reads labelled rows.
+        args: flags of a command that calibrates.
         model: a model with exits.
         parts: the model's tokenizer or image processor, from `reading_parts`.
         labelled: False leaves labels out, whether they are there or not.
     """
     rows = read_rows(args, args.dataset, args.split, "validation", reads_images(model))
+    certified = certified_columns(args, rows)
     if labelled:
         rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
-    return collect_trace(model, rows, **parts, labelled=labelled, split=args.split or "validation")
+    return collect_trace(model, rows, **parts, labelled=labelled, split=args.split or "validation"), certified
+
+
+def certified_columns(args: CertifiedArguments, rows: Dataset) -> dict[str, Any]:
+    """The `groups` and `lists` of rows from `read_rows`, where flags name their columns.
+
+    Raises:
+        DataError: for a column that is not there or has no value in some row, naming it.
+    """
+    found = {}
+    for flag, name in (("group_column", "groups"), ("list_column", "lists")):
+        column = getattr(args, flag)
+        if column is None:
+            continue
+        require_column(rows, column, name, flag)
+        found[name] = rows[column][:]
+        missing = next((row for row, value in enumerate(found[name]) if value is None), None)
+        if missing is not None:
+            raise DataError(f"Row {missing} has nothing in its column {column!r}; expected its {name[:-1]}.", field=flag)
+    return found
 
 
 def texts_of(rows: Dataset) -> list[Any]:

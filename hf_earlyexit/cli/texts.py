@@ -15,7 +15,7 @@ from ..modeling.protocol import TorchExitWriter
 from ..values import check_whole
 from .arguments import FileArguments, given
 from .incoming import incoming
-from .rows import read_rows, reading, require_label_column, texts_of
+from .rows import read_rows, reading, require_column, texts_of
 
 NEW_TOKENS = 64  # of language models
 BATCH = 8
@@ -26,6 +26,7 @@ class WritingTask(NamedTuple):
     """What a model that writes is given by a command.
 
     Attributes:
+        rows: as they were read.
         prompts: of a language model, or rows with pictures.
         references: texts for each, or `None`.
         parts: the model's tokenizer, and a captioner's image processor, by name.
@@ -33,6 +34,7 @@ class WritingTask(NamedTuple):
         batch_size: rows in a batch.
     """
 
+    rows: Dataset
     prompts: Any
     references: list[Any] | None
     parts: dict[str, Any]
@@ -144,11 +146,11 @@ def writing_task_of(args: Any, model: TorchExitWriter, default: str, of_classifi
         generation["max_new_tokens"] = args.max_new_tokens
     references = None if args.label_column is None else _references(rows, args.label_column)
     parts = reading_parts(args.model, model) if speaks else load_input_parts(args.model)
-    return WritingTask(prompts, references, parts, generation, args.batch_size or BATCH)
+    return WritingTask(rows, prompts, references, parts, generation, args.batch_size or BATCH)
 
 
 def _references(rows: Dataset, column: str) -> list[Any]:
-    require_label_column(rows, column, "references")
+    require_column(rows, column, "references", "label_column")
     references = rows[column][:]
     for row, one in enumerate(references):
         if not isinstance(one, str) and not (isinstance(one, list) and all(isinstance(text, str) for text in one)):

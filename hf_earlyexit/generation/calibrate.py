@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ..calibration.certify import Certified
@@ -18,6 +19,7 @@ from ..calibration.promise import Promise
 from ..calibration.proposals import Proposal, propose
 from ..calibration.replay import ExitReport
 from ..calibration.search import exits_taken
+from ..calibration.slices import check_groups
 from ..calibration.targets import LayerBudget, MaxDrop, SpeedUp, Target, parse_target
 from ..errors import CalibrationError, UsageError
 from ..modeling.certificate import computing_dtype
@@ -57,6 +59,7 @@ def calibrate_generation(
     options: dict[str, Any] | None = None,
     proposals: int = 12,
     learning_share: float = 0.2,
+    groups: ArrayLike | None = None,
     seed: int = 0,
     split: str = "held-back",
     batch_size: int = 32,
@@ -92,6 +95,7 @@ def calibrate_generation(
         proposals: settings to try, at least 2. Each writes all texts once.
         learning_share: share of the rows that a policy learns its own numbers from, in `(0, 1)`; for `Certified`, of those
             that make the path of settings.
+        groups: for `Certified(by="group")`, the number or name of each row's slice `[N]`.
         seed: of the split between these and the others.
         split: where the rows come from; "train" is refused.
         batch_size: rows in a batch.
@@ -112,19 +116,22 @@ def calibrate_generation(
     inner: TorchExitWriter = unwrapped(model)
     _check(inner, policy, options, target, split, proposals, batch_size, generation)
     if isinstance(target, Certified):
-        check_certifies_texts(target, metric)
+        check_certifies_texts(target, metric, groups)
+    elif groups is not None:
+        raise CalibrationError(f"groups go with Certified(by='group'); {target} would not see them.", field="groups")
     inner = evaluating(inner)
     with tqdm(unit="batch", disable=not progress) as bar:
         writer = _Writer(inner, batch_size, generation, bar)
         prompts = inner.read_prompts(rows, tokenizer, image_processor, batch_size)
         known = listed_references(references, len(prompts), tokenizer)
+        slices = check_groups(groups, len(prompts))
         certifies = isinstance(target, Certified)
         learners, kept = _split(certifies or _learns(policy), len(prompts), learning_share, seed)
         taught = [prompts[place] for place in learners] if _learns(policy) else []
         rule = _make_policy(policy, options, writer, taught)
         others = None
         if isinstance(target, Certified):
-            others = Certifying(target, inner, writer.write, prompts, known, kept, tokenizer, metric)
+            others = Certifying(target, inner, writer.write, prompts, known, kept, tokenizer, metric, slices)
         kept = learners if certifies else kept
         prompts = [prompts[place] for place in kept]
         full = writer.write(prompts, None)

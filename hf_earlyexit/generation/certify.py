@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..calibration.certify import Certified, check_enough
 from ..calibration.generation import GenerationSetting
@@ -19,6 +20,7 @@ from ..calibration.promise import Promise
 from ..calibration.proposals import Proposal
 from ..calibration.risks import DISAGREEMENT, DROP, Losses, Tally
 from ..calibration.search import Array
+from ..calibration.slices import Parts, parts_by
 from ..calibration.walk import Walk
 from ..errors import CalibrationError
 from ..modeling.protocol import ExitModel
@@ -31,14 +33,20 @@ WITHIN_ONE = (rouge_l, bleu_1)
 Scored = tuple[Array, Sequence[str]]  # the score of each text [N], and the texts
 
 
-def check_certifies_texts(target: Certified, metric: TextMetric | None) -> None:
+def check_certifies_texts(target: Certified, metric: TextMetric | None, groups: Any) -> None:
     """Refuse what no number of texts could certify.
 
     Raises:
-        CalibrationError: for groups, or a metric whose differences have no bound.
+        CalibrationError: for labels, groups that are not there, or a metric whose differences have no bound.
     """
-    if target.by is not None:
-        raise CalibrationError(f"by is {target.by!r}; texts are certified all together.", field="by", value=target.by)
+    if target.by not in (None, "group"):
+        raise CalibrationError(
+            f"by is {target.by!r}; texts are certified all together or by 'group'.", field="by", value=target.by
+        )
+    if (target.by is None) != (groups is None):
+        raise CalibrationError(
+            "groups and Certified(by='group') go together: pass the slice of each row as groups, or neither.", field="groups"
+        )
     if target.risk != DISAGREEMENT and target.bound is None and metric is not None and metric not in WITHIN_ONE:
         name = getattr(metric, "__name__", type(metric).__name__)
         raise CalibrationError(
@@ -48,6 +56,11 @@ def check_certifies_texts(target: Certified, metric: TextMetric | None) -> None:
         )
 
 
+def everybody(count: int) -> Parts:
+    """All texts as one group."""
+    return {"all texts": np.ones(count, dtype=bool)}
+
+
 class TextsAlong:
     """What texts lose along a path of settings, each looked at when it is asked for: see `calibration.walk.Along`.
 
@@ -55,11 +68,14 @@ class TextsAlong:
         target: what is promised.
         scored: of a setting by its place along the path; place 0 is the full model.
         count: settings.
+        parts: the texts of each group.
         losses: the range of losses, and whether they are whole; by default as the texts show.
     """
 
-    def __init__(self, target: Certified, scored: Callable[[int], Scored], count: int, losses: Losses | None = None) -> None:
-        self.target, self.scored, self.count = target, scored, count
+    def __init__(
+        self, target: Certified, scored: Callable[[int], Scored], count: int, parts: Parts, losses: Losses | None = None
+    ) -> None:
+        self.target, self.scored, self.count, self.parts = target, scored, count, parts
         self._known: dict[int, Array] = {}
         if losses is None:
             low = -1.0 if target.risk == DROP else 0.0
@@ -81,7 +97,7 @@ class TextsAlong:
 
     def tallies(self, place: int) -> list[Tally]:
         here = self.at(place)
-        return [Tally(here, np.ones(len(here)))]
+        return [Tally(here[part], np.ones(int(part.sum()))) for part in self.parts.values()]
 
 
 class Certifying:
@@ -93,6 +109,7 @@ class Certifying:
         write: texts after prompts, by the full model or a policy.
         prompts, known: of all rows, with their references if there are any; places: of those that certify.
         tokenizer, metric: as for `Judge`.
+        groups: slice of each of all rows; `None` certifies them together.
     """
 
     def __init__(
@@ -105,7 +122,9 @@ class Certifying:
         places: Sequence[int],
         tokenizer: Any,
         metric: TextMetric | None,
+        groups: NDArray[Any] | None,
     ) -> None:
+        self.parts = everybody(len(places)) if groups is None else parts_by("group", groups[list(places)])
         self.target, self.model, self.write = target, model, write
         self.prompts, self.known = [prompts[place] for place in places], known and [known[place] for place in places]
         self.tokenizer, self.metric = tokenizer, metric or rouge_l
@@ -133,9 +152,8 @@ class Certifying:
         Raises:
             CalibrationError: for too few texts to certify anything, before any of them is written.
         """
-        everybody = {"all texts": np.ones(len(self.prompts), dtype=bool)}
-        seen = TextsAlong(self.target, before.__getitem__, len(path))
-        check_enough(self.target, seen.losses, everybody, "texts")
+        seen = TextsAlong(self.target, before.__getitem__, len(path), everybody(len(before[0][1])))
+        check_enough(self.target, seen.losses, self.parts, "texts")
         judge, scored = self.judge, {}
 
         def here(place: int) -> Scored:
@@ -145,9 +163,9 @@ class Certifying:
                 scored[place] = judge.scored(self._written[place])
             return scored[place]
 
-        along = TextsAlong(self.target, here, len(path), seen.losses)
+        along = TextsAlong(self.target, here, len(path), self.parts, seen.losses)
         measure = None if self.target.risk == DISAGREEMENT else judge.measure
-        walk = Walk(self.target, along, seen, everybody, "texts", measure)
+        walk = Walk(self.target, along, seen, self.parts, "texts", measure)
         chosen = walk.last_certified()
         return chosen, walk.promise(chosen, len(before[0][1]))
 

@@ -13,7 +13,10 @@ from hf_earlyexit.serving.monitor import Monitor
 @pytest.fixture
 def folder(tmp_path, tiny_model, tokenizer, random_texts):
     """A calibrated model, and rows of today with the full model's answers as labels."""
-    model = tiny_model().eval()
+    return calibrated_folder(tmp_path, tiny_model().eval(), tokenizer, random_texts)
+
+
+def calibrated_folder(tmp_path, model, tokenizer, random_texts):
     texts = random_texts(120)
     trace = ee.collect_trace(model, texts, tokenizer=tokenizer, labelled=False, progress=False)
     model.set_exit_policy(ee.calibrate(trace, "confidence", ee.MaxDrop(0.2), keep_weak_exits=True))
@@ -97,6 +100,58 @@ def test_a_monitor_is_told_with_a_status(tmp_path, capsys):
         assert ("ALARM" in capsys.readouterr().out) is (name == "loud")
     assert main(["monitor", str(tmp_path / "none.json")]) == 2
     assert "no saved monitor" in capsys.readouterr().err
+
+
+@pytest.fixture
+def listed(tmp_path, tiny_model, tokenizer, random_texts):
+    """A calibrated model of two labels, whose rows of today have a region and a query each."""
+    folder = calibrated_folder(tmp_path, tiny_model(num_labels=2).eval(), tokenizer, random_texts)
+    rows = [json.loads(line) for line in (folder / "fresh.jsonl").read_text().splitlines()]
+    more = [{**row, "region": ["north", "south"][place % 2], "query": f"q{place // 3}"} for place, row in enumerate(rows)]
+    (folder / "listed.jsonl").write_text("\n".join(map(json.dumps, more)))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["calibrate", "recalibrate"])
+def test_promises_about_slices_and_lists(listed, capsys, tokenizer, command):
+    """The same as by `calibrate`, from columns of the rows."""
+    words = [command, "--model", listed / "model", "--dataset", listed / "listed.jsonl", "--operating_point"]
+    rows = [json.loads(line) for line in (listed / "listed.jsonl").read_text().splitlines()]
+    columns = {name: [row[name] for row in rows] for name in ("text", "label", "region", "query")}
+    model = ee.from_pretrained(listed / "model")
+    options = {"tokenizer": tokenizer, "labels": columns["label"], "progress": False, "split": "validation"}
+    trace = ee.collect_trace(model, columns["text"], **options)
+    target = "certified:0.6@0.8:by=group"
+    status, found = run(capsys, *words, "slices", "--target", target, "--group_column", "region")
+    assert status == 0
+    promise = (found.get("result") or found)["promise"]
+    expected = ee.calibrate(trace, "confidence", target, groups=columns["region"]).promise
+    assert [group["name"] for group in promise["groups"]] == ["group north", "group south"]
+    assert promise == {**expected.to_dict(), "date": promise["date"]}
+
+    target = "certified:0.6@0.8"
+    status, found = run(capsys, *words, "lists", "--target", target, "--list_column", "query", "--metric", "ndcg:2")
+    assert status == 0
+    promise = (found.get("result") or found)["promise"]
+    expected = ee.calibrate(trace, "confidence", target, lists=columns["query"], metric="ndcg:2").promise
+    assert (promise["unit"], promise["num_rows"], promise["measure"]) == ("lists", 32, "ndcg:2 of a list")
+    assert promise == {**expected.to_dict(), "date": promise["date"]}
+
+
+def test_columns_of_slices_and_lists_that_cannot_be(listed, capsys, tokenizer):
+    trace = ee.collect_trace(ee.from_pretrained(listed / "model"), ["a"], labels=[0], tokenizer=tokenizer, progress=False)
+    trace.save(listed / "model" / "held-back.safetensors")
+    words = ["calibrate", "--model", str(listed / "model"), "--target", "certified:0.6@0.8:by=group"]
+    file = listed / "listed.jsonl"
+    rows = [*words, "--dataset", str(file)]
+    file.write_text(file.read_text().replace('"south"', "null", 1))
+    for given, message in (
+        ([*rows, "--group_column", "place"], "No column 'place' among text, label, region, query; name the column of group"),
+        ([*rows, "--group_column", "region"], "Row 1 has nothing in its column 'region'; expected its group."),
+        ([*words, "--list_column", "query"], "--list_column is of rows of --dataset; held-back.safetensors has no columns"),
+    ):
+        assert main(given) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_calibrate_takes_a_metric_and_rows_without_labels(folder, capsys):

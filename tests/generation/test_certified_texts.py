@@ -11,7 +11,7 @@ from hf_earlyexit.calibration.evidence import binomial_p
 from hf_earlyexit.calibration.walk import Walk
 from hf_earlyexit.errors import CalibrationError
 from hf_earlyexit.generation import calibrate as module
-from hf_earlyexit.generation.certify import TextsAlong
+from hf_earlyexit.generation.certify import TextsAlong, everybody
 from hf_earlyexit.generation.metrics import rouge_l
 from tests.generation.conftest import PAD, prompts
 
@@ -70,6 +70,28 @@ def test_a_promise_about_texts_is_what_their_prompts_write(writer, tmp_path, ris
     assert model.config.exit_certificate["promise"]["unit"] == "texts"
 
 
+def test_slices_of_prompts_each_keep_it(writer):
+    """Of texts as of rows; the rarest slice is the one that is too small."""
+    model, kinds = writer("gpt2", exit_head="tied"), ["short" if len(row) < 5 else "long" for row in ROWS]
+    found = calibrated(model, Certified(0.8, 0.9, by="group"), groups=kinds)
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(0)).tolist()
+    certifying = sorted(order[32:])
+    full, early = (texts_of(model, certifying, policy)[0] for policy in (None, found.policy))
+    losses = 1 - np.array(rouge_l(early, [[text] for text in full]))
+    slices = np.array(kinds)[certifying]
+    assert found.chosen > 0
+    assert [group.name for group in found.promise.groups] == ["group long", "group short"]
+    for group in found.promise.groups:
+        here = losses[slices == group.name.removeprefix("group ")]
+        assert (group.num_rows, group.mean_loss) == (len(here), pytest.approx(here.mean()))
+        assert group.p_value <= 0.1
+    together = calibrated(model, Certified(0.8, 0.9))
+    assert together.chosen >= found.chosen
+    rare = ["rare" if place == certifying[0] else "usual" for place in range(len(ROWS))]
+    with pytest.raises(CalibrationError, match="1 certifying texts of group rare cannot certify"):
+        calibrated(model, Certified(0.8, 0.9, by="group"), groups=rare)
+
+
 def test_a_policy_learns_from_the_texts_that_make_the_path(writer):
     found = calibrated(writer("llama", exit_head="tied"), "certified:0.7@0.9", policy="beem-a", learning_share=0.3)
     assert (found.num_learning_rows, found.num_rows) == (48, 112)
@@ -115,7 +137,12 @@ def length(texts, references):
     ("target", "options", "words"),
     [
         (Certified(0.5), {"metric": length}, "bound is None; certifying texts by length needs the most"),
-        (Certified(0.5, by="group"), {}, "texts are certified all together"),
+        (Certified(0.5, by="label"), {}, "texts are certified all together or by 'group'"),
+        (Certified(0.5, by="group"), {}, "pass the slice of each row as groups"),
+        (Certified(0.5), {"groups": ["a"] * len(ROWS)}, "go together"),
+        (ee.MaxDrop(0.5), {"groups": ["a"] * len(ROWS)}, "would not see them"),
+        (Certified(0.5, by="group"), {"groups": ["a", "b"]}, r"groups has shape \(2,\); expected one .* each of 160 rows"),
+        (Certified(0.5, by="group"), {"groups": [0.5] * len(ROWS)}, "groups are float64"),
         (Certified(0.5), {"rows": ROWS[:2]}, "expected a share that leaves rows on both sides"),
     ],
 )
@@ -150,9 +177,9 @@ def walk_of(target, scores, rows, before):
     def scored(some):
         return lambda place: (scores[some, place], texts[some, place])
 
-    path = TextsAlong(target, scored(before), SETTINGS)
-    along = TextsAlong(target, scored(rows), SETTINGS, path.losses)
-    return Walk(target, along, path, {"all texts": np.ones(len(rows), dtype=bool)}, "texts")
+    path = TextsAlong(target, scored(before), SETTINGS, everybody(len(before)))
+    along = TextsAlong(target, scored(rows), SETTINGS, everybody(len(rows)), path.losses)
+    return Walk(target, along, path, along.parts, "texts")
 
 
 @pytest.mark.parametrize("risk", ["drop", "harm", "disagreement"])
