@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import hf_earlyexit as ee
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, calibrate_drafts, measure_costs
 from hf_earlyexit.generation.draft_trace import DraftCosts
+from hf_earlyexit.generation.full_texts import texts_of_rows
 from hf_earlyexit.policies.base import POLICIES
 
 RESULT = Path(__file__).parent / "results" / "lossless.json"
@@ -236,7 +237,7 @@ def main() -> None:
             rule = min(RULES, key=lambda one: result["parts"].get(one, {}).get("expected_layer_calls", math.inf))
             chosen = {key: result["parts"][rule][key] for key in CHOSEN}
             if name == "time":
-                costs = measure_costs(model, closed_policy(model, rule))
+                costs = measure_costs(model, closed_policy(model, rule), texts_of_rows(held))
                 result["costs"], chosen = costs._asdict(), choose(model, held, rule, costs)
             model.to(torch.bfloat16 if name == "bfloat16" else torch.float32)
             part = Part(FOURS if name == "fours" else 1, len(prompts), args.minutes)

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 import hf_earlyexit as ee
 from hf_earlyexit.generation.draft_trace import trace_drafts
+from hf_earlyexit.generation.full_texts import texts_of_rows
 
 RESULT = Path(__file__).parent / "results" / "lossless-lossy.json"
 PROMPT = 16  # tokens that run in full
@@ -112,7 +113,7 @@ def main() -> None:
 
     for rule in args.rules:
         closed = closed_policy(model, rule)
-        scores = trace_drafts(model, held, closed).scores
+        scores = trace_drafts(model, texts_of_rows(held), closed).scores
         for wanted in LAYERS:
             level = shared_threshold(scores, closed, layers, wanted)
             judge(rule, closed.with_thresholds((level,) * (len(layers) - 1)))

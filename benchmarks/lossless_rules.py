@@ -23,6 +23,7 @@ from torch.nn import functional
 import hf_earlyexit as ee
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, calibrate_drafts
 from hf_earlyexit.generation.draft_trace import replay_drafts, trace_drafts
+from hf_earlyexit.generation.full_texts import texts_of_rows
 from hf_earlyexit.losses import ConsistentObjective
 from hf_earlyexit.losses.noise import row_keys
 from hf_earlyexit.training.gates import GateRecipe, train_gates
@@ -68,7 +69,7 @@ def fixed_depth(model: object, rows: list[Row]) -> dict[str, object]:
     """Every token leaves at the same exit."""
     layers, best = model.exit_layers, None
     closed = ee.ConfidencePolicy(thresholds=(None,) * (len(layers) - 1), exit_layers=layers)
-    trace = trace_drafts(model, rows, closed)
+    trace = trace_drafts(model, texts_of_rows(rows), closed)
     for index in range(len(layers) - 1):
         policy = closed.with_thresholds(tuple(0.0 if one == index else None for one in range(len(layers) - 1)))
         for drafts in DRAFTS:
@@ -127,7 +128,7 @@ def bounds(model: object, rows: list[Row]) -> dict[str, object]:
     """What a rule that always knew would reach with these exits: drafts at the first right exit and nowhere else."""
     layers = model.exit_layers
     closed = ee.ConfidencePolicy(thresholds=(None,) * (len(layers) - 1), exit_layers=layers)
-    trace = trace_drafts(model, rows, closed)
+    trace = trace_drafts(model, texts_of_rows(rows), closed)
     knowing = trace._replace(scores=trace.right.float())
     policy = closed.with_thresholds((0.5,) * (len(layers) - 1))
     calls = min(replay_drafts(knowing, policy, drafts, layers, LAYER_CALLS).layer_calls for drafts in (*DRAFTS, 6, 8))

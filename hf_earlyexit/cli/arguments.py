@@ -36,7 +36,7 @@ class TextArguments:
 
     lossless: bool = field(
         default=False,
-        metadata={"help": "of language models: exits draft, the layers above check; texts stay the full model's own"},
+        metadata={"help": "exits draft, the layers above check; texts stay the full model's own"},
     )
     chat: bool = field(default=False, metadata={"help": "a text is what a user says, in the chat template of the tokenizer"})
     max_new_tokens: int | None = field(

@@ -5,6 +5,7 @@
     hf-earlyexit calibrate --model bert-with-exits --dataset data --form int8
     hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --target max-drop:0.05
     hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --lossless true
+    hf-earlyexit calibrate --model captioner --dataset photos --lossless true
 
 Thresholds and policy then stand in the model's config.json, and how they were chosen in calibration.json. A policy with a
 name is used where that is asked for; it becomes the default only if there is none. Captioners and language models write:

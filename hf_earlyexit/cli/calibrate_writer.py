@@ -84,7 +84,8 @@ def _calibrate_drafts(
         "expected_speed_up": calibration.expected.speed_up, "measured_speed_up": calibration.measured_speed_up,
         "costs": calibration.costs._asdict(),
     }  # fmt: skip
-    text = f"{calibration}\nkept as the operating point {point!r}; next: hf-earlyexit generate {args.model} --lossless true"
+    following = f"caption {args.model} PICTURES" if model.crosses else f"generate {args.model}"
+    text = f"{calibration}\nkept as the operating point {point!r}; next: hf-earlyexit {following} --lossless true"
     if not calibration.policy.may_leave:
         text += "\nnote: plain decoding is the fastest here, so nothing is drafted"
     return CommandResult(values, text)

@@ -3,9 +3,11 @@
     hf-earlyexit caption captioner beach.jpg dog.png
     hf-earlyexit caption captioner photos --batch_size 8 --html captions.html
     hf-earlyexit caption captioner beach.jpg --num_beams 3 --operating_point fast --json
+    hf-earlyexit caption captioner photos --lossless true
 
 MODEL, then files, or folders whose pictures are all taken. --html writes a page to look at: pictures, captions, and words in
-the colour of their layer. --early_exit false runs the full model.
+the colour of their layer. --early_exit false runs the full model. With --lossless, captions are the full model's own, and
+exits only save work: drafts are made by the operating point that `calibrate --lossless true` kept.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ class CaptionArguments(DeviceArguments):
     images: list[str] = field(default_factory=list, metadata={"help": "pictures, or folders of them"})
     operating_point: str | None = field(default=None, metadata={"help": "name of the policy to use; exact: the full model"})
     early_exit: bool | None = field(default=None, metadata={"help": "false runs the full model"})
+    lossless: bool = field(
+        default=False,
+        metadata={"help": "exits draft, the layers above check; captions stay the full model's own, without beams"},
+    )
     num_beams: int | None = field(default=None, metadata={"help": "beams of the search; as the model's own config says"})
     max_new_tokens: int | None = field(default=None, metadata={"help": "longest caption; as the model's own config says"})
     batch_size: int = field(default=1, metadata={"help": "pictures at a time; changes no caption"})
@@ -43,11 +49,12 @@ def run(args: CaptionArguments) -> CommandResult:
     """Load, caption, show."""
     from ..doors import CAPTIONING
     from ..pipelines import pipeline
-    from .loading import load_captioner, load_input_parts
+    from .loading import drafting_point, load_captioner, load_input_parts
 
     pictures = _pictures(args.images)
     check_whole(1, **given(args, "batch_size", "num_beams", "max_new_tokens"))
     model = load_captioner(args.model, args.device)
+    drafting_point(args, model)  # refused before anything runs
     pipe = pipeline(
         CAPTIONING,
         model=model,
@@ -55,6 +62,7 @@ def run(args: CaptionArguments) -> CommandResult:
         **load_input_parts(args.model),
         operating_point=args.operating_point,
         early_exit=args.early_exit,
+        lossless=args.lossless,
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
     )

@@ -55,7 +55,7 @@ def run(args: GenerateArguments) -> CommandResult:
 
     from ..modeling.certificate import warn_of_other_tokenizer
     from .incoming import incoming
-    from .loading import load_language_model, reading_parts
+    from .loading import drafting_point, load_language_model, reading_parts
     from .outgoing import OutputFile, check_output, skipped
 
     check_whole(1, **given(args, "batch_size", "max_new_tokens"))
@@ -67,7 +67,7 @@ def run(args: GenerateArguments) -> CommandResult:
     model = load_language_model(args.model, args.device)
     tokenizer = reading_parts(args.model, model)["tokenizer"]
     warn_of_other_tokenizer(model, tokenizer)
-    _point(args, model)  # refused before anything is opened
+    drafting_point(args, model)  # refused before anything is opened
     source = incoming(args, args.input, args.split)
     set_seed(args.seed)
     tally: dict[str, Any] = {"rows": 0, "tokens": 0, "mean_exit_layer": None, "num_layers": model.exit_layers[-1]}
@@ -114,21 +114,6 @@ def _run_of(args: GenerateArguments, model: TorchExitWriter) -> dict[str, Any]:
     return {**settings, **points, "input as it is": changed}
 
 
-def _point(args: GenerateArguments, model: TorchExitWriter) -> str | None:
-    """The operating point to write with: that which drafts were chosen for, where they are asked for and no other is named.
-
-    Raises:
-        UsageError: for drafts where no policy makes any.
-    """
-    point: str | None = model.point_of(args.operating_point, args.lossless and args.early_exit is not False)
-    if args.lossless and args.early_exit is not False and model.policy_at(point) is None:
-        raise UsageError(
-            f"--lossless, but no policy of {args.model} makes drafts; run `hf-earlyexit calibrate` with it first.",
-            field="lossless",
-        )
-    return point
-
-
 def _written(
     args: GenerateArguments, model: TorchExitWriter, tokenizer: Any, source: Incoming, rows: Iterator[dict[str, Any]],
     options: dict[str, Any], tally: dict[str, Any], first: int = 0,
@@ -137,6 +122,7 @@ def _written(
     from tqdm.auto import tqdm
 
     from ..generation.prompts import left_padded, read_prompts
+    from .loading import drafting_point
     from .texts import as_prompts
 
     if args.lossless:
@@ -148,7 +134,7 @@ def _written(
     while batch := list(islice(rows, args.batch_size)):
         texts = ["" if (text := source.text(row)) is None else text for row in batch]
         prompts = read_prompts(as_prompts(texts, args.chat), tokenizer, model.config.vocab_size, first=place)
-        given = {"early_exit": args.early_exit, "operating_point": _point(args, model), "lossless": args.lossless}
+        given = {"early_exit": args.early_exit, "operating_point": drafting_point(args, model), "lossless": args.lossless}
         try:
             output = model.generate(**left_padded(prompts, model.device), **options, **given, return_exit_layers=True)
         except EarlyExitError:

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.configuration import EarlyExitConfig
 from ..modeling.loading import INPUT_PARTS, check_input_parts, check_named_checkpoint, has_input_part
 from ..modeling.operating import OperatingPoints
-from ..modeling.protocol import ExitClassifier, ExitModel
+from ..modeling.protocol import ExitClassifier, ExitModel, TorchExitWriter
 from ..serving.reader import reads_images
 from ..serving.served import form_of
 from .arguments import AUTO, FormArguments
@@ -54,6 +54,25 @@ def load_language_model(name: Any, device: str = "cpu") -> Any:
     """A language model with exits; otherwise as `load_model`."""
     remedy = "load it with ee.from_pretrained(..., task='text-generation') and train its exits first"
     return on_device(_load((AutoModelForCausalLM,), name, remedy).eval(), device)
+
+
+def drafting_point(args: Any, model: TorchExitWriter) -> str | None:
+    """The operating point to write with: that which drafts were chosen for, where they are asked for and no other is named.
+
+    Args:
+        args: flags of the command.
+        model: that has been loaded.
+
+    Raises:
+        UsageError: for drafts where no policy makes any.
+    """
+    point: str | None = model.point_of(args.operating_point, args.lossless and args.early_exit is not False)
+    if args.lossless and args.early_exit is not False and model.policy_at(point) is None:
+        raise UsageError(
+            f"--lossless, but no policy of {args.model} makes drafts; run `hf-earlyexit calibrate` with it first.",
+            field="lossless",
+        )
+    return point
 
 
 def load_exported_or_model(name: Any, device: str = "cpu") -> Any:

@@ -133,7 +133,7 @@ def writing_task_of(args: Any, model: TorchExitWriter, default: str, of_classifi
     check_whole(1, **given(args, "max_new_tokens", "batch_size"))
     speaks = isinstance(model, EarlyExitLanguageModel)
     if not speaks:
-        refuse(args, ("lossless", "chat"), "language models, and this is a captioner")
+        refuse(args, ("chat",), "language models, and this is a captioner")
     if args.dataset is None:
         raise UsageError(f"Name {'prompts' if speaks else 'pictures'} to choose on with --dataset.", field="dataset")
     if speaks:
@@ -142,6 +142,8 @@ def writing_task_of(args: Any, model: TorchExitWriter, default: str, of_classifi
     else:
         prompts = rows = read_rows(args, args.dataset, args.split, default, images=True)
     generation: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False} if speaks else {}
+    if args.lossless and not speaks:
+        generation = {"do_sample": False, "num_beams": 1}  # drafts are of greedy captions, whatever the config says
     if args.max_new_tokens is not None:
         generation["max_new_tokens"] = args.max_new_tokens
     references = None if args.label_column is None else _references(rows, args.label_column)

@@ -17,16 +17,24 @@ from ..modeling.protocol import TorchExitWriter
 from ..policies.base import POLICIES, ExitPolicy
 from ..serving.batching import evaluating
 from ..timing import seconds_in_turns
-from ..values import check_flags, is_whole
-from .checks import LOSSLESS
+from ..values import check_flags, check_whole, is_whole
+from .checks import LOSSLESS, check_lossless, generation_settings
 from .decoding import ExitRun
 from .draft_trace import DraftCosts, Replayed, replay_drafts, trace_drafts
 from .drafts import Row, Speaker, Waiting
-from .language_model import EarlyExitLanguageModel
+from .full_texts import FullText, texts_of_rows, written_texts
 from .lossless import LosslessWalker, decode_lossless
-from .prompts import LABELS, read_prompts
-from .samples import write_samples
+from .prompts import LABELS
+from .token_exits import ModelThatWrites
 
+GIVEN = {
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask"), "prompts come as rows"),
+    **dict.fromkeys(("pixel_values", "encoder_outputs", "decoder_input_ids"), "images come as rows, captions start afresh"),
+    **dict.fromkeys(("early_exit", "operating_point"), "the full model writes, and the drafts that are chosen"),
+    "lossless": "that is what drafts are chosen for",
+    "max_drafts": "drafts= has the numbers to try",
+    "return_exit_layers": "what was found says what was drafted",
+}
 WIDTHS, ROUNDS = (1, 4), 15
 LAYER_CALLS = DraftCosts(layer=1, more=0, ask=0, words=0, more_words=0)  # what counts calls of layers and nothing else
 
@@ -90,6 +98,7 @@ def calibrate_drafts(
     policy: str | ExitPolicy = "confidence",
     *,
     tokenizer: Any = None,
+    image_processor: Any = None,
     drafts: Sequence[int] = (1, 2, 3, 4, 6, 8),
     levels: int = 12,
     costs: DraftCosts | None = None,
@@ -97,18 +106,21 @@ def calibrate_drafts(
     batch_size: int = 8,
     **generation: Any,
 ) -> DraftCalibration:
-    """Choose where a language model drafts, how sure it has to be and how many drafts may wait: what is fastest here.
+    """Choose where a model that writes drafts, how sure it has to be and how many drafts may wait: what is fastest here.
 
-    Nothing can be lost, so there is no target: the output is the full model's whatever is chosen. The full model writes on
-    from the prompts; a trace tells what each exit would have drafted, costs are measured on this machine for one row, and
-    each setting is replayed on the trace. Settings are one exit alone, or all with one threshold, at quantiles of scores.
+    Nothing can be lost, so there is no target: the output is the full model's whatever is chosen. The full model writes
+    after the prompts; a trace tells what each exit would have drafted, costs are measured on this machine for one row, in
+    the middle of a text of middling length, and each setting is replayed on the trace. Settings are one exit alone, or all
+    with one threshold, at quantiles of scores.
 
     Args:
-        model: a language model with exits.
-        prompts: in any form of `read_prompts`: texts, chats, or token ids; of the kind that is served, and not those the
-            exits were trained on. Or what the full model has written after them already, greedily: rows of `write_samples`.
+        model: a captioner or language model with exits.
+        prompts: of the kind that is served, and not those the exits were trained on. Of a language model in any form of
+            `read_prompts`: texts, chats, or token ids; or what it has written after them already, run in full and greedily:
+            rows of `write_samples`. Of a captioner images, in any form that `calibrate_generation` takes.
         policy: a registered name, or a policy whose own numbers are kept.
         tokenizer: needed for texts and chats.
+        image_processor: needed for pictures.
         drafts: numbers of waiting drafts to try.
         levels: thresholds to try for each exit, at least 2.
         costs: of the parts of a pass; by default they are measured here. With `LAYER_CALLS` the fewest calls of layers win,
@@ -119,12 +131,14 @@ def calibrate_drafts(
 
     Raises:
         CalibrationError: for a model without early exits, numbers that cannot be, or sampling.
-        DataError: for no prompts, or what is none.
-        UsageError: for another kind of model, or texts without a tokenizer.
+        DataError: for no prompts or images, or what is none.
+        UsageError: for another kind of model, beams, or texts or pictures without what reads them.
     """
     check_flags(confirm=confirm)
-    if not isinstance(model, EarlyExitLanguageModel):
-        raise UsageError(f"{type(model).__name__} is no language model with exits.", field="model")
+    if not isinstance(model, ModelThatWrites):
+        raise UsageError(
+            f"{type(model).__name__} does not write; expected a captioner or language model with exits.", field="model"
+        )
     if len(model.exit_layers) == 1:
         raise CalibrationError("The model has no early exit; set exit_layers and train the exits.", field="exit_layers")
     if not is_whole(levels, 2, 1000) or not drafts or not all(is_whole(one, 1, 1 << 16) for one in drafts):
@@ -132,8 +146,11 @@ def calibrate_drafts(
             f"levels is {levels!r} and drafts {drafts!r}; expected whole numbers, levels from 2 and drafts from 1.",
             field="drafts",
         )
-    if generation.get("do_sample") or generation.get("num_beams", 1) > 1:
-        raise CalibrationError("Drafts are compared with what the full model writes greedily; leave sampling and beams out.")
+    check_whole(1, 1 << 20, batch_size=batch_size)
+    if (given := next((name for name in GIVEN if name in generation), None)) is not None:
+        raise UsageError(f"{given} cannot be given here: {GIVEN[given]}.", field=given)
+    if generation.get("do_sample"):
+        raise CalibrationError("Drafts are compared with what the full model writes greedily; leave sampling out.")
     generation["do_sample"] = False
     model = evaluating(model)
     closed = (None,) * (len(model.exit_layers) - 1)
@@ -142,13 +159,14 @@ def calibrate_drafts(
     else:
         rule = POLICIES.get(policy)(thresholds=closed, exit_layers=model.exit_layers)
     model.config.check_policy(rule)
-    read = read_prompts(prompts, tokenizer, model.config.word_config.vocab_size)
-    if isinstance(prompts[0], Mapping) and LABELS in prompts[0]:
-        rows = [prompts[place] for place in range(len(read))]
+    check_lossless(rule, generation_settings(model, generation), 1)
+    read = model.read_prompts(prompts, tokenizer, image_processor, batch_size)
+    if not model.crosses and isinstance(prompts[0], Mapping) and LABELS in prompts[0]:
+        texts = texts_of_rows([prompts[place] for place in range(len(read))])
     else:
-        rows = write_samples(model, read, batch_size, **generation)
-    trace = trace_drafts(model, rows, rule)
-    costs = measure_costs(model, rule) if costs is None else costs
+        texts = written_texts(model, read, batch_size, generation)
+    trace = trace_drafts(model, texts, rule)
+    costs = measure_costs(model, rule, texts) if costs is None else costs
     layers, settings = model.exit_layers, []
     for thresholds in (closed, *_proposals(trace.scores, rule, levels)):
         for most in drafts if any(one is not None for one in thresholds) else drafts[:1]:
@@ -191,22 +209,29 @@ def _levels(scores: Any, shares: Any, rule: ExitPolicy) -> list[float]:
 
 
 @torch.inference_mode()
-def measure_costs(model: TorchExitWriter, policy: ExitPolicy, context: int = 48) -> DraftCosts:
+def measure_costs(model: TorchExitWriter, policy: ExitPolicy, texts: Sequence[FullText]) -> DraftCosts:
     """Seconds that parts of a pass take for one row: medians of several rounds, in which all parts take turns.
 
-    On a CPU with one thread it is the processor's time that counts, which other work on the machine hardly changes.
+    Half of what was written of the text of middling length is there already. On a CPU with one thread it is the processor's
+    time that counts, which other work on the machine hardly changes.
 
     Args:
-        model: a language model with exits.
+        model: a captioner or language model with exits.
         policy: whose step is timed.
-        context: tokens that are there already.
+        texts: at least one.
     """
-    ids = torch.ones(1, context, dtype=torch.long, device=model.device)
-    output = model(ids, token_exits=ExitRun(None), use_cache=True)
+    text = sorted(texts, key=lambda one: len(one.ids))[len(texts) // 2]
+    context = max((text.start + len(text.ids)) // 2, 1)
+    ids, inputs = torch.tensor([text.ids[:context]], device=model.device), model.prompt_inputs([text.prompt])
+    encoder = inputs["encoder_outputs"][0] if model.crosses else None
+    given = {**inputs, "decoder_input_ids": ids} if model.crosses else {"input_ids": ids}
+    output = model(**given, token_exits=ExitRun(None), use_cache=True)
     cache = output[cache_name(type(output))]  # type: ignore[arg-type]
     open_policy = policy.with_thresholds(policy.lowest_threshold)
-    walker = LosslessWalker(model, ExitRun(open_policy), Speaker(1, (), (), samples=False), 1, cache, None, None, None)
-    states = torch.randn(max(WIDTHS), model.config.hidden_size, device=model.device, dtype=model.dtype)
+    speaker = Speaker(1, (), (), samples=False)
+    walker = LosslessWalker(model, ExitRun(open_policy), speaker, 1, cache, None, encoder, None)
+    width = model.config.word_config.hidden_size
+    states = torch.randn(max(WIDTHS), width, device=model.device, dtype=model.dtype)
     layers, last = walker.exit_layers[-1], len(walker.exit_layers) - 1
 
     def run_layers(width: int) -> None:
@@ -238,14 +263,12 @@ def _seconds(parts: Sequence[Callable[[], Any]], device: torch.device) -> list[f
     return [float(times.quantile(0.5)) for times in seconds.values()]
 
 
-def _measured(
-    model: TorchExitWriter, best: DraftSetting, prompts: Sequence[Sequence[int]], generation: dict[str, Any]
-) -> float:
+def _measured(model: TorchExitWriter, best: DraftSetting, prompts: Sequence[Any], generation: dict[str, Any]) -> float:
     """Plain time over drafted time, one text at a time, the two in turns."""
     loop = partial(decode_lossless, draft_run=ExitRun(best.policy), most_drafts=best.drafts)
     drafted = partial(GenerationMixin.generate, model, custom_generate=loop, **generation)
     plain = partial(GenerationMixin.generate, model, token_exits=ExitRun(None), **generation)
-    texts = [torch.as_tensor([list(prompt)], device=model.device) for prompt in prompts]
-    runs = {name: [partial(way, ids) for ids in texts] for name, way in (("drafted", drafted), ("plain", plain))}
+    inputs = [model.prompt_inputs([prompt]) for prompt in prompts]
+    runs = {name: [partial(way, **one) for one in inputs] for name, way in (("drafted", drafted), ("plain", plain))}
     seconds = seconds_in_turns(runs, 1, warm_up=0)
     return float(seconds["plain"].sum() / seconds["drafted"].sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..errors import CalibrationError
 from ..modeling.protocol import TorchExitWriter
 from ..policies.base import ExitPolicy
 from .decoding import DecoderWalker, ExitRun
+from .full_texts import FullText
 
 
 class DraftTrace(NamedTuple):
@@ -72,29 +73,27 @@ class Replayed:
 
 
 @torch.inference_mode()
-def trace_drafts(model: TorchExitWriter, rows: Sequence[dict[str, Any]], policy: ExitPolicy) -> DraftTrace:
+def trace_drafts(model: TorchExitWriter, texts: Sequence[FullText], policy: ExitPolicy) -> DraftTrace:
     """Scores and drafts of every early exit along texts of the full model.
 
     Args:
-        model: a language model with exits, in evaluation mode.
-        rows: from `write_samples`: `input_ids`, and `labels` with -100 at the prompt.
+        model: a captioner or language model with exits, in evaluation mode.
+        texts: that it wrote.
         policy: whose scores.
 
     Raises:
         CalibrationError: if no text has a token that may leave.
     """
     scores, right, lengths = [], [], []
-    for row in rows:
-        ids = torch.as_tensor(row["input_ids"], device=model.device)
-        start = int((torch.as_tensor(row["labels"]) != -100).int().argmax())  # the first token comes from the prompt
-        if len(ids) - 1 <= start:
+    for text in texts:
+        if len(text.ids) - 1 <= text.start:  # the first token comes from the prompt
             continue
-        output = model(ids[None], token_exits=ExitRun(None), output_hidden_states=True, use_cache=False)
-        hidden = [part[0, start:-1, None] for part in output.hidden_states]  # [N, 1, H]
-        one_score, one_right = _ask(model, policy, hidden, ids[start + 1 :])
+        ids = torch.tensor(text.ids, device=model.device)
+        states, _ = model.full_pass(model.prompt_inputs([text.prompt]), ids[None, :-1], text.start)
+        one_score, one_right = _ask(model, policy, [part[0][:, None] for part in states], ids[text.start + 1 :])
         scores.append(one_score)
         right.append(one_right)
-        lengths.append(len(ids) - 1 - start)
+        lengths.append(len(ids) - 1 - text.start)
     if not lengths:
         raise CalibrationError(
             "No text has a token that may leave: the first comes from the prompt, and all end there. Let generation go on.",

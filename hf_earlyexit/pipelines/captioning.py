@@ -22,7 +22,8 @@ class EarlyExitCaptioningPipeline(Pipeline):
     """Captions of pictures, and the layer that each token left the decoder after.
 
     Takes, when it is made and when it is called, `operating_point`, the name of the policy to use; `early_exit`, `False` for
-    the full model; `max_new_tokens`, `num_beams` and, as the mapping `generate_kwargs`, anything else that `generate` takes.
+    the full model; `lossless`, `True` for the full model's own captions, with drafts; `max_new_tokens`, `num_beams` and, as
+    the mapping `generate_kwargs`, anything else that `generate` takes.
 
     Raises:
         UsageError: for a model without exits, or one without a tokenizer or image processor.
@@ -76,19 +77,21 @@ class EarlyExitCaptioningPipeline(Pipeline):
         self,
         operating_point: str | None = None,
         early_exit: bool | None = None,
+        lossless: bool | None = None,
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
-            known = {"operating_point", "early_exit", "max_new_tokens", "num_beams", "generate_kwargs", "batch_size"}
-            raise unknown_option(name, known)
+            known = {"operating_point", "early_exit", "lossless", "max_new_tokens", "num_beams", "generate_kwargs"}
+            raise unknown_option(name, {*known, "batch_size"})
         if operating_point is not None and isinstance(self.model, EarlyExitVisionEncoderDecoder):
             self.model.policy_at(operating_point)  # refuse an unknown name now
         given: dict[str, Any] = {
             "operating_point": operating_point,
             "early_exit": early_exit,
+            "lossless": lossless,
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
         }

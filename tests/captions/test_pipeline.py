@@ -79,6 +79,14 @@ def test_layers_differ_and_points_differ(pipe, pictures):
     assert mean(operating_point="fast") < mean() < mean(operating_point="exact") == LAYERS
 
 
+def test_captions_without_loss_are_the_full_models(pipe, pictures):
+    full, drafted = pipe(pictures, operating_point="exact"), pipe(pictures, operating_point="fast", lossless=True)
+    assert [one["tokens"] for one in drafted] == [one["tokens"] for one in full]
+    assert essence(pipe(pictures, lossless=False)) == essence(pipe(pictures))
+    with pytest.raises(UsageError, match="no policy makes drafts"):
+        pipe(pictures[0], lossless=True, operating_point="exact")
+
+
 def test_options_may_be_given_when_it_is_made(folder, pipe, pictures):
     made = ee.pipeline(TASK, model=folder, operating_point="fast", num_beams=2, generate_kwargs={"length_penalty": 0.5})
     called = pipe(pictures, operating_point="fast", generate_kwargs={"num_beams": 2, "length_penalty": 0.5})

@@ -175,6 +175,39 @@ def test_a_captioner_is_calibrated_by_the_same_command(made, capsys):
     assert again.policy_at("new").to_dict() == chosen["policy"]
 
 
+def test_drafts_of_a_captioner_are_chosen_and_lose_nothing(made, capsys, tmp_path, monkeypatch):
+    """Kept, loaded and used by `caption` and `evaluate`; captions are greedy, whatever the config says of beams."""
+    monkeypatch.setattr("hf_earlyexit.generation.draft_calibration.measure_costs", lambda *_: LAYER_CALLS)
+    captioner = save_all(tmp_path / "captioner")
+    captioner.generation_config.num_beams = 2
+    captioner.save_pretrained(tmp_path / "captioner")
+    for number, picture in enumerate(make_pictures()):
+        picture.save(tmp_path / f"{number}.png")
+    given = [tmp_path / "captioner", "--dataset", made / "photos.parquet", "--max_new_tokens", 8]
+    chosen = told(capsys, "calibrate", *given, "--lossless", "true")
+    assert (chosen["operating_point"], chosen["texts"]) == ("lossless", 6)
+    loaded = ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path / "captioner")
+    assert loaded.policy_at("lossless").to_dict() == chosen["policy"]
+    assert loaded.config.exit_drafts == chosen["drafts"]
+    assert loaded.exit_policy == captioner.exit_policy, "captions without --lossless are what they were"
+    judged = told(capsys, "evaluate", *given, "--lossless", "true")
+    assert judged["same_texts"] == judged["rows"] == 6
+    loaded.set_operating_points({"lossless": ee.ConfidencePolicy(thresholds=(0.05,) * 3)}, keep_others=True)
+    loaded.save_pretrained(tmp_path / "captioner")  # one that drafts much, of which much is wrong
+    words = ["caption", tmp_path / "captioner", *(tmp_path / f"{number}.png" for number in range(6)), "--max_new_tokens", 8]
+    drafted = told(capsys, *words, "--num_beams", 1, "--lossless", "true")
+    full = told(capsys, *words, "--num_beams", 1, "--operating_point", "exact")
+    assert [one["tokens"] for one in drafted["captions"]] == [one["tokens"] for one in full["captions"]]
+    assert full["mean_exit_layer"] == drafted["num_layers"]
+    judged = told(capsys, "evaluate", *given, "--lossless", "true")
+    assert (judged["same_texts"], judged["drafted"] > judged["accepted"]) == (6, True)
+    capsys.readouterr()
+    assert main([*map(str, words), "--lossless", "true"]) == 2
+    assert "num_beams is 2" in capsys.readouterr().err
+    assert main([*map(str, words), "--num_beams", "1", "--lossless", "true", "--operating_point", "exact"]) == 2
+    assert "run `hf-earlyexit calibrate` with it first" in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
     loaded = ee.from_pretrained(model)
     loaded.set_exit_policy(confidence(loaded, 0.5))
@@ -223,7 +256,8 @@ def test_a_stopped_run_goes_on(made, model, capsys, tmp_path, monkeypatch):
         ("train {model} --dataset {csv} --output_dir out --text_column question answer", "pairs of texts"),
         ("calibrate {model}", "Name prompts to choose on with --dataset"),
         ("calibrate {captioner}", "Name pictures to choose on with --dataset"),
-        ("calibrate {captioner} --dataset {photos} --lossless true", "--lossless is for language models"),
+        ("calibrate {captioner} --dataset {photos} --chat true", "--chat is for language models"),
+        ("calibrate {captioner} --dataset {photos} --lossless true --label_column captions", "only time is left to choose"),
         ("calibrate {captioner} --dataset {photos} --label_column caption", "No column 'caption'"),
         ("calibrate {model} --dataset {prompts} --metric accuracy", "--metric is for classifiers"),
         ("calibrate {model} --dataset {prompts} --form int8", "--form is for classifiers"),

@@ -143,5 +143,5 @@ def test_classifiers_and_captioners_are_told_where_to_go():
 
     with pytest.raises(UsageError, match="does not write; expected a captioner or language model"):
         calibrated(make_model())
-    with pytest.raises(UsageError, match="no language model"):
+    with pytest.raises(UsageError, match="does not write; expected a captioner or language model"):
         ee.generation.calibrate_drafts(make_model(), IDS)

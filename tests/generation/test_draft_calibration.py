@@ -7,6 +7,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, UsageError
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
 from hf_earlyexit.generation.draft_trace import DraftCosts, DraftTrace, replay_drafts, trace_drafts
+from hf_earlyexit.generation.full_texts import FullText, texts_of_rows, written_texts
 from tests.generation.conftest import LAYERS, PAD, prompts
 from tests.generation.test_lossless import drafter  # noqa: F401
 
@@ -40,7 +41,7 @@ def test_replays_expect_what_real_runs_do(drafter, most):  # noqa: F811
     model = drafter("llama", dtype=torch.float32)
     ids = [row.tolist() for row in prompts(10, 5)[0]]
     rows = ee.generation.write_samples(model, ids, **WRITING)
-    trace = trace_drafts(model, rows, model.exit_policy)
+    trace = trace_drafts(model, texts_of_rows(rows), model.exit_policy)
     expected = replay_drafts(trace, model.exit_policy, most, model.exit_layers, UNIT)
     calls = drafted = accepted = 0
     for prompt in ids:
@@ -100,11 +101,27 @@ def test_the_fastest_setting_is_chosen_and_served(drafter, monkeypatch):  # noqa
     assert not plain.policy.may_leave, "where drafts cost more than they save, none are made"
 
 
+def test_texts_are_those_of_samples_in_the_order_of_the_prompts(drafter):  # noqa: F811
+    """Written in batches of like length, or taken from rows that were written before."""
+    model = drafter("qwen3", dtype=torch.float32)
+    ids = [row.tolist()[: 2 + place % 4] for place, row in enumerate(prompts(6, 5)[0])]
+    options = {"max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": list(range(0, 90, 7))}
+    texts = written_texts(model, ids, 2, options)
+    assert [text.prompt for text in texts] == ids
+    assert [text.start for text in texts] == [len(one) for one in ids]
+    for text, prompt in zip(texts, ids, strict=True):
+        assert text.ids == model.generate(torch.tensor([prompt]), early_exit=False, **options)[0].tolist()
+    assert texts == texts_of_rows(ee.generation.write_samples(model, ids, **options))
+    assert len({len(text.ids) - text.start for text in texts}) > 1, "some must end early"
+    assert texts_of_rows([{"input_ids": [4, 5], "labels": [-100, -100]}]) == [FullText([4, 5], [4, 5], 2)]
+
+
 def test_costs_are_measured(drafter):  # noqa: F811
     from hf_earlyexit.generation.draft_calibration import measure_costs
 
     model = drafter("gpt2", dtype=torch.float32)
-    costs = measure_costs(model, model.exit_policy, context=12)
+    texts = written_texts(model, [row.tolist() for row in prompts(3, 5)[0]], 2, WRITING)
+    costs = measure_costs(model, model.exit_policy, texts)
     assert min(costs.layer, costs.ask, costs.words) > 0
     assert min(costs.more, costs.more_words) >= 0
 
@@ -136,6 +153,17 @@ def test_what_cannot_be_chosen_is_refused(drafter, writer):  # noqa: F811
         ({"max_new_tokens": 1}, "No text has a token"),
     ):
         with pytest.raises(CalibrationError, match=words):
+            ee.generation.calibrate_drafts(model, ids, **{**WRITING, **options})
+    for options, words in (
+        ({"num_beams": 2}, "num_beams is 2"),
+        ({"input_ids": torch.ones(1, 1)}, "input_ids cannot be given here: prompts come as rows"),
+        ({"lossless": True}, "lossless cannot be given here"),
+        ({"max_drafts": 3}, "drafts= has the numbers to try"),
+        ({"operating_point": "fast"}, "operating_point cannot be given here"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"image_processor": 1}, "reads no pictures"),
+    ):
+        with pytest.raises(UsageError, match=words):
             ee.generation.calibrate_drafts(model, ids, **{**WRITING, **options})
     with pytest.raises(CalibrationError, match="no early exit"):
         ee.generation.calibrate_drafts(writer("llama", exit_layers=[LAYERS]), ids)

@@ -1,0 +1,141 @@
+"""Drafts of captioners: chosen on pictures, kept as an operating point of their own, loaded, used; captions stay whole."""
+
+import pytest
+import torch
+
+import hf_earlyexit as ee
+from hf_earlyexit.errors import CalibrationError, EarlyExitConfigError, UsageError
+from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, measure_costs
+from hf_earlyexit.generation.draft_trace import DraftCosts, replay_drafts, trace_drafts
+from hf_earlyexit.generation.full_texts import written_texts
+from tests.captions.conftest import LAYERS, START
+from tests.captions.toy import make_image_processor, make_pictures
+
+KINDS = ["gpt2", "bert"]
+NEW = 12
+WRITING = {"max_new_tokens": NEW, "eos_token_id": None}
+UNIT = DraftCosts(layer=1, more=0.25, ask=0.1, words=2, more_words=0.5)
+
+
+@pytest.fixture
+def drafter(captioner, mixed):
+    """`drafter(kind, **fields)`: a captioner of which some drafts are right: its upper layers change little."""
+
+    def make(kind="gpt2", share=0.6, **fields):
+        model = captioner(kind, **{"exit_layers": [1, 2, LAYERS], **fields})
+        with torch.no_grad():
+            for layer in model.backbone.layers(model.decoder)[1:]:
+                for name, weight in layer.named_parameters():
+                    if name.endswith(("c_proj.weight", "output.dense.weight")):
+                        weight *= 0.2 if kind == "gpt2" else 0.03
+        model.set_exit_policy(mixed(model, "confidence", share=share))
+        return model
+
+    return make
+
+
+def chosen(model, rows, **options):
+    usual = {"drafts": (1, 3), "levels": 4, "costs": LAYER_CALLS, "confirm": False, **WRITING}
+    return ee.generation.calibrate_drafts(model, rows, **{**usual, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_expects_what_real_captions_cost(drafter, images, kind):
+    """One draft at a time: every call of a layer and every draft is as in the run, caption by caption."""
+    model, pixels = drafter(kind), images(6)
+    texts = written_texts(model, model.read_prompts(pixels, None, None, 4), 4, WRITING)
+    full = model.generate(pixels, early_exit=False, **WRITING)
+    assert [text.ids for text in texts] == full.tolist()
+    assert {text.start for text in texts} == {1}
+    trace = trace_drafts(model, texts, model.exit_policy)
+    assert trace.lengths == (NEW - 1,) * 6
+    expected = replay_drafts(trace, model.exit_policy, 1, model.exit_layers, UNIT)
+    calls = drafted = accepted = 0
+    for picture in pixels:
+        output = model.generate(picture[None], lossless=True, max_drafts=1, return_exit_layers=True, **WRITING)
+        counts = output.draft_counts
+        calls, drafted = calls + counts.layer_calls, drafted + sum(counts.drafted)
+        accepted += sum(counts.accepted)
+    assert 0 < accepted < drafted
+    tokens = 6 * (NEW - 1)
+    assert expected.layer_calls == pytest.approx(calls / tokens)
+    assert expected.drafted == pytest.approx(drafted / tokens)
+    assert expected.accepted == pytest.approx(accepted / drafted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_are_chosen_kept_loaded_and_used(drafter, images, tmp_path, kind):
+    model = drafter(kind)
+    usual, before = model.exit_policy, model.train().config.to_dict()
+    found = chosen(model, images(6))
+    assert model.config.to_dict() == before, "nothing is written on the model"
+    assert model.training, "nor is its mode"
+    model.eval()
+    assert (found.num_texts, found.num_tokens) == (6, 6 * (NEW - 1))
+    assert found.policy.may_leave
+    assert found.expected.layer_calls == min(one.expected.layer_calls for one in found.settings) < LAYERS
+    assert found.policy != usual
+    found.serve(model)
+    model.save_pretrained(tmp_path)
+    again = ee.EarlyExitVisionEncoderDecoder.from_pretrained(tmp_path).eval()
+    assert again.policy_at("lossless") == found.policy
+    assert again.config.exit_drafts == found.drafts
+    assert again.exit_policy == usual, "captions that nobody checks are what they were"
+    pixels, options = images(8, seed=5), {**WRITING, "return_exit_layers": True}
+    full = again.generate(pixels, early_exit=False, **WRITING)
+    drafted = again.generate(pixels, lossless=True, **options)
+    assert torch.equal(drafted.sequences, full)
+    named = again.generate(pixels, lossless=True, operating_point="lossless", max_drafts=found.drafts, **options)
+    assert torch.equal(named.exit_layers, drafted.exit_layers), "lossless runs know where their drafts are kept"
+    again.set_exit_policy(None)
+    alone = again.generate(pixels, lossless=True, **options)
+    assert torch.equal(alone.exit_layers, drafted.exit_layers)
+    assert set(again.generate(pixels, **options).exit_layers[:, 1:].flatten().tolist()) == {LAYERS}
+
+
+def test_pictures_pixels_and_states_give_the_same_drafts(drafter):
+    model, pictures, processor = drafter(), make_pictures(4), make_image_processor()
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = model.encoder(pixel_values=pixels).last_hidden_state
+    rows = [{"encoder_hidden_states": one.numpy(), "labels": [5, 6]} for one in states]  # labels are for training
+    found = [chosen(model, given, image_processor=processor) for given in (pictures, pixels, rows)]
+    assert len({str(one) for one in found}) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_measured_and_a_real_run_confirms(drafter, images, kind):
+    model = drafter(kind)
+    texts = written_texts(model, model.read_prompts(images(2), None, None, 4), 4, WRITING)
+    costs = measure_costs(model, model.exit_policy, texts)
+    assert min(costs.layer, costs.ask, costs.words) > 0
+    assert min(costs.more, costs.more_words) >= 0
+    found = chosen(model, images(2), confirm=True)
+    assert found.measured_speed_up > 0
+    assert "measured" in str(found)
+
+
+def test_where_drafts_cost_more_than_they_save_none_are_made(drafter, images):
+    dear = DraftCosts(layer=1, more=5, ask=9, words=2, more_words=0)
+    found = chosen(drafter(), images(4), costs=dear)
+    assert not found.policy.may_leave
+
+
+def test_what_cannot_be_chosen_is_refused(drafter, images):
+    model = drafter()
+    for options, error, words in (
+        ({"num_beams": 3}, UsageError, "num_beams is 3"),
+        ({"pixel_values": images(1)}, UsageError, "images come as rows"),
+        ({"decoder_input_ids": torch.tensor([[START]])}, UsageError, "captions start afresh"),
+        ({"do_sample": True}, CalibrationError, "greedily"),
+        ({"max_new_tokens": 1}, CalibrationError, "No text has a token"),
+        ({"policy": "gate"}, EarlyExitConfigError, "the gate policy reads them"),
+    ):
+        with pytest.raises(error, match=words):
+            chosen(model, images(2), **options)
+    with pytest.raises(UsageError, match="pass the model's image_processor"):
+        chosen(model, make_pictures(2))
+    model.generation_config.num_beams = 2
+    with pytest.raises(UsageError, match="num_beams is 2"):
+        chosen(model, images(2))
+    assert chosen(model, images(2), num_beams=1).num_texts == 2
