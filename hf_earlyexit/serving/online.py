@@ -124,9 +124,9 @@ class Engine:
             engine was closed. Callbacks run in the engine's thread: keep them short.
 
         Raises:
-            UsageError, UnknownNameError: for arguments out of range, an unknown model or operating point; if the engine is
-                closed, or was used before this process was forked.
-            UsageError: with the field "max_queue" if the queue is full: try again later.
+            UsageError, UnknownNameError: for arguments out of range, an unknown model or operating point.
+            UsageError: with the field "engine" if the engine is closed, or was used before this process was forked; with the
+                field "max_queue" if the queue is full: try again later.
         """
         if deadline is not None and not is_real(deadline, 0):
             raise unexpected("deadline", deadline, "seconds, at least 0")
@@ -166,8 +166,8 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more rows."""
-        return self._worker.closed
+        """Whether it takes no more rows here: it was closed, or was used before this process was forked."""
+        return self._worker.closed or self._worker.of_another_process
 
     def close(self, drain: bool = True) -> None:
         """Take no more rows, and wait until those that were taken are answered.

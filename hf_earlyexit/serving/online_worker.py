@@ -62,6 +62,11 @@ class Worker:
         self.thread: threading.Thread | None = None
         self.process: int | None = None
 
+    @property
+    def of_another_process(self) -> bool:
+        """Whether this process was forked from the one whose thread runs the lines."""
+        return self.process not in (None, os.getpid())
+
     def put(
         self,
         scheduler: Scheduler,
@@ -78,17 +83,18 @@ class Worker:
             monitor: as for `Line`.
 
         Raises:
-            UsageError: if the engine is closed, or was started before this process was forked; with the field "max_queue" if
-                the queue is full.
+            UsageError: with the field "engine" if the engine is closed, or was started before this process was forked; with
+                the field "max_queue" if the queue is full.
         """
-        if self.process not in (None, os.getpid()):  # before the lock, which another thread may have held at the fork
+        if self.of_another_process:  # before the lock, which another thread may have held at the fork
             raise UsageError(
                 f"This engine runs in process {self.process}; a process forked from it has no worker. Make the engine, or "
-                "use it for the first time, after the fork: with gunicorn, in post_fork or without preloading."
+                "use it for the first time, after the fork: with gunicorn, in post_fork or without preloading.",
+                field=ENGINE,
             )
         with self.lock:
             if self.closed:
-                raise UsageError("The engine is closed; make another.")
+                raise UsageError("The engine is closed; make another.", field=ENGINE)
             if self.queued >= self.max_queue:
                 self.tally["refused"] += 1
                 raise UsageError(
@@ -109,7 +115,7 @@ class Worker:
 
     def close(self, drain: bool = True) -> None:
         """Take no more rows, and wait until those that were taken are answered or, not drained, have failed."""
-        if self.process not in (None, os.getpid()):
+        if self.of_another_process:
             return
         with self.lock:
             self.closed, self.drops = True, self.drops or not drain
@@ -143,8 +149,8 @@ class Worker:
         try:
             with torch.inference_mode():
                 while lines := self._lines_with_work():
-                    for line in lines:
-                        line.step()
+                    while lines:  # none is held while the thread waits: it would keep a model that has been replaced
+                        lines.pop(0).step()
             if self.drops:
                 self._fail_all(lambda: EarlyExitError("The engine was closed before the row was answered.", field=ENGINE))
         except BaseException as error:
@@ -153,11 +159,15 @@ class Worker:
     def _lines_with_work(self) -> list[Line]:
         """Waits for some; none once the engine is closed and has nothing left to do, or drops it."""
         with self.lock:
-            for scheduler in [scheduler for scheduler, line in self.lines.items() if not line.busy]:
-                self.tally += _counts(self.lines.pop(scheduler))
+            self._forget_idle()
             while not self.lines and not self.closed:
                 self.lock.wait()
             return [] if self.drops else list(self.lines.values())
+
+    def _forget_idle(self) -> None:
+        """Keep the counts of lines without work, and nothing else of them; the caller holds the lock."""
+        for scheduler in [scheduler for scheduler, line in self.lines.items() if not line.busy]:
+            self.tally += _counts(self.lines.pop(scheduler))
 
     def _die(self, error: BaseException) -> None:
         """Fail all rows; the next row starts another thread."""
