@@ -33,7 +33,7 @@ def open_image(image: Any, field: str = "images") -> Image:
     Raises:
         DataError: for anything else, and for a file that is missing, cut short or no picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(image, Mapping):
         inside = image.get("bytes")
@@ -53,6 +53,8 @@ def open_image(image: Any, field: str = "images") -> Image:
             image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         source: Any = nullcontext(image) if isinstance(image, Image.Image) else Image.open(image)
         with source as opened:
+            if opened.format == "EPS":
+                raise ValueError("it is PostScript, a program that Pillow has Ghostscript run")
             if 0 in opened.size:
                 raise ValueError("it is {} x {} pixels large".format(*opened.size))
             return _in_bytes(ImageOps.exif_transpose(opened)).convert("RGB")  # this reads all of the file
@@ -60,8 +62,9 @@ def open_image(image: Any, field: str = "images") -> Image:
         raise DataError(f"There is no picture {image}; check the name.", field=field, path=image) from error
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         place = image if is_name else "The picture"
+        why = "it is of no kind that it knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{place} is no picture that Pillow can read ({error}); expected a whole JPEG, PNG or the like.",
+            f"{place} is no picture that Pillow can read ({why}); expected a whole JPEG, PNG or the like.",
             field=field,
             path=image if is_name else None,
         ) from error

@@ -42,9 +42,11 @@ class ServeArguments(FormArguments, DeviceArguments):
     max_tokens: int | None = field(
         default=None, metadata={"help": "most tokens of a row; longer texts are cut, or refused if truncate is false"}
     )
+    max_pixels: int = field(default=25_000_000, metadata={"help": "most pixels of a picture"})
     max_queue: int = field(default=512, metadata={"help": "most rows that wait, of a process; further ones get 429"})
     max_seconds: float = field(
-        default=30.0, metadata={"help": "most seconds that a request, or its body, waits; then 503, or 408"}
+        default=30.0,
+        metadata={"help": "most seconds that a request, its body, or a client in between, waits; then 503, 408, or an end"},
     )
     max_batch_tokens: int | None = field(default=None, metadata={"help": "padded tokens in a batch; as suits the device"})
     monitor: str | None = field(
@@ -75,6 +77,7 @@ def run(args: ServeArguments) -> CommandResult:
         max_body=args.max_body,
         max_characters=args.max_characters,
         max_tokens=args.max_tokens,
+        max_pixels=args.max_pixels,
         max_seconds=args.max_seconds,
     )
     engine = {"max_queue": args.max_queue, "max_batch_tokens": args.max_batch_tokens, "max_length": args.max_tokens}
@@ -85,16 +88,16 @@ def run(args: ServeArguments) -> CommandResult:
     app = {"limits": limits, "operating_point": args.operating_point, "api_key": os.environ.get(API_KEY) or None}
     make = partial(Serving, partial(_load, args), engine, watch, app)
     if args.workers == 1:
-        serve(make(), args.host, args.port)
+        serve(make(), args.host, args.port, args.max_seconds)
     else:
         from ..server.workers import serve_in_workers
 
-        serve_in_workers(make, args.host, args.port, args.workers or _cores())
+        serve_in_workers(make, args.host, args.port, args.workers or _cores(), args.max_seconds)
     return CommandResult({"model": args.model, "stopped": True}, "stopped")
 
 
 def _check(args: ServeArguments) -> None:
-    check_whole(1, **given(args, "max_rows", "max_body", "max_characters", "max_queue", "max_tokens"))
+    check_whole(1, **given(args, "max_rows", "max_body", "max_characters", "max_queue", "max_tokens", "max_pixels"))
     check_whole(workers=args.workers)
     check_whole(0, 65535, port=args.port)
     if args.limit is not None and args.monitor is None:

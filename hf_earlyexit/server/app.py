@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from copy import deepcopy
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -15,21 +17,24 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from ..errors import UsageError
 from ..serving.monitor import Monitor
 from ..serving.online import Engine
 from .guard import Guard, problem
 from .metrics import Metrics
 from .reference import reference_page
 from .rows import (
-    Explaining,
     Limits,
     RefusedError,
+    Turns,
     answers_of,
+    check_rows,
     classified,
     label_scores,
     needs,
     picture_row,
     probabilities,
+    said_of,
     text_row,
 )
 from .shapes import Classified, ClassifyRequest, PredictRequest, Problem, Ranked, RerankRequest, Scored
@@ -40,7 +45,9 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         (400, "No JSON"),
         (401, "No key, or another"),
         (408, "The body did not come in time"),
+        (411, "No length of the body, or chunks"),
         (413, "Too much"),
+        (415, "Another content type than JSON's"),
         (422, "What cannot be read"),
         (429, "The queue is full"),
         (503, "No answer in time"),
@@ -64,14 +71,23 @@ def make_app(
     Args:
         engine: whose model is looked up at each request, so that it may be replaced.
         parts: the engine's tokenizer or image_processor, by that name, which tell whether a text would be cut, and what
-            every exit says of a row; a copy is kept as `app.state.parts`, so that it may be replaced as well.
+            every exit says of a row; `replace_parts` replaces them.
         limits: of a request.
         operating_point: of requests that name none.
-        api_key: that every request but for the page and the probes must bring as `Authorization: Bearer ...`.
+        api_key: that every request but for the page and the probes must bring as `Authorization: Bearer ...`: visible ASCII.
         monitor: the engine's, for `/metrics`.
         on_stop: called when the server has stopped and every request is answered.
+
+    Raises:
+        UsageError: for a key that no header can hold.
     """
-    limits, metrics, explaining = limits or Limits(), Metrics(engine, monitor), Explaining()
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise UsageError(
+            "The API key is empty, or holds a space, the end of a line or another character that clients cannot send in a "
+            "header; expected letters, digits and signs of ASCII.",
+            field="api_key",
+        )
+    limits, metrics, counting, explaining = limits or Limits(), Metrics(engine, monitor), Turns(), Turns()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,15 +102,23 @@ def make_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.parts = deepcopy(parts or {})  # the engine's are in use by its thread
+    replace_parts(app, parts or {})
     paths: set[str] = set()
     app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics, paths=paths)
 
     def model_of() -> Any:
         return next(iter(engine.models.values()))
 
-    async def answered(rows: list[Any], **choice: Any) -> list[Any]:
-        choice["operating_point"] = choice.get("operating_point") or operating_point
+    def point_of(named: str | None) -> str | None:
+        return operating_point if named is None else named
+
+    async def check(rows: list[Any], truncate: bool | None = None) -> None:
+        check_rows(rows, limits)
+        if truncate is False and app.state.tokenizer is not None:
+            await counting.take(limits, partial(_check_lengths, app.state.tokenizer, limits, rows))
+
+    async def answered(rows: list[Any], point: str | None = None, **choice: Any) -> list[Any]:
+        choice["operating_point"] = point_of(point)
         answers = await answers_of(engine, rows, limits, **choice)
         for answer in answers:
             metrics.exits.labels(answer.exit_layer).inc()
@@ -121,7 +145,7 @@ def make_app(
         needs(model, pictures=False)
         several = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
         rows = [text_row(row) for row in (body.inputs if several else [body.inputs])]  # type: ignore[arg-type]
-        _check_lengths(app.state.parts.get("tokenizer"), limits, rows, body.truncate)
+        await check(rows, body.truncate)
         lists = [label_scores(model, answer, body.raw_scores) for answer in await answered(rows)]
         return lists if several else lists[0]
 
@@ -133,7 +157,7 @@ def make_app(
         if len(model.config.id2label) != 1:
             raise RefusedError(422, "validation", "This model gives several labels, so it is no reranker; use /predict.")
         rows = [(body.query, text) for text in body.texts]
-        _check_lengths(app.state.parts.get("tokenizer"), limits, rows, body.truncate)
+        await check(rows, body.truncate)
         answers = await answered(rows)
         values = [float(answer.logits[0] if body.raw_scores else probabilities(model, answer)[0]) for answer in answers]
         texts = body.texts if body.return_text else [None] * len(values)
@@ -148,11 +172,16 @@ def make_app(
             raise RefusedError(422, "validation", "Send either inputs or images.")
         needs(model, pictures=body.images is not None)
         rows: list[Any] = [text_row(row) for row in body.inputs or ()] or [picture_row(one) for one in body.images or ()]
-        choice = {"operating_point": body.operating_point, "layer_budget": body.layer_budget, "deadline": body.deadline}
+        await check(rows)
+        choice: dict[str, Any] = {
+            "point": body.operating_point,
+            "layer_budget": body.layer_budget,
+            "deadline": body.deadline,
+        }
         answers = [classified(model, answer) for answer in await answered(rows, **choice)]
         if body.exits:
-            point = body.operating_point or operating_point
-            views = await explaining.views(model, rows, app.state.parts, point, limits)
+            choice = {"operating_point": point_of(body.operating_point), "max_length": limits.max_tokens, **app.state.parts}
+            views = await explaining.take(limits, partial(said_of, model, rows, **choice))
             answers = [answer.model_copy(update={"exits": one}) for answer, one in zip(answers, views, strict=True)]
         return answers
 
@@ -164,7 +193,9 @@ def make_app(
     @app.get("/ready", responses={503: {"model": Problem}})
     async def ready() -> Any:
         """Whether it takes rows."""
-        return problem(503, "The server stops.", "backend") if engine.closed else {"status": "ready"}
+        if engine.closed:
+            return problem(503, "The server takes no rows: it stops, or its engine is another process's.")
+        return {"status": "ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def tell_metrics() -> Response:
@@ -184,10 +215,18 @@ def make_app(
     return app
 
 
-def _check_lengths(tokenizer: Any, limits: Limits, rows: list[Any], truncate: bool | None) -> None:
-    """Refuse rows that would be cut, where the request asks for that."""
-    if truncate is not False or tokenizer is None:
-        return
+def replace_parts(app: FastAPI, parts: dict[str, Any]) -> None:
+    """Have an application read with other parts; it copies them, as each copy serves one thread at a time.
+
+    Args:
+        app: made by `make_app`.
+        parts: as for `make_app`.
+    """
+    app.state.parts, app.state.tokenizer = deepcopy(parts), deepcopy(parts.get("tokenizer"))
+
+
+def _check_lengths(tokenizer: Any, limits: Limits, rows: list[Any]) -> None:
+    """Refuse rows that would be cut."""
     most = min(tokenizer.model_max_length, limits.max_tokens or tokenizer.model_max_length)
     for place, row in enumerate(rows):
         texts = (row,) if isinstance(row, str) else row

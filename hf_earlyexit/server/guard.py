@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: its key, how much it sends, how long that takes; and what is counted."""
+"""What every request passes before a route sees it: its key, what and how much it sends, how long that takes; and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .metrics import Metrics
 from .rows import Limits
 
 OPEN = ("/", "/health", "/ready")  # without a key
-KINDS = {401: "unauthorized", 413: "validation", 422: "validation", 429: "overloaded", 503: "backend"}
+KINDS = {401: "unauthorized", 429: "overloaded", 503: "backend"}
 
 
 class Guard:
@@ -74,7 +74,9 @@ class Guard:
             return None
         size = headers.get("content-length", "")
         if not size.isdecimal() or "transfer-encoding" in headers:  # which would let a body grow beyond it
-            return problem(411, "The request needs the header Content-Length, and no Transfer-Encoding.", "validation")
+            return problem(411, "The request needs the header Content-Length, and no Transfer-Encoding.")
+        if not _is_json(headers.get("content-type", "")):
+            return problem(415, "The request needs the header Content-Type: application/json, and a body of that kind.")
         if int(size[:20]) > self.limits.max_body:
             return problem(413, f"The body has {size[:20]} bytes; at most {self.limits.max_body} are taken.")
         return None
@@ -94,6 +96,11 @@ class Guard:
         except TimeoutError:
             words = f"The body was not all there within {self.limits.max_seconds:g} seconds."
             return problem(408, words, headers={"Connection": "close"})
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

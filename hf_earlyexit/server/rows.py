@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import EarlyExitError
 from ..modeling.protocol import ExitClassifier
@@ -22,16 +23,20 @@ from ..serving.served import form_of
 from .shapes import Classified, ExitSaid, Scored
 
 LONGEST_MESSAGE = 300
+LONGEST_SHAPE = 100  # sides of a picture: an image processor that makes the shorter one 256 pixels makes the other as long
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a request may ask for: rows, bytes, characters and tokens (`None`: the tokenizer's) of a row, seconds."""
+    """How much a request may ask for: rows, bytes, seconds; and of a row: characters, tokens (`None`: as the tokenizer says)
+    and pixels."""
 
     max_rows: int = 32
     max_body: int = 2_000_000
     max_characters: int = 100_000
     max_tokens: int | None = None
+    max_pixels: int = 25_000_000
     max_seconds: float = 30.0
 
 
@@ -44,19 +49,46 @@ class RefusedError(Exception):
         self.status, self.kind, self.message = status, kind, shown.encode(errors="backslashreplace").decode()
 
 
-async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choice: Any) -> list[Answer]:
-    """Answers of all rows of a request, or none.
+def check_rows(rows: Sequence[Any], limits: Limits) -> None:
+    """Refuse too much, before anything is done with it.
 
     Raises:
-        RefusedError: 413 for too many rows or characters, 422 for a row that cannot be read or a choice that cannot be, 429
-            if the queue is full, 503 if it takes too long or the engine ends.
+        RefusedError: 413 for too many rows, characters or pixels.
     """
     if len(rows) > limits.max_rows:
         raise RefusedError(413, "validation", f"The request has {len(rows)} rows; at most {limits.max_rows} are taken.")
     for row in rows:
-        size = len(row) if isinstance(row, str) else sum(map(len, row)) if isinstance(row, tuple) else 0
+        if isinstance(row, dict):
+            _check_picture(row["bytes"], limits.max_pixels)
+            continue
+        size = len(row) if isinstance(row, str) else sum(map(len, row))
         if size > limits.max_characters:
             raise RefusedError(413, "validation", f"A row has {size} characters; at most {limits.max_characters} are taken.")
+
+
+def _check_picture(file: bytes, most: int) -> None:
+    """Refuse a picture that is much bigger than its file; only the beginning is read."""
+    from PIL import Image
+
+    words = f"at most {most} in all, and {LONGEST_SHAPE} times as long as wide, are taken."
+    try:
+        with Image.open(io.BytesIO(file)) as picture:
+            width, height = picture.size
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RefusedError(413, "validation", f"A picture has far too many pixels; {words}") from None
+    except Exception:  # it has many kinds of them; whoever reads all of the file tells what is wrong
+        return
+    if width * height > most or max(width, height) > LONGEST_SHAPE * min(width, height):
+        raise RefusedError(413, "validation", f"A picture is {width} x {height} pixels; {words}")
+
+
+async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choice: Any) -> list[Answer]:
+    """Answers of all rows of a request, or none.
+
+    Raises:
+        RefusedError: 422 for a row that cannot be read or a choice that cannot be, 429 if the queue is full, 503 if it takes
+            too long, or the engine ends or is that of another process.
+    """
     futures: list[Any] = []
     try:
         for row in rows:
@@ -69,46 +101,51 @@ async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choi
     except EarlyExitError as error:
         if error.field == "max_queue":
             raise RefusedError(429, "overloaded", str(error)) from None
-        ended = engine.closed or error.field == ENGINE
+        ended = error.field == ENGINE
         raise RefusedError(503 if ended else 422, "backend" if ended else "validation", str(error)) from None
     finally:
         for future in futures:
             future.cancel()
 
 
-class Explaining:
-    """Tells what every exit says of rows; of one request at a time, as all layers are run for it."""
+class Turns:
+    """Work of one request at a time, in another thread, while the server goes on with others."""
 
     def __init__(self) -> None:
         self.one_at_a_time = asyncio.Lock()
 
-    async def views(
-        self, model: ExitClassifier, rows: Sequence[Any], parts: dict[str, Any], operating_point: str | None, limits: Limits
-    ) -> list[list[ExitSaid] | None]:
-        """What every exit says of each row; `None` where no exit is asked.
+    async def take(self, limits: Limits, work: Callable[[], Result]) -> Result:
+        """Do the work when its turn comes.
 
         Args:
-            model: with exits.
-            rows: that have been answered.
-            parts: its tokenizer or image_processor, by that name.
-            operating_point: of the rows.
-            limits: of the seconds that the request may wait for its turn, and of tokens.
+            limits: of the seconds that a request may wait for its turn.
+            work: to do.
 
         Raises:
-            RefusedError: 503 if its turn does not come, 422 for a model whose exits cannot be told of.
+            RefusedError: 503 if its turn does not come, 422 for what the work finds wrong.
         """
         try:
             await asyncio.wait_for(self.one_at_a_time.acquire(), limits.max_seconds)
         except TimeoutError:
-            words = f"Others asked for exits first; there was no turn within {limits.max_seconds:g} seconds."
+            words = f"Others asked for the like first; there was no turn within {limits.max_seconds:g} seconds."
             raise RefusedError(503, "overloaded", words) from None
         try:
-            choice = {**parts, "operating_point": operating_point, "max_length": limits.max_tokens}
-            return [await asyncio.to_thread(_views, model, row, choice) for row in rows]
+            return await asyncio.to_thread(work)
         except EarlyExitError as error:
             raise RefusedError(422, "validation", str(error)) from None
         finally:
             self.one_at_a_time.release()
+
+
+def said_of(model: ExitClassifier, rows: Sequence[Any], **choice: Any) -> list[list[ExitSaid] | None]:
+    """What every exit says of each row; `None` where no exit is asked.
+
+    Args:
+        model: with exits.
+        rows: that have been answered.
+        choice: of `explain`: what reads the rows, operating_point, max_length.
+    """
+    return [_views(model, row, choice) for row in rows]
 
 
 def _views(model: ExitClassifier, row: Any, choice: dict[str, Any]) -> list[ExitSaid] | None:

@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import uvicorn
 
 from ..serving.online import Engine
-from .app import make_app
+from .app import make_app, replace_parts
+from .connections import listening
 from .kept_monitor import KeptMonitor
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Serving:
                 "The model cannot be loaded anew, and the former one serves on. %s: %s", type(error).__name__, error
             )
             return False
-        self.app.state.parts = deepcopy(parts)
+        replace_parts(self.app, parts)
         logger.warning("The model has been loaded anew.")
         return True
 
@@ -63,22 +63,20 @@ class Serving:
             self.monitor.close()
 
 
-def serve(serving: Serving, host: str, port: int) -> None:
+def serve(serving: Serving, host: str, port: int, max_seconds: float) -> None:
     """Listen until SIGTERM or SIGINT; requests that were accepted are answered.
 
     Args:
         serving: what is served.
         host, port: where.
+        max_seconds: that a client may hang between requests.
     """
-    server = _Announcing(uvicorn.Config(serving.app, host=host, port=port, **LISTENING))
+    server = _Announcing(uvicorn.Config(serving.app, host=host, port=port, **listening(max_seconds)))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more when all is answered
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=serving.reload, daemon=True).start())
     server.run()
-
-
-LISTENING: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
 
 
 def announce(address: tuple[Any, ...]) -> None:
@@ -92,6 +90,6 @@ class _Announcing(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
-        for listening in self.servers:
-            for socket in listening.sockets:
+        for server in self.servers:
+            for socket in server.sockets:
                 announce(socket.getsockname())

@@ -3,22 +3,36 @@ text-embeddings-inference."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 Text = StrictStr
-Sequence = Text | Annotated[list[Text], Field(min_length=1, max_length=2)]  # a text, or one or two texts
+Texts = Annotated[list[Text], Field(min_length=1, max_length=2)]  # one or two
+Sequence = Text | Texts
+SOME = Field(min_length=1, fail_fast=True)  # of a body of two megabytes, a million errors would take seconds and gigabytes
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        """Refuse the first field that is unknown; pydantic would make an error of each."""
+        if isinstance(body, dict):
+            for name in body:
+                if name not in cls.model_fields:
+                    words = f"There is no field {name[:40]!r}; expected {', '.join(cls.model_fields)}"
+                    raise PydanticCustomError("unknown_field", "{words}", {"words": words})
+        return body
+
 
 class PredictRequest(_Strict):
     """Texts to classify: a text, a pair of two texts, or a list of lists of one or two texts."""
 
-    inputs: Sequence | Annotated[list[Annotated[list[Text], Field(min_length=1, max_length=2)]], Field(min_length=1)]
+    inputs: Sequence | Annotated[list[Texts], SOME]
     raw_scores: StrictBool = Field(False, description="Logits in place of scores.")
     truncate: StrictBool | None = Field(None, description="False refuses texts that are too long; they are cut otherwise.")
     truncation_direction: Literal["right", "Right"] = "right"
@@ -28,7 +42,7 @@ class RerankRequest(_Strict):
     """Texts to put in order."""
 
     query: Text
-    texts: Annotated[list[Text], Field(min_length=1)]
+    texts: Annotated[list[Text], SOME]
     raw_scores: StrictBool = False
     return_text: StrictBool = False
     truncate: StrictBool | None = None
@@ -38,13 +52,13 @@ class RerankRequest(_Strict):
 class ClassifyRequest(_Strict):
     """Rows to classify, each with the layer it left after: texts, pairs of texts or, of image classifiers, pictures."""
 
-    inputs: Annotated[list[Sequence], Field(min_length=1)] | None = None
-    images: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="Picture files in base64.")
+    inputs: Annotated[list[Sequence], SOME] | None = None
+    images: Annotated[list[Text], SOME] | None = Field(None, description="Picture files in base64.")
     operating_point: StrictStr | None = Field(None, max_length=200, description="Name of a policy; exact: the full model.")
     layer_budget: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = Field(
         None, description="Most layers a row may run."
     )
-    deadline: Annotated[float, Field(ge=0, le=3600)] | None = Field(
+    deadline: Annotated[float, Field(strict=True, ge=0, le=3600)] | None = Field(
         None, description="Seconds; a row then leaves at the last exit it passed."
     )
     exits: StrictBool = Field(False, description="Tell what every exit says as well; all layers are run for it.")

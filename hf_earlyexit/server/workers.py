@@ -22,8 +22,9 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from ..errors import EarlyExitError
+from .connections import listening
 from .metrics import FOLDER_OF_ALL
-from .run import LISTENING, Serving, announce
+from .run import Serving, announce
 
 PATIENCE = 120  # seconds that a worker may take to load, or to answer that it lives
 PAUSE = 5.0  # seconds before a worker that could not start is tried again
@@ -32,7 +33,7 @@ ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 logger = logging.getLogger(__name__)
 
 
-def serve_in_workers(make: Callable[[], Serving], host: str, port: int, workers: int) -> None:
+def serve_in_workers(make: Callable[[], Serving], host: str, port: int, workers: int, max_seconds: float) -> None:
     """Listen with several processes until SIGTERM or SIGINT; requests that were accepted are answered.
 
     Each loads the model for itself and computes with one thread. One that dies is started anew. SIGHUP starts new ones that
@@ -43,6 +44,7 @@ def serve_in_workers(make: Callable[[], Serving], host: str, port: int, workers:
         make: gives what is served, in the process that serves it; can be pickled.
         host, port: where.
         workers: how many processes.
+        max_seconds: that a client may hang between requests.
 
     Raises:
         EarlyExitError: if they cannot start.
@@ -53,9 +55,8 @@ def serve_in_workers(make: Callable[[], Serving], host: str, port: int, workers:
     with tempfile.TemporaryDirectory(prefix="hf_earlyexit-") as folder:
         os.environ[FOLDER_OF_ALL] = folder
         app: Any = partial(_application, make)
-        config = uvicorn.Config(
-            app, factory=True, host=host, port=port, workers=workers, timeout_worker_healthcheck=PATIENCE, **LISTENING
-        )
+        options = {"workers": workers, "timeout_worker_healthcheck": PATIENCE, **listening(max_seconds)}
+        config = uvicorn.Config(app, factory=True, host=host, port=port, **options)
         try:
             socket = config.bind_socket()
             try:

@@ -127,7 +127,9 @@ def _tokenize(rows: list[Any], kind: int, tokenizer: Any, max_length: int | None
         encoded = tokenizer(*columns, truncation=limit is not None, max_length=limit)
     except Exception as error:  # tokenizers raise many kinds; the rows are tried one by one to find the one at fault
         if len(rows) == 1:
-            return [_bad(numbers[0], f"cannot be tokenized ({error}); it is {rows[0]!r}.", rows[0])]
+            half = any("\ud800" <= letter <= "\udfff" for column in columns for letter in column[0])
+            why = "it holds half of a surrogate pair, which is no character" if half else error
+            return [_bad(numbers[0], f"cannot be tokenized ({why}); it is {rows[0]!r}.", rows[0])]
         return [
             _tokenize([row], kind, tokenizer, max_length, [number])[0] for row, number in zip(rows, numbers, strict=True)
         ]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -170,6 +171,66 @@ def test_clients_that_hang_hold_nobody_up(server):
         assert (answer["label"], answer["exit_layer"]) == (expected["label"], expected["exit_layer"])
 
 
+def request(*headers, line="POST /v1/classify HTTP/1.1", body=BODY):
+    return "\r\n".join([line, "Host: l", "Connection: close", *headers, "", ""]).encode() + body
+
+
+JSON, LENGTH, CHUNKED = "Content-Type: application/json", f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked"
+STRANGE = [  # statuses that answers may have; 4xx are in words
+    ({200}, request(JSON, LENGTH, line="POST /v1/classify HTTP/1.0")),
+    ({200, 400}, request(JSON, LENGTH).replace(b"Host: l\r\n", b"")),
+    ({200}, request(JSON, LENGTH, "Expect: 100-continue")),
+    ({200, 404}, request(JSON, LENGTH, line="POST http://evil.example/v1/classify HTTP/1.1")),
+    ({411}, request(JSON, CHUNKED, body=b"5\r\nhello\r\n0\r\n\r\n")),
+    ({400, 411}, request(JSON, CHUNKED, LENGTH)),
+    ({400, 411}, request(JSON, "Transfer-Encoding: identity", LENGTH)),
+    ({400}, request(JSON, LENGTH, "Content-Length: 5")),
+    ({400}, request(JSON, "Content-Length: -5")),
+    ({400, 413}, request(JSON, "Content-Length: " + "9" * 30)),
+    ({411}, request(JSON)),
+    ({415}, request(LENGTH)),
+    ({400, 422}, request(JSON, LENGTH, "Content-Encoding: gzip", body=BODY[::-1])),
+    ({404}, request(line="GET /../../etc/passwd HTTP/1.1", body=b"")),
+    ({404}, request(line="GET /v1/%00%ff HTTP/1.1", body=b"")),
+    ({404, 405}, request(line="OPTIONS * HTTP/1.1", body=b"")),
+    ({405}, request(JSON, LENGTH, line="PUT /v1/classify HTTP/1.1")),
+    ({400, 404, 405}, request(line="CONNECT evil.example:80 HTTP/1.1", body=b"")),
+    ({200, 307, 400, 404}, request(JSON, LENGTH, line="POST /predict/ HTTP/1.1").replace(b"Host: l", b"Host: [")),
+    ({400, 431}, request(*(f"X-{number}: a" for number in range(20_000)), line="GET / HTTP/1.1", body=b"")),
+    ({200}, request("Upgrade: websocket", line="GET / HTTP/1.1", body=b"").replace(b"close", b"Upgrade, close")),
+    (
+        {200, 400, 408, 422},
+        request(JSON, LENGTH, "Upgrade: websocket", "Sec-WebSocket-Key: x").replace(b"close", b"Upgrade, close"),
+    ),
+    ({400}, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    ({400}, b"\x16\x03\x01\x00\xa5\xff\xfe"),
+]
+
+
+def statuses(address, sent):
+    """Of all answers on one connection, and the last one's body."""
+    with hanging(address, sent) as client:
+        try:
+            got = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        except ConnectionResetError:  # it is let go before all that it has sent is read
+            return [431], b"error"
+    heads = re.findall(rb"HTTP/1.1 (\d+) ", got)
+    return [int(status) for status in heads if status != b"100"], got.rpartition(b"\r\n\r\n")[2]
+
+
+def test_strange_requests_are_answered_and_harm_nobody(server):
+    address, _, lines = server
+    for expected, sent in STRANGE:
+        got, body = statuses(address, sent)
+        assert len(got) == 1, sent
+        assert got[0] in expected, sent
+        assert got[0] < 400 or b"error" in body or b"Invalid HTTP" in body
+    piped = request(JSON, LENGTH).replace(b"Connection: close", b"X: y") * 30
+    assert statuses(address, piped + request(JSON, LENGTH))[0] == [200] * 31
+    assert len(ask(address, rows=8)) == 8
+    assert "Traceback" not in "".join(lines)
+
+
 def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accepted(server, folder, tiny_model, tokenizer):
     address, process, lines = server
     assert address.startswith("http://127.0.0.1:")
@@ -206,6 +267,7 @@ def test_it_listens_on_loopback_loads_anew_under_load_and_finishes_what_it_accep
         assert process.wait(SECONDS) == 0
     assert done
     assert all(len(one.result()) == 8 for one in done)
+    assert not [one for one in connected if isinstance(one.exception(), urllib.error.HTTPError)]  # they were not let in
     assert not re.search(r"w[5-9]|Traceback", "".join(lines))
 
 

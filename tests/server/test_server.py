@@ -5,17 +5,23 @@ import base64
 import copy
 import io
 import logging
+import os
+import re
+import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import schemathesis
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
-from PIL import Image
-from transformers import DeiTImageProcessorPil
+from PIL import EpsImagePlugin, Image
+from pydantic import ValidationError
+from transformers import BitImageProcessorPil, DeiTImageProcessorPil
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
@@ -24,6 +30,7 @@ from hf_earlyexit.server.app import make_app
 from hf_earlyexit.server.kept_monitor import KeptMonitor
 from hf_earlyexit.server.metrics import Metrics
 from hf_earlyexit.server.rows import Limits
+from hf_earlyexit.server.shapes import ClassifyRequest, PredictRequest, RerankRequest
 from hf_earlyexit.serving import online
 from hf_earlyexit.serving.walker import ModelWalker
 from tests.families.tiny import new_model
@@ -158,6 +165,67 @@ def test_pictures_come_as_files_in_base64(make_client):
     assert (text.status_code, "reads pictures" in text.json()["error"]) == (422, True)
     assert client.post("/predict", json={"inputs": "w5"}).status_code == 422
     assert client.post("/v1/classify", json={"images": encoded}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def picture_client(make_client):
+    processor = BitImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    options = {"parts": {"image_processor": processor}, "limits": Limits(max_rows=4, max_pixels=500_000)}
+    return make_client(new_model("vit", id2label={0: "cat", 1: "dog", 2: "owl"}), **options)
+
+
+def file_of(width, height, kind="png", mode="L"):
+    file = io.BytesIO()
+    Image.new(mode, (width, height)).save(file, kind)
+    return file.getvalue()
+
+
+def pretended(width, height):
+    """A PNG file that says of itself that it is so big."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    end = struct.pack(">I4sI", 4, b"IDAT", 0) * 2
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + end
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "words"),
+    [
+        (file_of(100, 99), 200, ""),
+        (file_of(1000, 900), 413, "1000 x 900 pixels; at most 500000 in all"),
+        (file_of(1, 500), 413, "100 times as long as wide"),  # 16 x 8,000 where the shorter side becomes 16
+        (pretended(10_000, 10_000), 413, "far too many pixels"),
+        (pretended(50_000, 50_000), 413, "far too many pixels"),
+        (pretended(100, 100), 422, "no picture that Pillow can read"),
+        (file_of(100, 100)[:-40], 422, "no picture that Pillow can read"),
+        (b"\x89PNG\r\n\x1a\n" + b"\xff" * 60, 422, "no picture that Pillow can read"),
+        (b"GIF89a" + b"\0" * 20, 422, "no picture that Pillow can read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422, "no picture that Pillow can read"),
+        (b"/etc/passwd", 422, "no picture that Pillow can read"),
+        (b"", 422, "no picture that Pillow can read"),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_picture_or_far_bigger_than_its_file_is_refused(picture_client, file, status, words):
+    response = picture_client.post("/v1/classify", json={"images": [base64.b64encode(file).decode()]})
+    assert response.status_code == status, response.text
+    assert status == 200 or words in response.json()["error"]
+    assert "object at 0x" not in response.text
+
+
+def test_no_picture_is_a_program(picture_client, tmp_path, monkeypatch):
+    """Pillow has Ghostscript run PostScript, where that is installed."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/run\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    program = file_of(16, 16, "eps", "RGB")
+    with Image.open(io.BytesIO(program)) as opened, suppress(OSError):
+        opened.load()
+    assert (tmp_path / "run").exists()  # or the test is blind
+    (tmp_path / "run").unlink()
+    response = picture_client.post("/v1/classify", json={"images": [base64.b64encode(program).decode()]})
+    assert (response.status_code, "PostScript" in response.json()["error"]) == (422, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_limit_of_tokens_cuts_texts_or_refuses_them(make_client, model):
@@ -296,7 +364,7 @@ def test_rerank_puts_texts_in_order(make_client, client, tiny_model, tokenizer):
         ({"inputs": 3}, 422, "inputs"),
         ({"inputs": None}, 422, "inputs"),
         ({}, 422, "inputs"),
-        ({"inputs": "w5", "model": "/etc"}, 422, "model"),
+        ({"inputs": "w5", "model": "/etc"}, 422, "There is no field 'model'; expected inputs, raw_scores"),
         ({"inputs": "w5", "raw_scores": "yes"}, 422, "raw_scores"),
         ([1], 422, "body"),
     ],
@@ -319,6 +387,13 @@ BROKEN = [
     b'{"inputs": ["w5"], "deadline": 1e999}',
     b'{"inputs": ["w5"], "layer_budget": 1e400}',
     b'{"inputs": ["w5"], "layer_budget": -1}',
+    b'{"inputs": ["w5"], "deadline": true}',
+    b'{"inputs": ["w5"], "deadline": "1"}',
+    b'{"inputs": ["w5"], "layer_budget": 2.0}',
+    b'{"inputs": ["w5"], "layer_budget": ' + b"9" * 4500 + b"}",
+    b'{"inputs": ["w5"], "operating_point": ""}',
+    b'{"inputs": ["w5"], "\\ud800": 1}',
+    b'{"inputs": ["w5"]} {"inputs": ["w5"]}',
     b'{"inputs": ["w5"], "operating_point": "\\ud800"}',
     b'{"inputs": ["w5"], "operating_point": "../fast"}',
     b'{"inputs": ["w5"], "images": ["aaaa"]}',
@@ -372,6 +447,9 @@ def test_a_key_guards_all_but_the_page_and_the_probes(make_client, model):
     assert client.post("/predict", json={"inputs": "w5"}).status_code == 401
     assert client.post("/predict", json={"inputs": "w5"}, headers={"Authorization": "Bearer other"}).status_code == 401
     assert client.post("/predict", json={"inputs": "w5"}, headers={"Authorization": "Bearer s3cret"}).status_code == 200
+    for key in ("", "two words", "a file's\n", "schlüssel"):  # nobody could ever send it
+        with pytest.raises(UsageError, match="cannot send in a header"):
+            make_client(model, api_key=key)
 
 
 def test_metrics_count_and_neither_they_nor_logs_hold_a_text(make_client, model, caplog):
@@ -436,6 +514,84 @@ def test_no_request_that_the_schema_can_think_of_is_a_500(client, mode):
     assert {"/predict", "/rerank", "/v1/classify"} <= {path for path, _ in tried}
     if mode == schemathesis.GenerationMode.POSITIVE:
         assert ("/predict", 200) in tried
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v1/classify", "/rerank"])
+def test_half_a_surrogate_pair_is_told_of(make_client, tiny_model, path):
+    client = make_client(tiny_model(num_labels=1))
+    bodies = [b'{"inputs": ["w5", "\\ud83d"]}', b'{"inputs": "\\udc00"}', b'{"query": "\\ud83d", "texts": ["w5"]}']
+    for body in bodies[2:] if path == "/rerank" else bodies[:1] if path == "/v1/classify" else bodies[:2]:
+        response = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 422
+        assert re.search("surrogate|unicode", response.json()["error"])
+
+
+@pytest.mark.parametrize("shape", [PredictRequest, RerankRequest, ClassifyRequest])
+def test_of_a_million_mistakes_only_the_first_is_told(shape):
+    """Two megabytes of mistakes, an error of each, would be seconds in which nobody else is answered."""
+    for name in shape.model_fields:
+        for wrong in (1, [], None, [["w5"], 1, [[]]]):
+            with pytest.raises(ValidationError) as caught:
+                shape.model_validate({"query": "w5", "texts": ["w5"], name: [wrong] * 1000})
+            assert caught.value.error_count() < 5
+    with pytest.raises(ValidationError) as caught:
+        shape.model_validate({f"field {number}": 1 for number in range(1000)})
+    assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/ld+json", 200),
+        (None, 415),
+        ("", 415),
+        ("text/plain", 415),  # as a page of another site may have a browser send it
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("text/plain; application/json", 415),
+        ("\xff;;=", 415),
+    ],
+)
+def test_a_body_says_that_it_is_json(client, content_type, status):
+    headers = {} if content_type is None else {"Content-Type": content_type.encode("latin-1")}
+    response = client.post("/predict", content=b'{"inputs": "w5"}', headers=headers)
+    assert response.status_code == status
+    assert status == 200 or "Content-Type: application/json" in response.json()["error"]
+
+
+def test_tokens_are_counted_while_others_are_answered_and_not_of_what_is_too_much(client, monkeypatch):
+    counter = client.app.state.tokenizer
+    begun, opened, read = threading.Event(), threading.Event(), type(counter).__call__
+
+    def slowly(tokenizer, *texts, **options):
+        if tokenizer is counter:
+            begun.set()
+            assert opened.wait(60)
+        return read(tokenizer, *texts, **options)
+
+    monkeypatch.setattr(type(counter), "__call__", slowly)
+    with client, ThreadPoolExecutor(1) as pool:
+        assert client.post("/predict", json={"inputs": "w5 " * 400, "truncate": False}).status_code == 413
+        assert not begun.is_set()
+        counted = pool.submit(client.post, "/predict", json={"inputs": "w5", "truncate": False})
+        assert begun.wait(60)
+        assert client.post("/predict", json={"inputs": "w5"}).status_code == 200
+        opened.set()
+        assert counted.result(60).status_code == 200
+
+
+def test_an_engine_of_another_process_is_not_ready(make_client, model, monkeypatch):
+    client = make_client(model)
+    client.engine.submit("w5").result(60)
+    with monkeypatch.context() as forked:
+        forked.setattr(client.engine._worker, "process", 1)
+        refused = client.post("/predict", json={"inputs": "w5"})
+        assert (refused.status_code, refused.json()["error_type"]) == (503, "backend")
+        assert "in process 1; a process forked from it" in refused.json()["error"]
+        assert client.get("/ready").status_code == 503
+    assert client.get("/ready").status_code == 200
 
 
 def asked(app, coming, headers, method="POST", path="/v1/classify", note=lambda message: None):
