@@ -10,6 +10,7 @@ STYLE = """
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h2 { margin: 2rem 0 0; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid #8884; }
+@media (max-width: 32rem) { td { display: block; padding: 0; border: 0; } td:first-child { padding-top: .5rem; } }
 """
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -86,36 +85,6 @@ def ask(address, text="w5 w6", rows=8, **more):
     request = urllib.request.Request(f"{address}/v1/classify", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=SECONDS) as response:
         return json.load(response)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """`chromium(folder, width, *flags)`: what a browser of that width says of a page; skips where there is none."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium is installed, which shows the page")
-
-    def show(folder, width, *flags):
-        usual = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={folder}",
-            f"--window-size={width},1400",
-        ]
-        environment = {**os.environ, "HOME": str(folder)}
-        done = subprocess.run(
-            [program, *usual, "--virtual-time-budget=20000", *flags],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return show
 
 
 def test_pages_fit_a_phone_and_a_screen_and_tell_what_exits_say(server, chromium, tmp_path):
