@@ -112,7 +112,32 @@ def page(results: dict[str, Any]) -> str:
         )
     if "ray" in results:
         lines.append(ray_words(**results["ray"]))
+    if "hold" in results:
+        lines.append(hold_words(**results["hold"]))
     return "\n".join(lines) + "\n"
+
+
+def hold_words(forks: dict, fates: dict, futures: dict, hang: dict, overload: dict, stop: dict) -> str:
+    """What `load_hold.py` found."""
+    told = "; ".join(f"{kind} {count:,}" for kind, count in fates["told"].items())
+    held = " ".join(f"{value:.0f}" for value in futures["mebibytes"])
+    return (
+        "\n## Under pressure\n\nA small random model. Made by `python benchmarks/load_hold.py`, which fails where something "
+        "is lost or given to another.\n\n"
+        f"- {futures['rows']:,} futures, one after the other; the process held, in MiB, tenth by tenth of the run: {held}.\n"
+        f"- {fates['rows']:,} rows from four threads, and what became of them: {told}.\n"
+        f"- {overload['clients']} clients that never wait, {overload['rows']} rows each, at a queue of 64: "
+        f"{_statuses(overload)}; a refusal took {overload['refused']['p50']:.0f} ms (p50), {overload['refused']['p95']:.0f} "
+        f"(p95). The next request was answered by {overload['after']}.\n"
+        f"- SIGTERM in the middle of as many: {_statuses(stop)}. 0 is a client that was let in no more, each once.\n"
+        f"- {hang['clients']:,} clients that hang, twice as many as it can have files open: others were let in after "
+        f"{hang['seconds_before_the_first']:.1f} seconds (`--max_seconds 5`) and answered in {hang['p95']:.0f} ms (p95).\n"
+        f"- {forks['alike']} of {forks['processes']} processes that were forked once the model had answered answer alike."
+    )
+
+
+def _statuses(found: dict[str, Any]) -> str:
+    return ", ".join(f"{status} {count:,} times" for status, count in found["statuses"].items())
 
 
 def ray_words(actors: dict[str, Any], million: dict[str, Any]) -> str:
