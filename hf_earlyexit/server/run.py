@@ -36,7 +36,7 @@ class Serving:
         watch: dict[str, Any] | None,
         app: dict[str, Any],
     ) -> None:
-        self.load = load
+        self.load, self.one_at_a_time = load, threading.Lock()
         model, parts = load()
         self.monitor = None if watch is None else KeptMonitor(model, **watch)
         self.engine = Engine(model, monitor=self.monitor, **engine, **parts)
@@ -44,17 +44,17 @@ class Serving:
 
     def reload(self) -> bool:
         """Load the folder anew; what cannot be loaded leaves the former model. Whether it is another now."""
-        try:
-            model, parts = self.load()
-            self.engine.replace(model, **parts)
-        except Exception as error:  # whatever is wrong with the folder, what serves goes on
-            logger.error(
-                "The model cannot be loaded anew, and the former one serves on. %s: %s", type(error).__name__, error
-            )
-            return False
-        replace_parts(self.app, parts)
-        logger.warning("The model has been loaded anew.")
-        return True
+        with self.one_at_a_time:  # else who began first could end last, with what was there before
+            try:
+                model, parts = self.load()
+                self.engine.replace(model, **parts)
+            except Exception as error:  # whatever is wrong with the folder, what serves goes on
+                words = "The model cannot be loaded anew, and the former one serves on. %s: %s"
+                logger.error(words, type(error).__name__, error)
+                return False
+            replace_parts(self.app, parts)
+            logger.warning("The model has been loaded anew.")
+            return True
 
     def close(self) -> None:
         """Answer what was taken, and keep what the monitor saw."""

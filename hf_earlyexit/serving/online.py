@@ -148,6 +148,9 @@ class Engine:
         Args:
             model, tokenizer, image_processor: as for `Engine`.
             name: of the model to replace, where there are several.
+
+        Raises:
+            UsageError: as for `Engine`, also for a model whose exits are not those that the engine's monitor watches.
         """
         former = self._model(name)
         parts = {"tokenizer": tokenizer, "image_processor": image_processor}
@@ -221,6 +224,9 @@ class _Served:
         self.scheduler(False, None, None, False)  # tells of a max_batch_tokens out of range
         if monitor is not None:
             require_classes(self.model.config.resolved_problem_type)
+            if (exits := tuple(self.model.exit_layers)) != monitor.exit_layers:
+                words = f"The monitor is of a model with exits behind {monitor.exit_layers}, and this one has them behind"
+                raise UsageError(f"{words} {exits}; give it a monitor of its own.", field="monitor")
 
     def put(self, future: RowFuture, early_exit: bool | None, operating_point: str | None, budget: int | None) -> None:
         if self.monitor is not None and self.monitor.falls_back:

@@ -226,7 +226,7 @@ class Line:
     def _shadow(self) -> Shadow | None:
         if self.monitor is None:
             return None
-        return Shadow(self.scheduler, self._is_shadowed, partial(self.monitor.record, ()), broken=_nobody_waits)
+        return Shadow(self.scheduler, self._is_shadowed, partial(self._record, ()), broken=_nobody_waits)
 
     def _is_shadowed(self, future: RowFuture) -> bool:
         return self.monitor is not None and not future.cancelled() and bool(self.monitor.draw(1))
@@ -271,8 +271,16 @@ class Line:
                 answer = Answer(logits[row].clone(), layer, scores[row], reason, None)
                 seen += future.finish(answer, count=self._count_answer) and index >= 0
                 self.inside.pop(future, None)
-        if seen and self.monitor is not None:
-            self.monitor.record([layer] * seen)
+        if seen:
+            self._record([layer] * seen)
+
+    def _record(self, layers: Sequence[int], same: Sequence[bool] = ()) -> None:
+        """Tell the monitor; rows go on whatever becomes of that, such as in a function of its owner's."""
+        if self.monitor is not None:
+            try:
+                self.monitor.record(layers, same)
+            except Exception as error:
+                logger.error("The monitor, or what it calls at an alarm, failed with %s.", type(error).__name__)
 
     def _broken(self, futures: Sequence[RowFuture], error: Exception) -> None:
         for future in futures:

@@ -258,6 +258,36 @@ def test_a_folder_that_cannot_be_loaded_anew_is_told_with_the_reason_and_serves_
         serving.close()
 
 
+def test_who_loads_first_does_not_end_last(tiny_model, tokenizer):
+    """Two SIGHUPs: the first reads what was there before it was written anew, and takes longer."""
+    models, begun, opened = (
+        [tiny_model(id2label={0: name, 1: "b", 2: "c"}) for name in "xyz"],
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def load():
+        model = models.pop(0)
+        if len(models) == 1:
+            begun.set()
+            assert opened.wait(SECONDS)
+        return model, {"tokenizer": tokenizer}
+
+    serving = Serving(load, {}, None, {})
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(serving.reload)
+            assert begun.wait(SECONDS)
+            second = pool.submit(serving.reload)
+            time.sleep(0.05)
+            opened.set()
+            assert first.result(SECONDS)
+            assert second.result(SECONDS)
+        assert serving.engine.models["default"].config.id2label[0] == "z"
+    finally:
+        serving.close()
+
+
 def workers_of(process):
     """Processes that answer; a helper of multiprocessing's is none of them."""
     return {child.pid for child in psutil.Process(process.pid).children() if answers(child)}

@@ -555,6 +555,32 @@ def test_a_monitor_that_falls_back_runs_every_layer(model, tokenizer, texts):
         assert {engine.submit(text).result(SECONDS).exit_layer for text in texts[:20]} == {4}
 
 
+def test_a_monitor_watches_the_exits_of_its_own_model(model, tiny_model, tokenizer):
+    other = tiny_model(num_hidden_layers=2)
+    with pytest.raises(UsageError, match=r"exits behind \(1, 2\), and this one has them behind \(1, 2, 3, 4\)"):
+        ee.Engine(model, tokenizer=tokenizer, monitor=ee.Monitor(other))
+    with ee.Engine(model, tokenizer=tokenizer, monitor=ee.Monitor(model)) as engine:
+        with pytest.raises(UsageError, match=r"behind \(1, 2\); give it a monitor of its own"):
+            engine.replace(other, tokenizer=tokenizer)
+        assert engine.submit("w5").result(SECONDS).exit_layer
+
+
+@pytest.mark.parametrize("shadow", [0.01, 1.0])
+def test_rows_are_answered_though_what_a_monitor_calls_fails(model, tokenizer, texts, caplog, shadow):
+    def fail(alarm):
+        raise RuntimeError(f"the text {texts[0]} is no secret")
+
+    reference = (0.0, 0.0, 0.0, 1.0)
+    monitor = ee.Monitor(model, shadow=shadow, limit=0.001, window=100, reference=reference, on_alarm=fail)
+    with ee.Engine(model, tokenizer=tokenizer, monitor=monitor, max_queue=len(texts)) as engine:
+        futures = [engine.submit(text) for text in texts[:600]]
+        assert all(future.result(SECONDS).exit_layer for future in futures)
+    assert monitor.state.alarms
+    assert (engine.state.restarts, engine.state.failed) == (0, 0)
+    assert "what it calls at an alarm, failed with RuntimeError" in caplog.text
+    assert texts[0] not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
