@@ -1,7 +1,5 @@
 """Lossless early exit: the full model's own text, nothing computed twice, nothing of a rejected draft left."""
 
-import math
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -157,20 +155,6 @@ def test_nothing_is_computed_twice(drafter, name):
     assert counts.checks + sum(counts.accepted) == steps, "a check writes its drafts and one token more"
     assert calls[-1] - 1 == counts.checks < steps < calls[0] - 1 <= steps + rejected
     assert sum(counts.accepted) == int(((output.exit_layers > 0) & (output.exit_layers < LAYERS)).sum())
-
-
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_eight_rows_are_eight_batches_of_one(drafter, name):
-    model = drafter(name)
-    padding = (4, 3, 2, 1, 0, 0, 0, 0)
-    ids, mask = prompts(8, 5, padding=padding)
-    together = both(model, ids, mask)[1]
-    for row, left in enumerate(padding):
-        alone = both(model, ids[row : row + 1, left:], mask[row : row + 1, left:])[1]
-        length = left + alone.sequences.shape[1]
-        assert torch.equal(alone.sequences[0], together.sequences[row, left:length])
-        assert torch.equal(alone.exit_layers[0], together.exit_layers[row, left:length])
-        assert not together.exit_layers[row, length:].any()
 
 
 @pytest.mark.parametrize("most", [1, 2, 7])
@@ -357,27 +341,6 @@ def test_entries_of_rejected_drafts_that_stay_are_noticed(drafter, monkeypatch):
     assert not torch.equal(full.sequences, drafted.sequences)
 
 
-def test_sampling_has_the_full_models_distribution(drafter):
-    """Three tokens drawn 1,500 times with and without drafts: two samples of one distribution, by a chi-square test."""
-    model, rows = drafter("llama", exit_layers=[1, 4]).float(), 1500
-    ids = prompts(1, 4)[0].expand(rows, -1)
-    options = {"do_sample": True, "top_k": 5, "temperature": 0.9, "max_new_tokens": 3, "pad_token_id": PAD}
-    torch.manual_seed(0)
-    full = model.generate(ids, early_exit=False, eos_token_id=None, **options)[:, 4:]
-    drafted = model.generate(ids, lossless=True, return_exit_layers=True, eos_token_id=None, **options)
-    counts, mine = drafted.draft_counts, drafted.sequences[:, 4:]
-    assert rows / 5 < sum(counts.accepted) < sum(counts.drafted) - rows / 10
-    base = torch.tensor([WORDS**2, WORDS, 1])
-    _, kinds = torch.cat([full @ base, mine @ base]).unique(return_inverse=True)
-    one, two = (torch.bincount(part, minlength=int(kinds.max()) + 1).double() for part in kinds.split(rows))
-    common = one + two >= 10
-    one, two = (torch.cat([part[common], part[~common].sum()[None]]) for part in (one, two))
-    statistic = float(((one - two) ** 2 / (one + two).clamp_min(1)).sum())
-    degrees = len(one) - 1
-    assert degrees > 8
-    assert statistic < degrees + 4 * math.sqrt(2 * degrees), f"{statistic:.0f} with {degrees} degrees of freedom"
-
-
 def test_the_rule_of_drawing_is_exact():
     """Drafts from one distribution, checked by another: the second comes out, even where the first lacks words."""
     wanted = torch.tensor([0.5, 0.2, 0.2, 0.1])
@@ -416,15 +379,23 @@ def test_what_cannot_be_lossless_is_refused(drafter, writer):
         model.generate(ids, lossless=True, early_exit=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_ties_may_fall_otherwise_and_are_counted(drafter, dtype):
-    """There a batch of another shape rounds otherwise, so the second-best token may win: seen in how few places."""
-    model = drafter("llama").to(dtype)
-    full, drafted = both(model, *prompts(8, 5), eos_token_id=None)
-    first = [int((one != two).int().argmax()) for one, two in zip(full.sequences, drafted.sequences, strict=True)]
-    for row, place in enumerate(first):
-        if place:  # what the full model thinks of both, where they part
-            with torch.no_grad():
-                logits = model(full.sequences[row : row + 1, :place], early_exit=False).logits[0, -1].float()
-            one, two = logits[full.sequences[row, place]], logits[drafted.sequences[row, place]]
-            assert abs(float(one - two)) < 0.02 * float(logits.abs().max()), "no tie"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@every
+def test_ties_may_fall_otherwise_in_half_precision_and_are_counted(drafter, name, dtype):
+    """A batch of another shape rounds otherwise: of 24 texts few differ, in float32 none, and only where two words are tied.
+
+    By the scores that plain decoding itself compared: at most one rounding of the greatest apart.
+    """
+    model, differ, ids = drafter(name).to(dtype), 0, prompts(24, 5)[0]
+    for rows in ids.split(8):
+        full, drafted = both(model, rows, torch.ones_like(rows), eos_token_id=None, output_logits=True)
+        assert sum(drafted.draft_counts.drafted) > 0
+        for row, (one, two) in enumerate(zip(full.sequences, drafted.sequences, strict=True)):
+            if torch.equal(one, two):
+                continue
+            differ += 1
+            place = int((one != two).int().argmax())
+            logits = full.logits[place - 5][row].float()
+            apart = float(logits[one[place]] - logits[two[place]])
+            assert 0 <= apart <= torch.finfo(dtype).eps * float(logits.abs().max()), f"no tie: {apart}"
+    assert differ <= (0 if dtype == torch.float32 else 3)
