@@ -5,9 +5,11 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, EarlyExitConfigError, UsageError
+from hf_earlyexit.families.decoders import cache_name
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, measure_costs
 from hf_earlyexit.generation.draft_trace import DraftCosts, replay_drafts, trace_drafts
 from hf_earlyexit.generation.full_texts import written_texts
+from hf_earlyexit.generation.lossless import LosslessWalker
 from tests.captions.conftest import LAYERS, START
 from tests.captions.toy import make_image_processor, make_pictures
 
@@ -139,3 +141,73 @@ def test_what_cannot_be_chosen_is_refused(drafter, images):
     with pytest.raises(UsageError, match="num_beams is 2"):
         chosen(model, images(2))
     assert chosen(model, images(2), num_beams=1).num_texts == 2
+
+
+def both(model, pixels, **options):
+    """Captions of the full model, and those without loss, in float64, where rounding decides nothing."""
+    options = {"max_new_tokens": NEW, **options}
+    full = model.generate(pixels, early_exit=False, return_dict_in_generate=True, **options)
+    return full, model.generate(pixels, lossless=True, return_exit_layers=True, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_is_the_full_models_after_every_acceptance(drafter, images, monkeypatch, kind):
+    """Of every layer, whenever drafts are accepted; and every token that is embedded runs each layer once."""
+    model, pixels, checked = drafter(kind).double(), images(3).double(), []
+    full = both(model, pixels, eos_token_id=None)[0]
+    layers = full[cache_name(type(full))].self_attention_cache.layers
+    check, ran = LosslessWalker._check, [0] * LAYERS
+
+    def checks(self, rows):
+        check(self, rows)
+        for row in rows:
+            end = row.length - 1
+            checked.append(end)
+            for mine, theirs in zip(self.cache.entries, layers, strict=True):
+                for entries, expected in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    apart = entries[row.number, :, :end] - expected[row.number, :, :end]
+                    assert apart.abs().max() < 1e-10
+
+    monkeypatch.setattr(LosslessWalker, "_check", checks)
+    for index, layer in enumerate(model.backbone.layers(model.decoder)):
+
+        def count(_, given, __, index=index):
+            ran[index] += given[0].shape[0] * given[0].shape[1]
+
+        layer.register_forward_hook(count)
+    drafted = model.generate(pixels, lossless=True, return_exit_layers=True, **WRITING)
+    counts = drafted.draft_counts
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert len(set(checked)) > 3
+    assert [number - 3 for number in ran] == counts.layer_tokens, "the token that captions begin with runs once"
+    assert len(set(counts.layer_tokens)) == 1
+    assert counts.layer_tokens[0] == counts.checks + sum(counts.drafted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ends_and_limits_among_drafts(drafter, images, kind):
+    model, pixels = drafter(kind).double(), images(8).double()
+    free = both(model, pixels, eos_token_id=None)[1]
+    words = free.sequences[(free.exit_layers > 0) & (free.exit_layers < LAYERS)].unique()[:4].tolist()
+    full, drafted = both(model, pixels, eos_token_id=words)
+    assert torch.equal(drafted.sequences, full.sequences)
+    places = ((drafted.exit_layers > 0).int() * torch.arange(drafted.exit_layers.shape[1])).amax(1)
+    assert (drafted.exit_layers.gather(1, places[:, None]) < LAYERS).any(), "an end must be a draft"
+    assert len(places.unique()) > 1
+    for row in range(8):
+        alone = both(model, pixels[row : row + 1], eos_token_id=words)[1]
+        length = alone.sequences.shape[1]
+        assert torch.equal(alone.sequences[0], drafted.sequences[row, :length])
+        assert torch.equal(alone.exit_layers[0], drafted.exit_layers[row, :length])
+        assert not drafted.exit_layers[row, length:].any()
+    for limit in range(1, 9):
+        output = both(model, pixels[:3], eos_token_id=None, max_new_tokens=limit, max_drafts=5)[1]
+        assert torch.equal(output.sequences, free.sequences[:3, : limit + 1])
+        assert output.draft_counts.tokens == 3 * limit
+        assert (output.exit_layers[:, -1] == LAYERS).all()
+
+
+def test_caches_that_cannot_be_cropped_are_refused(drafter, images):
+    for cache in ("static", "offloaded"):
+        with pytest.raises(UsageError, match="rows leave at different layers"):
+            drafter().generate(images(1), lossless=True, max_new_tokens=4, cache_implementation=cache)

@@ -199,6 +199,19 @@ def test_a_policy_that_cannot_work_is_refused(writer):
         ee.EarlyExitGPT2LMConfig(add_cross_attention=True)
 
 
+@every
+def test_a_cache_that_never_arrives_is_an_error(writer, monkeypatch, name):
+    """As when a release of transformers calls it by a name that nobody knows: no silent run through all layers."""
+    model = writer(name, share=0.5)
+
+    def given_cache(cache, options):
+        options.pop("past_key_values", None)  # as 5.23 calls it
+
+    monkeypatch.setattr("hf_earlyexit.generation.language_model.given_cache", given_cache)
+    with pytest.raises(UsageError, match="there is no cache that holds a prompt"):
+        generated(model, *prompts(2, 5), eos_token_id=None)
+
+
 def test_a_chat_goes_on_over_its_cache(writer):
     model = writer("llama", share=0.5)
     ids, mask = prompts(1, 5)
