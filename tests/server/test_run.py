@@ -171,7 +171,6 @@ STRANGE = [  # statuses that answers may have; 4xx are in words
         {200, 400, 408, 422},
         request(JSON, LENGTH, "Upgrade: websocket", "Sec-WebSocket-Key: x").replace(b"close", b"Upgrade, close"),
     ),
-    ({400}, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     ({400}, b"\x16\x03\x01\x00\xa5\xff\xfe"),
 ]
 
