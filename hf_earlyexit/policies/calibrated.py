@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..citations import BEEM
 from ..errors import PolicyError
-from ..problem_types import SINGLE_LABEL, row_quality
+from ..problem_types import SINGLE_LABEL
 from ..signals import ExitSignal
 from ..values import check_real
 from .agreement import Chain
@@ -85,30 +85,38 @@ class CalibratedBeemPolicy(ExitPolicy):
             options: other fields of the policy.
         """
         check_real(1e-6, error=PolicyError, ridge=ridge)
-        right = row_quality(trace.logits, trace.labels, trace.problem_type) > 0
+        right = trace.quality > 0
         harmless = ~(right[:, -1:] & ~right)
-        lines = [_fit_line(trace.logits[:, index].float(), harmless[:, index], ridge) for index in range(trace.num_exits)]
+        lines = [_fit_line(trace.signal(index).logits, harmless[:, index], ridge) for index in range(trace.num_exits)]
         return {"slopes": tuple(slope for slope, _ in lines), "offsets": tuple(offsets for _, offsets in lines), **options}
 
 
 def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tuple[float, ...]]:
     """Slope and offsets of one exit from logits `[N, C]` and whether leaving was harmless `[N]`, by Newton's method.
 
-    One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain.
+    One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain. The
+    class that a row predicts is one feature among C, so sums are taken class by class and no table of features is made.
     """
     num_classes = logits.shape[-1]
-    lead = log_odds(logits.log_softmax(-1)).double()[:, None]
-    predicted = torch.nn.functional.one_hot(logits.argmax(-1), num_classes).double()
-    features = torch.cat([torch.ones_like(lead), lead, predicted], 1)
-    features = torch.cat([features, features.mean(0, keepdim=True)])
-    target = torch.cat([harmless.double(), torch.zeros(1, dtype=torch.float64)])
+    lead, predicted = log_odds(logits.float().log_softmax(-1)).double(), logits.argmax(-1)
+
+    def by_class(values: Tensor) -> Tensor:
+        return torch.bincount(predicted, values, num_classes)
+
+    plain, target = torch.stack([torch.ones_like(lead), lead]), harmless.double()  # [2, N], [N]
+    made_up = torch.cat([plain.mean(1), by_class(plain[0]) / len(lead)])
     penalty = torch.full((num_classes + 2,), ridge, dtype=torch.float64)
     penalty[0] = 1e-6  # the common offset is free
     weights = torch.zeros(num_classes + 2, dtype=torch.float64)
     for _ in range(50):
-        chance = (features @ weights).clamp(-30, 30).sigmoid()
-        slope = features.T @ (target - chance) - penalty * weights
-        curvature = (features.T * (chance * (1 - chance) + 1e-6)) @ features + penalty.diag()
+        chance = (weights[:2] @ plain + weights[2:][predicted]).clamp(-30, 30).sigmoid()
+        harmful = (weights @ made_up).clamp(-30, 30).sigmoid()
+        missing = target - chance
+        slope = torch.cat([plain @ missing, by_class(missing)]) - harmful * made_up - penalty * weights
+        weight = chance * (1 - chance) + 1e-6
+        across = torch.stack([by_class(weight), by_class(weight * lead)])  # [2, C]
+        curvature = torch.cat([torch.cat([plain * weight @ plain.T, across], 1), torch.cat([across.T, across[0].diag()], 1)])
+        curvature += (harmful * (1 - harmful) + 1e-6) * made_up.outer(made_up) + penalty.diag()
         step = torch.linalg.solve(curvature, slope)
         weights = weights + step
         if float(step.abs().max()) < 1e-8:

@@ -39,6 +39,29 @@ def test_the_fit_recovers_how_often_leaving_does_harm():
     assert learned["offsets"][0][0] == pytest.approx(0.5, abs=0.15)
 
 
+def test_the_fit_is_that_of_a_table_with_a_column_for_each_class():
+    """Newton's method on the whole table of features, which the library never makes: it has as many columns as classes."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(7, (300,), generator=draw)
+    logits = 2 * torch.randn(300, 2, 7, generator=draw)
+    logits[torch.arange(300), :, labels] += 2
+    trace = ExitTrace(logits=logits, labels=labels, exit_layers=(1, 2))
+    right = logits.argmax(-1) == labels[:, None]
+    top = logits[:, 0].log_softmax(-1).topk(2).values.double()
+    table = torch.cat([torch.ones(300, 1), (top[:, :1] - top[:, 1:]), torch.eye(7)[logits[:, 0].argmax(-1)]], 1).double()
+    table = torch.cat([table, table.mean(0, keepdim=True)])  # the row that is made up
+    harmless = torch.cat([~(right[:, 1] & ~right[:, 0]), torch.zeros(1, dtype=torch.bool)]).double()
+    penalty = torch.tensor([1e-6] + [1.0] * 8, dtype=torch.float64)
+    weights = torch.zeros(9, dtype=torch.float64)
+    for _ in range(20):
+        chance = (table @ weights).sigmoid()
+        slope = table.T @ (harmless - chance) - penalty * weights
+        weights += torch.linalg.solve((table.T * (chance * (1 - chance))) @ table + penalty.diag(), slope)
+    learned = CalibratedBeemPolicy.learn(trace)
+    assert learned["slopes"][0] == pytest.approx(float(weights[1]), abs=1e-5)
+    assert learned["offsets"][0] == pytest.approx((weights[0] + weights[2:]).tolist(), abs=1e-5)
+
+
 def test_an_exit_that_never_harmed_is_still_not_certain():
     trace = learned_trace(rows=100, exits=2)
     same = ExitTrace(logits=trace.logits[:, -1:].repeat(1, 2, 1), labels=trace.labels, exit_layers=(1, 2))
