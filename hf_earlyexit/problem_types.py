@@ -80,9 +80,11 @@ def row_quality(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
 def largest(logits: Tensor) -> Tensor:
     """`argmax` over classes, the first of equals; of a large trace NumPy finds it in a third of the time.
 
+    Of logits that do not lie side by side, such as those of one exit, it would make a copy.
+
     `predictions` cannot have it: policies are traced through that, for their graphs.
     """
-    if logits.device.type != "cpu" or logits.dtype == torch.bfloat16:
+    if logits.device.type != "cpu" or logits.dtype == torch.bfloat16 or not logits.is_contiguous():
         return logits.argmax(-1)
     return torch.from_numpy(logits.detach().numpy().argmax(-1))
 

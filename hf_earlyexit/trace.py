@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from os import PathLike
 from typing import Any
@@ -147,6 +148,37 @@ class ExitTrace:
                 field=getattr(error, "field", None),
                 path=path,
             ) from error
+
+
+class SomeRows:
+    """Rows that teach a policy, as `LearningRows`; the logits of an exit are taken out of the trace when they are asked for.
+
+    Args:
+        trace: all rows.
+        places: of those that teach `[n]`.
+        quality: of each exit on all rows `[N, E]`.
+    """
+
+    def __init__(self, trace: ExitTrace, places: Tensor, quality: Tensor) -> None:
+        self.trace, self.places = trace, places
+        self.problem_type, self.exit_layers, self.costs = trace.problem_type, trace.exit_layers, trace.costs
+        self.num_rows, self.num_exits = len(places), trace.num_exits
+        self.labels, self.quality = trace.labels[places], quality[places]
+        self.scalars = {name: values[places] for name, values in trace.scalars.items()}
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """`[n, E, C]`."""
+        return self.trace.logits[self.places]
+
+    def signal(self, exit_index: int) -> ExitSignal:
+        """See `ExitTrace.signal`."""
+        of_all = self.trace.signal(exit_index)
+        return ExitSignal(of_all.logits[self.places], {name: values[self.places] for name, values in of_all.scalars.items()})
+
+    def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
+        """Some of these, in the given order."""
+        return self.trace.select(self.places[torch.as_tensor(rows)])
 
 
 def dead_exits(quality: Tensor, labels: Tensor, problem_type: str, sigmas: float = 1.645) -> tuple[int, ...]:

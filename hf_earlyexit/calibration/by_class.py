@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..policies.scanning import SCANNED
 from ..problem_types import REGRESSION, SINGLE_LABEL, given_labels, largest, predictions
+from .parts import Places
 
 MOST, WORST = 8, 5  # classes that are all shown; of more, those that lose most
 
@@ -32,24 +34,38 @@ class ClassReport:
     full_recall: float | None
 
 
-def class_reports(early: Tensor, full: Tensor, labels: Tensor, problem_type: str) -> tuple[ClassReport, ...]:
+def answers_given(logits: Tensor, problem_type: str) -> Tensor:
+    """What `class_reports` judges: class numbers `[N]` of logits `[N, C]`, or booleans `[N, C]` for many labels."""
+    return largest(logits) if problem_type == SINGLE_LABEL else predictions(logits, problem_type)
+
+
+def answers_at(logits: Tensor, places: Places, exits: Tensor, problem_type: str) -> Tensor:
+    """The same of rows at the exit that each takes, of all logits `[N, E, C]`, of which few are copied at a time."""
+    rows = torch.arange(len(logits)) if places is None else places
+    parts = zip(rows.split(SCANNED), exits.split(SCANNED), strict=True)
+    return torch.cat([answers_given(logits[part, taken], problem_type) for part, taken in parts])
+
+
+def class_reports(
+    early: Tensor, full: Tensor, labels: Tensor, num_classes: int, problem_type: str
+) -> tuple[ClassReport, ...]:
     """A report for each class; none for values.
 
     Args:
-        early, full: logits of the early answers and of the full model `[N, C]`.
+        early, full: what was answered early and by the full model: see `answers_given`.
         labels: `[N]` class numbers, or `[N, C]`.
+        num_classes: C.
         problem_type: what they mean.
     """
     if problem_type == REGRESSION:
         return ()
     single = problem_type == SINGLE_LABEL
     truth = labels if single else given_labels(labels)
-    rows = _counts(truth, full.shape[-1]) if single else truth.sum(0)
+    rows = _counts(truth, num_classes) if single else truth.sum(0)
     f1s, recalls = [], []
-    for logits in (early, full):
-        answer = largest(logits) if single else predictions(logits, problem_type)
-        right = _counts(truth[answer == truth], full.shape[-1]) if single else (answer & truth).sum(0)
-        answered = _counts(answer, full.shape[-1]) if single else answer.sum(0)
+    for answer in (early, full):
+        right = _counts(truth[answer == truth], num_classes) if single else (answer & truth).sum(0)
+        answered = _counts(answer, num_classes) if single else answer.sum(0)
         both = right.double()
         f1s.append((2 * both / (answered + rows).clamp_min(1)).tolist())
         recalls.append([float(right / count) if count else None for right, count in zip(both, rows, strict=True)])

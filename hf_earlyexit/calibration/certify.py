@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -28,7 +27,18 @@ from .promise import Promise
 from .quality import Metric
 from .risks import RISKS, Losses, groups_of, losses_of
 from .search import Array, Curve
-from .settings import Pool, Recipe, Setting, as_thresholds, curve_of, make_policy, policy_curve, split_places, thinned
+from .settings import (
+    Pool,
+    Recipe,
+    Setting,
+    as_thresholds,
+    curve_of,
+    make_policy,
+    policy_curve,
+    setting_of,
+    split_places,
+    thinned,
+)
 from .slices import Parts, check_groups
 from .targets import TARGETS, Target
 from .walk import Walk, first_level
@@ -114,38 +124,51 @@ def certify_setting(
     slices = check_groups(groups, trace.num_rows)
     split = split_places if lists is None else lists.split
     path_places, places = split(trace.num_rows, recipe.learning_share, recipe.seed)
-    path_pool, pool = (Pool(trace.select(part), recipe.metric) for part in (path_places, places))
-    path_rows, rows = path_pool.trace, pool.trace
-    every_path_row = torch.arange(path_rows.num_rows)
-    weak = () if recipe.keep_weak_exits or lists is not None else path_pool.weak_exits(every_path_row)
-    policy = make_policy(recipe, path_rows, weak)
-    path = _path(policy_curve(recipe, policy, path_pool, every_path_row))
+    pool = Pool(trace, recipe.metric)
+    weak = () if recipe.keep_weak_exits or lists is not None else pool.weak_exits(path_places)
+    policy = make_policy(recipe, pool.rows(path_places), weak)
+    path = _path(policy_curve(recipe, policy, pool, path_places))
     here = None if slices is None else slices[places.numpy()]
-    if lists is None:
-        seen, (scores, losses) = (_looked_at(policy, part, recipe, target) for part in (path_pool, pool))
-        parts = groups_of(target.by, rows, here)
-        check_enough(target, losses, parts)
-        measure = _measure(recipe.metric, trace)
-        walk = walk_of_rows(target, losses, scores, path, parts, (seen[0], seen[1].values), measure)
+    chosen, promise = _walked(target, lists, policy, path, pool, (path_places, places), here)
+    policy = policy.with_thresholds(as_thresholds(path[chosen]))
+    return setting_of(pool, policy, places, curve_of(path, policy, pool, places), weak), promise
+
+
+def _walked(
+    target: Certified,
+    lists: Lists | None,
+    policy: ExitPolicy,
+    path: Array,
+    pool: Pool,
+    halves: tuple[Tensor, Tensor],
+    groups: NDArray[Any] | None,
+) -> tuple[int, Promise]:
+    """The last certified setting of a path, and its evidence; places of the rows that made the path and of those that
+    certify, groups of these."""
+    if lists is not None:
+        walk = _walk_of_lists(target, lists, policy, path, pool, halves, groups)
+        num_before = lists.num_lists - walk.num_units
     else:
-        walk = _walk_of_lists(target, lists, policy, path, (path_pool, path_places), (pool, places), here)
+        seen, (scores, losses) = _looked_at(policy, pool, halves, target)
+        parts = groups_of(target.by, pool.trace.labels[halves[1]], pool.trace.problem_type, groups)
+        check_enough(target, losses, parts)
+        measure = _measure(pool.metric, pool.trace)
+        walk = walk_of_rows(target, losses, scores, path, parts, (seen[0], seen[1].values), measure)
+        num_before = len(halves[0])
     chosen = walk.last_certified()
-    setting = Setting(
-        policy=policy.with_thresholds(as_thresholds(path[chosen])),
-        rows=rows,
-        num_learning_rows=path_rows.num_rows,
-        scan=pool.scan(policy),
-        quality=pool.row_quality(policy),
-        curve=curve_of(path, policy, pool, torch.arange(rows.num_rows)),
-        weak=weak,
-    )
-    return setting, walk.promise(chosen, path_rows.num_rows if lists is None else lists.num_lists - walk.num_units)
+    return chosen, walk.promise(chosen, num_before)
 
 
-def _looked_at(policy: ExitPolicy, pool: Pool, recipe: Recipe, target: Certified) -> tuple[Array, Losses]:
-    """Scores `[N, E]`, -inf at muted exits, and losses of the rows of a pool."""
+def _looked_at(
+    policy: ExitPolicy, pool: Pool, halves: tuple[Tensor, Tensor], target: Certified
+) -> list[tuple[Array, Losses]]:
+    """Scores `[n, E]`, -inf at muted exits, and losses of each half of the rows."""
     scores, answers = pool.scan(policy)
-    return scores.double().numpy(), losses_of(target.risk, pool.trace, answers, recipe.metric, target.bound)
+    losses = losses_of(target.risk, pool.trace, answers, pool.metric, target.bound)
+    return [
+        (scores[places].double().numpy(), Losses(losses.values[places.numpy()], losses.low, losses.high))
+        for places in halves
+    ]
 
 
 def _measure(metric: Metric, trace: ExitTrace) -> str | None:
@@ -158,9 +181,9 @@ def _measure(metric: Metric, trace: ExitTrace) -> str | None:
 def _path(curve: Curve) -> Array:
     """Settings `[K, E - 1]` from the full model to the cheapest, in the order of their cost on the rows that made them."""
     curve = thinned(curve)
-    order = np.lexsort((-curve.quality, -curve.cost))
-    _, first = np.unique(curve.thresholds[order], axis=0, return_index=True)
-    return curve.thresholds[order][np.sort(first)]
+    vectors = curve.thresholds[np.lexsort((-curve.quality, -curve.cost))]
+    _, first = np.unique(vectors, axis=0, return_index=True)
+    return vectors[np.sort(first)]
 
 
 def walk_of_rows(
@@ -195,24 +218,23 @@ def _walk_of_lists(
     lists: Lists,
     policy: ExitPolicy,
     path: Array,
-    before: tuple[Pool, Tensor],
-    here: tuple[Pool, Tensor],
+    pool: Pool,
+    halves: tuple[Tensor, Tensor],
     groups: NDArray[Any] | None,
 ) -> Walk:
-    """Lists of rows along a path of settings; pools and the places of their rows, groups of the certifying rows."""
+    """Lists along a path of settings; places of the rows that made the path and of those that certify, groups of these."""
     if target.by not in (None, "group"):
         raise CalibrationError("Lists are certified together or by='group': each of them holds several labels.", field="by")
     if target.by == "group" and groups is None:
         raise CalibrationError("by is 'group'; pass the number of each row's slice as groups.", field="groups")
-    alongs = []
-    for (pool, places), slices in ((before, None), (here, groups)):
-        scores, answers = pool.scan(policy)
-        ranking = list_scores(answers)
-        ranking[:, -1] = list_scores(pool.trace.logits[:, -1:])[:, 0]  # whoever runs through all layers has this answer
+    alongs, (scores, answers) = [], pool.scan(policy)
+    for places, slices in zip(halves, (None, groups), strict=True):
+        ranking = list_scores(answers[places])
+        ranking[:, -1] = list_scores(pool.trace.logits[places, -1:])[:, 0]  # whoever runs through all layers has this answer
         member = np.unique(lists.member[places.numpy()], return_inverse=True)[1].reshape(-1)
         parts = groups_of_lists(member, slices)
-        labels = pool.trace.labels.double().reshape(len(member)).numpy()
-        visible = scores.double().numpy()
+        labels = pool.trace.labels[places].double().reshape(len(member)).numpy()
+        visible = scores[places].double().numpy()
         alongs.append(ListsAlong(target.risk, lists.quality, ranking, labels, member, visible, path, parts))
     check_enough(target, alongs[1].losses, alongs[1].parts, "lists")
     return Walk(target, alongs[1], alongs[0], alongs[1].parts, "lists", f"{lists.quality.name} of a list")

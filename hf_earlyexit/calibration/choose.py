@@ -163,8 +163,8 @@ def _result(
     expected: Expectation | None = None,
     promise: Promise | None = None,
 ) -> CalibrationResult:
-    policy, rows = setting.policy, setting.rows
-    done = replay_scanned(policy, rows, setting.scan, setting.quality, recipe.metric)
+    policy, trace = setting.policy, setting.trace
+    done = replay_scanned(policy, trace, setting.scan, setting.quality, recipe.metric, setting.places)
     outcome = {field.name: getattr(done, field.name) for field in fields(Outcome)}
     curve = setting.curve
     result = CalibrationResult(
@@ -174,14 +174,14 @@ def _result(
         metric=recipe.metric.name,
         curve=tuple(
             (float(cost), float(quality), as_thresholds(vector))
-            for cost, quality, vector in zip(curve.cost, curve.quality, curve.thresholds, strict=True)
+            for cost, quality, vector in zip(curve.cost, curve.quality, curve.thresholds[:], strict=True)
         ),
-        num_rows=rows.num_rows,
-        num_learning_rows=setting.num_learning_rows,
+        num_rows=setting.num_rows,
+        num_learning_rows=trace.num_rows - setting.num_rows,
         seed=recipe.seed,
-        split=rows.split,
-        dtype=str(rows.meta.get("dtype", "unknown")),
-        fingerprint=rows.fingerprint,
+        split=trace.split,
+        dtype=str(trace.meta.get("dtype", "unknown")),
+        fingerprint=trace.fingerprint,
         versions={name: version(name) for name in ("hf_earlyexit", "torch")},
         expected=expected,
         promise=promise,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import CalibrationError
+from ..policies.scanning import SCANNED
 from ..trace import ExitTrace
 from ..values import unexpected
 
@@ -16,7 +17,8 @@ def marks(trace: ExitTrace, dtype: torch.dtype | None = None) -> list[int]:
         trace: the rows.
         dtype: of the logits that are compared; the trace's own by default.
     """
-    return [hash(row.tobytes()) for row in trace.logits[:, [0, -1]].to(dtype or trace.logits.dtype).float().numpy()]
+    parts = (part[:, [0, -1]].to(dtype or part.dtype).float().numpy() for part in trace.logits.split(SCANNED))
+    return [hash(row.tobytes()) for part in parts for row in part]
 
 
 def num_copies(trace: ExitTrace) -> int:

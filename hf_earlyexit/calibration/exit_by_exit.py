@@ -80,15 +80,16 @@ class _Exit:
 
     def __init__(self, score: Array, errors: Array, lowest: float) -> None:
         self.order = np.argsort(-score)
-        self.score = score[self.order]
+        self.score = np.ascontiguousarray(score)[self.order]
         self.rank = np.empty(len(score), dtype=np.int32)
         self.rank[self.order] = np.arange(len(score), dtype=np.int32)
         self.may_end = np.append(self.score[1:] < self.score[:-1], True)[: len(score)]  # equal scores leave together
         self.may_end &= (self.score >= lowest) & (self.score > -np.inf)
-        errors = errors[self.order]
-        self.values = np.stack([np.ones(len(score)), errors, summable(errors * errors)])
+        errors = np.ascontiguousarray(errors)[self.order]
+        self.values = np.stack([errors, summable(errors * errors)])
         starts = np.arange(0, len(score), BLOCK)
-        self.sums = np.add.reduceat(self.values, starts, axis=1)  # [3, blocks]
+        count = np.diff(starts, append=len(score)).astype(np.float64)
+        self.sums = np.concatenate([count[None], np.add.reduceat(self.values, starts, axis=1)])  # [3, blocks]
         self.gains = np.add.reduceat(np.minimum(errors, 0), starts)  # sums of errors below 0 [blocks]
         self.has_end = np.logical_or.reduceat(self.may_end, starts)  # blocks in which somebody may be the last to leave
         self._add_up()
@@ -105,11 +106,11 @@ class _Exit:
         blocks, signs, count = places // BLOCK, np.ones(len(places)), len(self.gains)
         signs[len(come) :] = -1
         self.sums[0] += np.bincount(blocks, signs, count)
-        errors = self.values[1][places]
+        errors = self.values[0][places]
         some = np.flatnonzero(errors)  # most rows err neither more nor less than at the last exit
         blocks, signs, errors = blocks[some], signs[some], errors[some]
         self.sums[1] += np.bincount(blocks, signs * errors, count)
-        self.sums[2] += np.bincount(blocks, signs * self.values[2][places[some]], count)
+        self.sums[2] += np.bincount(blocks, signs * self.values[1][places[some]], count)
         self.gains += np.bincount(blocks, signs * np.minimum(errors, 0), count)
         self._add_up()
         return places[: len(come)], places[len(come) :]
@@ -125,7 +126,7 @@ class _Exit:
         for block in self._blocks(rule, index):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             here = left[self.order[part]] >= index
-            sums = self.starts[:, block, None] + (self.values[:, part] * here).cumsum(1)
+            sums = self.starts[:, block, None] + np.concatenate([here[None], self.values[:, part] * here]).cumsum(1)
             fine = rule.holds(sums[0], sums[1], sums[2], index) & self.may_end[part]
             if fine.any():
                 place = len(fine) - 1 - int(fine[::-1].argmax())
@@ -177,7 +178,7 @@ class ExitByExit:
 
     def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
         self.lowest, self.counts, self.last = lowest, counts, scores.shape[1] - 1
-        scores, errors = np.asfortranarray(scores), np.asfortranarray(summable(errors))  # an exit's numbers side by side
+        errors = summable(errors)
         self.exits = [_Exit(scores[:, index], errors[:, index], lowest) for index in range(self.last)]
         self.cuts = [-1] * self.last  # how far each exit's order leaves
         self.left = np.full(len(scores), self.last, dtype=np.int16)
@@ -221,7 +222,9 @@ def summable(values: Array) -> Array:
     if most == 0:
         return values
     step = 2.0 ** (math.ceil(math.log2(most)) - 52)
-    rounded: Array = np.rint(values / step) * step
+    rounded: Array = values / step
+    np.rint(rounded, out=rounded)
+    rounded *= step
     return rounded
 
 
@@ -240,8 +243,8 @@ def thresholds_by_rule(
     for rule in rules:
         paired = rule.bound is None
         if paired not in series:
-            judged = errors[:, :-1] - errors[:, -1:] if paired else errors[:, :-1]
-            series[paired] = ExitByExit(scores, judged, lowest, counts)
+            early, last = errors[:, :-1], errors[:, -1:]
+            series[paired] = ExitByExit(scores, early - last if paired else early, lowest, counts)
         yield series[paired].thresholds(rule), series[paired]
 
 

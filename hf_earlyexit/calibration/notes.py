@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import errors
 from ..errors import PermitsEverything
@@ -16,6 +17,7 @@ from ..policies.base import ExitPolicy
 from ..problem_types import majority_quality, quality_name, row_quality
 from ..trace import ExitTrace
 from .copies import num_copies
+from .parts import left_with, some
 from .quality import Metric
 from .result import CalibrationResult
 from .settings import Setting
@@ -90,10 +92,10 @@ def _callers_level() -> int:
 
 def on_target(target: Target, setting: Setting) -> list[str]:
     """A drop that permits answers that know nothing."""
-    rows, full = setting.rows, float(setting.curve.quality[0])
+    full = float(setting.curve.quality[0])
     if notes := on_drop(target, full):
         return notes
-    constant = majority_quality(rows.labels, rows.problem_type)
+    constant = majority_quality(setting.labels, setting.trace.problem_type)
     if not isinstance(target, MaxDrop) or not full - target.drop <= constant < full:
         return []
     return [
@@ -104,15 +106,15 @@ def on_target(target: Target, setting: Setting) -> list[str]:
 
 def on_setting(setting: Setting) -> list[str]:
     """Muted exits, and a setting at which no row leaves early."""
-    policy, rows, notes = setting.policy, setting.rows, []
+    trace, scores, notes = setting.trace, setting.scores, []
     if setting.weak:
-        layers = ", ".join(str(rows.exit_layers[index]) for index in setting.weak)
-        constant = majority_quality(rows.labels, rows.problem_type)
+        layers = ", ".join(str(trace.exit_layers[index]) for index in setting.weak)
+        constant = majority_quality(setting.labels, trace.problem_type)
         notes.append(
             f"exits after layers {layers} are no better than the most frequent answer ({constant:.4f}): closed and muted"
         )
-    if bool((policy.decide(setting.scan.scores) == rows.num_exits - 1).all()) and rows.num_exits > 1:
-        open_scores = setting.scan.scores[:, :-1][torch.isfinite(setting.scan.scores[:, :-1])]
+    if bool((setting.policy.decide(scores) == trace.num_exits - 1).all()) and trace.num_exits > 1:
+        open_scores = scores[:, :-1][torch.isfinite(scores[:, :-1])]
         score_range = (
             f"scores run from {float(open_scores.min()):.4g} to {float(open_scores.max()):.4g}"
             if open_scores.numel()
@@ -124,17 +126,21 @@ def on_setting(setting: Setting) -> list[str]:
 
 def on_rare_classes(setting: Setting, metric: Metric) -> list[str]:
     """A word where F1 falls further than the quality that the target looks at."""
-    policy, rows = setting.policy, setting.rows
-    if not metric.is_mean or not uneven_classes(rows.labels, rows.problem_type, rows.logits.shape[-1]):
+    labels, problem_type, last = setting.labels, setting.trace.problem_type, setting.trace.logits[:, -1]
+    if not metric.is_mean or not uneven_classes(labels, problem_type, last.shape[-1]):
         return []
-    early = setting.scan.answers[torch.arange(rows.num_rows), policy.decide(setting.scan.scores)]
-    f1s = [f1(logits, rows.labels, rows.problem_type) for logits in (rows.logits[:, -1], early)]
-    quality = [float(row_quality(logits, rows.labels, rows.problem_type).mean()) for logits in (rows.logits[:, -1], early)]
+
+    def judged(logits: Tensor) -> tuple[float, float]:
+        return f1(logits, labels, problem_type), float(row_quality(logits, labels, problem_type).mean())
+
+    full = judged(some(last, setting.places))
+    early = judged(left_with(setting.scan.answers, setting.places, setting.policy.decide(setting.scores)))
+    f1s, quality = zip(full, early, strict=True)
     if f1s[0] - f1s[1] <= max(quality[0] - quality[1], 0.0) + RARE_LOSS:
         return []
     return [
-        f"rare classes lose more than quality shows: {f1_name(rows.problem_type)} falls from {f1s[0]:.4f} to {f1s[1]:.4f}, "
-        f"{quality_name(rows.problem_type)} from {quality[0]:.4f} to {quality[1]:.4f}; permit a smaller drop if they matter"
+        f"rare classes lose more than quality shows: {f1_name(problem_type)} falls from {f1s[0]:.4f} to {f1s[1]:.4f}, "
+        f"{quality_name(problem_type)} from {quality[0]:.4f} to {quality[1]:.4f}; permit a smaller drop if they matter"
     ]
 
 

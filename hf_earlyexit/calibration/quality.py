@@ -23,6 +23,7 @@ from ..metrics import uneven_classes
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, quality_name, row_quality
 from ..registry import Registry
 from ..trace import ExitTrace
+from .parts import Places, some
 
 METRICS: Registry[type[Metric]] = Registry("metric")
 GROUPS = 20  # of the jackknife
@@ -104,6 +105,19 @@ class Metric(ABC):
     def title(self, problem_type: str) -> str:
         """What the metric is called where people read it."""
         return self.name
+
+
+def worth(metric: Metric, answers: Tensor, labels: Tensor, problem_type: str, places: Places) -> Tensor:
+    """`per_row` of some rows at every exit `[n, E]`, exit by exit, so that not all their answers are copied.
+
+    Args:
+        metric: says what an answer is worth.
+        answers, labels: of all rows, `[N, E, C]` and `[N]` or `[N, C]`.
+        problem_type: what they mean.
+        places: of the rows `[n]`; `None` for all.
+    """
+    labels, exits = some(labels, places), range(answers.shape[1])
+    return torch.stack([metric.per_row(some(answers[:, index], places), labels, problem_type) for index in exits], 1)
 
 
 def compare_rows(values: Tensor, full_values: Tensor) -> Comparison:

@@ -13,7 +13,8 @@ from ..policies.base import ExitPolicy
 from ..policies.scanning import Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace
-from .by_class import ClassReport, class_reports
+from .by_class import ClassReport, answers_at, class_reports
+from .parts import Places, left_with, some
 from .quality import Metric, compare_rows, find_metric
 
 
@@ -103,21 +104,26 @@ def replay(policy: ExitPolicy, trace: ExitTrace, metric: str | Metric | None = N
     return replay_scanned(policy, trace, scan, row_quality(scan.answers, trace.labels, trace.problem_type), metric)
 
 
-def replay_scanned(policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_quality: Tensor, metric: Metric) -> Replay:
-    """`replay`, with what the policy makes of the rows and the quality of its answers at each exit `[N, E]`."""
-    scores, answers = scan
-    taken = policy.decide(scores).numpy()
-    left_at = torch.arange(trace.num_rows), torch.from_numpy(taken)
-    given, labels, problem_type = answers[left_at], trace.labels, trace.problem_type
-    if answers is trace.logits:
+def replay_scanned(
+    policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_quality: Tensor, metric: Metric, places: Places = None
+) -> Replay:
+    """`replay` of some rows, from what the policy makes of all, and the quality of its answers at each exit `[N, E]`."""
+    exits, full_logits = policy.decide(some(scan.scores, places)), trace.logits[:, -1]
+    labels, problem_type = some(trace.labels, places), trace.problem_type
+    exit_quality = some(exit_quality, places)
+    if scan.answers is trace.logits:
         full_quality = exit_quality[:, -1].contiguous()
     else:
-        full_quality = row_quality(trace.logits[:, -1], labels, problem_type)
+        full_quality = row_quality(some(full_logits, places), labels, problem_type)
     if metric.is_row_quality:
-        compared = compare_rows(exit_quality[left_at], full_quality)
+        compared = compare_rows(left_with(exit_quality, None, exits), full_quality)
     else:
-        compared = metric.compare(given, trace.logits[:, -1], labels, problem_type)
-    quality, full = exit_quality.numpy(), full_quality.numpy()
+        given = left_with(scan.answers, places, exits)
+        compared = metric.compare(given, some(full_logits, places), labels, problem_type)
+        del given
+    early = answers_at(scan.answers, places, exits, problem_type)
+    last = answers_at(trace.logits, places, torch.full_like(exits, trace.num_exits - 1), problem_type)
+    quality, full, taken = exit_quality.numpy(), full_quality.numpy(), exits.numpy()
     layers = np.asarray(trace.exit_layers)[taken]
     return Replay(
         quality=compared.quality,
@@ -127,7 +133,7 @@ def replay_scanned(policy: ExitPolicy, trace: ExitTrace, scan: Scan, exit_qualit
         mean_cost=float(np.asarray(trace.costs)[taken].mean()),
         layer_speed_up=float(trace.exit_layers[-1] / layers.mean()),
         exits=tuple(_exit_report(policy, trace, quality, full, taken, index) for index in range(trace.num_exits)),
-        classes=class_reports(given, trace.logits[:, -1], labels, problem_type),
+        classes=class_reports(early, last, labels, trace.logits.shape[-1], problem_type),
         exit_layer=layers,
     )
 

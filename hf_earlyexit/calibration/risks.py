@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -171,10 +172,11 @@ def losses_of(risk: str, trace: ExitTrace, answers: Tensor, metric: Metric, boun
     if risk == DISAGREEMENT:
         if trace.problem_type == REGRESSION:
             raise CalibrationError("Values hardly ever agree exactly; certify risk='drop' with a bound.", field="risk")
-        chosen, full = (predictions(part, trace.problem_type) for part in (answers, trace.logits[:, -1:]))
-        differs = chosen != full
-        differs = differs if differs.ndim == 2 else differs.any(-1)
-        return Losses(_last_is_free(differs.double().numpy()), 0.0, 1.0)
+        full, differs = predictions(trace.logits[:, -1], trace.problem_type), []
+        for here in answers.unbind(1):  # what they say of many labels takes room
+            other = predictions(here, trace.problem_type) != full
+            differs.append(other if other.ndim == 1 else other.any(-1))
+        return Losses(_last_is_free(torch.stack(differs, 1).double().numpy()), 0.0, 1.0)
     if not metric.is_mean:
         raise CalibrationError(
             f"{metric.name} is no mean over rows, so no number of rows certifies it. Certify risk='harm' with by='label', "
@@ -210,19 +212,20 @@ def _last_is_free(losses: Array) -> Array:
     return losses
 
 
-def groups_of(by: str | None, trace: ExitTrace, groups: NDArray[Any] | None) -> Parts:
+def groups_of(by: str | None, labels: Tensor, problem_type: str, groups: NDArray[Any] | None) -> Parts:
     """The parts of the rows that must each keep the promise, by name; all rows by default.
 
     Args:
         by: `None`, "label", or "group" for `groups`.
-        trace: the rows.
+        labels: of the rows, `[N]` or `[N, C]`.
+        problem_type: what they mean.
         groups: number or name of each row's slice `[N]`.
     """
     if by is None:
-        return {"all rows": np.ones(trace.num_rows, dtype=bool)}
-    if by == "label" and trace.problem_type != REGRESSION and trace.labels.ndim == 1:
-        member = trace.labels.numpy()
-    elif by == "group" and groups is not None and groups.shape == (trace.num_rows,):
+        return {"all rows": np.ones(len(labels), dtype=bool)}
+    if by == "label" and problem_type != REGRESSION and labels.ndim == 1:
+        member = labels.numpy()
+    elif by == "group" and groups is not None and groups.shape == (len(labels),):
         member = groups
     else:
         raise CalibrationError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +11,41 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+class OneThreshold:
+    """Settings that have one threshold for all open exits, to be read like an array `[K, E - 1]`.
+
+    An array would hold each of a million thresholds as often as there are exits.
+
+    Args:
+        cuts: `[K]`, nan where every exit is closed.
+        open_exits: `[E - 1]`.
+    """
+
+    def __init__(self, cuts: Array, open_exits: NDArray[np.bool_]) -> None:
+        self.cuts, self.open_exits = cuts, open_exits
+
+    def __getitem__(self, places: Any) -> Array:
+        """Some of the settings, nan where an exit is closed."""
+        return np.where(self.open_exits, self.cuts[places, None], np.nan)
+
+
 class Curve(NamedTuple):
     """What a policy costs and is worth at each of K settings, the careful ones first.
 
     Attributes:
-        thresholds: `[K, E - 1]`, nan where an exit is closed.
+        thresholds: `[K, E - 1]`, nan where an exit is closed; a long curve's are made when they are read.
         cost: mean cost in layers, `[K]`.
         quality: mean quality of the answers given, `[K]`.
         standard_error: of the difference in quality to the full model, on the same rows, `[K]`.
     """
 
-    thresholds: Array
+    thresholds: Array | OneThreshold
     cost: Array
     quality: Array
     standard_error: Array
 
 
-def sweep(scores: Array, values: Sequence[Array], thresholds: Array) -> list[Array]:
+def sweep(scores: Array, values: Iterable[Array], thresholds: Array) -> list[Array]:
     """Mean over rows of what each row gets at the exit it takes, for every threshold at once.
 
     A row leaves at the first exit whose score reaches the threshold, hence at the first whose running maximum does; so
@@ -35,7 +53,7 @@ def sweep(scores: Array, values: Sequence[Array], thresholds: Array) -> list[Arr
 
     Args:
         scores: `[N, E]`; the last column is not read.
-        values: matrices `[N, E]`: what a row gets for leaving at each exit.
+        values: matrices `[N, E]`: what a row gets for leaving at each exit. Each is done with before the next is asked for.
         thresholds: `[K]`, ascending.
 
     Returns:
@@ -43,21 +61,23 @@ def sweep(scores: Array, values: Sequence[Array], thresholds: Array) -> list[Arr
     """
     reached = np.maximum.accumulate(scores[:, :-1], axis=1)
     passed = np.searchsorted(thresholds, reached, side="right").ravel()  # thresholds below this index are reached
+    del reached
     means = []
     for value in values:
-        gain = np.diff(value, axis=1).ravel()
-        total = value[:, 0].sum() + np.cumsum(np.bincount(passed, gain, minlength=len(thresholds) + 1))
-        means.append(total[:-1] / len(scores))
+        total = np.cumsum(np.bincount(passed, np.diff(value, axis=1).ravel(), len(thresholds) + 1), dtype=np.float64)
+        total += value[:, 0].sum()
+        total /= len(scores)
+        means.append(total[:-1])
     return means
 
 
-def means_along(path: Array, scores: Array, values: Sequence[Array]) -> list[Array]:
+def means_along(path: Array, scores: Array, values: Iterable[Array]) -> list[Array]:
     """Mean over rows of what each row gets at the exit it takes, at every setting of a path.
 
     Args:
         path: settings `[K, E - 1]`, nan where an exit is closed.
         scores: `[N, E]`.
-        values: matrices `[N, E]`.
+        values: matrices `[N, E]`, as for `sweep`.
 
     Returns:
         One `[K]` for each of `values`.
@@ -66,11 +86,12 @@ def means_along(path: Array, scores: Array, values: Sequence[Array]) -> list[Arr
     if shared is not None:
         open_exits, cuts = shared
         order = np.argsort(cuts, kind="stable")
-        seen = np.where(open_exits, scores[:, :-1], -np.inf)
-        swept = sweep(np.column_stack([seen, scores[:, -1]]), values, cuts[order])
+        seen = np.where(np.append(open_exits, True), scores, -np.inf)
+        swept = sweep(seen, values, cuts[order])
         back = np.argsort(order, kind="stable")
         return [mean[back] for mean in swept]
     rows, columns = np.arange(len(scores)), np.asfortranarray(scores)
+    values = list(values)
     means = np.empty((len(values), len(path)))
     for place, setting in enumerate(path):
         taken = exits_taken(columns, setting)
@@ -126,17 +147,26 @@ def single_threshold_curve(scores: Array, quality: Array, cost: Array, lowest: f
     """
     cuts = candidates(scores[:, :-1], lowest, counts)
     gain = quality - quality[:, -1:]
-    costs, gains, squares = sweep(scores, [np.broadcast_to(cost, scores.shape), gain, gain**2], cuts)
+    costs, gains, squares = sweep(scores, of_leaving(cost, gain), cuts)
     open_exits = np.asarray(np.isfinite(scores[:, :-1]).any(0), dtype=np.bool_)
-    narrow = np.float32 if (cuts == cuts.astype(np.float32)).all() else np.float64  # there may be a million of them
-    vectors = np.full((len(cuts) + 1, len(open_exits)), np.nan, dtype=narrow)
-    vectors[1:, open_exits] = cuts[::-1, None]
     return Curve(
-        vectors,
+        OneThreshold(np.append(cuts, np.nan)[::-1], open_exits),
         np.append(costs, cost[-1])[::-1],
         np.append(gains, 0.0)[::-1] + quality[:, -1].mean(),
         np.append(standard_error(gains, squares, len(scores)), 0.0)[::-1],
     )
+
+
+def of_leaving(cost: Array, gain: Array) -> Iterator[Array]:
+    """What settings are judged by, for `sweep`: costs, gains and their squares `[N, E]`.
+
+    Args:
+        cost: of leaving at each exit `[E]`.
+        gain: in quality over the last exit `[N, E]`.
+    """
+    yield np.broadcast_to(cost, gain.shape)
+    yield gain
+    yield gain**2
 
 
 def standard_error(means: Array, squares: Array, count: int) -> Array:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy
-from ..policies.scanning import Scan
+from ..policies.scanning import LearningRows, Scan
 from ..problem_types import row_quality
-from ..trace import ExitTrace, dead_exits
+from ..trace import ExitTrace, SomeRows, dead_exits
 from ..values import unexpected
 from .exit_by_exit import per_exit_curve
-from .quality import Metric
-from .search import Array, Curve, exits_taken, means_along, single_threshold_curve, standard_error
+from .parts import Places, left_with, some
+from .quality import Metric, worth
+from .search import Array, Curve, exits_taken, means_along, of_leaving, single_threshold_curve, standard_error
 from .targets import Target
 
 CURVE_POINTS = 400
@@ -46,19 +47,34 @@ class Setting:
 
     Attributes:
         policy: with thresholds.
-        rows: that chose them; num_learning_rows: others, that taught the policy its own numbers.
-        scan: what the policy makes of the rows; quality: of its answer at each exit `[N, E]`, whatever the metric.
+        trace: all rows; places: of those that chose them. The others taught the policy its own numbers, or made the path.
+        scan: what the policy makes of all rows; quality: of its answer at each exit `[N, E]`, whatever the metric.
         curve: of the settings that were looked at, thinned.
         weak: exits (0-based) that were muted.
     """
 
     policy: ExitPolicy
-    rows: ExitTrace
-    num_learning_rows: int
+    trace: ExitTrace
+    places: Places
     scan: Scan
     quality: Tensor
     curve: Curve
     weak: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that chose the thresholds."""
+        return self.trace.num_rows if self.places is None else len(self.places)
+
+    @property
+    def labels(self) -> Tensor:
+        """Of these rows."""
+        return some(self.trace.labels, self.places)
+
+    @property
+    def scores(self) -> Tensor:
+        """Of these rows at each exit `[n, E]`."""
+        return some(self.scan.scores, self.places)
 
 
 class Pool:
@@ -74,14 +90,18 @@ class Pool:
         self._policy: ExitPolicy | None = None
         self._quality: Tensor | None = None
 
+    def rows(self, places: Tensor) -> LearningRows:
+        """Some of the rows, for a policy to learn from."""
+        return SomeRows(self.trace, places, self.full_quality)
+
     @cached_property
     def full_quality(self) -> Tensor:
         """Quality of each exit's own answer `[N, E]`, whatever the metric: what tells weak exits."""
         return self.trace.quality
 
-    def weak_exits(self, places: Tensor) -> tuple[int, ...]:
+    def weak_exits(self, places: Places) -> tuple[int, ...]:
         """See `ExitTrace.dead_exits`, on some of the rows."""
-        return dead_exits(self.full_quality[places], self.trace.labels[places], self.trace.problem_type)
+        return dead_exits(some(self.full_quality, places), some(self.trace.labels, places), self.trace.problem_type)
 
     def scan(self, policy: ExitPolicy) -> Scan:
         """Scores and answers of all rows; thresholds do not matter to them."""
@@ -94,79 +114,83 @@ class Pool:
         answers, trace = self.scan(policy).answers, self.trace
         return self.full_quality if answers is trace.logits else row_quality(answers, trace.labels, trace.problem_type)
 
-    def quality(self, policy: ExitPolicy, places: Tensor) -> Array:
+    def quality(self, policy: ExitPolicy, places: Places) -> Array:
         """What the policy's answer at each exit is worth on some of the rows `[n, E]`."""
         answers, labels, problem_type = self.scan(policy).answers, self.trace.labels, self.trace.problem_type
         if not self.metric.is_mean:  # a row's part depends on the others
-            part: Array = self.metric.per_row(answers[places], labels[places], problem_type).numpy()
+            part: Array = worth(self.metric, answers, labels, problem_type, places).numpy()
             return part
         if self._quality is None:
             known = self.metric.is_row_quality
             self._quality = self.row_quality(policy) if known else self.metric.per_row(answers, labels, problem_type)
-        quality: Array = self._quality[places].numpy()
+        quality: Array = some(self._quality, places).numpy()
         return quality
 
 
 class Choice(NamedTuple):
-    """A policy with thresholds, the rows that chose them `[n]`, the curve they were picked from, and muted exits."""
+    """A policy with thresholds, the rows that chose them, the curve they were picked from, and muted exits."""
 
     policy: ExitPolicy
-    places: Tensor
+    places: Places
     curve: Curve
     weak: tuple[int, ...]
 
 
-def choose(recipe: Recipe, pool: Pool, places: Tensor) -> Choice:
+def choose(recipe: Recipe, pool: Pool, places: Places = None) -> Choice:
     """Follow a recipe on some rows of a trace, and on no others.
 
     Raises:
         CalibrationError: for rows that cannot be split, a policy of another model, or a target that cannot be met.
     """
     weak = () if recipe.keep_weak_exits else pool.weak_exits(places)
-    taught = rows = places
+    taught: LearningRows = pool.trace
     if learns(recipe.policy):
-        taught, rows = (places[part] for part in split_places(len(places), recipe.learning_share, recipe.seed))
-    policy = make_policy(recipe, pool.trace.select(taught) if learns(recipe.policy) else pool.trace, weak)
-    curve = policy_curve(recipe, policy, pool, rows)
+        given = torch.arange(pool.trace.num_rows) if places is None else places
+        learning, places = (given[part] for part in split_places(len(given), recipe.learning_share, recipe.seed))
+        taught = pool.rows(learning)
+    policy = make_policy(recipe, taught, weak)
+    curve = policy_curve(recipe, policy, pool, places)
     thresholds = as_thresholds(curve.thresholds[recipe.target.pick(curve)])
-    return Choice(policy.with_thresholds(thresholds), rows, curve, weak)
+    return Choice(policy.with_thresholds(thresholds), places, curve, weak)
 
 
 def choose_setting(recipe: Recipe, pool: Pool) -> Setting:
     """Follow a recipe on all rows of a trace."""
-    trace = pool.trace
-    policy, places, curve, weak = choose(recipe, pool, torch.arange(trace.num_rows))
-    rows, scan = trace, pool.scan(policy)
-    if len(places) < trace.num_rows:
-        rows = trace.select(places)
-        answers = rows.logits if scan.answers is trace.logits else scan.answers[places]
-        scan = Scan(scan.scores[places], answers)
+    policy, places, curve, weak = choose(recipe, pool)
+    return setting_of(pool, policy, places, thinned(curve), weak)
+
+
+def setting_of(pool: Pool, policy: ExitPolicy, places: Places, curve: Curve, weak: tuple[int, ...]) -> Setting:
+    """What a choice came to on some rows of a pool."""
     return Setting(
         policy=policy,
-        rows=rows,
-        num_learning_rows=trace.num_rows - len(places),
-        scan=scan,
-        quality=pool.row_quality(policy)[places],
-        curve=thinned(curve),
+        trace=pool.trace,
+        places=places,
+        scan=pool.scan(policy),
+        quality=pool.row_quality(policy),
+        curve=curve,
         weak=weak,
     )
 
 
-def policy_curve(recipe: Recipe, policy: ExitPolicy, pool: Pool, places: Tensor) -> Curve:
+def policy_curve(recipe: Recipe, policy: ExitPolicy, pool: Pool, places: Places) -> Curve:
     """What a policy with closed exits costs and is worth at every setting, on some rows."""
-    quality, scores, cost = pool.quality(policy, places), pool.scan(policy).scores, np.asarray(pool.trace.costs)
-    visible = scores[places].double().numpy()  # -inf at muted exits
-    if recipe.per_exit:
-        rules = recipe.target.rules(quality, recipe.min_leavers)
-        curve = per_exit_curve(visible, quality, cost, rules, policy.lowest_threshold, policy.counts)
-    else:
-        curve = single_threshold_curve(visible, quality, cost, policy.lowest_threshold, policy.counts)
     if recipe.metric.is_mean:
-        return curve
-    return curve_of(thinned(curve).thresholds, policy, pool, places)
+        return _mean_curve(recipe, policy, pool, places)
+    return curve_of(thinned(_mean_curve(recipe, policy, pool, places)).thresholds[:], policy, pool, places)
 
 
-def curve_of(thresholds: Array, policy: ExitPolicy, pool: Pool, places: Tensor) -> Curve:
+def _mean_curve(recipe: Recipe, policy: ExitPolicy, pool: Pool, places: Places) -> Curve:
+    """The same in the mean of what each row's answer is worth."""
+    quality, scores, cost = pool.quality(policy, places), pool.scan(policy).scores, np.asarray(pool.trace.costs)
+    visible = some(scores, places).double().numpy()  # -inf at muted exits
+    if not recipe.per_exit:
+        return single_threshold_curve(visible, quality, cost, policy.lowest_threshold, policy.counts)
+    rules = recipe.target.rules(quality, recipe.min_leavers)
+    return per_exit_curve(visible, quality, cost, rules, policy.lowest_threshold, policy.counts)
+
+
+def curve_of(thresholds: Array, policy: ExitPolicy, pool: Pool, places: Places = None) -> Curve:
     """What given settings cost and are worth on some rows.
 
     Args:
@@ -175,17 +199,21 @@ def curve_of(thresholds: Array, policy: ExitPolicy, pool: Pool, places: Tensor) 
         pool, places: the rows.
     """
     trace, metric, (scores, answers), cost = pool.trace, pool.metric, pool.scan(policy), np.asarray(pool.trace.costs)
-    visible = np.asfortranarray(scores[places].double().numpy())
+    visible = np.asfortranarray(some(scores, places).double().numpy())
     if metric.is_mean:
         quality = pool.quality(policy, places)
         gain, full = quality - quality[:, -1:], float(quality[:, -1].mean())
-        means = means_along(thresholds, visible, [np.broadcast_to(cost, gain.shape), gain, gain**2])
+        means = means_along(thresholds, visible, of_leaving(cost, gain))
         return Curve(thresholds, means[0], means[1] + full, standard_error(means[1], means[2], len(gain)))
-    full_logits, labels = trace.logits[places, -1], trace.labels[places]
-    exits = [torch.from_numpy(exits_taken(visible, vector)) for vector in thresholds]
-    compared = [metric.compare(answers[places, taken], full_logits, labels, trace.problem_type) for taken in exits]
-    worth, _, error = np.array(compared).T
-    return Curve(thresholds, np.array([cost[taken.numpy()].mean() for taken in exits]), worth, error)
+    full_logits, labels = some(trace.logits[:, -1], places), some(trace.labels, places)
+    costs, compared = [], []
+    for vector in thresholds:
+        taken = exits_taken(visible, vector)
+        costs.append(cost[taken].mean())
+        exits = torch.from_numpy(taken)
+        compared.append(metric.compare(left_with(answers, places, exits), full_logits, labels, trace.problem_type))
+    values, _, errors = np.array(compared).T
+    return Curve(thresholds, np.array(costs), values, errors)
 
 
 def thinned(curve: Curve) -> Curve:
@@ -195,7 +223,7 @@ def thinned(curve: Curve) -> Curve:
     wanted = np.linspace(curve.cost[0], curve.cost[-1], CURVE_POINTS)
     falling = np.minimum.accumulate(curve.cost)
     kept = np.unique(np.append(np.searchsorted(-falling, -wanted).clip(max=len(falling) - 1), [0, len(falling) - 1]))
-    return Curve(*(part[kept] for part in curve))
+    return Curve(curve.thresholds[kept], curve.cost[kept], curve.quality[kept], curve.standard_error[kept])
 
 
 def as_thresholds(vector: Array) -> tuple[float | None, ...]:
@@ -208,7 +236,7 @@ def learns(policy: str | ExitPolicy) -> bool:
     return not isinstance(policy, ExitPolicy) and POLICIES.get(policy).learns
 
 
-def make_policy(recipe: Recipe, rows: ExitTrace, weak: tuple[int, ...]) -> ExitPolicy:
+def make_policy(recipe: Recipe, rows: LearningRows, weak: tuple[int, ...]) -> ExitPolicy:
     """The policy with every exit closed; one that learns does so from all of these rows."""
     policy = recipe.policy
     if isinstance(policy, ExitPolicy):
@@ -234,7 +262,7 @@ def split_places(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[:first], order[first:]
 
 
-def _check_fits(policy: ExitPolicy, trace: ExitTrace) -> None:
+def _check_fits(policy: ExitPolicy, trace: LearningRows) -> None:
     if policy.num_exits != trace.num_exits:
         raise CalibrationError(
             f"The policy has {policy.num_exits} exits, the trace {trace.num_exits}; they must be of one model.",

@@ -86,7 +86,7 @@ def figures(
     """What early exit does to the rows, as plain numbers."""
     import torch
 
-    from ..calibration.by_class import class_reports
+    from ..calibration.by_class import answers_given, class_reports
     from ..calibration.quality import find_metric
     from ..modeling.configuration import EXACT
     from ..serving.collect import collect_trace
@@ -104,7 +104,8 @@ def figures(
     compared = metric.compare(early.logits, answer(False).logits, truth, problem)
     layers = early.exit_layer.double()
     trace = collect_trace(model, rows, labels=labels, **parts, split="evaluated", progress=False)
-    classes = class_reports(early.logits, trace.logits[:, -1], truth, problem)
+    given, full = (answers_given(logits, problem) for logits in (early.logits, trace.logits[:, -1]))
+    classes = class_reports(given, full, truth, trace.logits.shape[-1], problem)
     policy = model.policy_at(args.operating_point)
     assert policy is not None  # who calls has looked
     values = {

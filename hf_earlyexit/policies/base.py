@@ -97,7 +97,8 @@ class ExitPolicy(ABC):
 
     @classmethod
     def learn(cls, trace: LearningRows, **options: Any) -> dict[str, Any]:
-        """Fields of the policy fitted to the rows of `trace` (an `ExitTrace`); `options` win over defaults."""
+        """Fields of the policy fitted to the rows of `trace`, an `ExitTrace` or what stands in for one; `options` win over
+        defaults."""
         return options
 
     # --- what every rule shares -----------------------------------------------------------------------------------

@@ -63,19 +63,21 @@ class Scan(NamedTuple):
 def scan(policy: Any, trace: SignalSource) -> Scan:
     """See `ExitPolicy.scan`; answers are the trace's own logits, not copied, where the policy gives no others."""
     signals = [trace.signal(exit_index) for exit_index in range(trace.num_exits)]
-    scores: list[list[Tensor]] = [[] for _ in signals]
+    shape = len(signals[0].logits), len(signals)
+    scores: Tensor | None = None  # filled in place: parts that are kept would leave holes that fit nothing
     answers: Tensor | None = None
-    for first in range(0, max(len(signals[0].logits), 1), SCANNED):
+    for first in range(0, max(shape[0], 1), SCANNED):
         part, state = slice(first, first + SCANNED), None
         for exit_index, signal in enumerate(signals):
             here = ExitSignal(signal.logits[part], {name: values[part] for name, values in signal.scalars.items()})
             if exit_index in policy.muted:
-                scores[exit_index].append(torch.full(here.logits.shape[:1], -math.inf))
                 continue
             if state is None:
                 state = policy.init_state(*here.logits.shape, here.logits.device)
             state, score, answer = policy.update(state, here, exit_index)
-            scores[exit_index].append(score)
+            if scores is None:
+                scores = score.new_full(shape, -math.inf)
+            scores[part, exit_index] = score
             if answer is not here.logits:
                 if answers is None:
                     logits = torch.stack([signal.logits for signal in signals], 1)
@@ -85,4 +87,5 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
         answers = getattr(trace, "logits", None)
     if answers is None:
         answers = torch.stack([signal.logits for signal in signals], 1)
-    return Scan(torch.stack([torch.cat(parts) for parts in scores], 1), answers)
+    assert scores is not None  # the last exit is never muted
+    return Scan(scores, answers)

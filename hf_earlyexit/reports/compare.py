@@ -127,6 +127,7 @@ def _curve_on(chosen: CalibrationResult, pool: Pool) -> Curve:
     """The settings of a calibration's curve on other rows, each outcome once."""
     settings = (chosen.policy.thresholds, *(point[2] for point in chosen.curve))  # a curve leaves settings out
     vectors = np.array([[np.nan if value is None else value for value in thresholds] for thresholds in settings])
-    curve = curve_of(vectors, chosen.policy, pool, torch.arange(pool.trace.num_rows))
+    curve = curve_of(vectors, chosen.policy, pool)
     _, first = np.unique(np.column_stack(curve[1:]), axis=0, return_index=True)
-    return Curve(*(part[first[::-1]] for part in curve))
+    kept = first[::-1]
+    return Curve(vectors[kept], curve.cost[kept], curve.quality[kept], curve.standard_error[kept])

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import f1_score, recall_score
 
 from hf_earlyexit.calibration import CalibrationResult, MaxDrop
-from hf_earlyexit.calibration.by_class import ClassReport, class_lines, class_reports, to_show
+from hf_earlyexit.calibration.by_class import ClassReport, answers_given, class_lines, class_reports, to_show
 from hf_earlyexit.errors import CheckpointError
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from hf_earlyexit.reports.write import write_report
@@ -31,7 +31,7 @@ def test_one_label():
     draw = torch.Generator().manual_seed(0)
     early, full = torch.randn(200, 4, generator=draw), torch.randn(200, 4, generator=draw)
     labels = torch.randint(3, (200,), generator=draw)  # class 3 has no row
-    reports = class_reports(early, full, labels, SINGLE_LABEL)
+    reports = class_reports(early.argmax(-1), full.argmax(-1), labels, 4, SINGLE_LABEL)
     for values, logits in (("", early), ("full_", full)):
         answers, every = logits.argmax(-1).numpy(), [0, 1, 2, 3]
         f1s = f1_score(labels, answers, labels=every, average=None, zero_division=0)
@@ -46,10 +46,10 @@ def test_many_labels_and_values():
     draw = torch.Generator().manual_seed(0)
     early, full = torch.randn(100, 3, generator=draw), torch.randn(100, 3, generator=draw)
     labels = (torch.rand(100, 3, generator=draw) < 0.3).float()
-    reports = class_reports(early, full, labels, MULTI_LABEL)
+    reports = class_reports(*(answers_given(logits, MULTI_LABEL) for logits in (early, full)), labels, 3, MULTI_LABEL)
     f1s = f1_score(labels.numpy(), (early > 0).int().numpy(), average=None)
     assert [report.f1 for report in reports] == pytest.approx(f1s.tolist())
-    assert class_reports(early[:, :1], full[:, :1], labels[:, :1], REGRESSION) == ()
+    assert class_reports(early[:, :1], full[:, :1], labels[:, :1], 1, REGRESSION) == ()
 
 
 def test_of_many_classes_those_that_lose_most_are_shown():
