@@ -1,4 +1,4 @@
-"""How much of their bound the text families reach at base shape, for the table of docs/families.md.
+"""How much of their bound the families reach at base shape, for the table of docs/families.md.
 
     OMP_NUM_THREADS=1 python -m benchmarks.families_speed          # about a minute a family
     OMP_NUM_THREADS=1 python -m benchmarks.families_speed gpt2     # some of them
@@ -31,11 +31,12 @@ from hf_earlyexit.timing import seconds_in_turns, timing_of
 from .families_page import SAME_CODE, SPEED
 
 sys.path.insert(0, str(Path(__file__).parent))
-from speed import all_exits, mixed_rows, spread_out
+from speed import mixed_rows, spread_out
 
-ROWS, TURNS = 64, 3
+ROWS, PICTURES, TURNS = 64, 16, 3
 SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 WORDS = {"vocab_size": 30_000, "pad_token_id": 0, "num_labels": 2}
+PATCHES = {"image_size": 224, "num_labels": 2}
 MORE = {
     "albert": {"embedding_size": 128},
     "electra": {"embedding_size": 768},
@@ -52,13 +53,13 @@ RENAMED = ("distilbert", "gpt2")  # their configs have names of their own for th
 def measured(name: str) -> dict[str, Any]:
     """Speed-up over the stock class, and share of the token-layer bound, of one family."""
     torch.manual_seed(0)
-    shape = {} if name in RENAMED else SHAPE
+    shape, reads_words = {} if name in RENAMED else SHAPE, FAMILIES[name].task == TEXT
     kind = getattr(ee, door_of(name).model)
-    model = kind(kind.config_class(**{**shape, **WORDS, **MORE.get(name, {})})).eval()
+    model = kind(kind.config_class(**{**shape, **(WORDS if reads_words else PATCHES), **MORE.get(name, {})})).eval()
     if FAMILIES[name].token == LAST:
         model.config.pad_token_id = 0
-    rows = mixed_rows(ROWS)
-    model.set_exit_policy(spread_out(all_exits(model, rows)))
+    rows = mixed_rows(ROWS) if reads_words else [{"pixel_values": one} for one in torch.randn(PICTURES, 3, 224, 224)]
+    model.set_exit_policy(spread_out(ee.collect_trace(model, rows, labelled=False, progress=False)))
     ways = torch_ways(model, 32, 6).many
     runs = {way: [partial(ways[way], rows)] for way in (STOCK, FULL, EARLY)}
     seconds = seconds_in_turns(runs, TURNS, clock=time.thread_time)
@@ -74,11 +75,13 @@ def measured(name: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = sys.argv[1:] or [name for name, family in FAMILIES.items() if family.task == TEXT and name not in SAME_CODE]
+    names = sys.argv[1:] or [name for name in FAMILIES if name not in SAME_CODE]
     found = json.loads(SPEED.read_text()) if SPEED.exists() else {"families": {}}
     for name in names:
         found["families"][name] = measured(name)
-        found |= {"rows": ROWS, "turns": TURNS, "versions": {one: version(one) for one in ("torch", "transformers")}}
+        found["families"] = {one: found["families"][one] for one in FAMILIES if one in found["families"]}
+        versions = {one: version(one) for one in ("torch", "transformers")}
+        found |= {"rows": ROWS, "pictures": PICTURES, "turns": TURNS, "versions": versions}
         SPEED.write_text(json.dumps(found, indent=1) + "\n")
         print(name, found["families"][name], flush=True)
 
