@@ -53,7 +53,8 @@ def laws() -> str:
         "model against the stock model with the same weights, padded on the right, on the left and not at all; of the stock "
         "class reading our folder; of the states of rows whose company left after the first layer; of rows packed end to "
         "end against padded ones. *Rows served as calibrated* leave at the very layer, with the very label, that the trace "
-        f"counts on, by one rule (`confidence`), no score being within {found['near']:g} of its threshold; {versions}.",
+        f"counts on, by one rule (`confidence`), no score being within {found['near']:g} of its threshold; {versions}. "
+        "Where rows are padded, the last bit of a sum depends on how far, and rounding to 8 bits can make a step of it.",
         "",
         "| model type | full model | folder | company left | packed | `predict` | int8 | ONNX layers | ONNX one file |",
         "|---|---|---|---|---|---|---|---|---|",
