@@ -88,7 +88,8 @@ one exit. The full model's perplexity is {lossy["perplexity"]:.1f}.
 ## What was not shown
 
 - The network was held still. LayerSkip trains all layers with the exits, as the objective
-  [`layerskip`](how-to/write.md#train-the-network-with-its-exits) does; with one processor thread of a busy machine a step on 32 texts took more than 20 seconds, so that no run of use was within reach.
+  [`layerskip`](how-to/write.md#train-the-network-with-its-exits) does; with one processor thread of a busy machine a step
+  on 32 texts took more than 20 seconds, so that no run of use was within reach.
 - Another model, or another machine: all figures are of one thread of one processor that other work shared.
 """
 
