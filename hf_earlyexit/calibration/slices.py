@@ -12,8 +12,8 @@ from ..errors import CalibrationError
 Parts = dict[str, NDArray[np.bool_]]
 
 
-def check_groups(groups: Any, count: int, unit: str = "row") -> NDArray[Any] | None:
-    """The number or name of each unit's slice `[count]`, or `None` as given.
+def check_groups(groups: Any, count: int) -> NDArray[Any] | None:
+    """The number or name of each row's slice `[count]`, or `None` as given.
 
     Raises:
         CalibrationError: for another shape, or for anything but whole numbers and names.
@@ -23,11 +23,11 @@ def check_groups(groups: Any, count: int, unit: str = "row") -> NDArray[Any] | N
     given = np.asarray(groups)
     if given.shape != (count,):
         raise CalibrationError(
-            f"groups has shape {given.shape}; expected one number or name for each of {count} {unit}s.", field="groups"
+            f"groups has shape {given.shape}; expected one number or name for each of {count} rows.", field="groups"
         )
     if given.dtype.kind not in "biuUS":
         raise CalibrationError(
-            f"groups are {given.dtype}; expected a whole number or a name for each {unit}'s slice.", field="groups"
+            f"groups are {given.dtype}; expected a whole number or a name for each row's slice.", field="groups"
         )
     return given
 

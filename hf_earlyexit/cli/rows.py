@@ -47,12 +47,26 @@ def read_rows(args: FileArguments, place: str, split: str | None, default: str =
     Raises:
         DataError: for rows that cannot be read, naming the first.
     """
+    return with_inputs(args, rows_as_given(args, place, split, default, images), place, images)
+
+
+def rows_as_given(args: FileArguments, place: str, split: str | None, default: str, images: bool = False) -> Dataset:
+    """One split with the columns that it came with; arguments as in `read_rows`.
+
+    Raises:
+        DataError: for a place without rows.
+    """
     check_columns(args, images)
     rows = Source(place, reading(args)).read(split, default)
     if args.max_rows is not None:
         rows = rows.select(range(min(args.max_rows, len(rows))))
     if not len(rows):
         raise DataError(f"{place} has no rows here; expected at least one.", path=place)
+    return rows
+
+
+def with_inputs(args: FileArguments, rows: Dataset, place: str, images: bool) -> Dataset:
+    """Rows from `rows_as_given` as `read_rows` gives them: only what the model reads has one of the usual names."""
     return with_pictures(rows, args, place) if images else _with_texts(rows, args.text_column, place)
 
 
@@ -156,15 +170,17 @@ def collected(args: Any, model: ExitModel, parts: dict[str, Any], labelled: bool
         parts: the model's tokenizer or image processor, from `reading_parts`.
         labelled: False leaves labels out, whether they are there or not.
     """
-    rows = read_rows(args, args.dataset, args.split, "validation", reads_images(model))
-    certified = certified_columns(args, rows)
+    images = reads_images(model)
+    given_rows = rows_as_given(args, args.dataset, args.split, "validation", images)
+    certified = certified_columns(args, given_rows)
+    rows = with_inputs(args, given_rows, args.dataset, images)
     if labelled:
         rows, _ = rows_and_labelling(args, rows, Labelling.of_model(model.config))
     return collect_trace(model, rows, **parts, labelled=labelled, split=args.split or "validation"), certified
 
 
 def certified_columns(args: CertifiedArguments, rows: Dataset) -> dict[str, Any]:
-    """The `groups` and `lists` of rows from `read_rows`, where flags name their columns.
+    """The `groups` and `lists` of rows from `rows_as_given`, where flags name their columns.
 
     Raises:
         DataError: for a column that is not there or has no value in some row, naming it.

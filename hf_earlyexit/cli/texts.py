@@ -15,7 +15,7 @@ from ..modeling.protocol import TorchExitWriter
 from ..values import check_whole
 from .arguments import FileArguments, given
 from .incoming import incoming
-from .rows import read_rows, reading, require_column, texts_of
+from .rows import reading, require_column, rows_as_given, texts_of, with_inputs
 
 NEW_TOKENS = 64  # of language models
 BATCH = 8
@@ -26,7 +26,7 @@ class WritingTask(NamedTuple):
     """What a model that writes is given by a command.
 
     Attributes:
-        rows: as they were read.
+        rows: with the columns that they came with.
         prompts: of a language model, or rows with pictures.
         references: texts for each, or `None`.
         parts: the model's tokenizer, and a captioner's image processor, by name.
@@ -59,8 +59,12 @@ def text_rows(args: FileArguments, place: str, split: str | None, default: str) 
     Raises:
         DataError: for rows that cannot be read, naming the first.
     """
+    return with_inputs(args, _texts_as_given(args, place, split, default), place, images=False)
+
+
+def _texts_as_given(args: FileArguments, place: str, split: str | None, default: str) -> Dataset:
     if not (place == STDIN or Path(place).is_file()) or reading(args).format_of(place) not in (None, "text"):
-        return read_rows(args, place, split, default)
+        return rows_as_given(args, place, split, default)
     if split not in (None, "train"):
         raise DataError(
             f"{place} is a text file, which has no split {split!r}; leave it out. --max_rows takes the first lines.",
@@ -137,10 +141,12 @@ def writing_task_of(args: Any, model: TorchExitWriter, default: str, of_classifi
     if args.dataset is None:
         raise UsageError(f"Name {'prompts' if speaks else 'pictures'} to choose on with --dataset.", field="dataset")
     if speaks:
-        rows = text_rows(args, args.dataset, args.split, default)
-        prompts: Any = rows if "input_ids" in rows.column_names else as_prompts(texts_of(rows), args.chat)
+        rows = _texts_as_given(args, args.dataset, args.split, default)
     else:
-        prompts = rows = read_rows(args, args.dataset, args.split, default, images=True)
+        rows = rows_as_given(args, args.dataset, args.split, default, images=True)
+    prompts: Any = with_inputs(args, rows, args.dataset, images=not speaks)
+    if speaks and "input_ids" not in prompts.column_names:
+        prompts = as_prompts(texts_of(prompts), args.chat)
     generation: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False} if speaks else {}
     if args.lossless and not speaks:
         generation = {"do_sample": False, "num_beams": 1}  # drafts are of greedy captions, whatever the config says

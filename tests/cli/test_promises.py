@@ -138,6 +138,24 @@ def test_promises_about_slices_and_lists(listed, capsys, tokenizer, command):
     assert promise == {**expected.to_dict(), "date": promise["date"]}
 
 
+@pytest.mark.parametrize("command", ["calibrate", "recalibrate"])
+def test_lists_and_slices_may_be_what_the_model_reads(listed, capsys, command):
+    """Rows of a question and a passage, in lists by the question; slices by a column with a usual name of texts."""
+    rows = [json.loads(line) for line in (listed / "listed.jsonl").read_text().splitlines()]
+    pairs = [{"query": row["query"], "passage": row["text"], "text": row["region"], "label": row["label"]} for row in rows]
+    (listed / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    words = [command, "--model", listed / "model", "--dataset", listed / "pairs.jsonl", "--text_column", "query", "passage"]
+    words += ["--target", "certified:0.6@0.8", "--operating_point"]
+    status, found = run(capsys, *words, "lists", "--list_column", "query", "--metric", "ndcg:2")
+    assert status == 0
+    assert (found.get("result") or found)["promise"]["num_rows"] == 32
+    words[words.index("certified:0.6@0.8")] = "certified:0.6@0.8:by=group"
+    status, found = run(capsys, *words, "slices", "--group_column", "text")
+    assert status == 0
+    names = [group["name"] for group in (found.get("result") or found)["promise"]["groups"]]
+    assert names == ["group north", "group south"]
+
+
 def test_columns_of_slices_and_lists_that_cannot_be(listed, capsys, tokenizer):
     trace = ee.collect_trace(ee.from_pretrained(listed / "model"), ["a"], labels=[0], tokenizer=tokenizer, progress=False)
     trace.save(listed / "model" / "held-back.safetensors")
