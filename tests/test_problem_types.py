@@ -6,6 +6,7 @@ from hf_earlyexit.problem_types import (
     MULTI_LABEL,
     REGRESSION,
     SINGLE_LABEL,
+    largest,
     majority_quality,
     predictions,
     row_quality,
@@ -18,6 +19,25 @@ def test_predictions_are_a_class_a_set_or_a_value():
     assert predictions(logits, SINGLE_LABEL).tolist() == [2, 0]
     assert predictions(logits, MULTI_LABEL).tolist() == [[True, False, True], [True, True, True]]
     assert torch.equal(predictions(logits, REGRESSION), logits)
+
+
+def test_the_largest_is_the_first_of_equals_wherever_numbers_lie():
+    logits = torch.randint(4, (50, 3, 6), generator=torch.Generator().manual_seed(0)).float()
+    for part in (logits, logits[:, 1], logits.transpose(0, 1), logits.bfloat16(), logits[0, 0], logits[:0]):
+        expected = [(row == row.max()).nonzero()[0].item() for row in part.reshape(-1, 6)]
+        assert largest(part).flatten().tolist() == expected
+        assert largest(part).shape == part.shape[:-1]
+
+
+def test_a_graph_of_predictions_looks_for_the_largest_itself():
+    class Says(torch.nn.Module):
+        def forward(self, logits):
+            return predictions(logits, SINGLE_LABEL)
+
+    logits = tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 1.0]])
+    for strict in (False, True):
+        graph = torch.export.export(Says(), (torch.zeros(2, 3),), strict=strict)
+        assert graph.module()(logits).tolist() == [1, 0]
 
 
 def test_a_logit_of_zero_is_a_no():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..citations import BEEM
 from ..errors import PolicyError
-from ..problem_types import MULTI_LABEL, SINGLE_LABEL
+from ..problem_types import MULTI_LABEL, SINGLE_LABEL, predictions
 from ..signals import ExitSignal
 from ..values import check_choice, check_real
 from .agreement import Chain
@@ -77,15 +77,16 @@ class BeemPolicy(ExitPolicy):
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
-        return Chain.empty(batch_size, num_classes, device)
+        return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
         logits = signal.logits.float()
         vote = self.weights[exit_index] * measure(logits, VOTES[self.vote], self.problem_type)
         restart = vote if self.reset == "self" else torch.zeros_like(vote)
-        agrees = state.agrees(logits, self.problem_type)
+        said = predictions(logits, self.problem_type)
+        agrees = state.agrees(said, self.problem_type)
         score = torch.where(agrees, self.decay * state.total + vote, restart)
-        return state.follow(logits, score), score, signal.logits
+        return state.follow(said, score), score, signal.logits
 
     @classmethod
     def learn(cls, trace: LearningRows, **options: Any) -> dict[str, Any]:

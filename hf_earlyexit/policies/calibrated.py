@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..citations import BEEM
 from ..errors import PolicyError
-from ..problem_types import SINGLE_LABEL
+from ..problem_types import SINGLE_LABEL, largest, predictions
 from ..signals import ExitSignal
 from ..values import check_real
 from .agreement import Chain
@@ -65,15 +65,15 @@ class CalibratedBeemPolicy(ExitPolicy):
         super().validate()
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
-        return Chain.empty(batch_size, num_classes, device)
+        return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
         logits = signal.logits.float()
-        offsets = logits.new_tensor(self.offsets[exit_index])
-        vote = offsets[logits.argmax(-1)] + self.slopes[exit_index] * measure(logits, log_odds, self.problem_type)
-        agrees = state.agrees(logits, self.problem_type)
+        offsets, said = logits.new_tensor(self.offsets[exit_index]), predictions(logits, self.problem_type)
+        vote = offsets[said] + self.slopes[exit_index] * measure(logits, log_odds, self.problem_type)
+        agrees = state.agrees(said, self.problem_type)
         running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
-        return state.follow(logits, running), probability(running), signal.logits
+        return state.follow(said, running), probability(running), signal.logits
 
     @classmethod
     def learn(cls, trace: LearningRows, ridge: float = 1.0, **options: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tu
     class that a row predicts is one feature among C, so sums are taken class by class and no table of features is made.
     """
     num_classes = logits.shape[-1]
-    lead, predicted = log_odds(logits.float().log_softmax(-1)).double(), logits.argmax(-1)
+    lead, predicted = log_odds(logits.float().log_softmax(-1)).double(), largest(logits)
 
     def by_class(values: Tensor) -> Tensor:
         return torch.bincount(predicted, values, num_classes)

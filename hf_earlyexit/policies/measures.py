@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..problem_types import MULTI_LABEL
+from ..problem_types import MULTI_LABEL, largest
 
 
 def max_probability(log_probs: Tensor) -> Tensor:
@@ -16,10 +16,18 @@ def max_probability(log_probs: Tensor) -> Tensor:
     return log_probs.amax(-1).exp()
 
 
+def top_two(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest and the second of `[..., C]`, `[...]` each; `topk` takes several times as long."""
+    if values.shape[-1] == 2:
+        return values.amax(-1), values.amin(-1)
+    first = largest(values)[..., None]
+    return values.gather(-1, first)[..., 0], values.scatter(-1, first, -math.inf).amax(-1)
+
+
 def margin(log_probs: Tensor) -> Tensor:
     """Probability of the first class minus that of the second, in `[0, 1]`."""
-    top = log_probs.topk(2, dim=-1).values.exp()
-    return top[..., 0] - top[..., 1]
+    first, second = top_two(log_probs)
+    return first.exp() - second.exp()
 
 
 def certainty(log_probs: Tensor) -> Tensor:
@@ -30,8 +38,8 @@ def certainty(log_probs: Tensor) -> Tensor:
 
 def log_odds(log_probs: Tensor) -> Tensor:
     """Log-odds of the first class against the second, at or above 0 and without upper bound."""
-    top = log_probs.topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]
+    first, second = top_two(log_probs)
+    return first - second
 
 
 def probability(log_odds: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..citations import PABEE
 from ..errors import PolicyError
-from ..problem_types import REGRESSION
+from ..problem_types import REGRESSION, predictions
 from ..signals import ExitSignal
 from ..values import check_real
 from .agreement import Chain
@@ -52,10 +52,10 @@ class PatiencePolicy(ExitPolicy):
             )
 
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
-        return Chain.empty(batch_size, num_classes, device)
+        return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
-        logits = signal.logits.float()
-        agrees = state.agrees(logits, self.problem_type, self.tolerance)
+        said = predictions(signal.logits.float(), self.problem_type)
+        agrees = state.agrees(said, self.problem_type, self.tolerance)
         count = (state.total + 1).masked_fill(~agrees, 0.0)
-        return state.follow(logits, count), count, signal.logits
+        return state.follow(said, count), count, signal.logits

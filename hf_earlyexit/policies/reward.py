@@ -13,7 +13,7 @@ from torch import Tensor
 from ..citations import CONSISTENTEE
 from ..errors import PolicyError
 from ..losses.consistentee import exit_log_probabilities
-from ..problem_types import SINGLE_LABEL, row_quality
+from ..problem_types import SINGLE_LABEL, largest, row_quality
 from ..signals import ExitSignal
 from ..values import check_real, check_whole
 from .base import ExitPolicy, register_policy
@@ -123,7 +123,7 @@ class RewardPolicy(ExitPolicy):
 def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
     """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
     log_probs = logits.float().log_softmax(-1).clamp_min(FLOOR)
-    answer = log_probs.argmax(-1, keepdim=True)
+    answer = largest(log_probs)[:, None]
     now = History(
         total=state.total + log_probs,
         lowest=torch.minimum(state.lowest, log_probs),  # of numbers at or below 0

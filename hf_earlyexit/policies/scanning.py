@@ -69,9 +69,10 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
     for first in range(0, max(shape[0], 1), SCANNED):
         part, state = slice(first, first + SCANNED), None
         for exit_index, signal in enumerate(signals):
-            here = ExitSignal(signal.logits[part], {name: values[part] for name, values in signal.scalars.items()})
             if exit_index in policy.muted:
                 continue
+            logits = signal.logits[part].contiguous()  # once, for all that the policy does with them
+            here = ExitSignal(logits, {name: values[part] for name, values in signal.scalars.items()})
             if state is None:
                 state = policy.init_state(*here.logits.shape, here.logits.device)
             state, score, answer = policy.update(state, here, exit_index)
@@ -80,8 +81,8 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
             scores[part, exit_index] = score
             if answer is not here.logits:
                 if answers is None:
-                    logits = torch.stack([signal.logits for signal in signals], 1)
-                    answers = logits.to(torch.promote_types(logits.dtype, answer.dtype))
+                    every = torch.stack([signal.logits for signal in signals], 1)
+                    answers = every.to(torch.promote_types(every.dtype, answer.dtype))
                 answers[part, exit_index] = answer
     if answers is None:
         answers = getattr(trace, "logits", None)

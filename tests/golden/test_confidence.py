@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_earlyexit.policies import ConfidencePolicy, EntropyPolicy, MarginPolicy
+from hf_earlyexit.policies.measures import top_two
 from hf_earlyexit.problem_types import MULTI_LABEL
 from tests.samples import exits_of, scan
 
@@ -76,6 +77,12 @@ def test_a_constant_added_to_all_logits_changes_nothing(cls):
 def test_with_three_classes_the_margin_is_to_the_second_not_to_the_last():
     logits = torch.tensor([[[0.5, 0.3, 0.2]], [[0.1, 0.3, 0.6]]]).log().repeat(1, 2, 1)
     assert scan(MarginPolicy(thresholds=(0.9,)), logits).scores[:, 0].tolist() == pytest.approx([0.2, 0.3], abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 40])
+def test_the_two_largest_are_those_of_topk_also_where_they_are_equal(classes):
+    values = torch.randint(-3, 3, (200, classes), generator=torch.Generator().manual_seed(0)).float().log_softmax(-1)
+    assert torch.equal(torch.stack(top_two(values), -1), values.topk(2).values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

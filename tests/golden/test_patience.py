@@ -6,6 +6,7 @@ from torch.nn.functional import one_hot
 
 from hf_earlyexit.policies import PatiencePolicy
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION
+from hf_earlyexit.signals import ExitSignal
 from tests.samples import exits_of, scan
 
 CLOSED = (None,) * 5
@@ -34,6 +35,13 @@ def test_rows_leave_when_their_own_patience_is_reached(patience, exits):
 def test_how_sure_an_exit_is_does_not_count():
     policy = PatiencePolicy(thresholds=CLOSED)
     assert scan(policy, 0.01 * LOGITS).scores.tolist() == scan(policy, 1000 * LOGITS).scores.tolist() == COUNTS
+
+
+def test_what_is_remembered_of_a_row_does_not_grow_with_the_classes():
+    state = PatiencePolicy(thresholds=CLOSED).init_state(4, 50_000, "cpu")
+    assert [part.shape for part in state] == [(4,)] * 3
+    state, *_ = PatiencePolicy(thresholds=CLOSED).update(state, ExitSignal(torch.zeros(4, 50_000)), 0)
+    assert [part.shape for part in state] == [(4,)] * 3
 
 
 def test_values_agree_within_the_tolerance():
