@@ -214,6 +214,21 @@ def test_tables_of_texts_are_rows_and_ids_are_refused(saved, random_texts, token
             pipe([row])
 
 
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [("multi_label_classification", 3), ("regression", 1), ("regression", 3), (None, 1), (None, 3)],
+)
+def test_scores_through_the_engine_are_made_as_the_stock_pipeline_makes_them(
+    tiny_model, tokenizer, random_texts, problem_type, labels
+):
+    model, texts = tiny_model(problem_type=problem_type, num_labels=labels), random_texts(4)
+    pipe = ee.pipeline(model=model, tokenizer=tokenizer, top_k=None)
+    for options in ({}, {"function_to_apply": "none"}, {"function_to_apply": "softmax"}):
+        for one, stock in zip(pipe(texts, **options), pipe(texts, batch_size=2, **options), strict=True):
+            assert [label["label"] for label in one] == [label["label"] for label in stock]
+            assert [label["score"] for label in one] == pytest.approx([label["score"] for label in stock], abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_an_answer_that_is_no_number_is_an_error(tiny_model, tokenizer, batch_size):
     model = tiny_model()

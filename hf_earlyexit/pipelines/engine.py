@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from ..modeling.finite import check_finite
+from ..problem_types import MULTI_LABEL, REGRESSION
 from ..serving.monitor import Monitor, check_monitor
 from ..serving.predict import monitored, stream
 from ..serving.served import form_of
@@ -45,6 +46,7 @@ class ThroughEngine:
     window: int
     tells_form: bool = False
     model: Any
+    function_to_apply: Any
     _batch_size: int | None
     _num_workers: int | None
 
@@ -122,8 +124,11 @@ class ThroughEngine:
         window: int | None = None,
     ) -> Any:
         if monitor is None:
-            return self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
-        return monitored(monitor, self.model, model_inputs, early_exit, operating_point)
+            output = self.model(**model_inputs, operating_point=operating_point, early_exit=early_exit)
+        else:
+            output = monitored(monitor, self.model, model_inputs, early_exit, operating_point)
+        check_finite(output.logits, range(len(output.logits)))  # as the engine has done by itself
+        return output
 
     def get_iterator(
         self,
@@ -152,10 +157,18 @@ class ThroughEngine:
         rows = (inputs[place] for place in range(len(inputs))) if counted else inputs
         window = forward_params.pop("window", self.window if counted else 1)
         encoded = self._encoded(iter(rows), window, preprocess_params)
+        options = {"function_to_apply": self._function(), **postprocess_params}
         for answer in stream(self.model, encoded, window=window, **forward_params):
             score = None if math.isnan(answer.exit_score) else [answer.exit_score]
             outputs = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
-            yield self.postprocess(outputs, **postprocess_params)
+            yield self.postprocess(outputs, **options)
+
+    def _function(self) -> Any:
+        """What the stock pipeline makes scores by; left to itself, it asks the config for every answer, which is slow."""
+        config, functions = self.model.config, type(self.function_to_apply)
+        if config.problem_type == REGRESSION:
+            return functions.NONE
+        return functions.SIGMOID if config.problem_type == MULTI_LABEL or config.num_labels == 1 else functions.SOFTMAX
 
     def _encoded(self, rows: Iterator[Any], window: int, options: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
         """What the engine reads of every row; so many rows are read as the engine reads at once."""
@@ -165,7 +178,6 @@ class ThroughEngine:
             first += len(some)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
-        check_finite(model_outputs["logits"], [0])
         answer = super().postprocess(model_outputs, **kwargs)  # type: ignore[misc]
         layer, score = model_outputs["exit_layer"], model_outputs.get("exit_score")
         shown: dict[str, Any] = {"exit_layer": int(layer[0]), "exit_score": None if score is None else float(score[0])}

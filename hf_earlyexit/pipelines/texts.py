@@ -10,6 +10,7 @@ from transformers import TextClassificationPipeline
 
 from ..errors import DataError, UsageError
 from ..serving.predict import WINDOW
+from ..serving.rows import ReadRow
 from ..serving.tables import MODEL_COLUMNS, windows
 from .engine import ThroughEngine
 
@@ -67,7 +68,7 @@ class EarlyExitTextClassificationPipeline(ThroughEngine, TextClassificationPipel
         except Exception:  # whose fault it is comes out row by row
             return one_by_one
         names = [name for name in columns if name in MODEL_COLUMNS]
-        return (dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True))
+        return [ReadRow(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)]
 
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]
         if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):

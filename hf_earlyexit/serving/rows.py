@@ -14,17 +14,26 @@ TokenIds = dict[str, list[int]]
 IDS, TEXT, PAIR = range(3)
 
 
+class ReadRow(dict[str, list[int]]):
+    """Token ids by column name that need no reading: a tokenizer's own, whole numbers without padding at the end."""
+
+
 def encode_window(
     window: Sequence[Any], tokenizer: Any, max_length: int | None = None, first: int = 0
 ) -> list[TokenIds | EarlyExitError]:
     """Token ids of every row, without padding at the end; for a row that cannot be read, the error.
 
     Args:
-        window: texts, pairs of texts, or texts or token ids by column name.
+        window: texts, pairs of texts, or texts or token ids by column name; each a `ReadRow` where nothing is to be read.
         tokenizer: needed for texts; without one each text is an error.
         max_length: cut longer texts; the tokenizer's own limit by default.
         first: the number of the first row, for the errors.
     """
+    types = set(map(type, window))
+    if types == {ReadRow}:
+        return list(window)
+    if types == {str} and tokenizer is not None:
+        return _tokenize(list(window), TEXT, tokenizer, max_length, range(first, first + len(window)))
     window = [_of_columns(row) if isinstance(row, Mapping) else row for row in window]
     kinds = [_kind(row, first + place) for place, row in enumerate(window)]
     encoded: list[Any] = list(kinds)
@@ -75,8 +84,9 @@ def check_ids(row: TokenIds, number: int, vocabulary: int, longest: int, segment
     if not 1 <= len(ids) <= longest:
         cure = "Pass truncation=True to the tokenizer, or split the text." if ids else "Drop the row."
         return _bad(number, f"has {len(ids)} tokens; this model takes 1 to {longest}. {cure}", row)
-    if any(len(values) != len(ids) for values in row.values()):
-        return _bad(number, f"has columns of different lengths ({', '.join(row)}); expected one value a token.", row)
+    for values in row.values():
+        if len(values) != len(ids):
+            return _bad(number, f"has columns of different lengths ({', '.join(row)}); expected one value a token.", row)
     plain = set(map(type, ids)) == {int} or all(isinstance(number, int) for number in ids)
     if not plain or not 0 <= min(ids) <= max(ids) < vocabulary:
         return _bad(number, f"has token ids this model does not know; expected whole numbers from 0 to {vocabulary - 1}, "
@@ -120,7 +130,9 @@ def _bad(number: int, why: str, value: Any) -> DataError:
     return DataError(f"Row {number} {why}", field="rows", value=value)
 
 
-def _tokenize(rows: list[Any], kind: int, tokenizer: Any, max_length: int | None, numbers: list[int]) -> list[Any]:
+def _tokenize(rows: list[Any], kind: int, tokenizer: Any, max_length: int | None, numbers: Sequence[int]) -> list[Any]:
+    if not rows:
+        return []
     limit = None if max_length is None and tokenizer.model_max_length > 1e9 else max_length or tokenizer.model_max_length
     columns = [rows] if kind == 1 else [list(part) for part in zip(*rows, strict=True)]
     try:
@@ -133,7 +145,8 @@ def _tokenize(rows: list[Any], kind: int, tokenizer: Any, max_length: int | None
         return [
             _tokenize([row], kind, tokenizer, max_length, [number])[0] for row, number in zip(rows, numbers, strict=True)
         ]
-    return [{name: encoded[name][row] for name in encoded if name in MODEL_COLUMNS} for row in range(len(rows))]
+    read = {name: encoded[name] for name in encoded if name in MODEL_COLUMNS}
+    return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
 
 def _no_tokenizer(number: int) -> UsageError:

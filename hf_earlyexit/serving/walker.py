@@ -31,6 +31,7 @@ class BatchWalker(Walks):
         exit_layers: layers (1-based) after which rows may leave.
         num_classes: C.
         device: where hidden states are.
+        images: whether rows are pictures.
         best_batch_tokens: padded tokens of a batch that suit it.
         best_wait: seconds that rows should wait for company at a depth while others run.
         lanes: batches that should be under way at once.
@@ -39,6 +40,7 @@ class BatchWalker(Walks):
     exit_layers: tuple[int, ...]
     num_classes: int
     device: torch.device
+    images: bool = False
     best_batch_tokens: int
     best_wait: float = 0.0
     lanes: int = 1
@@ -56,6 +58,8 @@ class BatchWalker(Walks):
 
     def apart(self, rows: Sequence[TokenIds]) -> list[list[int]]:
         """Places of the rows that may stand in one batch, group by group."""
+        if not self.images:
+            return [list(range(len(rows)))] if rows else []
         shapes: dict[Hashable, list[int]] = {}
         for place, row in enumerate(rows):
             shapes.setdefault(self.shape_of(row), []).append(place)
@@ -95,17 +99,17 @@ class ModelWalker(BatchWalker):
         self.exit_layers = model.exit_layers
         self.num_classes = model.num_labels
         self.device = model.device
+        self.images = self.family.task == IMAGE
+        if not self.images:  # a config takes its time to answer, so it is not asked for every row
+            config = self.base.config
+            self.known = (config.vocab_size, self.family.longest(config), self.family.segments_of(config))
         on_cpu = self.device.type == "cpu"
         self.best_batch_tokens = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
         self.best_wait = 0.0 if on_cpu else ACCELERATOR_WAIT
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
-        config = self.base.config
-        if self.family.task == IMAGE:
-            return self._check_picture(row, number)
-        segments = self.family.segments_of(config)
-        return check_ids(row, number, config.vocab_size, self.family.longest(config), segments)
+        return self._check_picture(row, number) if self.images else check_ids(row, number, *self.known)
 
     def _check_picture(self, row: Any, number: int) -> DataError | None:
         try:
@@ -116,8 +120,8 @@ class ModelWalker(BatchWalker):
 
     def length(self, row: Any) -> int:
         """Tokens of a row; of a picture, its patches."""
-        if self.family.task != IMAGE:
-            return super().length(row)
+        if not self.images:
+            return len(row["input_ids"])
         height, width = row[PIXELS].shape[1:]
         size = self.base.config.patch_size
         down, across = size if isinstance(size, (list, tuple)) else (size, size)
@@ -125,7 +129,7 @@ class ModelWalker(BatchWalker):
 
     def shape_of(self, row: Any) -> Hashable:
         """Texts all may stand in one batch; pictures with those of their size."""
-        return tuple(row[PIXELS].shape) if self.family.task == IMAGE else None
+        return tuple(row[PIXELS].shape) if self.images else None
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
         """Hidden states `[B, T, H]` before the first layer, and their context."""

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from hf_earlyexit.errors import DataError, UsageError
-from hf_earlyexit.serving.rows import check_any_token, check_ids, encode_window
+from hf_earlyexit.serving.rows import ReadRow, check_any_token, check_ids, encode_window
 from hf_earlyexit.serving.tables import windows
 
 
@@ -41,6 +41,15 @@ def test_errors_take_the_place_of_their_rows(tokenizer):
     assert encoded[0] == dict(tokenizer("w5"))
     assert encoded[2] == dict(tokenizer("w6", "w7"))
     assert str(encoded[1]).startswith("Row 101 is None; expected a text, a pair")
+
+
+def test_rows_that_have_been_read_stay_as_they_are_and_others_are_read(tokenizer):
+    known = ReadRow(input_ids=[2, 5, 3])
+    assert encode_window([known, known], None) == [known, known]
+    padded = {"input_ids": [2, 6, 3, 0], "attention_mask": [1, 1, 1, 0]}
+    told = encode_window([known, "w7", padded], tokenizer)
+    assert [row["input_ids"] for row in told] == [[2, 5, 3], [2, 7, 3], [2, 6, 3]]
+    assert encode_window([], tokenizer) == []
 
 
 def test_a_text_the_tokenizer_chokes_on_costs_no_other_row():
