@@ -19,9 +19,9 @@ def check_finite(logits: Tensor, numbers: Sequence[int]) -> None:
     Raises:
         DataError: naming the first such row.
     """
-    finite = logits.isfinite().flatten(1).all(1)
+    finite = logits.isfinite()
     if not bool(finite.all()):
-        raise not_finite(numbers[finite.tolist().index(False)])
+        raise not_finite(numbers[finite.flatten(1).all(1).tolist().index(False)])
 
 
 def not_finite(number: int) -> DataError:

@@ -154,13 +154,15 @@ class OperatingPoints:
         """The signals that a full pass gives.
 
         Args:
-            names: as the call asks for them; `None` for those that are learned.
+            names: as the call asks for them; `None` for those that are learned, and for none with early exit.
             policy: of the call; `None` where all exits run.
 
         Raises:
             UsageError: for signals asked for with early exit, where most exits are never reached, or that the model lacks.
             UnknownNameError: for an unknown signal.
         """
+        if names is None and policy is not None:
+            return ()
         if names is None:
             return tuple(name for name in self.signals if SIGNALS.get(name).learned)
         if policy is not None:

@@ -57,7 +57,8 @@ class OnnxWalker(BatchWalker):
         self.num_classes = config.num_labels
         family = FAMILIES[config.stock_model_type]
         self.images = family.task == IMAGE
-        self.longest, self.segments = family.longest(config), family.segments_of(config)
+        if not self.images:  # a config takes its time to answer, so it is not asked for every row
+            self.known = (config.vocab_size, family.longest(config), family.segments_of(config))
         self._begin = open_session(read, BEGIN, threads)
         self._layers = [open_session(read, layer_file(layer), threads) for layer in range(1, config.num_hidden_layers + 1)]
         self._exits = [open_session(read, exit_file(index), threads) for index in range(len(self.exit_layers))]
@@ -75,7 +76,7 @@ class OnnxWalker(BatchWalker):
         if self.images:
             why = check_picture(row[PIXELS].shape, self.picture)
             return None if why is None else DataError(f"Row {number} {why}", field="rows", value=tuple(row[PIXELS].shape))
-        ids = check_ids(row, number, self.config.vocab_size, self.longest, self.segments)
+        ids = check_ids(row, number, *self.known)
         return ids or check_any_token(row, number)  # runtimes differ in what attention to nothing gives
 
     def length(self, row: Any) -> int:
@@ -90,7 +91,7 @@ class OnnxWalker(BatchWalker):
         """A batch as the first graph takes it, checked: see `text_batch` and `picture_batch`."""
         if self.images:
             return picture_batch(given, self.picture)
-        return text_batch(given, self.config.vocab_size, self.longest, self.segments)
+        return text_batch(given, *self.known)
 
     def begin_batch(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Context]:
         """As `begin`, from what `read` gives."""
@@ -252,15 +253,17 @@ class OnnxClassifier(OperatingPoints):
             DataError: for inputs longer than the model takes, of another shape or with numbers that the model does not know,
                 and for answers that are not finite.
         """
-        policy = self.choose_policy(early_exit, operating_point, {})
-        asks = self.signals_for(exit_signals, policy)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         batch = self.walker.read({**given, PIXELS: pixel_values})
-        one_row = None if policy is None or operating_point is not None or len(shadowed) else self.one_row
-        if one_row is not None and len(next(iter(batch.values()))) == 1 and self.config.exit_policy == one_row.policy:
+        plain = early_exit is None or early_exit is True
+        plain = plain and operating_point is None and exit_signals is None and not len(shadowed)
+        one_row = self.one_row if plain and len(next(iter(batch.values()))) == 1 else None
+        if one_row is not None and self.config.exit_policy == one_row.policy:  # the file holds it: none need be made of it
             logits, layer, score = one_row(batch)
             check_finite(logits, [0])
             return EarlyExitClassifierOutput(logits=logits, exit_layer=layer, exit_score=score)
+        policy = self.choose_policy(early_exit, operating_point, {})
+        asks = self.signals_for(exit_signals, policy)
         hidden, context = self.walker.begin_batch(batch)
         if policy is not None:
             early = run_early(self.walker, hidden, context, policy, self.num_labels, shadowed)

@@ -124,6 +124,7 @@ def _whole(name: str, values: Any, count: int, shape: Any) -> Tensor:
         expected = "[rows, tokens]" if shape is None else str(list(shape))
         raise DataError(f"{name} has shape {list(ids.shape)}; expected {expected}.", field=name)
     whole = not (ids.is_complex() or (ids.is_floating_point() and bool((ids != ids.round()).any())))
-    if not whole or bool(((ids < 0) | (ids >= count)).any()):
+    low, high = ids.long().aminmax() if whole and ids.numel() else (0, 0)
+    if not whole or low < 0 or high >= count:
         raise DataError(f"{name} holds other numbers than the model knows; expected 0 to {count - 1}.", field=name)
     return ids.long()

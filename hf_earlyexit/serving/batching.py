@@ -98,9 +98,20 @@ def evaluating(model: Model) -> Model:
         UsageError: for a model in training mode whose modules have been given another `forward`, which only knows the mode
             of the model itself.
     """
-    if not any(module.training for module in model.modules()):
+    if not isinstance(model, nn.Module) or not _trains(model):
         return model
-    return cast(Model, _view(cast(nn.Module, model), {}))
+    return cast(Model, _view(model, {}))
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether any module is in training mode; `modules()` takes several times as long, at every call of a model."""
+    left = [model]
+    while left:
+        module = left.pop()
+        if module.training:
+            return True
+        left += [child for child in module._modules.values() if child is not None]
+    return False
 
 
 def _view(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:

@@ -20,6 +20,7 @@ from hf_earlyexit.onnx.one_row import OneRow
 from hf_earlyexit.policies import StaticPolicy
 from tests.onnx.conftest import feeds
 from tests.onnx.test_decisions import random_rows
+from tests.work import calls
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,13 @@ def test_a_row_that_comes_alone_runs_through_the_one_file(served, folder, tokeni
     model.set_exit_policy(StaticPolicy.at(1, 4, exit_layers=model.exit_layers))
     assert model(**rows[0]).exit_layer.tolist() == [model.exit_layers[1]]  # another policy than the file holds
     assert model(**tokenizer(texts[:2], padding=True, return_tensors="np")).exit_layer.tolist() == [model.exit_layers[1]] * 2
+
+
+def test_a_row_that_comes_alone_costs_little_beside_the_session(folder, tokenizer):
+    model, row = ee.OnnxClassifier.from_pretrained(folder), tokenizer("w5 w6 w7", return_tensors="pt")
+    model(**row)
+    made = calls(lambda: model(**row), "hf_earlyexit/")
+    assert made.total() <= 16, made  # checks of the three inputs, and of the answer; no policy is made
 
 
 def test_options_of_predict_hold(served, loaded, tokenizer, random_texts):

@@ -98,11 +98,13 @@ def test_a_batch_is_padded_on_the_right_in_every_column():
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_a_view_evaluates_and_nothing_is_written_on_the_model(tiny_model, random_batch):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_view_evaluates_and_nothing_is_written_on_the_model(tiny_model, random_batch, apart):
     model, batch = tiny_model(), random_batch(8)
     assert evaluating(model) is model
     expected = model(**batch, early_exit=False).exit_logits
-    modes = {name: name != "classifier" for name, _ in model.named_modules()}  # one of them frozen by hand
+    # one of them frozen by hand, or the only one that trains
+    modes = {name: (name == "classifier") == apart for name, _ in model.named_modules()}
     for name, module in model.named_modules():
         module.training = modes[name]
     view = evaluating(model)

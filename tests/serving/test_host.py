@@ -37,3 +37,11 @@ def test_a_row_takes_few_calls(ways, way, most):
 
 def test_a_generator_that_is_read_ahead_takes_no_more_than_a_list(ways):
     assert per_row(*ways["generator"]) <= per_row(*ways["list"])
+
+
+def test_a_call_of_one_row_asks_for_no_names_of_modules(tiny_model, open_policy):
+    model = tiny_model()
+    model.set_exit_policy(open_policy(model, "confidence"))
+    ee.predict(model, [IDS])
+    named = calls(lambda: ee.predict(model, [IDS]), "torch/nn/modules/module.py")["module.py:named_modules"]
+    assert named < len(list(model.modules()))  # the first weight tells dtype and device
