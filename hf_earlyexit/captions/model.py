@@ -206,3 +206,12 @@ class EarlyExitVisionEncoderDecoder(ModelThatWrites, VisionEncoderDecoderModel):
     def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
         output = self(**inputs, decoder_input_ids=ids, token_exits=ExitRun(None), output_hidden_states=True, use_cache=False)
         return [states[:, start:] for states in output.decoder_hidden_states], output.logits[:, start:]
+
+    def read_images(self, states: Tensor, cache: Any) -> None:
+        if hasattr(self, "enc_to_dec_proj"):
+            states = self.enc_to_dec_proj(states)
+        for index, layer in enumerate(self.backbone.layers(self.decoder)):
+            keys, values = self.backbone.project_image(layer, states)
+            cache.cross_attention_cache.update(keys, values, index)
+            cache.is_updated[index] = True
+            cache.self_attention_cache.update(keys[:, :, :0], values[:, :, :0], index)

@@ -84,6 +84,7 @@ def _lossless(
     model: TorchExitWriter, batches: list[Any], point: str | None, task: WritingTask, values: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
     """Fill in figures of drafts; gives both ways to write the texts."""
+    from ..generation.lossless import starts_with_a_draft
 
     def written(**way: Any) -> list[Any]:
         options = {**task.generation, **way, "return_exit_layers": True}
@@ -97,8 +98,9 @@ def _lossless(
 
     plain, drafted = full(), early()
     counts = [output.draft_counts for output in drafted]
-    tokens = sum(count.tokens for count in counts) - values["rows"]  # the first one comes from the prompt
-    passes = sum(int((output.exit_layers > 0).sum(1).max()) - 1 for output in plain)
+    by_prompt = 0 if starts_with_a_draft(model, 1) else 1  # tokens that the pass over the prompt brings along
+    tokens = sum(count.tokens for count in counts) - by_prompt * values["rows"]
+    passes = sum(int((output.exit_layers > 0).sum(1).max()) - by_prompt for output in plain)
     values |= {
         "tokens": tokens,
         "same_texts": _same(plain, drafted),

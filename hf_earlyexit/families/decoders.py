@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache as remembered
+from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -114,6 +115,10 @@ class DecoderBackbone(ABC):
     def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """The keys and values `[B, heads, 1, d]` that a layer makes of states `[B, 1, H]`, without running it."""
 
+    def project_image(self, layer: Any, encoder: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values `[B, heads, S, d]` that a layer which crosses makes of the encoder's states `[B, S, H]`."""
+        raise NotImplementedError
+
     @abstractmethod
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
         """What the vocabulary layer reads."""
@@ -172,8 +177,8 @@ class Gpt2Decoder(DecoderBackbone):
         return hidden if types is None else hidden + decoder.transformer.wte(types)
 
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
-        if context.rows is not None and hidden.device.type == "cpu" and _is_plain(layer):
-            return self._step_some(layer, hidden, context, context.rows)
+        if hidden.device.type == "cpu" and hasattr(context.cache, "append") and _is_plain(layer):
+            return self._step_plain(layer, hidden, context)
         return layer(
             hidden,
             attention_mask=context.mask,
@@ -183,19 +188,21 @@ class Gpt2Decoder(DecoderBackbone):
             **{cache_name(type(layer).forward): context.cache},
         )
 
-    def _step_some(self, layer: Any, hidden: Tensor, context: TokenContext, rows: tuple[int, ...]) -> Tensor:
-        """As the layer does it, but attention reads each row's entries where they lie; copying them out costs more."""
-        attention = layer.attn
-        query, *new = (
-            attention.c_attn(layer.ln_1(hidden)).view(len(rows), 1, 3, attention.num_heads, attention.head_dim).unbind(2)
-        )
-        entries = context.cache.append(attention.layer_idx, *(part.transpose(1, 2) for part in new))
-        hidden = hidden + attention.c_proj(_attend(query, entries, rows, context.mask, attention.scaling))
+    def _step_plain(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
+        """As the layer does it, to the bit, with less around the products, which on a CPU costs a fifth of a small layer.
+
+        Where some rows rest, attention reads each row's entries where they lie: copying them out costs more.
+        """
+        attention, tokens = layer.attn, hidden.shape[:2]
+        states = attention.c_attn(layer.ln_1(hidden))
+        query, *new = states.view(*tokens, 3, attention.num_heads, attention.head_dim).transpose(1, 3).unbind(2)
+        entries = context.cache.append(attention.layer_idx, *new)
+        hidden = hidden + attention.c_proj(_attend(query, entries, context.rows, context.mask, attention.scaling))
         if context.encoder is not None:
             cross = layer.crossattention
-            query = cross.q_attn(layer.ln_cross_attn(hidden)).view(len(rows), 1, cross.num_heads, cross.head_dim)
+            query = cross.q_attn(layer.ln_cross_attn(hidden)).view(*tokens, cross.num_heads, cross.head_dim).transpose(1, 2)
             entries = context.cache.of_images(attention.layer_idx)
-            hidden = hidden + cross.c_proj(_attend(query, entries, rows, None, cross.scaling))
+            hidden = hidden + cross.c_proj(_attend(query, entries, context.rows, None, cross.scaling))
         return hidden + layer.mlp(layer.ln_2(hidden))
 
     def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
@@ -203,6 +210,12 @@ class Gpt2Decoder(DecoderBackbone):
         states = layer.ln_1(hidden).view(-1, size)
         both = torch.addmm(attention.c_attn.bias[size:], states, attention.c_attn.weight[:, size:])
         keys, values = both.view(len(hidden), 2, attention.num_heads, 1, attention.head_dim).unbind(1)
+        return keys, values
+
+    def project_image(self, layer: Any, encoder: Tensor) -> tuple[Tensor, Tensor]:
+        cross = layer.crossattention
+        both = cross.c_attn(encoder).view(*encoder.shape[:2], 2, cross.num_heads, cross.head_dim)
+        keys, values = both.transpose(1, 3).unbind(2)
         return keys, values
 
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
@@ -219,15 +232,22 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def _attend(query: Tensor, entries: Any, rows: tuple[int, ...], mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one token of each row `[R, 1, heads, d]` to the row's own entries among those of a batch, `[R, 1, H]`."""
-    mixed = []
-    for place, row in enumerate(rows):
-        row_mask = mask if mask is None or len(mask) == 1 else mask[place : place + 1]
-        keys, values = (part[row : row + 1] for part in entries)
-        row_query = query[place : place + 1].transpose(1, 2)
-        mixed.append(functional.scaled_dot_product_attention(row_query, keys, values, attn_mask=row_mask, scale=scale))
-    return torch.cat(mixed).flatten(1)[:, None]
+def _attend(query: Tensor, entries: Any, rows: tuple[int, ...] | None, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of tokens `[R, heads, N, d]` to their own rows' entries among those of a batch, `[R, N, H]`.
+
+    The rows are places in the batch, or `None` for all of it; the mask is theirs, `[R or 1, 1, N, T]`, or `None`.
+    """
+    attend = partial(functional.scaled_dot_product_attention, scale=scale)
+    if rows is None:
+        mixed = attend(query, entries.keys, entries.values, attn_mask=mask)
+    else:
+        masks = [mask] * len(rows) if mask is None or len(mask) == 1 else mask.split(1)
+        queries = zip(query.split(1), rows, masks, strict=True)
+        mixed = torch.cat([
+            attend(one, entries.keys[row : row + 1], entries.values[row : row + 1], attn_mask=own)
+            for one, row, own in queries
+        ])  # fmt: skip
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class BertDecoder(DecoderBackbone):
@@ -248,6 +268,11 @@ class BertDecoder(DecoderBackbone):
         attention = layer.attention.self
         shape = (len(hidden), attention.num_attention_heads, 1, attention.attention_head_size)
         return attention.key(hidden).view(shape), attention.value(hidden).view(shape)
+
+    def project_image(self, layer: Any, encoder: Tensor) -> tuple[Tensor, Tensor]:
+        cross = layer.crossattention.self
+        shape = (*encoder.shape[:2], cross.num_attention_heads, cross.attention_head_size)
+        return cross.key(encoder).view(shape).transpose(1, 2), cross.value(encoder).view(shape).transpose(1, 2)
 
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
         return decoder.cls.predictions.transform(hidden)

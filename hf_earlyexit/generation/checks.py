@@ -171,3 +171,25 @@ def check_prompts(ids: Any, words: int) -> None:
             field="input_ids",
             value=row,
         )
+
+
+def check_lossless_call(model: TorchExitWriter, options: dict[str, Any]) -> None:
+    """Refuse calls whose rows cannot be taken apart.
+
+    Raises:
+        UsageError: naming what stands in the way.
+    """
+    attention = model.config.word_config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise UsageError(
+            f"The attention is {attention!r}; lossless early exit makes its masks for 'sdpa' and 'eager'. Load the model "
+            "with attn_implementation='sdpa'.",
+            field="attn_implementation",
+            value=attention,
+        )
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = options.get(name)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise UsageError(
+                f"{name} is no mask [rows, tokens]; lossless early exit makes the masks of its passes from one.", field=name
+            )

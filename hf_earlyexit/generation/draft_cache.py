@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
@@ -29,33 +28,40 @@ class DraftEntries:
 
     def __init__(self, layers: Sequence[Any], width: int) -> None:
         self.entries = [_with_room(layer.keys, layer.values, width) for layer in layers]
-        self.rows: list[int] = []
+        self.rows: Tensor | None = None  # all, or their numbers
 
-    def look(self, rows: list[int], columns: Tensor, first: int | None, width: int) -> None:
-        """Tell whose tokens the next calls of `update` bring.
+    def look(self, rows: Tensor, columns: Tensor, first: int | None, width: int) -> None:
+        """Tell whose tokens the next calls of `append` bring.
 
         Args:
-            rows: their numbers.
+            rows: their numbers `[R]`, ascending.
             columns: where their tokens stand `[R, N]`.
             first: the column of the first token, where it is that of all rows.
             width: columns that the tokens may look at, from 0 on.
         """
-        self.rows, self.columns, self.first, self.width = rows, columns, first, width
-        self.index = torch.tensor(rows, device=columns.device)
+        self.index, self.columns, self.first, self.width = rows, columns, first, width
+        self.rows = None if len(rows) == len(self.entries[0].keys) else rows
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Entry:
-        """Write the entries of some rows' tokens `[R, heads, N, d]`, and give those rows' entries so far."""
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Entry:
+        """Write the entries of some rows' tokens `[R, heads, N, d]` in layer `layer` (0-based).
+
+        Returns:
+            The entries of all rows of the batch so far.
+        """
         stored = self.entries[layer]
         if stored.keys.shape[2] < self.width:
             stored = self.entries[layer] = _with_room(*stored, stored.keys.shape[2], self.width)
-        every_row = len(self.rows) == len(stored.keys)
         for kept, new in zip(stored, (keys, values), strict=True):
-            if every_row and self.first is not None:
+            if self.rows is None and self.first is not None:
                 kept[:, :, self.first : self.first + new.shape[2]] = new
             else:
                 kept[self.index[:, None], :, self.columns] = new.transpose(1, 2)
-        seen = Entry(stored.keys[:, :, : self.width], stored.values[:, :, : self.width])
-        return seen if every_row else seen.of(self.index)
+        return Entry(stored.keys[:, :, : self.width], stored.values[:, :, : self.width])
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> Entry:
+        """As a cache of transformers does it, for the rows that the layers see."""
+        entry = self.append(layer, keys, values)
+        return entry if self.rows is None else entry.of(self.rows)
 
     def write_back(self, layers: Sequence[Any], ends: Sequence[int]) -> None:
         """Put the entries into the layers of a cache, as it would hold them; zeros after a row's end.
@@ -90,11 +96,10 @@ class CrossedDraftEntries(CrossedCache):
         self.entries = self.self_attention_cache.entries
         self.write_back = self.self_attention_cache.write_back
 
-    def look(self, rows: list[int], columns: Tensor, first: int | None, width: int) -> None:
+    def look(self, rows: Tensor, columns: Tensor, first: int | None, width: int) -> None:
         """As in `DraftEntries`."""
         self.self_attention_cache.look(rows, columns, first, width)
-        batch = len(self.entries[0].keys)
-        self.cross_attention_cache.rows = None if len(rows) == batch else self.self_attention_cache.index
+        self.cross_attention_cache.rows = self.self_attention_cache.rows
 
 
 def draft_cache(cache: Any) -> DraftEntries | CrossedDraftEntries:

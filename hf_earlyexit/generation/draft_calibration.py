@@ -14,17 +14,18 @@ from transformers import GenerationMixin
 from ..errors import CalibrationError, UsageError
 from ..families.decoders import cache_name
 from ..modeling.protocol import TorchExitWriter
-from ..policies.base import POLICIES, ExitPolicy
+from ..policies.base import POLICIES, ExitPolicy, ExitStep
 from ..serving.batching import evaluating
 from ..timing import seconds_in_turns
 from ..values import check_flags, check_whole, is_whole
 from .checks import LOSSLESS, check_lossless, generation_settings
 from .decoding import ExitRun
-from .draft_trace import DraftCosts, Replayed, replay_drafts, trace_drafts
+from .draft_trace import DraftCosts, DraftTrace, Replayed, replay_drafts, trace_drafts
 from .drafts import Row, Speaker, Waiting
 from .full_texts import FullText, texts_of_rows, written_texts
-from .lossless import LosslessWalker, decode_lossless
+from .lossless import LosslessWalker, decode_lossless, starts_with_a_draft
 from .prompts import LABELS
+from .token_cache import self_attention_of
 from .token_exits import ModelThatWrites
 
 GIVEN = {
@@ -159,32 +160,49 @@ def calibrate_drafts(
     else:
         rule = POLICIES.get(policy)(thresholds=closed, exit_layers=model.exit_layers)
     model.config.check_policy(rule)
-    check_lossless(rule, generation_settings(model, generation), 1)
+    settings = generation_settings(model, generation)
+    check_lossless(rule, settings, 1)
     read = model.read_prompts(prompts, tokenizer, image_processor, batch_size)
     if not model.crosses and isinstance(prompts[0], Mapping) and LABELS in prompts[0]:
         texts = texts_of_rows([prompts[place] for place in range(len(read))])
     else:
         texts = written_texts(model, read, batch_size, generation)
-    trace = trace_drafts(model, texts, rule)
+    ends = torch.as_tensor([] if settings.eos_token_id is None else settings.eos_token_id).flatten().tolist()
+    trace = trace_drafts(model, texts, rule, ends)
     costs = measure_costs(model, rule, texts) if costs is None else costs
-    layers, settings = model.exit_layers, []
-    for thresholds in (closed, *_proposals(trace.scores, rule, levels)):
-        for most in drafts if any(one is not None for one in thresholds) else drafts[:1]:
-            made = rule.with_thresholds(thresholds)
-            settings.append(DraftSetting(policy=made, drafts=most, expected=replay_drafts(trace, made, most, layers, costs)))
-    settings.sort(key=lambda one: one.expected.cost)
-    best = settings[0]
+    tried = replayed_settings(trace, rule, drafts, levels, costs)
+    best = tried[0]
     measured = _measured(model, best, read, generation) if confirm else None
     return DraftCalibration(
         policy=best.policy,
         drafts=best.drafts,
         expected=best.expected,
-        settings=tuple(settings),
+        settings=tried,
         costs=costs,
         num_texts=len(trace.lengths),
         num_tokens=len(trace.scores),
         measured_speed_up=measured,
     )
+
+
+def replayed_settings(
+    trace: DraftTrace, rule: ExitPolicy, drafts: Sequence[int], levels: int, costs: DraftCosts
+) -> tuple[DraftSetting, ...]:
+    """Every setting of a rule that is worth a try, on one trace, the cheapest first; drafting nothing is among them.
+
+    Args:
+        trace: of the rule's own scores.
+        rule: with `exit_layers` and without thresholds.
+        drafts, levels: as in `calibrate_drafts`.
+        costs: that settings are judged by.
+    """
+    layers, settings = rule.exit_layers or (), []
+    for thresholds in (rule.thresholds, *_proposals(trace.scores, rule, levels)):
+        for most in drafts if any(one is not None for one in thresholds) else drafts[:1]:
+            made = rule.with_thresholds(thresholds)
+            settings.append(DraftSetting(policy=made, drafts=most, expected=replay_drafts(trace, made, most, layers, costs)))
+    settings.sort(key=lambda one: one.expected.cost)
+    return tuple(settings)
 
 
 def _proposals(scores: Any, rule: ExitPolicy, levels: int) -> list[tuple[float | None, ...]]:
@@ -210,7 +228,7 @@ def _levels(scores: Any, shares: Any, rule: ExitPolicy) -> list[float]:
 
 @torch.inference_mode()
 def measure_costs(model: TorchExitWriter, policy: ExitPolicy, texts: Sequence[FullText]) -> DraftCosts:
-    """Seconds that parts of a pass take for one row: medians of several rounds, in which all parts take turns.
+    """Seconds that parts of a run take for one row: medians of several rounds, in which all parts take turns.
 
     Half of what was written of the text of middling length is there already. On a CPU with one thread it is the processor's
     time that counts, which other work on the machine hardly changes.
@@ -224,8 +242,9 @@ def measure_costs(model: TorchExitWriter, policy: ExitPolicy, texts: Sequence[Fu
     context = max((text.start + len(text.ids)) // 2, 1)
     ids, inputs = torch.tensor([text.ids[:context]], device=model.device), model.prompt_inputs([text.prompt])
     encoder = inputs["encoder_outputs"][0] if model.crosses else None
-    given = {**inputs, "decoder_input_ids": ids} if model.crosses else {"input_ids": ids}
-    output = model(**given, token_exits=ExitRun(None), use_cache=True)
+    given = {"encoder_outputs": inputs["encoder_outputs"]} if model.crosses else {}
+    ids_name = "decoder_input_ids" if model.crosses else "input_ids"
+    output = model(**given, **{ids_name: ids}, token_exits=ExitRun(None), use_cache=True)
     cache = output[cache_name(type(output))]  # type: ignore[arg-type]
     open_policy = policy.with_thresholds(policy.lowest_threshold)
     speaker = Speaker(1, (), (), samples=False)
@@ -233,27 +252,60 @@ def measure_costs(model: TorchExitWriter, policy: ExitPolicy, texts: Sequence[Fu
     width = model.config.word_config.hidden_size
     states = torch.randn(max(WIDTHS), width, device=model.device, dtype=model.dtype)
     layers, last = walker.exit_layers[-1], len(walker.exit_layers) - 1
+    row, held = Row(0, ids[0], context + 1, 0, 0), [(layer, dict(vars(layer))) for layer in self_attention_of(cache).layers]
+    row.text = torch.cat([ids[0], ids[0, -1:]])
+
+    def begin() -> None:
+        row.waits = []
+        walker._embed([row])
+        walker._context([row], [0], [context], row.waits[-1].states[None])
 
     def run_layers(width: int) -> None:
-        row, contexts = Row(0, ids[0], context, 0, 0), {}  # type: ignore[var-annotated]
         row.waits = [Waiting(0, context, states[:width])]
+        seen: dict[Any, Any] = {}
         for layer in range(1, layers + 1):
-            walker._run(layer, [row], contexts)
+            walker._run(layer, [row], seen)
         row.waits[-1].states.sum().item()  # waits for the device
 
-    def ask() -> None:
+    def ask() -> ExitStep:
         state = open_policy.init_state(1, walker.num_words, model.device)
         signal = walker.exit_signal(0, states[:1, None], None, open_policy.asks_at(0), states[:1, None])
-        open_policy.step(state, signal, 0).leave.tolist()
+        outcome = open_policy.step(state, signal, 0)
+        outcome.leave.tolist()
+        return outcome
+
+    def draft() -> None:
+        walker.draft_logits(0, states[:1], answer)[0].argmax(-1).tolist()
 
     def say(width: int) -> None:
         model.exit_logits(last, states[:width]).argmax(-1).tolist()
 
+    def plain() -> None:
+        newest = {ids_name: ids[:, -1:], cache_name(type(output)): cache}  # type: ignore[arg-type]
+        model(**given, **newest, token_exits=ExitRun(None), use_cache=True).logits[:, -1].argmax(-1).tolist()
+        for layer, values in held:  # without what was written
+            vars(layer).update(values)
+
+    def write_one() -> None:
+        options = {"do_sample": False, "num_beams": 1, "max_length": text.start + 1, "max_new_tokens": None}
+        GenerationMixin.generate(model, **inputs, **options, token_exits=ExitRun(None))
+
     narrow, wide = WIDTHS
+    answer = ask().answer
     parts = (partial(run_layers, narrow), partial(run_layers, wide), ask, partial(say, narrow), partial(say, wide))
-    one, several, asked, word, words = _seconds(parts, model.device)
-    more = max(several - one, 0) / layers / (wide - narrow)
-    return DraftCosts(one / layers, more, asked, word, max(words - word, 0) / (wide - narrow))
+    seconds = _seconds((*parts, begin, draft, plain, write_one), model.device)
+    one, several, asked, word, words, token, drafted, whole, written = seconds
+    return DraftCosts(
+        layer=one / layers,
+        more=max(several - one, 0) / layers / (wide - narrow),
+        ask=asked,
+        words=word,
+        more_words=max(words - word, 0) / (wide - narrow),
+        token=token,
+        draft=drafted,
+        plain=whole,
+        prompt=max(written - whole * starts_with_a_draft(model, text.start), 0),
+    )
 
 
 def _seconds(parts: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:

@@ -23,14 +23,14 @@ from torch import Tensor
 from transformers import EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from ..errors import UsageError
-from ..families.decoders import TokenContext, cache_name
+from ..families.decoders import CACHE_NAMES, TokenContext, cache_name
 from ..modeling.finite import check_finite
 from ..modeling.protocol import TorchExitWriter
+from .checks import check_lossless_call
 from .decoding import DecoderWalker, ExitRun
 from .draft_cache import draft_cache
 from .drafts import Row, Speaker, Waiting
-from .token_cache import self_attention_of
+from .token_cache import require_dynamic, self_attention_of
 
 
 @dataclass
@@ -38,7 +38,8 @@ class DraftCounts:
     """What a lossless run did.
 
     Attributes:
-        layer_calls: calls of a layer for new tokens; layer_tokens: tokens that each layer ran, by layer.
+        layer_calls: calls of a layer behind the pass over the prompt, which captions that begin with one token go without;
+            layer_tokens: tokens that each layer ran there, by layer.
         drafted: drafts made at each exit but the last; accepted: those of them that the last layer confirmed.
         checks: times that a row's tokens reached the last layer; tokens: written after the prompt's own.
     """
@@ -168,7 +169,9 @@ class LosslessWalker(DecoderWalker):
         encoder = None if self.encoder is None else self.encoder[numbers]
         windowed = None if self.window is None else masks(self.window)
         rotary = self.backbone.rotary(self.model.token_decoder, hidden, positions)
-        return TokenContext(self.cache, masks(None), positions, encoder, windowed, rotary), (numbers, columns, first, width)
+        resting = None if len(numbers) == len(self.cache.entries[0].keys) else tuple(numbers)
+        context = TokenContext(self.cache, masks(None), positions, encoder, windowed, rotary, resting)
+        return context, (torch.tensor(numbers, device=device), columns, first, width)
 
     def _mask(
         self, rows: list[int], columns: Tensor, first: int | None, width: int, hidden: Tensor, window: int | None
@@ -237,9 +240,8 @@ def decode_lossless(
     """
     config = generation_config
     check_lossless_call(model, model_kwargs)
-    output = model._prefill(input_ids, config, {**model_kwargs, "token_exits": ExitRun(None, draft_run.images)})
-    cache = output[cache_name(type(output))]  # type: ignore[arg-type]
     mask = model_kwargs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+    cache, first = _begin(model, input_ids, config, mask, {**model_kwargs, "token_exits": ExitRun(None, draft_run.images)})
     keeps = config.return_dict_in_generate
     speaker = Speaker(
         len(input_ids),
@@ -254,8 +256,8 @@ def decode_lossless(
     types = model_kwargs.get("token_type_ids")
     types = None if types is None else types[:, -1:]
     walker = LosslessWalker(model, draft_run, speaker, most_drafts, cache, mask, encoder, types)
-    rows = _rows(model, input_ids, cache.get_seq_length(), mask, model_kwargs)
-    for row, logits in zip(rows, output.logits[:, -1:], strict=True):
+    rows = _rows(model, input_ids, cache.get_seq_length() or 1, mask, model_kwargs)
+    for row, logits in zip(rows, () if first is None else first, strict=first is not None):
         speaker.check(row, logits, model.exit_layers)
     longest = stopping_criteria.max_length
     while running := [row for row in rows if not row.stopped]:
@@ -272,6 +274,32 @@ def decode_lossless(
         draft_streamer.end()
     walker.cache.write_back(self_attention_of(cache).layers, [row.length - 1 + row.shift for row in rows])
     return _result(rows, input_ids.shape[1], config, cache, draft_run)
+
+
+def starts_with_a_draft(model: TorchExitWriter, prompt: int) -> bool:
+    """Whether the first token that is written may be a draft: where the prompt is one token, it is decoded as all others.
+
+    With longer prompts the pass over them brings the first token along.
+
+    Args:
+        model: the captioner or language model.
+        prompt: its tokens.
+    """
+    return model.crosses and prompt == 1
+
+
+def _begin(
+    model: TorchExitWriter, ids: Tensor, config: Any, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Any, Tensor | None]:
+    """A cache that holds the prompts, or the images and no token yet, and logits `[B, 1, V]` of what follows the prompts."""
+    cache = next((options[name] for name in CACHE_NAMES if options.get(name) is not None), None)
+    fresh = isinstance(cache, EncoderDecoderCache) and cache.get_seq_length() == 0 and not any(cache.is_updated.values())
+    if fresh and starts_with_a_draft(model, ids.shape[1]) and (mask is None or bool(mask.all())):
+        require_dynamic(cache, crosses=True)
+        model.read_images(options["encoder_outputs"][0], cache)
+        return cache, None
+    output = model._prefill(ids, config, options)
+    return output[cache_name(type(output))], output.logits[:, -1:]  # type: ignore[arg-type]
 
 
 def _rows(model: TorchExitWriter, ids: Tensor, width: int, mask: Tensor | None, options: dict[str, Any]) -> list[Row]:
@@ -312,25 +340,3 @@ def _result(rows: list[Row], prompt: int, config: Any, cache: Any, run: ExitRun)
     values = {"sequences": sequences, "scores": by_step("scores"), "logits": by_step("logits")}
     kind = GenerateEncoderDecoderOutput if isinstance(cache, EncoderDecoderCache) else GenerateDecoderOnlyOutput
     return kind(**values, **{cache_name(kind): cache})  # type: ignore[arg-type]
-
-
-def check_lossless_call(model: TorchExitWriter, options: dict[str, Any]) -> None:
-    """Refuse calls whose rows cannot be taken apart.
-
-    Raises:
-        UsageError: naming what stands in the way.
-    """
-    attention = model.config.word_config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise UsageError(
-            f"The attention is {attention!r}; lossless early exit makes its masks for 'sdpa' and 'eager'. Load the model "
-            "with attn_implementation='sdpa'.",
-            field="attn_implementation",
-            value=attention,
-        )
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = options.get(name)
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise UsageError(
-                f"{name} is no mask [rows, tokens]; lossless early exit makes the masks of its passes from one.", field=name
-            )

@@ -96,6 +96,12 @@ class CrossedCache(EncoderDecoderCache):
         self.is_updated = cache.is_updated
         self.self_attention_cache = attended
         self.cross_attention_cache = CrossEntries(cache.cross_attention_cache.layers)
+        self.append = attended.append
+
+    def of_images(self, layer: int) -> Entry:
+        """Entries of the images of all rows of the batch, in layer `layer` (0-based)."""
+        entry = self.cross_attention_cache.all[layer]
+        return Entry(entry.keys, entry.values)
 
 
 class CrossedEntries(CrossedCache):
@@ -105,17 +111,12 @@ class CrossedEntries(CrossedCache):
 
     def __init__(self, cache: EncoderDecoderCache, project: Project) -> None:
         super().__init__(cache, OwnEntries(cache.self_attention_cache.layers, project))
-        self.append, self.close = self.self_attention_cache.append, self.self_attention_cache.close
+        self.close = self.self_attention_cache.close
 
     def keep(self, rows: Tensor, left: Tensor, states: Tensor) -> None:
         """As in `OwnEntries`."""
         self.self_attention_cache.keep(rows, left, states)
         self.cross_attention_cache.rows = rows
-
-    def of_images(self, layer: int) -> Entry:
-        """Entries of the images of all rows of the batch, in layer `layer` (0-based)."""
-        entry = self.cross_attention_cache.all[layer]
-        return Entry(entry.keys, entry.values)
 
 
 class CrossEntries:

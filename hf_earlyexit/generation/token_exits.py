@@ -150,6 +150,15 @@ class ModelThatWrites(ModelWithExits):
         """
         raise NotImplementedError
 
+    def read_images(self, states: Tensor, cache: Any) -> None:
+        """Give an empty cache what every layer's cross attention makes of the encoder's states, as a first pass would.
+
+        Args:
+            states: `[B, S, width]`, as the encoder gives them.
+            cache: an `EncoderDecoderCache` that holds nothing.
+        """
+        raise NotImplementedError
+
     def check_tokens(self, settings: GenerationConfig, options: Mapping[str, Any]) -> None:
         """Refuse generation without tokens that it needs.
 

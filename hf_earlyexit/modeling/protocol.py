@@ -202,6 +202,9 @@ class TorchExitWriter(TorchExitModel, Protocol):
     def full_pass(self, inputs: dict[str, Any], ids: Tensor, start: int) -> tuple[list[Tensor], Tensor]:
         """States before and after every layer, and logits of whole texts, all layers run."""
 
+    def read_images(self, states: Tensor, cache: Any) -> None:
+        """Give an empty cache what every layer's cross attention makes of the encoder's states."""
+
     def point_of(self, operating_point: str | None, lossless: bool) -> str | None:
         """The operating point of a call of `generate`."""
 

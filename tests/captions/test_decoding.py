@@ -111,8 +111,8 @@ def entries_read_where_they_lie(captioner, images, mixed, monkeypatch):
     """What eight rows write whose attention reads the cache in place, and what the layers themselves write."""
     model, ran = captioner("gpt2", attention="sdpa"), []
     model.set_exit_policy(mixed(model, "confidence"))
-    step = decoders.Gpt2Decoder._step_some
-    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_some", lambda *args: ran.append(len(args[-1])) or step(*args))
+    step = decoders.Gpt2Decoder._step_plain
+    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_plain", lambda *args: ran.append(len(args[2])) or step(*args))
     in_place = generated(model, images(8), eos_token_id=None)
     assert len(set(ran)) > 3, "rows must part here"
     ran.clear()
@@ -137,7 +137,7 @@ def test_attention_to_another_rows_entries_is_noticed(captioner, images, mixed, 
     attend = decoders._attend
 
     def shifted(query, entries, rows, mask, scale):
-        return attend(query, entries, tuple(range(len(rows))), mask, scale)
+        return attend(query, entries, tuple(range(len(query))), mask, scale)
 
     monkeypatch.setattr(decoders, "_attend", shifted)
     in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)

@@ -5,6 +5,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, EarlyExitConfigError, UsageError
+from hf_earlyexit.families import decoders
 from hf_earlyexit.families.decoders import cache_name
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, measure_costs
 from hf_earlyexit.generation.draft_trace import DraftCosts, replay_drafts, trace_drafts
@@ -50,7 +51,7 @@ def test_a_trace_expects_what_real_captions_cost(drafter, images, kind):
     assert [text.ids for text in texts] == full.tolist()
     assert {text.start for text in texts} == {1}
     trace = trace_drafts(model, texts, model.exit_policy)
-    assert trace.lengths == (NEW - 1,) * 6
+    assert trace.lengths == (NEW,) * 6, "the token that captions begin with may leave too"
     expected = replay_drafts(trace, model.exit_policy, 1, model.exit_layers, UNIT)
     calls = drafted = accepted = 0
     for picture in pixels:
@@ -59,7 +60,40 @@ def test_a_trace_expects_what_real_captions_cost(drafter, images, kind):
         calls, drafted = calls + counts.layer_calls, drafted + sum(counts.drafted)
         accepted += sum(counts.accepted)
     assert 0 < accepted < drafted
-    tokens = 6 * (NEW - 1)
+    tokens = 6 * NEW
+    assert expected.layer_calls == pytest.approx(calls / tokens)
+    assert expected.drafted == pytest.approx(drafted / tokens)
+    assert expected.accepted == pytest.approx(accepted / drafted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_knows_where_captions_end(drafter, images, kind):
+    """The last token of a caption that ends by itself may leave, and a draft that would end it is checked at once."""
+    model, pixels = drafter(kind), images(12)
+    free = model.generate(pixels, lossless=True, max_drafts=1, return_exit_layers=True, **WRITING)
+    firsts = [  # words that are drafts where a caption has them first
+        word
+        for ids, layers in zip(free.sequences.tolist(), free.exit_layers.tolist(), strict=True)
+        for place, word in enumerate(ids)
+        if word not in ids[:place] and 0 < layers[place] < LAYERS
+    ]
+    ends = sorted({*firsts})[-3:]
+    options = {"max_new_tokens": NEW + 4, "eos_token_id": ends}
+    texts = written_texts(model, model.read_prompts(pixels, None, None, 4), 4, options)
+    trace = trace_drafts(model, texts, model.exit_policy, ends)
+    assert 2 < sum(trace.ended) < 12
+    assert trace.ends.any()
+    assert sum(trace.lengths) == len(trace.scores) == sum(len(text.ids) - 1 for text in texts)
+    expected = replay_drafts(trace, model.exit_policy, 1, model.exit_layers, UNIT)
+    calls = drafted = accepted = ending = 0
+    for picture in pixels:
+        output = model.generate(picture[None], lossless=True, max_drafts=1, return_exit_layers=True, **options)
+        counts = output.draft_counts
+        calls, drafted = calls + counts.layer_calls, drafted + sum(counts.drafted)
+        accepted += sum(counts.accepted)
+        ending += int(output.exit_layers[0, -1]) < LAYERS
+    assert ending > 1, "an end must be a draft"
+    tokens = len(trace.scores)
     assert expected.layer_calls == pytest.approx(calls / tokens)
     assert expected.drafted == pytest.approx(drafted / tokens)
     assert expected.accepted == pytest.approx(accepted / drafted)
@@ -73,7 +107,7 @@ def test_drafts_are_chosen_kept_loaded_and_used(drafter, images, tmp_path, kind)
     assert model.config.to_dict() == before, "nothing is written on the model"
     assert model.training, "nor is its mode"
     model.eval()
-    assert (found.num_texts, found.num_tokens) == (6, 6 * (NEW - 1))
+    assert (found.num_texts, found.num_tokens) == (6, 6 * NEW)
     assert found.policy.may_leave
     assert found.expected.layer_calls == min(one.expected.layer_calls for one in found.settings) < LAYERS
     assert found.policy != usual
@@ -110,11 +144,19 @@ def test_costs_are_measured_and_a_real_run_confirms(drafter, images, kind):
     model = drafter(kind)
     texts = written_texts(model, model.read_prompts(images(2), None, None, 4), 4, WRITING)
     costs = measure_costs(model, model.exit_policy, texts)
-    assert min(costs.layer, costs.ask, costs.words) > 0
+    assert min(costs.layer, costs.ask, costs.words, costs.token, costs.draft, costs.plain, costs.prompt) > 0
     assert min(costs.more, costs.more_words) >= 0
     found = chosen(model, images(2), confirm=True)
     assert found.measured_speed_up > 0
     assert "measured" in str(found)
+
+
+def test_the_first_token_is_no_part_of_the_prompts_cost(drafter, images, monkeypatch):
+    model = drafter()
+    texts = written_texts(model, model.read_prompts(images(2), None, None, 4), 4, WRITING)
+    seconds = [LAYERS * 1.0, LAYERS * 1.75, 0.1, 2.0, 3.5, 0.05, 0.4, 7.0, 10.0]
+    monkeypatch.setattr("hf_earlyexit.generation.draft_calibration._seconds", lambda *_: seconds)
+    assert measure_costs(model, model.exit_policy, texts).prompt == 3
 
 
 def test_where_drafts_cost_more_than_they_save_none_are_made(drafter, images):
@@ -152,7 +194,7 @@ def both(model, pixels, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_is_the_full_models_after_every_acceptance(drafter, images, monkeypatch, kind):
-    """Of every layer, whenever drafts are accepted; and every token that is embedded runs each layer once."""
+    """Of every layer, whenever drafts are accepted; and every token runs each layer once, that at the start as well."""
     model, pixels, checked = drafter(kind).double(), images(3).double(), []
     full = both(model, pixels, eos_token_id=None)[0]
     layers = full[cache_name(type(full))].self_attention_cache.layers
@@ -179,9 +221,47 @@ def test_the_cache_is_the_full_models_after_every_acceptance(drafter, images, mo
     counts = drafted.draft_counts
     assert torch.equal(drafted.sequences, full.sequences)
     assert len(set(checked)) > 3
-    assert [number - 3 for number in ran] == counts.layer_tokens, "the token that captions begin with runs once"
+    assert ran == counts.layer_tokens
     assert len(set(counts.layer_tokens)) == 1
     assert counts.layer_tokens[0] == counts.checks + sum(counts.drafted)
+    assert (drafted.exit_layers[:, 1] < LAYERS).any(), "a first word may be a draft"
+    crossed = zip(*(one[cache_name(type(one))].cross_attention_cache.layers for one in (drafted, full)), strict=True)
+    for mine, theirs in crossed:
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+
+
+def test_captions_that_begin_with_more_than_one_token(drafter, images):
+    """The pass over a longer beginning brings the first new word along, in full."""
+    model, pixels = drafter().double(), images(3).double()
+    begun = torch.tensor([[START, 7, 9]] * 3)
+    full, drafted = both(model, pixels, eos_token_id=None, decoder_input_ids=begun)
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert (drafted.exit_layers[:, 3] == LAYERS).all()
+    assert sum(drafted.draft_counts.accepted) > 0
+
+
+def test_layers_that_are_called_as_a_whole_and_in_parts_agree(drafter, images, monkeypatch):
+    """On a CPU plain layers are run by their parts; watched ones are called. Rows go apart, and read the cache in place."""
+    model, pixels, ran = drafter(), images(8), []
+    step = decoders.Gpt2Decoder._step_plain
+    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_plain", lambda *args: ran.append(args[3].rows) or step(*args))
+    options = {"lossless": True, "max_drafts": 3, "return_exit_layers": True, **WRITING}
+    by_parts = model.generate(pixels, **options)
+    assert len({None if rows is None else len(rows) for rows in ran}) > 3
+    assert len(ran) == by_parts.draft_counts.layer_calls
+    ran.clear()
+    for layer in model.backbone.layers(model.decoder):
+        layer.register_forward_hook(lambda *_: None)
+    by_calls = model.generate(pixels, **options)
+    assert not ran
+    assert torch.equal(by_parts.sequences, by_calls.sequences)
+    assert torch.equal(by_parts.exit_layers, by_calls.exit_layers)
+    assert by_parts.draft_counts == by_calls.draft_counts
+    caches = [one[cache_name(type(one))].self_attention_cache.layers for one in (by_parts, by_calls)]
+    for mine, theirs in zip(*caches, strict=True):
+        assert torch.allclose(mine.keys, theirs.keys, atol=1e-5)
+        assert torch.allclose(mine.values, theirs.values, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

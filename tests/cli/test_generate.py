@@ -199,8 +199,10 @@ def test_drafts_of_a_captioner_are_chosen_and_lose_nothing(made, capsys, tmp_pat
     full = told(capsys, *words, "--num_beams", 1, "--operating_point", "exact")
     assert [one["tokens"] for one in drafted["captions"]] == [one["tokens"] for one in full["captions"]]
     assert full["mean_exit_layer"] == drafted["num_layers"]
-    judged = told(capsys, "evaluate", *given, "--lossless", "true")
+    judged = told(capsys, "evaluate", *given, "--lossless", "true", "--batch_size", 1)
     assert (judged["same_texts"], judged["drafted"] > judged["accepted"]) == (6, True)
+    assert judged["tokens"] == sum(len(one["tokens"]) for one in full["captions"])
+    assert judged["full_layer_calls"] == judged["tokens"] * full["num_layers"], "first words may be drafts"
     capsys.readouterr()
     assert main([*map(str, words), "--lossless", "true"]) == 2
     assert "num_beams is 2" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, UsageError
+from hf_earlyexit.families.decoders import CACHE_NAMES
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
 from hf_earlyexit.generation.draft_trace import DraftCosts, DraftTrace, replay_drafts, trace_drafts
 from hf_earlyexit.generation.full_texts import FullText, texts_of_rows, written_texts
@@ -19,7 +20,7 @@ def test_a_replay_by_hand():
     """Exits after layers 1 and 3 of 4; tokens leave at exit 0, at exit 1, not at all; then one more text of one token."""
     scores = torch.tensor([[0.9, 0.0], [0.1, 0.8], [0.2, 0.3], [0.0, 0.0]])
     right = torch.tensor([[True, True], [True, False], [False, False], [False, False]])
-    trace = DraftTrace(scores, right, (3, 1))
+    trace = DraftTrace(scores, right, torch.zeros_like(right), (3, 1), (False, False))
     policy = ee.ConfidencePolicy(thresholds=(0.5, 0.5))
     found = replay_drafts(trace, policy, 4, (1, 3, 4), UNIT)
     # Token 0 runs layer 1 and waits. Token 1 runs layer 1; both run layers 2 and 3 and wait: 1 + 2 * 1.25.
@@ -33,6 +34,28 @@ def test_a_replay_by_hand():
     assert found.plain == 6
     closed = replay_drafts(trace, policy.with_thresholds((None, None)), 4, (1, 3, 4), UNIT)
     assert closed.cost == closed.plain
+
+
+@pytest.mark.parametrize(
+    ("ended", "second_ends", "cost", "calls", "drafted", "accepted"),
+    [
+        # Both tokens leave after layer 1 of 4. The second, the last of a text that had to end, is not asked.
+        (False, False, 2 * 0.05 + 0.1 + 1 + 1 + 3 * 1.25 + 2.5, 5, 1, 1),
+        # Its draft ends the text, as it should: it goes on at once, and both are checked.
+        (True, True, 2 * 0.05 + 2 * 0.1 + 1 + 1 + 3 * 1.25 + 2.5, 5, 2, 2),
+        # Its draft is wrong: a third token runs behind the end of the text, and asks nobody, as two drafts wait.
+        (True, False, 3 * 0.05 + 2 * 0.1 + 3 + 3 * 1.5 + 3, 6, 2, 1),
+    ],
+)
+def test_the_end_of_a_text_by_hand(ended, second_ends, cost, calls, drafted, accepted):
+    right = torch.tensor([[True], [second_ends]])
+    trace = DraftTrace(torch.ones(2, 1), right, torch.tensor([[False], [second_ends]]), (2,), (ended,))
+    costs = UNIT._replace(token=0.05, draft=0.4, plain=7, prompt=3)
+    found = replay_drafts(trace, ee.ConfidencePolicy(thresholds=(0.5,)), 2, (1, 4), costs)
+    assert found.cost == pytest.approx((cost + 0.4 * drafted + 3) / 2)
+    assert found.plain == pytest.approx(7 + 3 / 2)
+    assert (found.layer_calls, found.drafted) == (calls / 2, drafted / 2)
+    assert found.accepted == pytest.approx(accepted / drafted)
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -122,8 +145,33 @@ def test_costs_are_measured(drafter):  # noqa: F811
     model = drafter("gpt2", dtype=torch.float32)
     texts = written_texts(model, [row.tolist() for row in prompts(3, 5)[0]], 2, WRITING)
     costs = measure_costs(model, model.exit_policy, texts)
-    assert min(costs.layer, costs.ask, costs.words) > 0
+    assert min(costs.layer, costs.ask, costs.words, costs.token, costs.draft, costs.plain, costs.prompt) > 0
     assert min(costs.more, costs.more_words) >= 0
+
+
+def test_times_become_costs(drafter, monkeypatch):  # noqa: F811
+    """And the token that plain decoding is timed with is taken back, so that no round has a longer text than another."""
+    from hf_earlyexit.generation import draft_calibration
+
+    model, lengths = drafter("gpt2", dtype=torch.float32), []
+    texts = written_texts(model, [row.tolist() for row in prompts(3, 5)[0]], 2, WRITING)
+    forward = type(model).forward
+
+    def watched(self, *args, **kwargs):
+        lengths.extend(cache.get_seq_length() for name, cache in kwargs.items() if name in CACHE_NAMES)
+        return forward(self, *args, **kwargs)
+
+    def seconds(parts, device):
+        monkeypatch.setattr(type(model), "forward", watched)
+        for _ in range(3):
+            parts[-2]()
+        return [LAYERS * 1.0, LAYERS * 1.75, 0.1, 2.0, 3.5, 0.05, 0.4, 7.0, 10.0]
+
+    monkeypatch.setattr(draft_calibration, "_seconds", seconds)
+    costs = draft_calibration.measure_costs(model, model.exit_policy, texts)
+    assert costs == pytest.approx(UNIT._replace(token=0.05, draft=0.4, plain=7, prompt=10))
+    assert len(lengths) == 3
+    assert len(set(lengths)) == 1
 
 
 def test_one_slow_round_does_not_count(monkeypatch):
