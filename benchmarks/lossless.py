@@ -19,6 +19,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import quantiles
 from typing import NamedTuple
@@ -67,10 +68,10 @@ def batch_of(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"inputs": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def counted(model: object) -> list[int]:
-    """The number of calls of layers from now on."""
+def counted(layers: Iterable[torch.nn.Module]) -> list[int]:
+    """The number of calls of some layers from now on."""
     calls = [0]
-    for layer in model.model.layers:
+    for layer in layers:
         layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     return calls
 
@@ -91,7 +92,11 @@ def compare(model: object, calls: list[int], prompts: list[list[int]], new: int,
         raise RuntimeError(f"Hooks counted {made}; the run {counts.layer_calls}, and {steps} plain steps.")
     equal = [one.tolist() == two.tolist() for one, two in zip(full, drafted, strict=True)]
     width = max(map(len, prompts))
-    gaps = [gap(model, full[row], drafted[row], width - len(prompts[row])) for row, same in enumerate(equal) if not same]
+    gaps = [
+        gap(lambda place, row=row: model(full[row][None, width - len(prompts[row]) : place]).logits, full[row], drafted[row])
+        for row, same in enumerate(equal)
+        if not same
+    ]
     return {
         "texts": len(prompts), "equal": sum(equal), "tokens": int(written.sum()) - len(prompts), "steps": steps,
         "layer_calls": made["lossless"], "drafted": sum(counts.drafted), "accepted": sum(counts.accepted),
@@ -99,13 +104,16 @@ def compare(model: object, calls: list[int], prompts: list[list[int]], new: int,
     }  # fmt: skip
 
 
-def gap(model: object, full: torch.Tensor, drafted: torch.Tensor, padding: int) -> float:
-    """Where a text first differs: how far its two words are apart in the full model's logits, in roundings of the dtype."""
+def gap(logits_before: Callable[[int], torch.Tensor], full: torch.Tensor, drafted: torch.Tensor) -> float:
+    """Where a text first differs: how far its two words are apart in the full model's logits, in roundings of the dtype.
+
+    `logits_before` gives the full model's `[1, N, V]` of the text before a place.
+    """
     width = min(len(full), len(drafted))
     place = int((full[:width] != drafted[:width]).int().argmax())
-    logits = model(full[None, padding:place]).logits[0, -1].float()
-    first, second = logits[full[place]], logits[drafted[place]]
-    return float((first - second).abs() / (torch.finfo(model.dtype).eps * first.abs()))
+    logits = logits_before(place)[0, -1]
+    first, second = logits[full[place]].float(), logits[drafted[place]].float()
+    return float((first - second).abs() / (torch.finfo(logits.dtype).eps * first.abs()))
 
 
 def total_of(rows: list[dict[str, float]], layers: int) -> dict[str, float]:
@@ -120,9 +128,7 @@ def total_of(rows: list[dict[str, float]], layers: int) -> dict[str, float]:
 def stock(name: Path, prompts: list[list[int]], new: int, depth: int) -> dict[str, float]:
     """Stock transformers with `assistant_early_exit` against itself without: calls of layers a token, and times."""
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    calls = [0]
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    calls = counted(model.model.layers)
     result = {"assistant_early_exit": depth, "texts": len(prompts), "equal": 0, "tokens": 0}
     outputs = []
     for way, options in (("plain", {}), ("assisted", {"assistant_early_exit": depth})):
@@ -216,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     model = ee.from_pretrained(args.model, task="text-generation").eval()
-    calls = counted(model)
+    calls = counted(model.model.layers)
     held = json.loads((args.model / "samples.json").read_text())["held_back"]
     prompts = chat_prompts(AutoTokenizer.from_pretrained(args.model), "test")[: args.prompts]
     result = json.loads(args.report.read_text()) if args.report.is_file() else {"parts": {}}
