@@ -174,7 +174,8 @@ class SomeRows:
     def signal(self, exit_index: int) -> ExitSignal:
         """See `ExitTrace.signal`."""
         of_all = self.trace.signal(exit_index)
-        return ExitSignal(of_all.logits[self.places], {name: values[self.places] for name, values in of_all.scalars.items()})
+        logits = of_all.logits.index_select(0, self.places)  # in half the time of an index, where exits lie side by side
+        return ExitSignal(logits, {name: values[self.places] for name, values in of_all.scalars.items()})
 
     def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
         """Some of these, in the given order."""

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..citations import BEEM
 from ..errors import PolicyError
-from ..problem_types import SINGLE_LABEL, largest, predictions
+from ..problem_types import SINGLE_LABEL, largest
 from ..signals import ExitSignal
 from ..values import check_real
 from .agreement import Chain
 from .base import ExitPolicy, register_policy
-from .measures import log_odds, measure, probability
+from .measures import log_odds, probability
 from .scanning import LearningRows
 
 
@@ -69,8 +69,8 @@ class CalibratedBeemPolicy(ExitPolicy):
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
         logits = signal.logits.float()
-        offsets, said = logits.new_tensor(self.offsets[exit_index]), predictions(logits, self.problem_type)
-        vote = offsets[said] + self.slopes[exit_index] * measure(logits, log_odds, self.problem_type)
+        offsets, said = logits.new_tensor(self.offsets[exit_index]), largest(logits)
+        vote = offsets[said] + self.slopes[exit_index] * log_odds(logits, said)
         agrees = state.agrees(said, self.problem_type)
         running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
         return state.follow(said, running), probability(running), signal.logits
@@ -97,8 +97,8 @@ def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tu
     One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain. The
     class that a row predicts is one feature among C, so sums are taken class by class and no table of features is made.
     """
-    num_classes = logits.shape[-1]
-    lead, predicted = log_odds(logits.float().log_softmax(-1)).double(), largest(logits)
+    num_classes, predicted = logits.shape[-1], largest(logits)
+    lead = log_odds(logits.float(), predicted).double()
 
     def by_class(values: Tensor) -> Tensor:
         return torch.bincount(predicted, values, num_classes)

@@ -16,12 +16,18 @@ def max_probability(log_probs: Tensor) -> Tensor:
     return log_probs.amax(-1).exp()
 
 
-def top_two(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest and the second of `[..., C]`, `[...]` each; `topk` takes several times as long."""
+def top_two(values: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest and the second of `[..., C]`, `[...]` each; `topk` takes several times as long.
+
+    Args:
+        values: of the classes.
+        first: the class of the largest `[...]`, where it is known.
+    """
     if values.shape[-1] == 2:
-        return values.amax(-1), values.amin(-1)
-    first = largest(values)[..., None]
-    return values.gather(-1, first)[..., 0], values.scatter(-1, first, -math.inf).amax(-1)
+        one, other = values.unbind(-1)
+        return torch.maximum(one, other), torch.minimum(one, other)
+    place = (largest(values) if first is None else first)[..., None]
+    return values.gather(-1, place)[..., 0], values.scatter(-1, place, -math.inf).amax(-1)
 
 
 def margin(log_probs: Tensor) -> Tensor:
@@ -36,10 +42,15 @@ def certainty(log_probs: Tensor) -> Tensor:
     return (1 - entropy / math.log(log_probs.shape[-1])).clamp_min(0)
 
 
-def log_odds(log_probs: Tensor) -> Tensor:
-    """Log-odds of the first class against the second, at or above 0 and without upper bound."""
-    first, second = top_two(log_probs)
-    return first - second
+def log_odds(values: Tensor, first: Tensor | None = None) -> Tensor:
+    """Log-odds of the first class against the second, at or above 0 and without upper bound.
+
+    Args:
+        values: log-probabilities or logits; all classes of a row may be shifted alike.
+        first: see `top_two`.
+    """
+    most, second = top_two(values, first)
+    return most - second
 
 
 def probability(log_odds: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..citations import CONSISTENTEE
 from ..errors import PolicyError
-from ..losses.consistentee import exit_log_probabilities
 from ..problem_types import SINGLE_LABEL, largest, row_quality
 from ..signals import ExitSignal
 from ..values import check_real, check_whole
@@ -123,7 +122,8 @@ class RewardPolicy(ExitPolicy):
 def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
     """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
     log_probs = logits.float().log_softmax(-1).clamp_min(FLOOR)
-    answer = largest(log_probs)[:, None]
+    said = largest(log_probs)
+    answer = said[:, None]
     now = History(
         total=state.total + log_probs,
         lowest=torch.minimum(state.lowest, log_probs),  # of numbers at or below 0
@@ -139,7 +139,7 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
     risen = torch.where(state.seen == 0, torch.zeros_like(answer_log_prob), answer_log_prob - of_answer(state.previous))
     return now, [
         answer_log_prob + 0.5,
-        log_odds(log_probs) / 2 - 1,
+        log_odds(log_probs, said) / 2 - 1,
         certainty(log_probs) - 0.5,
         of_answer(now.total) / now.seen + 0.5,
         risen,
@@ -152,12 +152,12 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
 def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Leave logits in the shape of the features. Element by element: matrix products depend on the size of the batch."""
     *inner, bias, outer = weights[:-1].view(FEATURES + 2, -1)
-    hidden = bias.expand(*features[0].shape, len(bias))
+    hidden = bias[:, None]
     for feature, row in zip(features, inner, strict=True):
-        hidden = hidden + feature[..., None] * row
-    leave_logits = weights[-1].expand(features[0].shape)
-    for column in (hidden.relu() * outer).unbind(-1):
-        leave_logits = leave_logits + column
+        hidden = hidden + row[:, None] * feature  # [width, B]: many rows side by side
+    leave_logits = weights[-1]
+    for unit in (hidden.relu() * outer[:, None]).unbind():
+        leave_logits = leave_logits + unit
     return leave_logits
 
 
@@ -188,27 +188,47 @@ def _taught(trace: LearningRows, kept: list[int], member: int) -> Tensor:
     for index in kept[:-1]:
         state, features = _look(state, trace.signal(index).logits, (index + 1) / trace.num_exits)
         looks.append(torch.stack(features))
-    seen = torch.stack(looks, -1).unbind(0)  # [N, K - 1] each
+    seen = torch.stack(looks, 1).flatten(1)  # [FEATURES, (K - 1) * N]
     right = row_quality(trace.logits, trace.labels, trace.problem_type)[:, kept] > 0
-    harm = (right[:, -1:] & ~right).float()[:, None]  # [N, 1, K]
+    harm = (right[:, -1:] & ~right).float().T[:, None]  # [K, 1, N]
     layers = torch.tensor(trace.costs, dtype=torch.float32)[kept]
-    prices = torch.logspace(math.log10(PRICES[0]), math.log10(PRICES[1]), 10)
-    dearer = (prices / HALF_PRICE).log()[:, None]
-    toll = harm + prices[:, None] * layers  # [N, prices, K]
+    prices = torch.logspace(math.log10(PRICES[0]), math.log10(PRICES[1]), 10)[:, None]
+    dearer = (prices / HALF_PRICE).log()
+    toll = harm + prices * layers[:, None, None]  # [K, prices, N]
+    share = 1 / (toll[0].numel() * (prices + PRICE_SCALE))  # of one row at one price in what is made small
 
     weights = 0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(member))
-    with torch.enable_grad():
-        weights.requires_grad_()
-        sharpness = torch.zeros((), requires_grad=True)  # how fast a price turns a gate; serving needs only where it turns
-        optimizer = torch.optim.Adam([weights, sharpness], lr=LEARNING_RATE)
-        shrink = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-        for _ in range(STEPS):
-            gates = sharpness.exp() * (_network(seen, weights)[:, None] + dearer)  # [N, prices, K - 1]
-            chance = exit_log_probabilities(gates).exp()
-            paid = (chance * toll).sum(-1).mean(0)
-            loss = (paid / (prices + PRICE_SCALE)).mean() + RIDGE * weights.square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            shrink.step()
-    return weights.detach()
+    learned = torch.cat([weights, torch.zeros(1)])  # and how fast a price turns a gate; serving needs only where it turns
+    mean, square = torch.zeros_like(learned), torch.zeros_like(learned)
+    for step in range(STEPS):
+        *_, bias, outer = rows = learned[:-2].view(FEATURES + 2, WIDTH)
+        hidden = torch.addmm(bias[:, None], rows[:FEATURES].T, seen).relu_()  # [WIDTH, (K - 1) * N]
+        leave = (outer @ hidden + learned[-2]).view(len(looks), 1, -1)
+        gates = learned[-1].exp() * (leave + dearer)
+        by_gate = share * _slopes(gates, toll)
+        by_leave = learned[-1].exp() * by_gate.sum(1).flatten()
+        by_hidden = outer[:, None] * by_leave * (hidden > 0)
+        by_rows = torch.cat([seen @ by_hidden.T, by_hidden.sum(1)[None], (hidden @ by_leave)[None]])
+        slope = torch.cat([by_rows.flatten(), by_leave.sum()[None], (by_gate * gates).sum()[None]])
+        slope[:-1] += 2 * RIDGE / NUM_WEIGHTS * learned[:-1]
+        mean.lerp_(slope, 0.1)
+        square.lerp_(slope * slope, 0.001)
+        pace = LEARNING_RATE * (1 - step / STEPS) / (1 - 0.9 ** (step + 1))
+        learned = learned - pace * mean / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+    return learned[:-1]
+
+
+def _slopes(gates: Tensor, toll: Tensor) -> Tensor:
+    """By how much leave logits raise what a row is expected to pay, `[K - 1, ...]` as the logits; toll is `[K, ...]`.
+
+    The same as autograd finds through `exit_log_probabilities`, in a fourth of the time: going on from an exit costs what is
+    expected of the exits behind it, and only who gets there pays.
+    """
+    leave = gates.sigmoid()
+    stay, slopes, going_on = 1 - leave, torch.empty_like(gates), toll[-1]
+    for index in reversed(range(len(gates))):
+        slopes[index] = toll[index] - going_on
+        going_on = torch.addcmul(going_on, leave[index], slopes[index])
+    slopes *= leave * stay
+    slopes[1:] *= stay[:-1].cumprod(0)
+    return slopes

@@ -7,10 +7,28 @@ import torch
 from hf_earlyexit.calibration import MaxDrop, calibrate
 from hf_earlyexit.calibration.search import single_threshold_curve
 from hf_earlyexit.errors import PolicyError
+from hf_earlyexit.losses.consistentee import exit_log_probabilities
 from hf_earlyexit.policies import POLICIES, RewardPolicy
-from hf_earlyexit.policies.reward import FEATURES, FLOOR, HALF_PRICE, MOST_ROWS, NUM_WEIGHTS, WIDTH, History, _look, _part
+from hf_earlyexit.policies.reward import (
+    FEATURES,
+    FLOOR,
+    HALF_PRICE,
+    LEARNING_RATE,
+    MOST_ROWS,
+    NUM_WEIGHTS,
+    PRICE_SCALE,
+    PRICES,
+    RIDGE,
+    STEPS,
+    WIDTH,
+    History,
+    _look,
+    _part,
+    _slopes,
+)
 from hf_earlyexit.trace import ExitTrace
 from tests.samples import learned_trace
+from tests.work import calls
 
 
 def fickle_trace(rows=600, seed=0):
@@ -59,6 +77,47 @@ def test_learning_is_the_same_every_time_and_in_every_order():
     turned = RewardPolicy.from_trace(trace.select(range(199, -1, -1)))
     scores = (first.scan(trace).scores - turned.scan(trace).scores).abs()
     assert scores.max() < 0.02
+
+
+def by_autograd(trace):
+    """Weights that torch's own gradients and optimizer find, from the objective as it is meant."""
+    looks, state = [], History.empty(trace.num_rows, trace.logits.shape[-1], "cpu")
+    for index in range(trace.num_exits - 1):
+        state, features = _look(state, trace.logits[:, index], (index + 1) / trace.num_exits)
+        looks.append(torch.stack(features, -1))
+    seen, right = torch.stack(looks, 1), trace.quality > 0  # [N, E - 1, FEATURES]
+    prices = torch.logspace(np.log10(PRICES[0]), np.log10(PRICES[1]), 10)[:, None]
+    toll = (right[:, -1:] & ~right).float()[:, None] + prices * torch.tensor(trace.costs, dtype=torch.float32)
+    weights = (0.3 * torch.randn(NUM_WEIGHTS, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    sharpness = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([weights, sharpness], lr=LEARNING_RATE)
+    shrink = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+    for _ in range(STEPS):
+        *inner, bias, outer = weights[:-1].view(FEATURES + 2, WIDTH)
+        leave = (seen @ torch.stack(inner) + bias).relu() @ outer + weights[-1]
+        gates = sharpness.exp() * (leave[:, None] + (prices / HALF_PRICE).log())
+        paid = (exit_log_probabilities(gates).exp() * toll).sum(-1).mean(0)
+        loss = (paid / (prices[:, 0] + PRICE_SCALE)).mean() + RIDGE * weights.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shrink.step()
+    return weights.detach()
+
+
+def test_it_learns_what_autograd_and_torchs_optimizer_learn():
+    trace = learned_trace(300)
+    learned = torch.tensor(RewardPolicy.from_trace(trace).weights)
+    assert torch.allclose(learned, by_autograd(trace), atol=1e-4)
+    assert not calls(lambda: RewardPolicy.from_trace(trace), "torch/optim", "torch/autograd", "torch/_dynamo")
+
+
+def test_slopes_are_those_of_the_expected_toll():
+    generator = torch.Generator().manual_seed(0)
+    gates = (4 * torch.randn(5, 3, 7, generator=generator)).requires_grad_()
+    toll = torch.rand(6, 3, 7, generator=generator)
+    paid = (exit_log_probabilities(gates.movedim(0, -1)).exp() * toll.movedim(0, -1)).sum()
+    assert torch.allclose(_slopes(gates.detach(), toll), *torch.autograd.grad(paid, gates), atol=1e-6)
 
 
 def test_muted_exits_teach_nothing():
