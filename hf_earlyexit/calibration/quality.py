@@ -23,7 +23,7 @@ from ..metrics import uneven_classes
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions, quality_name, row_quality
 from ..registry import Registry
 from ..trace import ExitTrace
-from .parts import Places, some
+from .parts import Places, left_with, some
 
 METRICS: Registry[type[Metric]] = Registry("metric")
 GROUPS = 20  # of the jackknife
@@ -88,6 +88,22 @@ class Metric(ABC):
         early_values, full_values = (self.values_on(kept, part, labels, problem_type) for part in (early, full))
         spread = np.var(early_values - full_values) * (count - 1)
         return Comparison(quality, full_quality, float(math.sqrt(spread)))
+
+    def at_exits(
+        self, answers: Tensor, full: Tensor, labels: Tensor, problem_type: str, places: Places = None
+    ) -> Callable[[Tensor], Comparison]:
+        """`compare` of the answers that rows leave with, for many settings on the same rows.
+
+        Args:
+            answers: of all rows at every exit `[N, E, C]`.
+            full: the full model's of these rows `[n, C]`; labels: theirs.
+            problem_type: what they mean.
+            places: of the rows `[n]`; `None` for all.
+
+        Returns:
+            A function of the exits that the rows take `[n]`.
+        """
+        return lambda exits: self.compare(left_with(answers, places, exits), full, labels, problem_type)
 
     @property
     def is_row_quality(self) -> bool:

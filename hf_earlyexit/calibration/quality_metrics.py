@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, predictions
 from ..values import is_real
+from .parts import Places, left_with, some
 from .quality import METRICS, Comparison, Metric, RowMean, RowQuality
 
 
@@ -59,17 +61,29 @@ class OfConfusion(Metric):
         return float(self.of(_confusion(predictions(logits, problem_type), labels, logits.shape[-1])))
 
     def compare(self, early: Tensor, full: Tensor, labels: Tensor, problem_type: str) -> Comparison:
-        values, influences = [], []
-        for logits in (early, full):
-            answers = predictions(logits, problem_type)
-            with torch.inference_mode(False), torch.enable_grad():
-                confusion = _confusion(answers, labels, logits.shape[-1]).clone().requires_grad_()
-                value = self.of(confusion)
-                (slope,) = torch.autograd.grad(value, confusion)
-            values.append(value.item())
-            influences.append(slope[labels, answers] * len(labels))
-        spread = (influences[0] - influences[1]).std(correction=0) / math.sqrt(len(labels))
-        return Comparison(values[0], values[1], float(spread))
+        judged = [self._judged(predictions(part, problem_type), labels, part.shape[-1]) for part in (early, full)]
+        return _compared(*judged)
+
+    def at_exits(
+        self, answers: Tensor, full: Tensor, labels: Tensor, problem_type: str, places: Places = None
+    ) -> Callable[[Tensor], Comparison]:
+        exits, classes = range(answers.shape[1]), answers.shape[-1]
+        said = torch.stack([predictions(some(answers[:, index], places), problem_type) for index in exits], 1)
+        judged = self._judged(predictions(full, problem_type), labels, classes)
+        return lambda exits: _compared(self._judged(left_with(said, None, exits), labels, classes), judged)
+
+    def _judged(self, said: Tensor, labels: Tensor, num_classes: int) -> tuple[float, Tensor]:
+        """The metric of what was said `[n]`, and each row's influence on it `[n]`."""
+        with torch.inference_mode(False), torch.enable_grad():
+            confusion = _confusion(said, labels, num_classes).clone().requires_grad_()
+            value = self.of(confusion)
+            (slope,) = torch.autograd.grad(value, confusion)
+        return value.item(), slope[labels, said] * len(labels)
+
+
+def _compared(early: tuple[float, Tensor], full: tuple[float, Tensor]) -> Comparison:
+    spread = (early[1] - full[1]).std(correction=0) / math.sqrt(len(full[1]))
+    return Comparison(early[0], full[0], float(spread))
 
 
 def _confusion(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..problem_types import row_quality
 from ..trace import ExitTrace, SomeRows, dead_exits
 from ..values import unexpected
 from .exit_by_exit import per_exit_curve
-from .parts import Places, left_with, some
+from .parts import Places, some
 from .quality import Metric, worth
 from .search import Array, Curve, exits_taken, means_along, of_leaving, single_threshold_curve, standard_error
 from .targets import Target
@@ -206,12 +206,11 @@ def curve_of(thresholds: Array, policy: ExitPolicy, pool: Pool, places: Places =
         means = means_along(thresholds, visible, of_leaving(cost, gain))
         return Curve(thresholds, means[0], means[1] + full, standard_error(means[1], means[2], len(gain)))
     full_logits, labels = some(trace.logits[:, -1], places), some(trace.labels, places)
-    costs, compared = [], []
+    compare, costs, compared = metric.at_exits(answers, full_logits, labels, trace.problem_type, places), [], []
     for vector in thresholds:
         taken = exits_taken(visible, vector)
         costs.append(cost[taken].mean())
-        exits = torch.from_numpy(taken)
-        compared.append(metric.compare(left_with(answers, places, exits), full_logits, labels, trace.problem_type))
+        compared.append(compare(torch.from_numpy(taken)))
     values, _, errors = np.array(compared).T
     return Curve(thresholds, np.array(costs), values, errors)
 

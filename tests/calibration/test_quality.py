@@ -13,6 +13,7 @@ from hf_earlyexit.calibration.quality import find_metric
 from hf_earlyexit.errors import CalibrationError, UnknownNameError
 from hf_earlyexit.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from tests.samples import learned_trace
+from tests.work import calls
 
 from . import calibrate
 
@@ -93,6 +94,34 @@ def test_standard_errors_are_those_of_a_bootstrap(name):
         assert metric.compare(early, full, labels, SINGLE_LABEL).standard_error == pytest.approx(
             np.std(differences), rel=0.12
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answers_that_rows_leave_with_are_judged_as_any_others(name):
+    trace, metric = uneven_trace(200, share=0.3), find_metric(name, SINGLE_LABEL)
+    draw = torch.Generator().manual_seed(0)
+    for places in (None, torch.randperm(200, generator=draw)[:150]):
+        rows = torch.arange(200) if places is None else places
+        full, labels = trace.logits[rows, -1], trace.labels[rows]
+        compare = metric.at_exits(trace.logits, full, labels, SINGLE_LABEL, places)
+        for _ in range(3):
+            exits = torch.randint(trace.num_exits, (len(rows),), generator=draw)
+            assert compare(exits) == metric.compare(trace.logits[rows, exits], full, labels, SINGLE_LABEL)
+        nobody = compare(torch.full((len(rows),), trace.num_exits - 1))
+        assert nobody.quality == nobody.full_quality
+        assert nobody.standard_error == 0
+
+
+@pytest.mark.parametrize("name", ["f1-macro", "balanced-accuracy", "matthews"])
+def test_what_each_exit_says_is_looked_for_once_for_all_settings(name):
+    trace, metric = uneven_trace(200), find_metric(name, SINGLE_LABEL)
+
+    def go():
+        compare = metric.at_exits(trace.logits, trace.logits[:, -1], trace.labels, SINGLE_LABEL)
+        for index in range(40):
+            compare(torch.full((200,), index % trace.num_exits))
+
+    assert calls(go, "problem_types.py")["problem_types.py:predictions"] == trace.num_exits + 1
 
 
 @pytest.mark.parametrize("name", NAMES)
