@@ -265,8 +265,6 @@ def is_watched(modules: Iterable[nn.Module]) -> bool:
     Transformers' own hooks, which stay once hidden states were asked for, do nothing outside the stock model's forward.
     """
     for module in modules:
-        if not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__:
-            continue  # nearly always, and asked of every layer at every token
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         foreign = [hook for hook in hooks if getattr(hook, "__module__", None) != CAPTURING]
         if foreign or "forward" in vars(module):

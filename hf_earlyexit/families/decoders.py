@@ -5,22 +5,19 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache as remembered
-from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from ..errors import EarlyExitConfigError, UsageError
-from .base import is_watched
 from .context import each
+from .plain_gpt2 import is_plain, run_plain
 
 SLIDING = "sliding_attention"
 CACHE_NAMES = ("cache", "past_key_values")  # what releases of transformers call the cache, the newest name first
@@ -71,6 +68,7 @@ class TokenContext:
         windowed: the mask of layers that look back no further than a window; `None` as for `mask`.
         rotary: cosines and sines of the positions `[B or 1, N, d]`, where the family turns by them.
         rows: places in the cache of the rows that run, where others of the batch rest.
+        plain: layers that were looked at in this run, and whether nothing about them is out of the ordinary.
     """
 
     cache: Any
@@ -80,6 +78,7 @@ class TokenContext:
     windowed: Tensor | None = None
     rotary: Any = None
     rows: tuple[int, ...] | None = None
+    plain: dict[nn.Module, bool] = field(default_factory=dict)
 
     def of(self, keep: Tensor, rows: tuple[int, ...]) -> TokenContext:
         """The context of some of its rows, by their places in it; `rows` are their places in the cache.
@@ -177,8 +176,11 @@ class Gpt2Decoder(DecoderBackbone):
         return hidden if types is None else hidden + decoder.transformer.wte(types)
 
     def step(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
-        if hidden.device.type == "cpu" and hasattr(context.cache, "append") and _is_plain(layer):
-            return self._step_plain(layer, hidden, context)
+        if hidden.device.type == "cpu" and hasattr(context.cache, "append"):
+            if (plain := context.plain.get(layer)) is None:
+                plain = context.plain[layer] = is_plain(layer)
+            if plain:
+                return run_plain(layer, hidden, context)
         return layer(
             hidden,
             attention_mask=context.mask,
@@ -187,23 +189,6 @@ class Gpt2Decoder(DecoderBackbone):
             position_ids=context.positions,
             **{cache_name(type(layer).forward): context.cache},
         )
-
-    def _step_plain(self, layer: Any, hidden: Tensor, context: TokenContext) -> Tensor:
-        """As the layer does it, to the bit, with less around the products, which on a CPU costs a fifth of a small layer.
-
-        Where some rows rest, attention reads each row's entries where they lie: copying them out costs more.
-        """
-        attention, tokens = layer.attn, hidden.shape[:2]
-        states = attention.c_attn(layer.ln_1(hidden))
-        query, *new = states.view(*tokens, 3, attention.num_heads, attention.head_dim).transpose(1, 3).unbind(2)
-        entries = context.cache.append(attention.layer_idx, *new)
-        hidden = hidden + attention.c_proj(_attend(query, entries, context.rows, context.mask, attention.scaling))
-        if context.encoder is not None:
-            cross = layer.crossattention
-            query = cross.q_attn(layer.ln_cross_attn(hidden)).view(*tokens, cross.num_heads, cross.head_dim).transpose(1, 2)
-            entries = context.cache.of_images(attention.layer_idx)
-            hidden = hidden + cross.c_proj(_attend(query, entries, context.rows, None, cross.scaling))
-        return hidden + layer.mlp(layer.ln_2(hidden))
 
     def project(self, layer: Any, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         attention, size = layer.attn, hidden.shape[-1]
@@ -220,34 +205,6 @@ class Gpt2Decoder(DecoderBackbone):
 
     def features(self, decoder: Any, hidden: Tensor) -> Tensor:
         return decoder.transformer.ln_f(hidden)
-
-
-def _is_plain(layer: Any) -> bool:
-    """Whether a GPT-2 layer is the stock one with plain attention, and nobody watches it."""
-    plain = layer.attn.config._attn_implementation == "sdpa" and not layer.training
-    return (
-        plain
-        and type(layer) is GPT2Block
-        and not is_watched(part for part in (layer, layer.attn, getattr(layer, "crossattention", None)) if part is not None)
-    )
-
-
-def _attend(query: Tensor, entries: Any, rows: tuple[int, ...] | None, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of tokens `[R, heads, N, d]` to their own rows' entries among those of a batch, `[R, N, H]`.
-
-    The rows are places in the batch, or `None` for all of it; the mask is theirs, `[R or 1, 1, N, T]`, or `None`.
-    """
-    attend = partial(functional.scaled_dot_product_attention, scale=scale)
-    if rows is None:
-        mixed = attend(query, entries.keys, entries.values, attn_mask=mask)
-    else:
-        masks = [mask] * len(rows) if mask is None or len(mask) == 1 else mask.split(1)
-        queries = zip(query.split(1), rows, masks, strict=True)
-        mixed = torch.cat([
-            attend(one, entries.keys[row : row + 1], entries.values[row : row + 1], attn_mask=own)
-            for one, row, own in queries
-        ])  # fmt: skip
-    return mixed.transpose(1, 2).flatten(2)
 
 
 class BertDecoder(DecoderBackbone):

@@ -40,6 +40,7 @@ class ExitRun:
         self.policy, self.images = policy, images
         self.finished: Tensor | None = None  # [B], rows that write no more, where `EndWatch` looks
         self.shortlist: Shortlist | None = None  # made once, by the first token that needs it
+        self.plain: dict[Any, bool] = {}  # see `TokenContext`
         self.exit_layers: list[Tensor] = []  # of each pass, [B]; 0 for rows that had finished
         self.draft_layers: Tensor | None = None  # in the shape of the sequences, where a lossless run has been
         self.draft_counts: Any = None  # of that run
@@ -215,7 +216,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
         return walker.backbone.project(walker.layers[layer - 1], states, rotary)
 
     cache = token_cache(context.cache, project)
-    context = replace(context, cache=cache)
+    context = replace(context, cache=cache, plain=walker.exit_run.plain)
     kept, final, exit_index = None, hidden.clone(), torch.full((batch,), -1, device=device)
     running = torch.zeros(batch, dtype=torch.bool, device=device).index_fill_(0, rows, True)
     state = policy.init_state(len(rows), walker.num_words, device)

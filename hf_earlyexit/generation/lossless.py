@@ -170,7 +170,8 @@ class LosslessWalker(DecoderWalker):
         windowed = None if self.window is None else masks(self.window)
         rotary = self.backbone.rotary(self.model.token_decoder, hidden, positions)
         resting = None if len(numbers) == len(self.cache.entries[0].keys) else tuple(numbers)
-        context = TokenContext(self.cache, masks(None), positions, encoder, windowed, rotary, resting)
+        plain = self.exit_run.plain
+        context = TokenContext(self.cache, masks(None), positions, encoder, windowed, rotary, resting, plain)
         return context, (torch.tensor(numbers, device=device), columns, first, width)
 
     def _mask(

@@ -6,7 +6,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families import decoders
+from hf_earlyexit.families import decoders, plain_gpt2
 from hf_earlyexit.families.decoders import cache_name
 from hf_earlyexit.generation import decoding
 from hf_earlyexit.policies.decay import decayed
@@ -111,8 +111,8 @@ def entries_read_where_they_lie(captioner, images, mixed, monkeypatch):
     """What eight rows write whose attention reads the cache in place, and what the layers themselves write."""
     model, ran = captioner("gpt2", attention="sdpa"), []
     model.set_exit_policy(mixed(model, "confidence"))
-    step = decoders.Gpt2Decoder._step_plain
-    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_plain", lambda *args: ran.append(len(args[2])) or step(*args))
+    step = decoders.run_plain
+    monkeypatch.setattr(decoders, "run_plain", lambda *args: ran.append(len(args[1])) or step(*args))
     in_place = generated(model, images(8), eos_token_id=None)
     assert len(set(ran)) > 3, "rows must part here"
     ran.clear()
@@ -134,12 +134,12 @@ def test_attention_in_place_is_that_of_the_layers(captioner, images, mixed, monk
 
 
 def test_attention_to_another_rows_entries_is_noticed(captioner, images, mixed, monkeypatch):
-    attend = decoders._attend
+    attend = plain_gpt2._attend
 
     def shifted(query, entries, rows, mask, scale):
         return attend(query, entries, tuple(range(len(query))), mask, scale)
 
-    monkeypatch.setattr(decoders, "_attend", shifted)
+    monkeypatch.setattr(plain_gpt2, "_attend", shifted)
     in_place, by_layers = entries_read_where_they_lie(captioner, images, mixed, monkeypatch)
     assert not torch.equal(in_place.sequences, by_layers.sequences)
 

@@ -7,6 +7,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.errors import CalibrationError, EarlyExitConfigError, UsageError
 from hf_earlyexit.families import decoders
 from hf_earlyexit.families.decoders import cache_name
+from hf_earlyexit.families.plain_gpt2 import is_plain
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS, measure_costs
 from hf_earlyexit.generation.draft_trace import DraftCosts, replay_drafts, trace_drafts
 from hf_earlyexit.generation.full_texts import written_texts
@@ -241,11 +242,34 @@ def test_captions_that_begin_with_more_than_one_token(drafter, images):
     assert sum(drafted.draft_counts.accepted) > 0
 
 
+@pytest.mark.parametrize("part", ["ln_1", "attn.c_attn", "crossattention.q_attn", "crossattention", "mlp.c_fc", "mlp.act"])
+@pytest.mark.parametrize("way", ["watched", "replaced"])
+def test_parts_of_layers_that_are_not_plain_are_called(drafter, images, part, way):
+    """One of them may be watched, or be of another kind, as adapters make it."""
+    model, called = drafter(), []
+    layer = model.backbone.layers(model.decoder)[1]
+    module = layer.get_submodule(part)
+    assert is_plain(layer)
+    if way == "watched":
+        module.register_forward_hook(lambda *_: called.append(1))
+    else:
+
+        class Other(type(module)):
+            def forward(self, *args, **kwargs):
+                called.append(1)
+                return super().forward(*args, **kwargs)
+
+        module.__class__ = Other
+    assert is_plain(layer) == (way == "replaced" and part == "mlp.act"), "an activation of any kind is called"
+    output = model.generate(images(1), lossless=True, max_drafts=1, return_exit_layers=True, **WRITING)
+    assert len(called) >= output.draft_counts.layer_tokens[1] / 2 > 1
+
+
 def test_layers_that_are_called_as_a_whole_and_in_parts_agree(drafter, images, monkeypatch):
     """On a CPU plain layers are run by their parts; watched ones are called. Rows go apart, and read the cache in place."""
     model, pixels, ran = drafter(), images(8), []
-    step = decoders.Gpt2Decoder._step_plain
-    monkeypatch.setattr(decoders.Gpt2Decoder, "_step_plain", lambda *args: ran.append(args[3].rows) or step(*args))
+    step = decoders.run_plain
+    monkeypatch.setattr(decoders, "run_plain", lambda *args: ran.append(args[2].rows) or step(*args))
     options = {"lossless": True, "max_drafts": 3, "return_exit_layers": True, **WRITING}
     by_parts = model.generate(pixels, **options)
     assert len({None if rows is None else len(rows) for rows in ran}) > 3
