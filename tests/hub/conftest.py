@@ -37,3 +37,15 @@ def run_child():
 def hub():
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, run_child, tmp_path_factory, request):
+    """What the `PUSH` of the test's module says, run in a child."""
+    return run_child(hub, tmp_path_factory.mktemp("push"), request.module.PUSH)
+
+
+@pytest.fixture(scope="module")
+def pulled(hub, pushed, run_child, tmp_path_factory, request):
+    """What its `PULL` says after that, in another child that has nothing of the first one's."""
+    return run_child(hub, tmp_path_factory.mktemp("pull"), request.module.PULL)

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
@@ -58,16 +57,6 @@ words = ["--operating_point", "fast", "--batch_size", "2", "--html", "page.html"
 assert main(["caption", name, *files, *words]) == 0
 out["page"] = Path("page.html").read_text().count("<img ")
 """
-
-
-@pytest.fixture(scope="module")
-def pushed(hub, run_child, tmp_path_factory):
-    return run_child(hub, tmp_path_factory.mktemp("push"), PUSH)
-
-
-@pytest.fixture(scope="module")
-def pulled(hub, pushed, run_child, tmp_path_factory):
-    return run_child(hub, tmp_path_factory.mktemp("pull"), PULL)
 
 
 def test_everything_arrives_in_one_commit_and_tells_nobody(hub, pushed, tmp_path_factory):

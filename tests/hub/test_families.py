@@ -35,16 +35,6 @@ for name, family in FAMILIES.items():
 """
 
 
-@pytest.fixture(scope="module")
-def pushed(hub, run_child, tmp_path_factory):
-    return run_child(hub, tmp_path_factory.mktemp("push"), PUSH)
-
-
-@pytest.fixture(scope="module")
-def pulled(hub, pushed, run_child, tmp_path_factory):
-    return run_child(hub, tmp_path_factory.mktemp("pull"), PULL)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_pushed_answers_and_leaves_as_before(name, hub, pushed, pulled):
     assert pulled[name][:3] == pushed[name]

@@ -75,11 +75,6 @@ def pushed(hub, run_child, tmp_path_factory):
         os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
 
 
-@pytest.fixture(scope="module")
-def pulled(hub, pushed, run_child, tmp_path_factory):
-    return run_child(hub, tmp_path_factory.mktemp("pull"), PULL)
-
-
 def assert_no_trace(commits, hub, folder):
     """No commit holds the token, the host's name, the user's home, or the folder that was worked in."""
     words = [hub.token, socket.gethostname(), os.path.expanduser("~") + "/", str(folder)]
