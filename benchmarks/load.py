@@ -30,10 +30,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
-from load_page import CONTESTANTS, RIVAL, missed, overloaded, page, quantiles
+from load_page import CONTESTANTS, RIVAL, add_files, keep, missed, overloaded, quantiles
 
 ROOT = Path(__file__).parent
-RESULTS, PAGE = ROOT / "results" / "load.json", ROOT.parent / "docs" / "results-serving.md"
 SHARES = (0.3, 0.6, 0.9, 1.1, 1.3, 1.6, 1.9, 2.3, 2.8)
 CLIENTS, TIMEOUT = 32, 10.0
 HEAD = "POST /v1/classify HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
@@ -206,12 +205,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--equal", type=int, default=0, help="rows whose answers by the engine are compared with predict's")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that is read and added to")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    add_files(parser)
     args = parser.parse_args()
     from load_servers import compare, environment, prepare
 
-    known = json.loads(args.results.read_text()) if args.results.exists() else {}
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every late request holds a connection
     load = psutil.getloadavg()[0]
@@ -219,8 +216,8 @@ def main() -> None:
         work = Path(folder)
         texts, mean_layer = prepare(work, args.model, exports=not args.equal)
         if args.equal:
-            known["equal"] = compare(work, args.equal)
-            print(known["equal"])
+            found = {"equal": compare(work, args.equal)}
+            print(found["equal"])
         else:
             bodies = [json.dumps({"inputs": [text]}).encode() for text in texts]
             servers: dict[str, Server] = {}
@@ -231,12 +228,10 @@ def main() -> None:
             finally:
                 for server in servers.values():
                     server.stop()
-            known |= {"environment": environment(), "load_average": [load, psutil.getloadavg()[0]], "servers": results}
-            known |= {"seconds": args.seconds, "turns": args.turns, "clients": CLIENTS, "texts": len(texts)}
-            known |= {"model": "trained" if args.model else "untrained heads", "mean_layer": mean_layer}
-    args.results.write_text(json.dumps(known, indent=1) + "\n")
-    if "servers" in known:
-        args.page.write_text(page(known))
+            found = {"environment": environment(), "load_average": [load, psutil.getloadavg()[0]], "servers": results}
+            found |= {"seconds": args.seconds, "turns": args.turns, "clients": CLIENTS, "texts": len(texts)}
+            found |= {"model": "trained" if args.model else "untrained heads", "mean_layer": mean_layer}
+    keep(args.results, args.page, found)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,11 @@ from typing import Any
 import psutil
 import torch
 from load import Connections
-from load_page import page, quantiles
+from load_page import add_files, keep, quantiles
 from transformers import BertTokenizer
 
 import hf_earlyexit as ee
 
-ROOT = Path(__file__).parent
-RESULTS, PAGE = ROOT / "results" / "load.json", ROOT.parent / "docs" / "results-serving.md"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(200))]
 NEAR, CLIENTS, ROWS, THREADS = 1e-5, 64, 32, 4
 
@@ -230,8 +228,7 @@ def forks(count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the counts and seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that is read and added to")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    add_files(parser)
     args = parser.parse_args()
 
     def of(count: int) -> int:
@@ -244,11 +241,7 @@ def main() -> None:
         found["hang"] = hang(Path(folder) / "model", max(of(1000), 100))
         found["overload"] = overload(Path(folder) / "model", max(20 * args.share, 3))
         found["stop"] = stop(Path(folder) / "model", max(20 * args.share, 3))
-    known = json.loads(args.results.read_text()) if args.results.exists() else {}
-    known["hold"] = found
-    args.results.write_text(json.dumps(known, indent=1) + "\n")
-    if "servers" in known:
-        args.page.write_text(page(known))
+    keep(args.results, args.page, {"hold": found})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from argparse import ArgumentParser
+from pathlib import Path
 from statistics import median
 from typing import Any
+
+ROOT = Path(__file__).parent
 
 FLOAT, INT8 = "float32", "8 bits"
 RIVAL, OURS_FULL, EARLY = "rival", "ours in full", "early"
@@ -31,6 +36,20 @@ counts from the moment of arrival. Dynamic batches hold up to 32 rows, the first
 in Triton or Ray Serve, but in a few lines of Python, so without what those cost. `serve` is all of `hf-earlyexit serve`, its
 metrics and limits included.
 """
+
+
+def add_files(parser: ArgumentParser) -> None:
+    """Flags of a benchmark for where its part goes."""
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "load.json", help="a file that is added to")
+    parser.add_argument("--page", type=Path, default=ROOT.parent / "docs" / "results-serving.md")
+
+
+def keep(results: Path, written: Path, found: dict[str, Any]) -> None:
+    """Add what was found to the results, and make the page anew where servers were measured."""
+    known = json.loads(results.read_text()) | found if results.exists() else found
+    results.write_text(json.dumps(known, indent=1) + "\n")
+    if "servers" in known:
+        written.write_text(page(known))
 
 
 def quantiles(seconds: list[float]) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from load_page import page
+from load_page import add_files, keep
 from load_servers import MODEL, prepare
 from tasks import TASKS, load_rows
 from transformers import BertTokenizer
@@ -30,8 +30,6 @@ from transformers import BertTokenizer
 import hf_earlyexit as ee
 from hf_earlyexit.scale.ray import Classify, predict
 
-ROOT = Path(__file__).parent
-RESULTS, PAGE = ROOT / "results" / "load.json", ROOT.parent / "docs" / "results-serving.md"
 NOTES = "EARLYEXIT_NOTES"
 BLOCK = 256
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(200))]
@@ -121,19 +119,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8192, help="rows that one and two processes answer")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--many", type=int, default=1_000_000, help="short rows whose memory is watched")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file that is read and added to")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    add_files(parser)
     args = parser.parse_args()
     # a core more than there are keeps Ray's own readers from waiting for the processes that compute
     ray.init(include_dashboard=False, num_cpus=(os.cpu_count() or 1) + 1, log_to_driver=False)
     with TemporaryDirectory() as folder:
         work = Path(folder)
         found = {"actors": actors(work, args.count, args.turns), "million": million(work, args.many)}
-    known = json.loads(args.results.read_text()) if args.results.exists() else {}
-    known["ray"] = found
-    args.results.write_text(json.dumps(known, indent=1) + "\n")
-    if "servers" in known:
-        args.page.write_text(page(known))
+    keep(args.results, args.page, {"ray": found})
 
 
 if __name__ == "__main__":
