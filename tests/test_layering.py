@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_earlyexit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What a part (a folder, or a file beside them) may import from the others. A new part needs a line here.
-BASE = {"lazy", "errors", "registry", "problem_types", "labels", "files", "citations", "values", "timing"}
+BASE = {"lazy", "errors", "registry", "problem_types", "labels", "files", "citations", "values", "timing", "transfer"}
 PURE = BASE | {"folder_swap", "signals", "policies", "trace", "losses", "metrics", "calibration"}
 WALK = PURE | {"families", "walking"}
 SERVE = WALK | {"images", "modeling", "serving"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "after_import": set(),
     "citations": set(),
     "timing": set(),
+    "transfer": set(),
     "registry": {"errors", "values"},
     "folder_swap": set(),
     "values": {"errors"},

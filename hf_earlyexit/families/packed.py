@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..transfer import placed
+from .attention import attend_at_once
 from .base import LAST, Family, Frame, is_watched, last_token
 from .context import Context, Part, each, join_kept, row_lengths
 
@@ -27,7 +29,7 @@ class Packed(Context):
     `kept["answering"]` counts from each row's first token.
 
     Attributes:
-        starts: position of each row's first token `[B]`.
+        bounds: position of each row's first token, and of the token behind the last row's `[B + 1]`.
         runs: neighbours of equal length, as (rows, length); each run is one call of attention, without a mask.
         real: True at tokens that may be attended to `[tokens]`; `None` if all may.
     """
@@ -35,7 +37,7 @@ class Packed(Context):
     least_rows: ClassVar[int] = 4  # products of fewer rows are summed in another order, and a row would see its company
 
     lengths: tuple[int, ...] = ()
-    starts: Tensor | None = None
+    bounds: Tensor | None = None
     runs: tuple[tuple[int, int], ...] = ()
     real: Tensor | None = None
 
@@ -44,16 +46,21 @@ class Packed(Context):
         cls, lengths: tuple[int, ...], real: Tensor | None, device: torch.device, kept: dict[str, Tensor] | None = None
     ) -> Packed:
         """The context of rows of these lengths."""
-        starts = torch.tensor([0, *accumulate(lengths[:-1])], device=device)
+        bounds = placed(torch.tensor([0, *accumulate(lengths)]), device)
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
-        return cls(lengths=lengths, kept=kept or {}, starts=starts, runs=runs, real=real)
+        return cls(lengths=lengths, kept=kept or {}, bounds=bounds, runs=runs, real=real)
+
+    @property
+    def starts(self) -> Tensor:
+        """Position of each row's first token `[B]`."""
+        assert self.bounds is not None
+        return self.bounds[:-1]
 
     def count(self, hidden: Tensor) -> int:
         return len(self.lengths)
 
     def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Packed]:
         lengths = tuple(self.lengths[row] for row in rows)
-        assert self.starts is not None
         tokens = _tokens(self.starts.index_select(0, index), lengths)
 
         def some(values: Tensor) -> Tensor:
@@ -79,7 +86,6 @@ class Packed(Context):
     def for_head(self, hidden: Tensor, one_token: bool) -> list[Part]:
         answering = self.kept.get("answering")
         if one_token:
-            assert self.starts is not None
             return [Part(hidden[self.starts if answering is None else self.starts + answering][:, None])]
         parts, first = [], 0
         for start, stop, rows, length in self._spans():
@@ -106,6 +112,8 @@ class Packed(Context):
             causal: look at earlier tokens only.
             window: look at fewer than that many tokens in a direction.
         """
+        if query.is_cuda and self.real is None and self.bounds is not None:  # runs would be a launch each
+            return attend_at_once(query, key, value, self.bounds, max(self.lengths), scale, causal, window)
         mixed = []
         for start, stop, rows, length in self._spans():
             q, k, v = (part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
@@ -142,21 +150,22 @@ def pack(
 
     Args:
         shape: rows and padded tokens `(B, T)`.
-        mask: 0 or False at padding `[B, T]`; `None` if no row is padded.
+        mask: 0 or False at padding `[B, T]`, best on the host, as it is looked at; `None` if no row is padded.
         device: of the hidden states.
-        answering: place of the token that answers for each row `[B]`, which must stay; `None` where it is the first.
+        answering: place of the token that answers for each row `[B]`, where the mask is, which must stay; `None` where it is
+            the first.
         front: keep masked tokens at the front of a row.
 
     Returns:
-        Positions of the packed tokens in `[B * T]`, `None` if all of them stay, and the context.
+        Positions of the packed tokens in `[B * T]`, where the mask is, `None` if all of them stay; and the context.
     """
     rows, width = shape
     kept = {} if answering is None else {"answering": answering}
     if mask is None:
-        return None, Packed.of((width,) * rows, None, device, kept)
+        return None, Packed.of((width,) * rows, None, device, {name: placed(place, device) for name, place in kept.items()})
     real = mask.bool()
     lengths = row_lengths(real, answering)
-    starts = torch.arange(0, rows * width, width, device=device)
+    starts = torch.arange(0, rows * width, width, device=mask.device)
     if not front:
         first = real.int().argmax(1) if answering is None else torch.minimum(real.int().argmax(1), answering)
         lengths = tuple(length - skipped for length, skipped in zip(lengths, first.tolist(), strict=True))
@@ -167,7 +176,9 @@ def pack(
     else:
         tokens = _tokens(starts, lengths)
         real = real.flatten()[tokens]
-    return tokens, Packed.of(lengths, None if bool(real.all()) else real, device, kept)  # a row may be masked within
+    kept = {name: placed(place, device) for name, place in kept.items()}
+    within = None if bool(real.all()) else placed(real, device)  # a row may be masked within
+    return tokens, Packed.of(lengths, within, device, kept)
 
 
 def join(parts: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Packed]:
@@ -195,21 +206,25 @@ def _together(values: list[Any], axes: tuple[int, ...]) -> Any:
 
 def _tokens(starts: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Positions of all tokens of rows that begin at `starts`."""
-    size = torch.tensor(lengths, device=starts.device)
+    size = placed(torch.tensor(lengths), starts.device)
     shift = starts - size.cumsum(0) + size
     return shift.repeat_interleave(size, output_size=sum(lengths)) + torch.arange(sum(lengths), device=starts.device)
 
 
 def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Packed, Tensor | None]:
-    """Hidden states `[tokens, H]`, the bounds of the rows, and each token's position `[1, tokens]` where layers ask."""
+    """Hidden states `[tokens, H]`, the bounds of the rows, and each token's position `[1, tokens]` where layers ask.
+
+    Everything is looked at where the inputs are, and only real tokens go from there to the model's device.
+    """
     family.check(family, model, inputs)
     given = {name: inputs[name] for name in family.inputs if inputs.get(name) is not None}
     mask = given.pop("attention_mask", None)
     ids = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
     shape = ids.shape[:2]
     answering = last_token(model.config, {**given, "attention_mask": mask}) if family.token == LAST else None
-    tokens, context = pack(shape, mask, ids.device, answering, front=family.token != LAST)
+    tokens, context = pack(shape, mask, model.device, answering, front=family.token != LAST)
     if tokens is None and not family.keeps_positions and "position_ids" not in given:  # as the stock model does it
+        given = {name: placed(values, model.device) for name, values in given.items()}
         hidden = family.embed(model, {**dict.fromkeys(family.inputs), **given})
         return hidden.flatten(0, 1), context, None
     if "position_ids" not in given:
@@ -217,7 +232,8 @@ def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Te
         counted = torch.arange(shape[1], device=ids.device)[None] if counted is None else counted
         given["position_ids"] = counted
     flat = {name: values.expand(*shape, *values.shape[2:]).flatten(0, 1) for name, values in given.items()}
-    flat = {name: (values if tokens is None else values[tokens])[None] for name, values in flat.items()}
+    flat = {name: values if tokens is None else values[tokens] for name, values in flat.items()}
+    flat = {name: placed(values, model.device)[None] for name, values in flat.items()}
     return family.embed(model, {**dict.fromkeys(family.inputs), **flat})[0], context, flat["position_ids"]
 
 

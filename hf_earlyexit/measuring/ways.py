@@ -13,7 +13,7 @@ from ..serving.batching import pad_batch, padding_token
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
-from ..serving.transfer import finished
+from ..transfer import finished
 
 STOCK, FULL = "full, arrival order", "full"
 FORWARD, EARLY, ONE_FILE = "early exit, arrival order", "early exit", "early exit, one file"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..transfer import placed
 from ..walking.step import Standing, joined_rows
 from .answers import Leaving
-from .transfer import placed
 from .walker import BatchWalker
 
 

@@ -1,7 +1,8 @@
 """CUDA graphs of whole segments of a model: captured once, replayed by a single launch.
 
-A graph works on fixed addresses and shapes. So a batch is written into buffers of the next larger bucket, the graph is
-replayed, and what it left there is copied out. How to capture is an argument, so that all the rest runs on a CPU too.
+A graph works on fixed addresses and shapes. So rows that stand end to end are written into buffers of the next larger
+bucket of tokens, the graph is replayed, and what it left there is copied out. Where rows begin is a value in a buffer, so
+batches of as many tokens share a graph whatever their rows are. How to capture is an argument: the rest runs on a CPU too.
 """
 
 from __future__ import annotations
@@ -9,21 +10,38 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..transfer import placed
 
 GRAPHS = 1024  # a dozen segments in some eighty buckets
+NARROWEST = 16  # tokens that the longest row of a bucket may have
 WARM_UPS = 3  # libraries choose their kernels and take their memory in the first calls, which no graph may hold
 _CAPTURING = Lock()  # torch: one capture in a process at a time
 
 Outputs = Sequence[Tensor]
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
-Segment = Callable[[Tensor, Tensor], tuple[Tensor, Outputs]]
+Segment = Callable[[Tensor, Tensor, int], tuple[Tensor, Outputs]]
+
+
+class Shape(NamedTuple):
+    """What a graph has room for: tokens, rows, and tokens of the longest row."""
+
+    tokens: int
+    rows: int
+    width: int
+
+    @classmethod
+    def for_rows(cls, lengths: Sequence[int]) -> Shape:
+        """The smallest that is worth a graph; rows cost little, so there are few sizes of them."""
+        rows, width = (1 << (count - 1).bit_length() for count in (len(lengths), max(*lengths, NARROWEST)))
+        return cls(bucket(sum(lengths)), rows, width)
 
 
 class CudaCapture:
@@ -60,24 +78,24 @@ class CudaCapture:
 
 @dataclass
 class Bucket:
-    """Buffers `[B, T, H]` and `[B, T]` of a segment, and how to replay it once it has been captured."""
+    """Buffers `[tokens, H]` and `[rows + 1]` of a segment, and how to replay it once it has been captured."""
 
     hidden: Tensor
-    tokens: Tensor
+    bounds: Tensor
     replay: Callable[[], Any] | None = None
     outputs: Outputs = ()
 
-    def fill(self, hidden: Tensor, tokens: Tensor) -> None:
-        """Write a batch into the corner of the buffers; nothing is left of the one before."""
-        rows, width = tokens.shape
-        self.hidden.zero_()
-        self.tokens.zero_()
-        self.hidden[:rows, :width] = hidden
-        self.tokens[:rows, :width] = tokens
+    def fill(self, hidden: Tensor, lengths: Sequence[int]) -> None:
+        """Write a batch to the front of the buffers; nothing is left of the one before, and further rows are empty."""
+        ends = [0, *accumulate(lengths)]
+        ends += ends[-1:] * (len(self.bounds) - len(ends))
+        self.hidden[: len(hidden)] = hidden
+        self.hidden[len(hidden) :].zero_()
+        self.bounds.copy_(placed(torch.tensor(ends), self.bounds.device))
 
 
 class SegmentGraphs:
-    """Runs segments of a model on padded rows, and captures those that come again with the same bucket.
+    """Runs segments of a model on rows that stand end to end, and captures those that come again with the same bucket.
 
     Threads may share it as long as they work on the same stream.
 
@@ -90,27 +108,27 @@ class SegmentGraphs:
         self.capture, self.limit = capture, limit
         self.buckets: OrderedDict[Hashable, Bucket] = OrderedDict()
         self._hidden: Tensor | None = None
-        self._tokens: Tensor | None = None
+        self._bounds: Tensor | None = None
         self._lock = Lock()
 
-    def run(self, name: Hashable, segment: Segment, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Outputs]:
+    def run(self, name: Hashable, segment: Segment, hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Outputs]:
         """What a segment makes of a batch; to be called in inference mode.
 
         Args:
             name: of the segment; the same name must always mean the same computation.
-            segment: takes hidden states and tokens; returns hidden states of the same shape, and other tensors with the rows
-                first. It may not look at any value.
-            hidden: `[B, T, H]`.
-            tokens: True at real tokens `[B, T]`.
+            segment: takes hidden states `[tokens, H]`, where rows begin and the last one ends `[rows + 1]`, and the most
+                tokens of a row; returns hidden states of the same shape, and other tensors with the rows first. It may not
+                look at any value.
+            hidden: of rows that stand end to end `[T, H]`.
+            lengths: tokens of each of the B rows.
 
         Returns:
-            New tensors: hidden states `[B, T, H]`, and the others' first B rows.
+            New tensors: hidden states `[T, H]`, and the others' first B rows.
 
         Raises:
             UsageError: if the segment cannot be captured.
         """
-        rows, width = tokens.shape
-        shape = (bucket(rows), 8 * bucket(-(-width // 8)))  # attention kernels like widths in eights
+        shape = Shape.for_rows(lengths)
         with self._lock:
             known = self.buckets.pop((name, shape), None)
             held = known or Bucket(*self._buffers(shape, hidden))
@@ -119,21 +137,21 @@ class SegmentGraphs:
                 self.buckets.popitem(last=False)
 
             def body() -> Outputs:
-                result, outputs = segment(held.hidden, held.tokens)
+                result, outputs = segment(held.hidden, held.bounds, shape.width)
                 held.hidden.copy_(result)
                 return outputs
 
-            held.fill(hidden, tokens)
+            held.fill(hidden, lengths)
             if known is None:  # what comes but once is not worth a graph
                 outputs = body()
             else:
                 if held.replay is None:
                     held.replay, held.outputs = self._captured(name, body)
-                    held.fill(hidden, tokens)  # warming up has written on the buffers
+                    held.fill(hidden, lengths)  # warming up has written on the buffers
                 held.replay()
                 outputs = held.outputs
-            kept = [part[:rows].clone() for part in outputs]
-            return held.hidden[:rows, :width].clone(), kept
+            kept = [part[: len(lengths)].clone() for part in outputs]
+            return held.hidden[: len(hidden)].clone(), kept
 
     def _captured(self, name: Hashable, body: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
         try:
@@ -145,15 +163,14 @@ class SegmentGraphs:
                 field="cuda_graphs",
             ) from error
 
-    def _buffers(self, shape: tuple[int, int], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _buffers(self, shape: Shape, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Views of one memory for all buckets: whatever they hold is used up before the next one is filled."""
-        size, width = shape[0] * shape[1], hidden.shape[-1]
-        if self._hidden is None or self._tokens is None or len(self._hidden) < size:
-            size = max(size, 0 if self._hidden is None else 2 * len(self._hidden))
-            self._hidden = hidden.new_empty(size, width)
-            self._tokens = torch.empty(size, dtype=torch.bool, device=hidden.device)
-        size = shape[0] * shape[1]
-        return self._hidden[:size].view(*shape, width), self._tokens[:size].view(shape)
+        if self._hidden is None or len(self._hidden) < shape.tokens:
+            size = max(shape.tokens, 0 if self._hidden is None else 2 * len(self._hidden))
+            self._hidden = hidden.new_empty(size, hidden.shape[-1])
+        if self._bounds is None or len(self._bounds) <= shape.rows:
+            self._bounds = torch.empty(2 * shape.rows + 1, dtype=torch.long, device=hidden.device)
+        return self._hidden[: shape.tokens], self._bounds[: shape.rows + 1]
 
 
 def bucket(count: int) -> int:

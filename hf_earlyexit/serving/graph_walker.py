@@ -11,15 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..errors import DataError
 from ..families.base import LAST, TEXT, is_watched
-from ..families.context import Context, widened
+from ..families.bounded import bounded_context
+from ..families.packed import Packed
 from ..modeling.protocol import ExitClassifier, TorchExitClassifier, TorchExitModel
 from ..signals import ExitSignal
-from .batching import pad_batch, padding_token
 from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
-from .rows import TokenIds, check_any_token
-from .transfer import placed
 from .walker import BatchWalker, ModelWalker
 
 _KNOWN: WeakKeyDictionary[Any, dict[Any, SegmentGraphs]] = WeakKeyDictionary()  # by model, then stream and parts
@@ -43,14 +40,14 @@ def walker_for(model: ExitClassifier, cuda_graphs: bool = True) -> BatchWalker:
 
 
 def captures(model: TorchExitClassifier) -> bool:
-    """Whether a model's layers can be traced without looking at values, and no hook would miss a replay."""
+    """Whether a model's rows stand end to end, its layers look at no value, and no hook would miss a replay."""
     family = model.family
-    traced = family.task == TEXT and not family.untraced and family.token != LAST  # graphs know padding, not who answers
-    return traced and not is_watched(model.modules())
+    traced = family.task == TEXT and not family.untraced and family.token != LAST  # graphs do not know who answers
+    return traced and family.packs(model.base_model) and not is_watched(model.modules())
 
 
 class GraphWalker(ModelWalker):
-    """Walks padded rows from exit to exit, each time by one graph; looks at no value on the device.
+    """Walks rows that stand end to end from exit to exit, each time by one graph; looks at no value on the device.
 
     Args:
         model: a classifier with exits that `captures` can tell of.
@@ -60,49 +57,26 @@ class GraphWalker(ModelWalker):
     lanes = 2  # one chunk's decisions travel while the other computes
 
     def __init__(self, model: TorchExitClassifier, graphs: SegmentGraphs) -> None:
-        super().__init__(model, pack=False)
+        super().__init__(model)
         self.graphs = graphs
         self.weights = [weight.data for weight in model.parameters()]  # graphs know them by address: keep them there
 
-    def check(self, row: TokenIds, number: int) -> DataError | None:
-        return super().check(row, number) or check_any_token(row, number)  # it would attend to the padding
-
-    def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
-        batch = pad_batch(rows, padding_token(self.base.config))
-        given = {name: placed(values, self.device) for name, values in batch.items()}
-        tokens = given["attention_mask"].bool()
-        self.family.check(self.family, self.base, given)
-        hidden = self.family.embedded(self.base, given)
-        return hidden, Context(tokens=tokens, lengths=tuple(len(row["input_ids"]) for row in rows))
-
     def run(
-        self, layers: range, hidden: Tensor, context: Context, exit_index: int | None, asks: Sequence[str] = ()
+        self, layers: range, hidden: Tensor, context: Packed, exit_index: int | None, asks: Sequence[str] = ()
     ) -> tuple[Tensor, ExitSignal | None]:
+        if context.real is not None:  # tokens that nobody may look at stand among the others
+            return super().run(layers, hidden, context, exit_index, asks)
         segment = partial(self._segment, layers, exit_index, asks)
         name = f"layers {layers.start} to {layers.stop - 1}, exit {exit_index}, signals {', '.join(asks) or 'none'}"
-        hidden, given = self.graphs.run(name, segment, hidden, _padded(context)[0])
+        hidden, given = self.graphs.run(name, segment, hidden, context.lengths)
         return hidden, ExitSignal(given[0], dict(zip(asks, given[1:], strict=True))) if given else None
 
-    def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
-        width = max(hidden.shape[1] for hidden, _ in parts)
-        hidden = torch.cat([widened(hidden, width) for hidden, _ in parts])
-        known = [_padded(context) for _, context in parts]
-        tokens = torch.cat([widened(tokens, width) for tokens, _ in known])
-        return hidden, Context(tokens=tokens, lengths=tuple(length for _, lengths in known for length in lengths))
-
     def _segment(
-        self, layers: range, exit_index: int | None, asks: Sequence[str], hidden: Tensor, tokens: Tensor
+        self, layers: range, exit_index: int | None, asks: Sequence[str], hidden: Tensor, bounds: Tensor, width: int
     ) -> tuple[Tensor, Outputs]:
-        context = self.family.context(self.base, hidden, tokens, {}, {}, traced=True)
+        context = bounded_context(self.family, self.base, hidden, bounds, width)
         hidden, signal = super().run(layers, hidden, context, exit_index, asks)
         return hidden, () if signal is None else (signal.logits, *(signal.scalars[name] for name in asks))
-
-
-def _padded(context: Context) -> tuple[Tensor, tuple[int, ...]]:
-    """Which tokens are real `[B, T]` and the rows' lengths: always known here, where rows are padded to a bucket."""
-    assert context.tokens is not None
-    assert context.lengths is not None
-    return context.tokens, context.lengths
 
 
 def _graphs_of(model: TorchExitModel, stream: Any) -> SegmentGraphs:

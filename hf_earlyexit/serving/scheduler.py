@@ -19,6 +19,7 @@ import torch
 
 from ..errors import EarlyExitError, UsageError
 from ..policies.base import ExitPolicy
+from ..transfer import placed, sent
 from ..values import check_whole
 from ..walking.step import Standing, parted, step_to_exit
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
@@ -26,7 +27,6 @@ from .batching import batch_places
 from .chunks import Chunk, Flight, Passed, some_rows
 from .course import Course
 from .rows import TokenIds
-from .transfer import placed, sent
 from .walker import BatchWalker
 
 if TYPE_CHECKING:

@@ -132,11 +132,11 @@ class ModelWalker(BatchWalker):
         return tuple(row[PIXELS].shape) if self.images else None
 
     def begin(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Context]:
-        """Hidden states `[B, T, H]` before the first layer, and their context."""
-        batch = pad_batch(rows, padding_token(self.base.config)).to(self.device)
+        """Hidden states `[B, T, H]` before the first layer, `[tokens, H]` where rows stand end to end, and their context."""
+        batch = pad_batch(rows, padding_token(self.base.config))
         if self.packs:
-            return self.family.begin_packed(self.base, dict(batch))
-        return self.family.begin(self.base, dict(batch), {})
+            return self.family.begin_packed(self.base, dict(batch))  # looks at the mask while it is on the host
+        return self.family.begin(self.base, dict(batch.to(self.device)), {})
 
     def run_layer(self, layer: int, hidden: Tensor, context: Context) -> Tensor:
         """Hidden states after layer `layer` (1-based)."""

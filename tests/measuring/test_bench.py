@@ -18,7 +18,7 @@ from hf_earlyexit.measuring.onnx_forms import OnnxForm
 from hf_earlyexit.measuring.ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, torch_ways
 from hf_earlyexit.serving.batching import pad_batch
 from hf_earlyexit.serving.rows import encode_rows
-from hf_earlyexit.serving.transfer import finished
+from hf_earlyexit.transfer import finished
 from tests.families.tiny import new_model
 
 

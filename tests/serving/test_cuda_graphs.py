@@ -16,18 +16,21 @@ from torch.utils._pytree import tree_leaves
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families.base import Framed
-from hf_earlyexit.families.context import Context
+from hf_earlyexit.families import FAMILIES, packed_bert
+from hf_earlyexit.families.base import IMAGE, LAST
+from hf_earlyexit.families.packed import Packed
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import graph_walker, predict
-from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, bucket
+from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, Shape, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.shadow import Shadow
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.signals import names_at
+from tests.families.calibrated import opened
+from tests.families.tiny import batch_of, new_model, rows_of
 
 from .conftest import alone
 from .test_scheduler import NAMES, assert_same
@@ -107,20 +110,38 @@ def test_gates_travel_with_their_exit(tiny_model, rows, gate):
     assert_same(twice(graphed(model), policy, 128, rows[:100]), alone(model, rows[:100]), policy)
 
 
-def test_masks_with_holes_segments_and_rows_without_a_token(model):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_whose_rows_stand_end_to_end(name):
+    model = new_model(name)
+    if not captures(model):
+        assert (
+            model.family.packed is None or model.family.untraced or model.family.token == LAST or model.family.task == IMAGE
+        )
+        return
+    rows = rows_of(batch_of(name, rows=24))
+    plain = ModelWalker(model)
+    for policy in (None, opened("confidence", ee.collect_trace(model, rows, labelled=False, progress=False))):
+        expected, walker = Scheduler(plain, policy, 96).run(rows), graphed(model)
+        got = twice(walker, policy, 96, rows)
+        assert walker.graphs.capture.replayed
+        assert torch.equal(got.exit_index, expected.exit_index)
+        assert torch.allclose(got.logits, expected.logits, atol=NEAR)
+
+
+def test_masks_with_holes_and_segments(model):
     generator = torch.Generator().manual_seed(3)
     masked = [
         {"input_ids": torch.randint(5, 99, (width,), generator=generator).tolist(), "attention_mask": mask}
         for width, mask in [(4, [0, 0, 1, 1]), (5, [1, 1, 0, 1, 1]), (3, [1, 1, 1]), (4, [1] * 4)]
     ]
     for rows in (masked, [{**row, "token_type_ids": [1] * len(row["input_ids"])} for row in masked]):
-        got = twice(graphed(model), model.exit_policy, 1000, rows)
-        plain = Scheduler(ModelWalker(model), model.exit_policy, 1000).run(rows)
-        assert torch.equal(got.exit_index, plain.exit_index)
-        assert torch.allclose(got.logits, plain.logits, atol=NEAR)
-    nothing = {"input_ids": [5, 6], "attention_mask": [0, 0]}
-    assert "Row 7 has no real token" in str(graphed(model).check(nothing, 7))
-    assert graphed(model).check(masked[0], 7) is None
+        for some in (rows, rows[2:]):  # rows with holes are walked without graphs, and those in their company
+            walker = graphed(model)
+            got = twice(walker, model.exit_policy, 1000, some)
+            plain = Scheduler(ModelWalker(model), model.exit_policy, 1000).run(some)
+            assert torch.equal(got.exit_index, plain.exit_index)
+            assert torch.allclose(got.logits, plain.logits, atol=NEAR)
+            assert (walker.graphs.capture.replayed > 0) is (some is not rows)
 
 
 def test_the_full_model_a_layer_budget_and_a_deadline(model, rows):
@@ -201,27 +222,24 @@ def test_buckets_add_less_than_a_quarter():
     assert all(count <= bucket(count) < 1.25 * count for count in range(1, 20_000))
 
 
-def random_part(walker, rows, width, seed):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
-    lengths[0] = width
-    tokens = torch.arange(width) < lengths[:, None]
-    return torch.randn(rows, width, 32, generator=generator), Context(tokens=tokens, lengths=tuple(lengths.tolist()))
+def random_part(lengths, seed):
+    """States of rows that stand end to end, and their context."""
+    hidden = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed))
+    return hidden, Packed.of(tuple(lengths), None, hidden.device)
 
 
 def leaks(model, poison=float("nan")):
     """Whether a batch that follows a larger one in the same bucket is answered otherwise than in fresh buffers."""
     walker, fresh = graphed(model), graphed(model)
     with torch.inference_mode():
-        hidden, context = random_part(walker, 12, 16, 0)
+        hidden, context = random_part([16, 9, 12, 11], 0)
         for values in (hidden, torch.full_like(hidden, poison), torch.full_like(hidden, poison)):
             walker.run(range(1, 3), values, context, 1)
-        small = random_part(walker, 11, 13, 1)
+        small = random_part([14, 13, 15], 1)
         got, signal = walker.run(range(1, 3), *small, 1)
         expected, told = fresh.run(range(1, 3), *small, 1)
     assert (walker.graphs.capture.captured, fresh.graphs.capture.captured) == (1, 0)
-    real = small[1].tokens
-    return not (torch.equal(got[real], expected[real]) and torch.equal(signal.logits, told.logits))
+    return not (torch.equal(got, expected) and torch.equal(signal.logits, told.logits))
 
 
 def test_nothing_of_the_batch_before_reaches_the_next(tiny_model):
@@ -230,22 +248,22 @@ def test_nothing_of_the_batch_before_reaches_the_next(tiny_model):
     assert not leaks(model, poison=7.0)
 
 
-def forget_the_mask(self, hidden, tokens):
-    rows, width = tokens.shape
-    self.hidden.zero_()
-    self.hidden[:rows, :width], self.tokens[:rows, :width] = hidden, tokens
+def forget_the_states(self, hidden, lengths):
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    self.bounds[: len(ends)], self.bounds[len(ends) :] = ends, ends[-1]
+    self.hidden[: len(hidden)] = hidden
 
 
-def forget_the_states(self, hidden, tokens):
-    rows, width = tokens.shape
-    self.tokens.zero_()
-    self.hidden[:rows, :width], self.tokens[:rows, :width] = hidden, tokens
-
-
-@pytest.mark.parametrize("mutant", [forget_the_mask, forget_the_states])
-def test_buffers_that_are_not_cleared_are_found_out(tiny_model, monkeypatch, mutant):
-    monkeypatch.setattr(Bucket, "fill", mutant)
+def test_buffers_that_are_not_cleared_are_found_out(tiny_model, monkeypatch):
+    monkeypatch.setattr(Bucket, "fill", forget_the_states)
     assert leaks(tiny_model(exit_head="linear-mean"))
+
+
+def test_a_batch_stands_at_the_front_and_further_rows_are_empty():
+    held = Bucket(torch.full((48, 2), 7.0), torch.full((5,), 9))
+    held.fill(torch.ones(42, 2), [14, 13, 15])
+    assert held.bounds.tolist() == [0, 14, 27, 42, 42]
+    assert held.hidden.tolist() == [[1.0, 1.0]] * 42 + [[0.0, 0.0]] * 6
 
 
 def test_buffers_that_warming_up_has_written_on_are_filled_again(tiny_model, monkeypatch):
@@ -254,7 +272,7 @@ def test_buffers_that_warming_up_has_written_on_are_filled_again(tiny_model, mon
     def answers():
         walker = graphed(model)
         with torch.inference_mode():
-            part = random_part(walker, 5, 9, 4)
+            part = random_part([9, 2, 5, 9], 4)
             return [walker.run(range(1, 3), *part, 1)[1].logits for _ in range(3)]
 
     first, second, third = answers()
@@ -269,22 +287,29 @@ def test_what_comes_again_is_captured_once_and_then_replayed(model):
     walker = graphed(model)
     capture = walker.graphs.capture
     with torch.inference_mode():
-        for calls, part in enumerate([(9, 13), (10, 16), (9, 9), (10, 14)]):  # one bucket: 10 rows, 16 tokens
-            walker.run(range(1, 3), *random_part(walker, *part, 0), 1)
-            assert (capture.captured, capture.replayed) == (min(calls, 1), calls)
-        for layers, rows, exit_index, asks in [(range(1, 2), 10, 0, ()), (range(1, 3), 10, None, ()),
-                                               (range(1, 3), 10, 1, ("similarity",)), (range(1, 3), 11, 1, ())]:  # fmt: skip
-            walker.run(layers, *random_part(walker, rows, 16, 0), exit_index, asks)
-    assert (capture.captured, len(walker.graphs.buckets)) == (1, 5)
+        for calls, lengths in enumerate([[13, 9, 20], [18, 5, 20, 1], [9] * 4 + [6], [48]]):  # the first two in one
+            walker.run(range(1, 3), *random_part(lengths, 0), 1)
+            assert (capture.captured, capture.replayed) == (min(calls, 1), min(calls, 1))
+        for layers, exit_index, asks in [(range(1, 2), 0, ()), (range(1, 3), None, ()), (range(1, 3), 1, ("similarity",))]:
+            walker.run(layers, *random_part([13, 9, 20], 0), exit_index, asks)
+    assert (capture.captured, len(walker.graphs.buckets)) == (1, 6)
+
+
+def test_the_number_of_tokens_makes_a_bucket_and_rows_hardly_do():
+    lengths = [[7] * 6, [6] * 7, [5] * 8, [10, 10, 1, 1, 9, 9], [16, 16, 2, 2, 2, 2]]
+    assert {Shape.for_rows(some) for some in lengths} == {Shape(48, 8, 16)} | {Shape(40, 8, 16)}
+    assert Shape.for_rows([1]) == Shape(1, 1, 16)
+    assert Shape.for_rows([512] * 32) == Shape(16384, 32, 512)
+    assert Shape.for_rows([17, 300]) == Shape(320, 2, 512)
 
 
 def test_graphs_are_bounded_and_the_least_used_goes_first(model):
     walker = graphed(model, limit=3)
     with torch.inference_mode():
-        for rows in (1, 2, 3, 1, 4, 1, 2):
-            walker.run(range(1, 2), *random_part(walker, rows, 8, 0), 0)
+        for tokens in (1, 2, 3, 1, 4, 1, 2):
+            walker.run(range(1, 2), *random_part([tokens], 0), 0)
             assert len(walker.graphs.buckets) <= 3
-    assert [shape[0] for _, shape in walker.graphs.buckets] == [4, 1, 2]
+    assert [shape.tokens for _, shape in walker.graphs.buckets] == [4, 1, 2]
     assert walker.graphs.capture.captured == 1  # only 1 came again before it was dropped
 
 
@@ -292,18 +317,19 @@ def test_all_buckets_share_one_memory(model):
     walker = graphed(model)
     with torch.inference_mode():
         for rows in (64, 40, 7, 1):
-            walker.run(range(1, 2), *random_part(walker, rows, 16, 0), 0)
-    assert len({held.hidden.data_ptr() for held in walker.graphs.buckets.values()}) == 1
+            walker.run(range(1, 2), *random_part([16] * rows, 0), 0)
+    for name in ("hidden", "bounds"):
+        assert len({getattr(held, name).data_ptr() for held in walker.graphs.buckets.values()}) == 1
 
 
 def test_answers_are_no_views_of_buffers(model):
     walker = graphed(model)
     with torch.inference_mode():
-        part = random_part(walker, 4, 8, 0)
+        part = random_part([8] * 4, 0)
         for _ in range(3):
             hidden, signal = walker.run(range(1, 2), *part, 0)
             before = hidden.clone(), signal.logits.clone()
-            walker.run(range(1, 2), *random_part(walker, 4, 8, 1), 0)
+            walker.run(range(1, 2), *random_part([8] * 4, 1), 0)
             assert torch.equal(hidden, before[0])
             assert torch.equal(signal.logits, before[1])
 
@@ -327,7 +353,7 @@ def test_what_cannot_be_captured_is_told(model):
 
     walker = GraphWalker(model, SegmentGraphs(refuse))
     with torch.inference_mode():
-        part = random_part(walker, 4, 8, 0)
+        part = random_part([8] * 4, 0)
         walker.run(range(1, 3), *part, 1)
         with pytest.raises(UsageError, match=r"layers 1 to 2, exit 1.*not permitted.*Pass cuda_graphs=False"):
             walker.run(range(1, 3), *part, 1)
@@ -347,31 +373,42 @@ class NothingFromTheHost(TorchDispatchMode):
 def segment_on_no_device(model):
     bare = model.to("meta")  # whose tensors have no values: a look at one is an error
     walker = GraphWalker(bare, SegmentGraphs(Recorder()))
-    hidden, tokens = torch.empty(4, 8, 32, device="meta"), torch.ones(4, 8, dtype=torch.bool, device="meta")
+    hidden, bounds = torch.empty(40, 32, device="meta"), torch.empty(9, dtype=torch.long, device="meta")
     with torch.inference_mode(), NothingFromTheHost():
         for layers, exit_index in ((range(1, 3), 1), (range(3, 5), 3)):
             asks = names_at(model.signals, last=exit_index == 3)
-            result, (logits, *scalars) = walker._segment(layers, exit_index, asks, hidden, tokens)
-            assert (result.shape, logits.shape) == ((4, 8, 32), (4, 3))
-            assert [values.shape for values in scalars] == [(4,)] * len(asks)
+            result, (logits, *scalars) = walker._segment(layers, exit_index, asks, hidden, bounds, 16)
+            assert (result.shape, logits.shape) == ((40, 32), (8, 3))
+            assert [values.shape for values in scalars] == [(8,)] * len(asks)
+
+
+def test_rows_are_put_end_to_end_before_they_reach_the_device(tiny_model, rows):
+    """The model's device has no values that could be looked at."""
+    model = tiny_model().to("meta")
+    holes = {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}
+    with torch.inference_mode():
+        hidden, context = GraphWalker(model, SegmentGraphs(Recorder())).begin([*rows[:5], holes])
+        hidden, context = context.take(hidden, [5, 1], torch.empty(2, dtype=torch.long, device="meta"))
+    assert hidden.shape == (3 + len(rows[1]["input_ids"]), 32)
+    assert {part.device.type for part in (hidden, context.bounds, context.real)} == {"meta"}
 
 
 @pytest.mark.parametrize("head", HEADS.names())
 @pytest.mark.parametrize("gate", GATES.names())
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_segment_looks_at_no_value_and_takes_nothing_from_the_host(tiny_model, head, gate, attention):
-    segment_on_no_device(tiny_model(exit_head=head, exit_gate=gate, attn_implementation=attention))
+def test_a_segment_looks_at_no_value_and_takes_nothing_from_the_host(tiny_model, head, gate):
+    segment_on_no_device(tiny_model(exit_head=head, exit_gate=gate))
 
 
 def test_a_number_in_where_is_found_out(tiny_model, monkeypatch):
-    def frame(given):
-        mask = torch.where(given.attention_mask, 0.0, -1e9)[:, None, None]
-        return Framed({"attention_mask": mask}, {}, {"attention_mask": (3,)}, True)
+    call = packed_bert.PackedBertLayer.__call__
 
-    model = tiny_model()
-    monkeypatch.setattr(type(model), "family", replace(model.family, frame=frame))
+    def looked_at(self, hidden, context):
+        after = call(self, hidden, context)
+        return torch.where(after > 0, after, 0.5)
+
+    monkeypatch.setattr(packed_bert.PackedBertLayer, "__call__", looked_at)
     with pytest.raises(AssertionError, match="copies from the host"):
-        segment_on_no_device(model)
+        segment_on_no_device(tiny_model())
 
 
 # --- which walker -------------------------------------------------------------------------------------------------------

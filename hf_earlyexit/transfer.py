@@ -28,8 +28,10 @@ def sent(mask: Tensor) -> Callable[[], list[bool]]:
 
 
 def placed(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, there in time for what the device is given to do next."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """A tensor on the device; one of the host is there in time for what the device is given to do next."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def finished(device: torch.device) -> None:
