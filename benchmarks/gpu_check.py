@@ -3,11 +3,12 @@
     python benchmarks/gpu_check.py --output gpu.json
     python benchmarks/gpu_check.py --dry_run  # on a CPU: captures repeat the functions they were given, shapes are tiny
 
-Weights are random, nothing is downloaded. First come checks: rows leave where they do on the CPU in float32, whatever runs
-them (graphs, the first time and replayed; packed rows without graphs; `forward`), in any company, over any number of lanes,
-and after weights have changed. A row may leave elsewhere only where its score is within rounding of a threshold. Then
-ratios: the share of the token-layer bound over our own full engine at 2,048 to 65,536 tokens in flight, and the stock model.
-Last, where the time goes: share of the time that the device is busy, launches, waits. The status is 1 where a check fails.
+Weights are random, nothing is downloaded. First come checks: attention of rows of all lengths at once is each row's own, and
+rows leave where they do on the CPU in float32, whatever runs them (graphs, the first time and replayed; packed rows without
+graphs; `forward`), in any company, over any number of lanes, and after weights have changed. A row may leave elsewhere only
+where its score is within rounding of a threshold. Then ratios: the share of the token-layer bound over our own full engine
+at 2,048 to 65,536 tokens in flight, and the stock model. Last, where the time goes: share of the time that the device is
+busy, launches, waits. The status is 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from speed_page import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
 import hf_earlyexit as ee
+from hf_earlyexit.families.attention import attend_at_once
+from hf_earlyexit.families.packed import Packed
 from hf_earlyexit.measuring.bench import environment, exits_of
 from hf_earlyexit.serving.answers import Answers
 from hf_earlyexit.serving.batching import pad_batch, sorted_batches
@@ -40,6 +43,12 @@ from hf_earlyexit.timing import seconds_in_turns
 MINUTES = 9.0
 BUDGETS = (2048, 8192, 16384, 65536)  # tokens in flight
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of a score, between two ways to compute it
+ATTENDING: dict[str, dict[str, Any]] = {
+    "both ways": {},
+    "backwards": {"causal": True},
+    "window": {"window": 16},
+    "window, backwards": {"window": 16, "causal": True, "scale": 0.1},
+}
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -66,17 +75,19 @@ class Check:
     def __init__(self, dry: bool, minutes: float = MINUTES) -> None:
         self.dry, self.device = dry, torch.device("cpu" if dry else "cuda")
         self.ends_at = time.monotonic() + 60 * minutes
-        self.result: dict[str, Any] = {"dry_run": dry, "environment": environment(), "checks": {}, "ratios": {}, "time": {}}
-        self.result["skipped"] = []
+        self.result: dict[str, Any] = {"dry_run": dry, "environment": environment(), "attention": {}, "checks": {}}
+        self.result |= {"ratios": {}, "time": {}, "skipped": []}
 
     def run(self) -> dict[str, Any]:
         """Everything there is time for."""
         shapes = {"tiny": TINY} if self.dry else SHAPES
         for dtype in (torch.float32,) if self.dry else ROUNDING:
+            self._unless_late(f"attention in {dtype}", partial(self.attention, dtype))
             self._unless_late(f"checks in {dtype}", partial(self.check, dtype, next(iter(shapes.values()))))
         for name, shape in shapes.items():
             self._unless_late(f"ratios of {name}", partial(self.measure, name, shape))
         wrong = [name for name, found in self.result["checks"].items() if found["elsewhere"]]
+        wrong += [name for name, found in self.result["attention"].items() if not found["difference"] <= found["rounding"]]
         return {**self.result, "right": not wrong and bool(self.result["checks"]), "wrong": wrong}
 
     def _unless_late(self, name: str, part: Callable[[], Any]) -> None:
@@ -84,6 +95,19 @@ class Check:
             part()
         else:
             self.result["skipped"].append(name)
+
+    def attention(self, dtype: torch.dtype) -> None:
+        """Attention in one call, against that of runs of equal length on the CPU in float32."""
+        lengths, generator = (7, 7, 1, 300, 64, 2), torch.Generator().manual_seed(0)
+        parts = [torch.randn(sum(lengths), 4, 32, generator=generator) for _ in range(3)]
+        runs = Packed.of(lengths, None, torch.device("cpu"))
+        given = [part.to(self.device, dtype) for part in parts]
+        bounds = torch.tensor([0, *lengths, 0, 0], device=self.device).cumsum(0)  # two rows without tokens
+        for name, way in ATTENDING.items():
+            found = attend_at_once(*given, bounds, 512, **way).float().cpu()
+            self.result["attention"][f"{str(dtype).removeprefix('torch.')}: attention, {name}"] = {
+                "difference": float((found - runs.attend(*parts, **way)).abs().max()), "rounding": ROUNDING[dtype],
+            }  # fmt: skip
 
     def check(self, dtype: torch.dtype, shape: dict[str, int]) -> None:
         """Every road in one dtype, against the CPU in float32 and against each other."""

@@ -33,7 +33,8 @@ def test_a_dry_run_finds_every_road_right(gpu_check, tmp_path, capsys):
     assert gpu_check.main(["--dry_run", "--output", str(tmp_path / "gpu.json")]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert json.loads(capsys.readouterr().out) == result
-    assert len(result["checks"]) == 8
+    assert (len(result["attention"]), len(result["checks"])) == (4, 8)
+    assert max(found["difference"] for found in result["attention"].values()) < 1e-5
     assert not any(found["elsewhere"] for found in result["checks"].values())
     assert max(found["largest difference of logits"] for found in result["checks"].values()) < 1e-4
     assert result["dry_run"]
@@ -54,4 +55,13 @@ def test_a_road_that_is_wrong_is_named(gpu_check, monkeypatch):
     assert "float32: graphs, first pass, against the CPU in float32" in result["wrong"]
     late = gpu_check.Check(dry=True, minutes=0).run()
     assert not late["right"]  # nothing was looked at
-    assert len(late["skipped"]) == 2
+    assert len(late["skipped"]) == 3
+
+
+def test_attention_that_is_wrong_is_named(gpu_check, monkeypatch):
+    attend = gpu_check.attend_at_once
+    monkeypatch.setattr(gpu_check, "attend_at_once", lambda *given, window=None, **way: attend(*given, **way))
+    check = gpu_check.Check(dry=True)
+    monkeypatch.setattr(check, "measure", lambda name, shape: None)
+    monkeypatch.setattr(check, "check", lambda dtype, shape: None)
+    assert check.run()["wrong"] == ["float32: attention, window", "float32: attention, window, backwards"]
