@@ -15,9 +15,8 @@ from torch import Tensor
 
 def filled(values: Tensor, least: int) -> Tensor:
     """`[B, ...]` with at least so many rows: the last one is repeated. 0 leaves sizes unread, as tracing wants it."""
-    if not least or len(values) >= least:
-        return values
-    return torch.cat([values, values[-1:].expand(least - len(values), *values.shape[1:])])
+    missing = least - values.shape[0] if least else 0
+    return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])]) if missing > 0 else values
 
 
 class Part(NamedTuple):

@@ -36,7 +36,7 @@ class PackedBertLayer:
     def __call__(self, hidden: Tensor, context: Packed) -> Tensor:
         """Hidden states after the layer, `[tokens, H]`."""
         # one by one into the call, so that they are gone when the wide maps need memory
-        parts = (part for linear in self.inputs for part in linear(hidden).view(len(hidden), -1, *self.heads).unbind(1))
+        parts = (part for linear in self.inputs for part in linear(hidden).view(hidden.shape[0], -1, *self.heads).unbind(1))
         hidden = self.norm(self.after(context.attend(*parts)) + hidden)  # type: ignore[arg-type]  # three of them
         return self.last_norm(self.outer(self.activation(self.inner(hidden))) + hidden)
 

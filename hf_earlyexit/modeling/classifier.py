@@ -81,7 +81,7 @@ class EarlyExitClassifier(Walks, ModelWithExits):
             pooled = filled(_of_rows(parts, least, partial(head.pool, stock_pool=self._stock_pool)), least)
             logits = head(pooled)
             gate = self.exit_gates[str(layer)] if len(self.exit_gates) else None
-        rows = sum(len(part.hidden) for part in parts) if least else None
+        rows = sum(part.hidden.shape[0] for part in parts) if least else None
         if not asks:
             return ExitSignal(_first(logits, rows))
         first = second = None
@@ -292,7 +292,7 @@ def _state(parts: list[Part], one_token: bool) -> Tensor:
 
 def _of_rows(parts: list[Part], least: int, call: Callable[[Part], Tensor]) -> Tensor:
     """What a call gives for each part, given at least so many rows at once."""
-    return _joined([_first(call(part.filled(least)), len(part.hidden) if least else None) for part in parts])
+    return _joined([_first(call(part.filled(least)), part.hidden.shape[0] if least else None) for part in parts])
 
 
 def _first(values: Tensor, rows: int | None) -> Tensor:

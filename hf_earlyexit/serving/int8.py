@@ -16,6 +16,7 @@ from .copies import checksum, copied, joint_weight, replace_maps
 SMALL, FEW_SIZES = 128, 32  # above the first, multiples of the second: kernels are made anew for every number of tokens
 # Of a weight. Instructions before VNNI add two products up in 16 bits, where 2 * 255 * 63 just fits.
 LARGEST = 127 if getattr(torch.cpu, "_is_vnni_supported", bool)() else 63
+PLAIN: Any = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scale or zero of outputs, nothing after
 SCALE_BYTES = 8  # bytes after a rounded token: its step and its lowest value, float32
 
 
@@ -35,8 +36,8 @@ class Int8Linear(nn.Module):
         weight, self.offset = joint_weight(linears)
         scale = weight.abs().amax(1).clamp_min(1e-12) / LARGEST
         rounded = functional.pad((weight / scale[:, None]).round(), (0, SCALE_BYTES)).to(torch.int8)
-        self.scale, self.sums = scale, weight.sum(1)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.scale, self.sums, self.width = scale, weight.sum(1), len(weight)
+        self.zeros = torch.zeros(self.width, dtype=torch.int32)
         fast = torch.backends.mkldnn.is_available()
         self.register_buffer("checksum", checksum(rounded, self.scale, self.sums, self.offset))
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None) if fast else None
@@ -50,7 +51,7 @@ class Int8Linear(nn.Module):
         scales = scales if tokens.shape[1] % 4 == 0 else scales.contiguous()  # numbers of 4 bytes are read where they stand
         step, lowest = scales.view(torch.float32).split(1, 1)
         outputs = self._multiply(tokens).mul_(step).addcmul_(lowest, self.sums).add_(self.offset)
-        return outputs.view(*inputs.shape[:-1], len(self.scale))
+        return outputs.view(*inputs.shape[:-1], self.width)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         return self  # it never changes, and packed weights cannot be copied
@@ -60,22 +61,13 @@ class Int8Linear(nn.Module):
         if self.packed is None:  # no 8-bit kernels here: right, but no faster than float32
             assert self.rounded is not None
             return functional.linear(tokens.float(), self.rounded).mul_(self.scale)
-        count = len(tokens)
+        count = tokens.shape[0]  # `len` of a tensor takes eight times as long
         missing = -count % FEW_SIZES if count > SMALL else 0
         if missing:  # whatever stands in the rest: every token has its own products
             given, tokens = tokens, tokens.new_empty(count + missing, tokens.shape[1])
             tokens[:count] = given
-        plain: tuple[Any, ...] = (
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )  # no bias, no scale or zero of outputs, nothing after
-        products: Tensor = torch.ops.onednn.qlinear_pointwise(tokens, 1.0, 0, self.packed, self.scale, self.zeros, *plain)
-        return products[:count]
+        products: Tensor = torch.ops.onednn.qlinear_pointwise(tokens, 1.0, 0, self.packed, self.scale, self.zeros, *PLAIN)
+        return products[:count] if missing else products
 
 
 def quantize_int8(model: Wrapped) -> Any:
