@@ -363,8 +363,7 @@ rows of 4 tokens, so its seconds are those of the host; `calibrate` chooses by `
 *one threshold* or *per exit*, or by `Certified(0.01, 0.9)`. Each turn is a process of its own, one thread; of several turns
 the median stands first. The machine has {sizes["walk"]["cores"]} cores, and its load was {min(loads):.1f} to
 {max(loads):.1f}: above 1 others are at work, and memory that they read slows these seconds down. *Most memory* is a
-process's peak without what was there before the trace, *process* the whole of it. The rows that certify are a copy apart
-from those that make the path, so that certifying holds the trace twice. `reward` learns anew for each fold, from at most
-1,000 rows, which is nearly all that it takes.
+process's peak without what was there before the trace, *process* the whole of it. `reward` learns anew for
+each fold, from at most 1,000 rows.
 
 {_table(head, rows)}"""
