@@ -95,8 +95,9 @@ def _lossless(title: str, report: dict) -> str:
     third = [
         "Real runs on photos of test, from the encoder's states on. Calls of layers are counted by hooks, for each pass of",
         f"plain decoding ({layers} there; with eight photos a call for several counts once). Times are processor seconds",
-        "of one thread, both ways in turns; in brackets the middle half of the photos or batches. The last column is with",
-        "hooks on the layers, which are then called as transformers calls them.",
+        "of one thread, both ways in turns; in brackets the middle half of the photos or batches. The last column is of the",
+        f"first {alone['hooked_photos']} photos or batches, with hooks on the layers, which are then called as transformers",
+        "calls them.",
     ]
     costs = {name: f"{1000 * seconds:.2f} ms" for name, seconds in report["costs"].items()}
     fourth = [

@@ -7,8 +7,9 @@ thresholds and the number of waiting drafts are chosen on photos of dev by what 
 expect, for calls of layers and for time. The fastest then writes captions of all photos of test, plain and without loss in
 turns, one at a time and eight at a time; with eight a fixed depth is run as well, with the number of drafts that is fastest
 on dev, as rows that draft alike stay together. Times are processor seconds of one thread. A second pass writes all of it
-again with hooks on the layers: it counts their calls, ends with an error where a run's own count differs, and tells how
-fast lossless decoding is where layers are called as transformers calls them.
+without loss again, and some of it plain, with hooks on the layers: it counts their calls, ends with an error where a run's
+own count differs, and tells how fast lossless decoding is where layers are called as transformers calls them. `--parts`
+makes some of these; the report keeps the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.generation.draft_calibration import DraftSetting, measure_costs, replayed_settings
 from hf_earlyexit.generation.draft_trace import DraftCosts, replay_drafts, trace_drafts
 from hf_earlyexit.generation.full_texts import written_texts
-from hf_earlyexit.timing import compare_speed
+from hf_earlyexit.timing import seconds_in_turns
 
 RESULT = Path(__file__).parent / "results" / "lossless-captions.json"
 RULES = {  # rule: policy, signal
@@ -45,7 +46,9 @@ RULES = {  # rule: policy, signal
     "fixed depth": ("static", "vocabulary"),
 }
 DRAFTS, LEVELS, EIGHT = (1, 2, 3, 4, 6, 8), 12, 8
-FEW = 250  # photos of the run with the fewest calls, whose time matters less
+FEW, MANY = 40, 160  # photos of runs whose time matters less
+COUNTED_PLAIN = 25  # batches that are written plain with hooks on the layers
+PLAIN = {"early_exit": False}
 
 
 def described(setting: DraftSetting) -> dict[str, object]:
@@ -84,31 +87,33 @@ def set_rule(model: ee.EarlyExitVisionEncoderDecoder, rule: str, thresholds: lis
     model.set_exit_policy(closed_policy(model, policy).with_thresholds(tuple(thresholds)))
 
 
+def write(model: ee.EarlyExitVisionEncoderDecoder, hidden: np.ndarray, way: dict[str, object]) -> tuple[object, float]:
+    """What one batch gives in one way, and its seconds."""
+    encoded = BaseModelOutput(last_hidden_state=torch.from_numpy(hidden.astype(np.float32)))
+    begin = time.process_time()
+    output = model.generate(encoder_outputs=encoded, return_exit_layers=True, **way)
+    return output, time.process_time() - begin
+
+
 def write_both(
-    model: ee.EarlyExitVisionEncoderDecoder, hidden: np.ndarray, drafts: int, turn: int, calls: list[int] | None
+    model: ee.EarlyExitVisionEncoderDecoder, hidden: np.ndarray, drafts: int, turn: int
 ) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """One batch plain and without loss: what `total_of` adds up, and the ids."""
-    encoded = BaseModelOutput(last_hidden_state=torch.from_numpy(hidden.astype(np.float32)))
-    ways = {"plain": {"early_exit": False}, "lossless": {"lossless": True, "max_drafts": drafts}}
-    outputs, seconds, made = {}, {}, {}
+    ways = {"plain": PLAIN, "lossless": {"lossless": True, "max_drafts": drafts}}
+    outputs, seconds = {}, {}
     for way in sorted(ways, reverse=bool(turn % 2)):
-        before, begin = calls[0] if calls else 0, time.process_time()
-        outputs[way] = model.generate(encoder_outputs=encoded, return_exit_layers=True, **ways[way])
-        seconds[way], made[way] = time.process_time() - begin, calls[0] - before if calls else None
+        outputs[way], seconds[way] = write(model, hidden, ways[way])
     ids, counts = {way: output.sequences for way, output in outputs.items()}, outputs["lossless"].draft_counts
     written = (outputs["plain"].exit_layers > 0).sum(1)
-    steps, layers = int(written.max()), model.exit_layers[-1]
-    if calls and made != {"plain": steps * layers, "lossless": counts.layer_calls}:
-        raise RuntimeError(f"Hooks counted {made}; the run {counts.layer_calls}, and {steps} plain steps.")
 
     def logits_before(row: int, place: int) -> torch.Tensor:
-        image = BaseModelOutput(last_hidden_state=encoded[0][row : row + 1])
+        image = BaseModelOutput(last_hidden_state=torch.from_numpy(hidden[row : row + 1].astype(np.float32)))
         return model(encoder_outputs=image, decoder_input_ids=ids["plain"][row : row + 1, :place]).logits
 
     equal = [one.tolist() == other.tolist() for one, other in zip(ids["plain"], ids["lossless"], strict=True)]
     pairs = [(row, ids["plain"][row], ids["lossless"][row]) for row, same in enumerate(equal) if not same]
     return {
-        "texts": len(hidden), "equal": sum(equal), "tokens": int(written.sum()), "steps": steps,
+        "texts": len(hidden), "equal": sum(equal), "tokens": int(written.sum()), "steps": int(written.max()),
         "layer_calls": counts.layer_calls, "drafted": sum(counts.drafted), "accepted": sum(counts.accepted),
         "plain_seconds": seconds["plain"], "lossless_seconds": seconds["lossless"],
         "gaps": [gap(partial(logits_before, row), *two) for row, *two in pairs],
@@ -116,80 +121,135 @@ def write_both(
 
 
 def write_all(
-    model: ee.EarlyExitVisionEncoderDecoder, features: np.ndarray, size: int, drafts: int, calls: list[int] | None = None
+    model: ee.EarlyExitVisionEncoderDecoder, features: np.ndarray, size: int, drafts: int
 ) -> tuple[dict[str, object], dict[str, list[list[int]]]]:
     """All photos plain and without loss in turns, after a few that warm up."""
     rows, texts = [], {"plain": [], "lossless": []}
-    write_both(model, features[:size], drafts, 0, None)
+    write_both(model, features[:size], drafts, 0)
     for turn, first in enumerate(range(0, len(features), size)):
-        row, ids = write_both(model, features[first : first + size], drafts, turn, calls)
+        row, ids = write_both(model, features[first : first + size], drafts, turn)
         rows.append(row)
         for way, batch in ids.items():
             texts[way] += batch.tolist()
     return total_of(rows, model.exit_layers[-1]), texts
 
 
-def measure(name: str, seed: int, out: Path, dev: int, test: int, repeats: int) -> dict[str, object]:
-    path, tokenizer = out / f"{name}-{seed}", load_tokenizer(out)
-    model = ee.EarlyExitVisionEncoderDecoder.from_pretrained(path).eval()
-    dev_features, features = load_features(out, "dev")[:dev], load_features(out, "test")[:test]
-    result = choose(model, list(torch.from_numpy(dev_features.astype(np.float32))))
-    rules = result["rules"]
+def count(
+    model: ee.EarlyExitVisionEncoderDecoder,
+    features: np.ndarray,
+    size: int,
+    drafts: int,
+    calls: list[int],
+) -> dict[str, object]:
+    """Calls of layers by hooks without loss, for all photos; some are written plain as well, in turns.
+
+    Raises:
+        RuntimeError: where a run's own count differs.
+    """
+    made, counted_plain, seconds = 0, 0, {"plain": 0.0, "lossless": 0.0}
+    ways = {"lossless": {"lossless": True, "max_drafts": drafts}, "plain": PLAIN}
+    for turn, first in enumerate(range(0, len(features), size)):
+        both = turn < COUNTED_PLAIN
+        for way in sorted(ways, reverse=bool(turn % 2)) if both else ["lossless"]:
+            before = calls[0]
+            output, taken = write(model, features[first : first + size], ways[way])
+            written = int((output.exit_layers > 0).sum(1).max())
+            own = output.draft_counts.layer_calls if way == "lossless" else written * model.exit_layers[-1]
+            if calls[0] - before != own:
+                raise RuntimeError(f"{way}, photo {first}: hooks counted {calls[0] - before}, the run {own}.")
+            made, counted_plain = made + own * (way == "lossless"), counted_plain + size * (way == "plain")
+            seconds[way] += taken * both
+    return {"hooked_layer_calls": made, "hooked_photos": counted_plain,
+            "speed_up_layers_called": seconds["plain"] / seconds["lossless"]}  # fmt: skip
+
+
+def load(out: Path, name: str, seed: int) -> ee.EarlyExitVisionEncoderDecoder:
+    """Anew for each part: a model that was traced keeps transformers' hooks for hidden states, and is slower with them."""
+    return ee.EarlyExitVisionEncoderDecoder.from_pretrained(out / f"{name}-{seed}").eval()
+
+
+def planned(result: dict) -> dict[str, tuple[str, dict, int, int]]:
+    """The rule, setting, batch size and number of photos of every run."""
+    rules, photos = result["rules"], result["test_photos"]
     quickest = max(rules, key=lambda rule: rules[rule]["time"]["speed_up"])
     fewest = min(rules, key=lambda rule: rules[rule]["calls"]["layer_calls"])
-    still = {**rules["fixed depth"]["calls"]}
-    set_rule(model, "fixed depth", still["thresholds"])
-    tries = {most: write_all(model, dev_features[: 10 * EIGHT], EIGHT, most)[0]["speed_up"] for most in (1, 2, 3, 4)}
-    still["drafts"] = max(tries, key=tries.get)
-    plan = {
-        "batch 1": (quickest, rules[quickest]["time"], 1, len(features)),
+    tries = result["fixed_depth_tries"]
+    still = {**rules["fixed depth"]["calls"], "drafts": int(max(tries, key=tries.get))}
+    return {
+        "batch 1": (quickest, rules[quickest]["time"], 1, photos),
         "batch 1, fewest calls": (fewest, rules[fewest]["calls"], 1, FEW),
-        "batch 8": (quickest, rules[quickest]["time"], EIGHT, len(features)),
-        "batch 8, fixed depth": ("fixed depth", still, EIGHT, len(features)),
+        "batch 8": (quickest, rules[quickest]["time"], EIGHT, MANY),
+        "batch 8, fixed depth": ("fixed depth", still, EIGHT, photos),
     }
-    stock = VisionEncoderDecoderModel.from_pretrained(path).eval()
-    one = BaseModelOutput(last_hidden_state=torch.from_numpy(features[:1].astype(np.float32)))
-    ways = {"stock": partial(stock.generate, encoder_outputs=one),
-            "plain": partial(model.generate, encoder_outputs=one, early_exit=False)}  # fmt: skip
-    result["stock_over_plain"] = compare_speed(ways, "stock", repeats)["plain"].speed_up
-    runs, captions = {}, {}
-    for run, (rule, setting, size, photos) in plan.items():
+
+
+def chosen(model: ee.EarlyExitVisionEncoderDecoder, features: np.ndarray) -> dict[str, object]:
+    """Settings of all rules, and of a fixed depth how fast eight photos at a time are with some numbers of drafts."""
+    found = choose(model, list(torch.from_numpy(features.astype(np.float32))))
+    set_rule(model, "fixed depth", found["rules"]["fixed depth"]["calls"]["thresholds"])
+    tries = {str(most): write_all(model, features[: 5 * EIGHT], EIGHT, most)[0]["speed_up"] for most in (1, 2, 3, 4)}
+    return {**found, "fixed_depth_tries": tries}
+
+
+def timed(model: ee.EarlyExitVisionEncoderDecoder, result: dict, features: np.ndarray, out: Path) -> dict[str, object]:
+    """Every run plain and without loss in turns, and what its captions are worth."""
+    tokenizer, runs, scores = load_tokenizer(out), {}, {}
+    for run, (rule, setting, size, photos) in planned(result).items():
         set_rule(model, rule, setting["thresholds"])
         found, texts = write_all(model, features[:photos], size, setting["drafts"])
-        runs[run] = {"rule": rule, "setting": setting, "batch": size, **found}
-        captions[run] = {way: tokenizer.batch_decode(ids, skip_special_tokens=True) for way, ids in texts.items()}
+        runs[run] = {**result.get("runs", {}).get(run, {}), "rule": rule, "setting": setting, "batch": size, **found}
         print(run, runs[run], flush=True)
-    calls = counted(model.backbone.layers(model.decoder))
-    for run, (rule, setting, size, photos) in plan.items():
-        set_rule(model, rule, setting["thresholds"])
-        found, _ = write_all(model, features[:photos], size, setting["drafts"], calls)
-        same = ("equal", "tokens", "layer_calls", "drafted", "accepted")
-        if any(found[key] != runs[run][key] for key in same):
-            raise RuntimeError(f"{run} with hooks gave {found}, without {runs[run]}.")
-        runs[run]["speed_up_layers_called"] = found["speed_up"]
-    references = load_captions("test")[:test]
-    scores = {way: score(captions["batch 1"][way], references) for way in ("plain", "lossless")}
-    return {
-        "seed": seed, "exit_layers": list(model.exit_layers), "exit_head": model.config.exit_head,
-        "shortlist": model.config.exit_shortlist, "vocabulary": len(tokenizer), "dev_photos": len(dev_features),
-        "test_photos": len(features), **result, "fixed_depth_tries": tries, "runs": runs, "scores": scores,
-        "tokeniser": TOKENISER, "torch": torch.__version__,
-    }  # fmt: skip
+        if run == "batch 1":
+            references = load_captions("test")[:photos]
+            for way, ids in texts.items():
+                scores[way] = score(tokenizer.batch_decode(ids, skip_special_tokens=True), references)
+    return {"runs": runs, "scores": scores}
+
+
+def over_stock(model: ee.EarlyExitVisionEncoderDecoder, path: Path, features: np.ndarray) -> float:
+    """The stock class's time over that of plain decoding with exits that are not asked, for some photos one at a time."""
+    stock = VisionEncoderDecoderModel.from_pretrained(path).eval()
+    photos = [BaseModelOutput(last_hidden_state=torch.from_numpy(one[None].astype(np.float32))) for one in features[:FEW]]
+    ways = {"stock": [partial(stock.generate, encoder_outputs=one) for one in photos],
+            "plain": [partial(model.generate, encoder_outputs=one, **PLAIN) for one in photos]}  # fmt: skip
+    seconds = seconds_in_turns(ways, 1, clock=time.process_time)
+    return float(seconds["stock"].sum() / seconds["plain"].sum())
 
 
 def main() -> None:
     parser = run_parser(__doc__, ("whole", "tuned"))
-    parser.add_argument("--dev", type=int, default=200, help="photos that choose settings")
+    parser.add_argument("--dev", type=int, default=150, help="photos that choose settings")
     parser.add_argument("--test", type=int, default=1000, help="photos that captions are written of")
-    parser.add_argument("--repeats", type=int, default=21, help="turns in which the stock class is timed")
+    parser.add_argument("--parts", nargs="+", default=["choose", "time", "count"], help="the report keeps the rest")
     parser.add_argument("--report", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    dev, features = load_features(args.out, "dev")[: args.dev], load_features(args.out, "test")[: args.test]
     report = json.loads(args.report.read_text()) if args.report.is_file() else {}
     for name in args.names:
-        report[name] = measure(name, args.seed, args.out, args.dev, args.test, args.repeats)
-        args.report.write_text(json.dumps(report, indent=1) + "\n")
+        result = report.setdefault(name, {})
+        for part in args.parts:
+            model = load(args.out, name, args.seed)
+            if part == "choose":
+                result |= {
+                    "seed": args.seed, "exit_layers": list(model.exit_layers), "exit_head": model.config.exit_head,
+                    "shortlist": model.config.exit_shortlist, "vocabulary": model.config.decoder.vocab_size,
+                    "dev_photos": len(dev), "test_photos": len(features), "tokeniser": TOKENISER,
+                    "torch": torch.__version__, **chosen(model, dev),
+                }  # fmt: skip
+            elif part == "time":
+                result["stock_over_plain"] = over_stock(model, args.out / f"{name}-{args.seed}", features)
+                result |= timed(model, result, features, args.out)
+            else:
+                calls = counted(model.backbone.layers(model.decoder))
+                for run, (rule, setting, size, photos) in planned(result).items():
+                    set_rule(model, rule, setting["thresholds"])
+                    result["runs"][run] |= count(model, features[:photos], size, setting["drafts"], calls)
+            made = result.get("runs", {}).values()
+            if any(run.get("hooked_layer_calls", run["layer_calls"]) != run["layer_calls"] for run in made):
+                raise RuntimeError(f"Hooks counted otherwise than the runs: {result['runs']}")
+            args.report.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,13 @@ def test_the_page_of_writing_is_that_of_the_committed_results(monkeypatch):
     assert page.PAGE.read_text(encoding="utf-8") == page.committed(), "run python benchmarks/lossless_page.py"
 
 
+def test_lossless_captions_are_told_from_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = import_module("captioning_page")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.written(text, "lossless"), "run python benchmarks/captioning_page.py lossless"
+
+
 def test_the_table_of_extras_and_versions_is_that_of_the_project():
     page = (DOCS / "install.md").read_text(encoding="utf-8")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
