@@ -168,8 +168,9 @@ def calibrate_drafts(
     else:
         texts = written_texts(model, read, batch_size, generation)
     ends = torch.as_tensor([] if settings.eos_token_id is None else settings.eos_token_id).flatten().tolist()
-    trace = trace_drafts(model, texts, rule, ends)
+    # before the trace, which leaves transformers' hooks for hidden states on the layers: plain decoding is slower with them
     costs = measure_costs(model, rule, texts) if costs is None else costs
+    trace = trace_drafts(model, texts, rule, ends)
     tried = replayed_settings(trace, rule, drafts, levels, costs)
     best = tried[0]
     measured = _measured(model, best, read, generation) if confirm else None

@@ -174,6 +174,18 @@ def test_times_become_costs(drafter, monkeypatch):  # noqa: F811
     assert len(set(lengths)) == 1
 
 
+def test_costs_are_measured_before_the_trace(drafter, monkeypatch):  # noqa: F811
+    """It leaves hooks of transformers on the layers, with which plain decoding is slower than where nobody traced."""
+    from hf_earlyexit.generation import draft_calibration
+
+    order, trace = [], draft_calibration.trace_drafts
+    monkeypatch.setattr(draft_calibration, "measure_costs", lambda *_: order.append("costs") or UNIT)
+    monkeypatch.setattr(draft_calibration, "trace_drafts", lambda *given: order.append("trace") or trace(*given))
+    ids = [row.tolist() for row in prompts(2, 5)[0]]
+    ee.generation.calibrate_drafts(drafter("gpt2", dtype=torch.float32), ids, confirm=False, **WRITING)
+    assert order == ["costs", "trace"]
+
+
 def test_one_slow_round_does_not_count(monkeypatch):
     """Parts take turns, and each has the median of its times: a burst of other work moves none of them."""
     from hf_earlyexit.generation import draft_calibration
