@@ -182,6 +182,14 @@ def walk_of(target, scores, rows, before):
     return Walk(target, along, path, along.parts, "texts")
 
 
+def test_every_slice_is_judged_by_its_own_texts():
+    early, long = np.array([0.0, 1.0, 1.0, 0.5, 1.0]), np.array([True, False, False, True, False])
+    scored = [(np.ones(5), ["full"] * 5), (early, ["early"] * 5)]
+    parts = {"group long": long, "group short": ~long}
+    tallies = TextsAlong(Certified(0.5, 0.9, by="group"), scored.__getitem__, 2, parts).tallies(1)
+    assert [(tally.total, tally.counts.sum()) for tally in tallies] == [(1.5, 2), (0.0, 3)]
+
+
 @pytest.mark.parametrize("risk", ["drop", "harm", "disagreement"])
 def test_the_promise_about_texts_holds(risk):
     scores, limit, delta, draws, count = pool_of_texts(), 0.05, 0.1, 400, 400
