@@ -98,14 +98,15 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
     hold = {"forks": {"processes": 8, "alike": 8}, "fates": {"rows": 22_200, "told": {"good: its own answer": 11_100}},
             "futures": {"rows": 1_000_000, "mebibytes": [480.3, 481.0], "answered": 1_000_000},
             "hang": {"clients": 1000, "answered": 100, "seconds_before_the_first": 5.08, "p50": 1.0, "p95": 31.9, "p99": 40},
-            "overload": {"clients": 64, "rows": 32, "statuses": {"200": 21, "429": 3530}, "after": 200,
+            "overload": {"alone": 300, "clients": 64, "rows": 32, "statuses": {"200": 21, "429": 3530}, "after": 200,
                          "refused": {"p50": 3.3, "p95": 12.6, "p99": 13.0}},
             "stop": {"statuses": {"0": 64, "200": 43}, "exit_code": 0}}  # fmt: skip
     told = load_page.page(results | {"hold": hold})
     assert "1,000,000 futures, one after the other; the process held, in MiB, tenth by tenth of the run: 480 481." in told
     assert "good: its own answer 11,100." in told
     assert (
-        "200 21 times, 429 3,530 times; a refusal took 3 ms (p50), 13 (p95). The next request was answered by 200." in told
+        "200 21 times, 429 3,530 times, where one client alone had 300 answered; a refusal took 3 ms (p50), 13 (p95). "
+        "The next request was answered by 200." in told
     )
     for name in ("pipeline", "torch-batcher"):
         servers[name]["arrivals"] = [cells[:1] for cells in servers[name]["arrivals"]]

@@ -82,6 +82,10 @@ def _check_picture(file: bytes, most: int) -> None:
         raise RefusedError(413, "validation", f"A picture is {width} x {height} pixels; {words}")
 
 
+# seconds before a full queue is told: clients that ask again at once would leave the engine's thread no time
+PAUSE = 0.1
+
+
 async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choice: Any) -> list[Answer]:
     """Answers of all rows of a request, or none.
 
@@ -100,6 +104,7 @@ async def answers_of(engine: Engine, rows: Sequence[Any], limits: Limits, **choi
         raise RefusedError(503, "overloaded", f"There was no answer within {limits.max_seconds:g} seconds.") from None
     except EarlyExitError as error:
         if error.field == "max_queue":
+            await asyncio.sleep(PAUSE)
             raise RefusedError(429, "overloaded", str(error)) from None
         ended = error.field == ENGINE
         raise RefusedError(503 if ended else 422, "backend" if ended else "validation", str(error)) from None

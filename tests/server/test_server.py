@@ -430,8 +430,10 @@ def test_a_full_queue_is_429_a_long_wait_503_and_both_pass(gated):
     client, opened = gated
     slow = client.post("/predict", json={"inputs": "w5"})
     assert (slow.status_code, slow.json()["error_type"]) == (503, "overloaded")
+    start = time.monotonic()
     full = client.post("/predict", json={"inputs": [["w5"]] * 9})
     assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+    assert 0.1 <= time.monotonic() - start < 2  # clients that ask again at once would stop the engine
     assert client.get("/health").status_code == 200
     opened.set()
     assert client.post("/predict", json={"inputs": "w5"}).status_code == 200
