@@ -82,7 +82,7 @@ def _check_picture(file: bytes, most: int) -> None:
         raise RefusedError(413, "validation", f"A picture is {width} x {height} pixels; {words}")
 
 
-# seconds before a full queue is told: clients that ask again at once would leave the engine's thread no time
+# seconds before a full queue is answered: clients that ask again at once would leave the engine's thread no time
 PAUSE = 0.1
 
 

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -440,6 +441,33 @@ def test_a_full_queue_is_429_a_long_wait_503_and_both_pass(gated):
     client.engine.close()
     assert client.get("/ready").status_code == 503
     assert client.post("/predict", json={"inputs": "w5"}).status_code == 503
+
+
+def statuses(engine, clients, seconds):
+    """What clients get who ask again at once, with eight rows each."""
+    counted, ends_at = Counter(), time.monotonic() + seconds
+
+    async def ask_on():
+        while time.monotonic() < ends_at:
+            try:
+                await rows_of_server.answers_of(engine, ["w5 w6"] * 8, Limits())
+                counted[200] += 1
+            except rows_of_server.RefusedError as error:
+                counted[error.status] += 1
+                await asyncio.sleep(0)
+
+    async def all_of_them():
+        await asyncio.gather(*(ask_on() for _ in range(clients)))
+
+    asyncio.run(all_of_them())
+    return counted
+
+
+def test_clients_that_never_wait_do_not_keep_the_engine_from_answering(model, tokenizer):
+    with ee.Engine(model, tokenizer=tokenizer, max_queue=16) as engine:
+        alone, crowd = (statuses(engine, clients, 1.5) for clients in (1, 48))
+    assert set(crowd) == {200, 429}
+    assert crowd[200] > alone[200] / 4
 
 
 def test_a_key_guards_all_but_the_page_and_the_probes(make_client, model):
