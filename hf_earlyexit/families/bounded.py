@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import attend_at_once, grid, places_of
+from .attention import grid, places_of
 from .base import Family, Frame
 from .context import Part
 from .packed import Packed
@@ -17,13 +17,9 @@ from .packed import Packed
 class Bounded(Packed):
     """The context of rows that stand end to end in `[tokens, H]`, of which nothing is looked at on the host.
 
-    Rows may be empty, and tokens behind the last bound belong to none: a graph has a fixed size, and a batch fills a part.
-
-    Attributes:
-        width: at least the tokens of the longest row.
+    It has bounds and a width, at least that of the longest row, and neither lengths nor runs. Rows may be empty, and tokens
+    behind the last bound belong to none: a graph has a fixed size, and a batch fills a part.
     """
-
-    width: int = 1
 
     def count(self, hidden: Tensor) -> int:
         return len(self.starts)
@@ -34,18 +30,6 @@ class Bounded(Packed):
             return [Part(hidden[self.starts.clamp_max(len(hidden) - 1)][:, None])]
         places, real = grid(self.bounds, self.width, len(hidden))
         return [Part(hidden[places], real)]
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        causal: bool = False,
-        window: int | None = None,
-    ) -> Tensor:
-        assert self.bounds is not None
-        return attend_at_once(query, key, value, self.bounds, self.width, scale, causal, window)
 
 
 def bounded_context(family: Family, model: Any, hidden: Tensor, bounds: Tensor, width: int) -> Bounded:

@@ -32,6 +32,7 @@ class Packed(Context):
         bounds: position of each row's first token, and of the token behind the last row's `[B + 1]`.
         runs: neighbours of equal length, as (rows, length); each run is one call of attention, without a mask.
         real: True at tokens that may be attended to `[tokens]`; `None` if all may.
+        width: tokens of the longest row.
     """
 
     least_rows: ClassVar[int] = 4  # products of fewer rows are summed in another order, and a row would see its company
@@ -40,6 +41,7 @@ class Packed(Context):
     bounds: Tensor | None = None
     runs: tuple[tuple[int, int], ...] = ()
     real: Tensor | None = None
+    width: int = 0
 
     @classmethod
     def of(
@@ -48,7 +50,7 @@ class Packed(Context):
         """The context of rows of these lengths."""
         bounds = placed(torch.tensor([0, *accumulate(lengths)]), device)
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
-        return cls(lengths=lengths, kept=kept or {}, bounds=bounds, runs=runs, real=real)
+        return cls(lengths=lengths, kept=kept or {}, bounds=bounds, runs=runs, real=real, width=max(lengths))
 
     @property
     def starts(self) -> Tensor:
@@ -112,8 +114,9 @@ class Packed(Context):
             causal: look at earlier tokens only.
             window: look at fewer than that many tokens in a direction.
         """
-        if query.is_cuda and self.real is None and self.bounds is not None:  # runs would be a launch each
-            return attend_at_once(query, key, value, self.bounds, max(self.lengths), scale, causal, window)
+        if not self.runs or (query.is_cuda and self.real is None):  # where runs would be a launch each
+            assert self.bounds is not None
+            return attend_at_once(query, key, value, self.bounds, self.width, scale, causal, window)
         mixed = []
         for start, stop, rows, length in self._spans():
             q, k, v = (part[start:stop].view(rows, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
