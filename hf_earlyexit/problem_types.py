@@ -50,11 +50,11 @@ def same_prediction(first: Tensor, second: Tensor, problem_type: str, tolerance:
     Returns:
         `[B]` booleans.
     """
-    return same_answer(predictions(first, problem_type), predictions(second, problem_type), problem_type, tolerance)
+    return agreeing(predictions(first, problem_type), predictions(second, problem_type), problem_type, tolerance)
 
 
-def same_answer(first: Tensor, second: Tensor, problem_type: str, tolerance: float = 0.0) -> Tensor:
-    """`same_prediction`, of what the exits said."""
+def agreeing(first: Tensor, second: Tensor, problem_type: str, tolerance: float = 0.0) -> Tensor:
+    """`same_prediction`, of `predictions`."""
     if problem_type == REGRESSION:
         return (first - second).abs().amax(-1) <= tolerance
     same = first == second

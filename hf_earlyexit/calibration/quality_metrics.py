@@ -68,17 +68,17 @@ class OfConfusion(Metric):
         self, answers: Tensor, full: Tensor, labels: Tensor, problem_type: str, places: Places = None
     ) -> Callable[[Tensor], Comparison]:
         exits, classes = range(answers.shape[1]), answers.shape[-1]
-        said = torch.stack([predictions(some(answers[:, index], places), problem_type) for index in exits], 1)
+        predicted = torch.stack([predictions(some(answers[:, index], places), problem_type) for index in exits], 1)
         judged = self._judged(predictions(full, problem_type), labels, classes)
-        return lambda exits: _compared(self._judged(left_with(said, None, exits), labels, classes), judged)
+        return lambda exits: _compared(self._judged(left_with(predicted, None, exits), labels, classes), judged)
 
-    def _judged(self, said: Tensor, labels: Tensor, num_classes: int) -> tuple[float, Tensor]:
-        """The metric of what was said `[n]`, and each row's influence on it `[n]`."""
+    def _judged(self, predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[float, Tensor]:
+        """The metric of these predictions `[n]`, and each row's influence on it `[n]`."""
         with torch.inference_mode(False), torch.enable_grad():
-            confusion = _confusion(said, labels, num_classes).clone().requires_grad_()
+            confusion = _confusion(predicted, labels, num_classes).clone().requires_grad_()
             value = self.of(confusion)
             (slope,) = torch.autograd.grad(value, confusion)
-        return value.item(), slope[labels, said] * len(labels)
+        return value.item(), slope[labels, predicted] * len(labels)
 
 
 def _compared(early: tuple[float, Tensor], full: tuple[float, Tensor]) -> Comparison:

@@ -83,10 +83,10 @@ class BeemPolicy(ExitPolicy):
         logits = signal.logits.float()
         vote = self.weights[exit_index] * measure(logits, VOTES[self.vote], self.problem_type)
         restart = vote if self.reset == "self" else torch.zeros_like(vote)
-        said = predictions(logits, self.problem_type)
-        agrees = state.agrees(said, self.problem_type)
+        predicted = predictions(logits, self.problem_type)
+        agrees = state.agrees(predicted, self.problem_type)
         score = torch.where(agrees, self.decay * state.total + vote, restart)
-        return state.follow(said, score), score, signal.logits
+        return state.follow(predicted, score), score, signal.logits
 
     @classmethod
     def learn(cls, trace: LearningRows, **options: Any) -> dict[str, Any]:

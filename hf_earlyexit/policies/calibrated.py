@@ -69,11 +69,11 @@ class CalibratedBeemPolicy(ExitPolicy):
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
         logits = signal.logits.float()
-        offsets, said = logits.new_tensor(self.offsets[exit_index]), largest(logits)
-        vote = offsets[said] + self.slopes[exit_index] * log_odds(logits, said)
-        agrees = state.agrees(said, self.problem_type)
+        offsets, predicted = logits.new_tensor(self.offsets[exit_index]), largest(logits)
+        vote = offsets[predicted] + self.slopes[exit_index] * log_odds(logits, predicted)
+        agrees = state.agrees(predicted, self.problem_type)
         running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
-        return state.follow(said, running), probability(running), signal.logits
+        return state.follow(predicted, running), probability(running), signal.logits
 
     @classmethod
     def learn(cls, trace: LearningRows, ridge: float = 1.0, **options: Any) -> dict[str, Any]:

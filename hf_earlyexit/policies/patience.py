@@ -55,7 +55,7 @@ class PatiencePolicy(ExitPolicy):
         return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
     def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
-        said = predictions(signal.logits.float(), self.problem_type)
-        agrees = state.agrees(said, self.problem_type, self.tolerance)
+        predicted = predictions(signal.logits.float(), self.problem_type)
+        agrees = state.agrees(predicted, self.problem_type, self.tolerance)
         count = (state.total + 1).masked_fill(~agrees, 0.0)
-        return state.follow(said, count), count, signal.logits
+        return state.follow(predicted, count), count, signal.logits

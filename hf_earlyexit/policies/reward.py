@@ -122,8 +122,8 @@ class RewardPolicy(ExitPolicy):
 def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
     """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
     log_probs = logits.float().log_softmax(-1).clamp_min(FLOOR)
-    said = largest(log_probs)
-    answer = said[:, None]
+    predicted = largest(log_probs)
+    answer = predicted[:, None]
     now = History(
         total=state.total + log_probs,
         lowest=torch.minimum(state.lowest, log_probs),  # of numbers at or below 0
@@ -139,7 +139,7 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
     risen = torch.where(state.seen == 0, torch.zeros_like(answer_log_prob), answer_log_prob - of_answer(state.previous))
     return now, [
         answer_log_prob + 0.5,
-        log_odds(log_probs, said) / 2 - 1,
+        log_odds(log_probs, predicted) / 2 - 1,
         certainty(log_probs) - 0.5,
         of_answer(now.total) / now.seen + 0.5,
         risen,

@@ -98,7 +98,7 @@ class WritesIntoItsState(PatiencePolicy):
 
     def update(self, state, signal, exit_index):
         _, score, answer = super().update(state, signal, exit_index)
-        state.said.copy_(signal.logits.argmax(-1))
+        state.predicted.copy_(signal.logits.argmax(-1))
         state.started.fill_(True)
         state.total.copy_(score)
         return state, score, answer
