@@ -34,6 +34,8 @@ class Part(NamedTuple):
 
     def filled(self, least: int) -> Part:
         """At least so many rows: the last one is repeated."""
+        if not least or self.hidden.shape[0] >= least:
+            return self
         return Part(*(None if one is None else filled(one, least) for one in self))  # type: ignore[arg-type]
 
     @property
@@ -96,7 +98,7 @@ class Context:
         return hidden.shape[0]
 
     def for_head(self, hidden: Tensor, one_token: bool) -> list[Part]:
-        """What a head reads, in parts that make up all rows in order.
+        """What a head reads, in parts that make up all rows in order. A single part may be filled up to `least_rows`.
 
         Args:
             hidden: of these rows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..transfer import placed
 from .attention import attend_at_once
 from .base import LAST, Family, Frame, is_watched, last_token
-from .context import Context, Part, each, join_kept, row_lengths
+from .context import Context, Part, each, filled, join_kept, row_lengths
 
 ATTENTION = "hf_earlyexit_packed"
 
@@ -58,6 +59,12 @@ class Packed(Context):
         assert self.bounds is not None
         return self.bounds[:-1]
 
+    @cached_property
+    def answers(self) -> Tensor:
+        """Position of the token that answers for each row, at least `least_rows` of them: the last one is repeated."""
+        answering = self.kept.get("answering")
+        return filled(self.starts if answering is None else self.starts + answering, self.least_rows)
+
     def count(self, hidden: Tensor) -> int:
         return len(self.lengths)
 
@@ -86,10 +93,9 @@ class Packed(Context):
         return each(value, changed) if axes else value
 
     def for_head(self, hidden: Tensor, one_token: bool) -> list[Part]:
-        answering = self.kept.get("answering")
         if one_token:
-            return [Part(hidden[self.starts if answering is None else self.starts + answering][:, None])]
-        parts, first = [], 0
+            return [Part(hidden.index_select(0, self.answers).unsqueeze(1))]
+        answering, parts, first = self.kept.get("answering"), [], 0
         for start, stop, rows, length in self._spans():
             real = None if self.real is None else self.real[start:stop].view(rows, length)
             places = None if answering is None else answering[first : first + rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from operator import is_
 from threading import Lock
 from typing import Any, NamedTuple
@@ -28,13 +29,36 @@ class Prepared(NamedTuple):
     layers: list[Layer]
 
 
+class _Seen:
+    """Some modules as they are now: their kinds, and all their attributes, parts, weights and hooks by identity.
+
+    A look at every call has to be cheap, so attributes are compared as one list, in which nothing is looked up by name.
+
+    Args:
+        modules: to be seen.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules, self.kinds = modules, [*map(type, modules)]
+        self.attributes = [*map(vars, modules)]
+        self.values = _in_one(self.attributes)
+        tables = [value for value in self.values if isinstance(value, dict)]
+        self.full, self.empty = ([table for table in tables if bool(table) == full] for full in (True, False))
+        self.entries = _in_one(self.full)
+
+    def stand(self) -> bool:
+        """Whether nothing about the modules has changed."""
+        alike = [*map(type, self.modules)] == self.kinds and not any(self.empty)
+        return alike and _in_one(self.full) == self.entries and _in_one(self.attributes) == self.values
+
+
 class _Known(NamedTuple):
     """What was made ready, and all it was made from."""
 
     family: Family
     config: dict[str, Any]
     stock: list[nn.Module]
-    parts: list[tuple[nn.Module, type, dict[str, Any]]]
+    seen: _Seen
     prepared: Prepared
 
 
@@ -66,10 +90,9 @@ def prepared(family: Family, base: Any, pack: bool = True) -> Prepared:
 def _new(family: Family, base: Any) -> _Known:
     layers = list(family.layers_of(base))
     once = dict.fromkeys(part for layer in layers for part in layer.modules())
-    parts = [(part, type(part), _seen(vars(part))) for part in once]
     packs = family.packs(base)
     ready = [family.packed_layer(layer) if packs else partial(family.call, layer) for layer in layers]
-    return _Known(family, _seen(vars(base.config)), layers, parts, Prepared(packs, ready))
+    return _Known(family, dict(vars(base.config)), layers, _Seen(list(once)), Prepared(packs, ready))
 
 
 def _is_as_it_was(known: _Known, base: Any) -> bool:
@@ -77,13 +100,11 @@ def _is_as_it_was(known: _Known, base: Any) -> bool:
     if len(stock) != len(known.stock) or not all(map(is_, stock, known.stock)):
         return False
     try:
-        return vars(base.config) == known.config and all(
-            type(part) is kind and vars(part) == seen for part, kind, seen in known.parts
-        )
+        return vars(base.config) == known.config and known.seen.stand()
     except (RuntimeError, ValueError):  # a tensor or an array in the place of another: they do not compare to a truth
         return False
 
 
-def _seen(values: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module as they are now: its parts, weights and hooks by identity."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+def _in_one(tables: list[dict[str, Any]]) -> list[Any]:
+    """The values of some dicts, as one list."""
+    return list(chain.from_iterable(map(dict.values, tables)))

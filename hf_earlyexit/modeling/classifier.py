@@ -68,27 +68,28 @@ class EarlyExitClassifier(Walks, ModelWithExits):
         self, exit_index: int, hidden: Tensor, context: Context, asks: Sequence[str] = (), before: Tensor | None = None
     ) -> ExitSignal:
         """What exit `exit_index` (0-based) tells of the hidden states after its layer: see `Walker`."""
-        layer, least = self.config.exit_layers[exit_index], context.least_rows
+        exit_layers, least = self.config.exit_layers, context.least_rows
+        rows = context.count(hidden) if least else None
         pooled = gate = None
-        if layer == self.config.num_hidden_layers:
+        if exit_index == len(exit_layers) - 1:
             one_token = self.family.reads_one_token(self.config)
             parts = self._parts(hidden, context, one_token)
             logits = _of_rows(parts, least, partial(self.family.answer, self))
         else:
-            head: Any = self.exit_heads[str(layer)]
+            layer = str(exit_layers[exit_index])
+            head: Any = self.exit_heads[layer]
             one_token = head.one_token
             parts = self._parts(hidden, context, one_token)
-            pooled = filled(_of_rows(parts, least, partial(head.pool, stock_pool=self._stock_pool)), least)
+            pooled = _of_rows(parts, least, partial(head.pool, stock_pool=self._stock_pool))
             logits = head(pooled)
-            gate = self.exit_gates[str(layer)] if len(self.exit_gates) else None
-        rows = sum(part.hidden.shape[0] for part in parts) if least else None
+            gate = self.exit_gates[layer] if len(self.exit_gates) else None
         if not asks:
             return ExitSignal(_first(logits, rows))
         first = second = None
         if before is not None and any(SIGNALS.get(name).reads_states for name in asks):
             states = (_state(self._read(part, context, one_token), one_token) for part in (before, hidden))
             first, second = (filled(part, least) for part in states)
-        scalars = scalars_of(asks, ExitPoint(filled(logits, least), pooled, first, second, gate))
+        scalars = scalars_of(asks, ExitPoint(logits, pooled, first, second, gate))
         return ExitSignal(_first(logits, rows), {name: _first(values, rows) for name, values in scalars.items()})
 
     def _parts(self, hidden: Tensor, context: Context, one_token: bool) -> list[Part]:
@@ -291,13 +292,15 @@ def _state(parts: list[Part], one_token: bool) -> Tensor:
 
 
 def _of_rows(parts: list[Part], least: int, call: Callable[[Part], Tensor]) -> Tensor:
-    """What a call gives for each part, given at least so many rows at once."""
-    return _joined([_first(call(part.filled(least)), part.hidden.shape[0] if least else None) for part in parts])
+    """What a call gives for all rows of some parts, given at least so many rows at once; as many come back."""
+    if len(parts) == 1:
+        return call(parts[0].filled(least))
+    return filled(torch.cat([call(part.filled(least))[: part.hidden.shape[0]] for part in parts]), least)
 
 
 def _first(values: Tensor, rows: int | None) -> Tensor:
     """The first rows; all as they are for `None`, and no size is read."""
-    return values if rows is None else values[:rows]
+    return values if rows is None or rows == values.shape[0] else values[:rows]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

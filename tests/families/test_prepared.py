@@ -112,6 +112,13 @@ def test_whatever_changes_is_noticed(model, change):
     assert (after.logits - before.logits).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("change", [new_weight, hooked, watched], ids=lambda change: change.__name__)
+def test_so_is_what_changes_about_parts_that_are_watched_already(model, change):
+    for part in model.base_model.encoder.layer[1].modules():
+        part.register_forward_hook(lambda module, given, output: None)
+    test_whatever_changes_is_noticed(model, change)
+
+
 def test_nothing_is_made_ready_twice(model, monkeypatch):
     made = []
     init = PackedBertLayer.__init__
