@@ -61,6 +61,7 @@ def replace_maps(model: TorchExitClassifier, make: Callable[..., nn.Module]) -> 
             for name, child in list(parent.named_children()):
                 if (linear := _as_linear(child)) is not None:
                     setattr(parent, name, make(linear))
+    model.eval()  # new modules begin in training
 
 
 def layers_of(model: TorchExitClassifier) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from torch import nn
 
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, UsageError
+from hf_earlyexit.serving.batching import evaluating
 from hf_earlyexit.serving.bf16 import MOST, Bf16Linear, to_bf16
 from hf_earlyexit.serving.walker import ModelWalker
 
@@ -71,6 +72,7 @@ def test_layers_are_rounded_and_heads_are_not(model, small, random_batch):
     assert 0 < (exact - found).abs().mean() < 0.1
     assert len(shown) == 5
     assert ModelWalker(small).packs
+    assert evaluating(small) is small  # or every call would make a view of all its modules
 
 
 def test_a_copy_is_calibrated_on_its_own_trace_refuses_other_thresholds_and_is_not_saved(tiny_model, tmp_path):

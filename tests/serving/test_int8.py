@@ -15,6 +15,7 @@ from torch import nn
 import hf_earlyexit as ee
 from hf_earlyexit.errors import CheckpointError, UsageError
 from hf_earlyexit.serving import int8
+from hf_earlyexit.serving.batching import evaluating
 from hf_earlyexit.serving.int8 import Int8Linear
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -24,6 +25,7 @@ NEAR = 1e-5  # heads stay in float32, whose sums depend a little on the number o
 OLD_CPU = """
 import torch
 from hf_earlyexit.serving import int8
+from hf_earlyexit.serving.batching import evaluating
 linear, inputs = torch.nn.Linear(64, 8, bias=False), torch.ones(40, 64)
 torch.nn.init.ones_(linear.weight)
 inputs[:, 0] = 0
@@ -193,6 +195,7 @@ def test_layers_are_copied_in_8_bits_and_heads_are_not(model, random_batch):
     assert {name for name, kind in kinds.items() if kind is Int8Linear} == {name for name in kinds if ".layer." in name}
     assert sum(name.endswith(".joint") for name in kinds) == 4  # query, key and value once more, as one map
     assert sum(kind is Int8Linear for name, kind in kinds.items() if not name.endswith(".joint")) == 4 * 6
+    assert evaluating(small) is small  # or every call would make a view of all its modules
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     batch = random_batch(50)
     with torch.inference_mode():
