@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from inspect import unwrap
 from itertools import chain
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -105,12 +106,12 @@ def evaluating(model: Model) -> Model:
 
 def _trains(model: nn.Module) -> bool:
     """Whether any module is in training mode; `modules()` takes several times as long, at every call of a model."""
-    left = [model]
-    while left:
-        module = left.pop()
-        if module.training:
+    level = [model]
+    while level:
+        if any(map(attrgetter("training"), level)):
             return True
-        left += [child for child in module._modules.values() if child is not None]
+        children = chain.from_iterable(map(dict.values, map(attrgetter("_modules"), level)))
+        level = [child for child in children if child is not None]
     return False
 
 
