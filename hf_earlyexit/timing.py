@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ def seconds_in_turns(
     turns: int,
     *,
     warm_up: int = 1,
+    together: bool = False,
     clock: Callable[[], float] | None = None,
     seed: int = 0,
 ) -> dict[Name, Tensor]:
@@ -37,6 +39,8 @@ def seconds_in_turns(
             ones, each time in random order.
         turns: that count.
         warm_up: turns before them.
+        together: a turn runs all jobs of one name, then all of another, in random order: what the jobs of a name share,
+            such as weights, then stays in the processor's caches, as where nothing else is served.
         clock: seconds; the wall clock by default.
         seed: of the order.
 
@@ -48,8 +52,8 @@ def seconds_in_turns(
     seconds: dict[Name, list[list[float]]] = {name: [] for name in runs}
     for turn in range(warm_up + turns):
         times: dict[Name, list[float]] = {name: [] for name in runs}
-        for job in range(count):
-            for name in order.sample(list(runs), len(runs)):
+        for jobs in [range(count)] if together else [range(job, job + 1) for job in range(count)]:
+            for name, job in product(order.sample(list(runs), len(runs)), jobs):
                 start = clock()
                 runs[name][job]()
                 times[name].append(clock() - start)

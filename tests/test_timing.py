@@ -47,6 +47,19 @@ def test_a_turn_runs_all_first_jobs_and_then_all_second():
     assert len({tuple(key[0] for key in turn) for turn in turns}) > 2  # in random order
 
 
+def test_or_all_jobs_of_one_name_and_then_of_another():
+    calls = []
+    runs = {name: [lambda key=f"{name}{job}": calls.append(key) for job in (1, 2)] for name in "abc"}
+    seconds = timing.seconds_in_turns(runs, 5, together=True, clock=lambda: float(len(calls)) ** 2, seed=3)
+    pairs = [tuple(calls[place : place + 2]) for place in range(0, len(calls), 2)]
+    assert set(pairs) == {("a1", "a2"), ("b1", "b2"), ("c1", "c2")}
+    turns = [tuple(pair[0][0] for pair in pairs[place : place + 3]) for place in range(0, len(pairs), 3)]
+    assert all(set(turn) == set("abc") for turn in turns)
+    assert len(set(turns)) > 2
+    at = 6 + 2 * turns[1].index("b")  # behind the turn to warm up; a job takes (n + 1)^2 - n^2
+    assert seconds["b"][0].tolist() == [2 * at + 1, 2 * at + 3]
+
+
 def test_a_timing_is_of_whole_turns():
     seconds, reference = torch.tensor([[1.0, 1.0], [1.0, 3.0]]), torch.tensor([[4.0, 4.0], [4.0, 4.0]])
     assert timing.timing_of(seconds.double(), reference.double()) == (3.0, 3.0, 2.5, 3.5)

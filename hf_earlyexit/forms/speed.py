@@ -36,7 +36,7 @@ def fastest(models: Mapping[str, Model], hint: str, clock: Callable[[], float] |
         rows = _rows(model)
         batches = [rows] if hint == THROUGHPUT else [[row] for row in rows[:4]]
         runs[name] = [partial(predict, model, batch, early_exit=False) for batch in batches]
-    seconds = seconds_in_turns(runs, TURNS, clock=clock)
+    seconds = seconds_in_turns(runs, TURNS, together=True, clock=clock)
     return models[min(seconds, key=lambda name: float(seconds[name].sum(1).min()))]
 
 

@@ -46,14 +46,14 @@ def bench(
         batch_size: rows of a batch in arrival order.
         static_layer: where the static model stops; by default the mean exit layer, rounded.
         repeats: turns after one to warm up (two on an accelerator), at least 1.
-        latency_rows: rows that are run one by one; the first of `rows`.
+        latency_rows: rows that are run one by one, by each way one after another; the first of `rows`.
         clock: seconds; the wall clock by default.
         seed: of the turns.
 
     Returns:
-        Plain values: `rows`, `turns`, `batch_size`, `exits` (by model), `throughput` and `latency` (by model and way),
-        `padded` (why, by torch model whose rows are padded), `advice`, `environment`. Speed-ups are over the first model in
-        full: in arrival order (throughput), one by one (latency).
+        Plain values: `rows`, `latency_rows` (how many), `turns`, `batch_size`, `exits` (by model), `throughput` and
+        `latency` (by model and way), `padded` (why, by torch model whose rows are padded), `advice`, `environment`.
+        Speed-ups are over the first model in full: in arrival order (throughput), one by one (latency).
 
     Raises:
         UsageError: without rows, or for a model without a policy.
@@ -82,10 +82,11 @@ def bench(
     warm_up = 1 if all(model.device.type == "cpu" for model in served.values()) else 2  # graphs are made the second time
     measure = partial(seconds_in_turns, turns=repeats, warm_up=warm_up, clock=clock, seed=seed)
     throughput = measure({key: [partial(run, rows)] for key, run in many.items()})
-    latency = measure({key: [partial(run, [row]) for row in few] for key, run in single.items()})
+    latency = measure({key: [partial(run, [row]) for row in few] for key, run in single.items()}, together=True)
     first = next(iter(served))
     result: dict[str, Any] = {
         "rows": {"count": len(rows), "mean_tokens": statistics.mean(map(walker_for(served[first]).length, rows))},
+        "latency_rows": len(few),
         "turns": repeats,
         "batch_size": batch_size,
         "exits": exits,

@@ -1,6 +1,8 @@
 """The benchmark tells ratios, bounds and, where it must, that early exit is the wrong tool."""
 
 import json
+from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hf_earlyexit.measuring import ways as ways_module
 from hf_earlyexit.measuring.bench import advice, as_table, bench, exits_of
 from hf_earlyexit.measuring.forms import MEASURED, make_forms, what_lacks
 from hf_earlyexit.measuring.onnx_forms import OnnxForm
-from hf_earlyexit.measuring.ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, torch_ways
+from hf_earlyexit.measuring.ways import EARLY, FORWARD, FULL, ONE_FILE, STOCK, Ways, torch_ways
 from hf_earlyexit.serving.batching import pad_batch
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.transfer import finished
@@ -55,8 +57,24 @@ def test_every_way_is_measured_and_told(model, tokenizer, random_texts):
         assert 0 < found["p50_ms"] <= found["p95_ms"]
     for way in (STOCK, FULL, FORWARD, EARLY):
         assert f"| fp32 | {way} |" in as_table(result)
-    assert result["turns"] == 2
+    assert (result["turns"], result["latency_rows"]) == (2, 3)
     assert result["advice"] == advice(result)
+
+
+def test_single_rows_of_a_way_are_answered_one_after_another(model, tokenizer, random_texts):
+    """Else each would begin with caches full of other models' weights."""
+    calls = []
+
+    def way(name):
+        return lambda rows: calls.append(name)
+
+    single = {name: way(name) for name in (FULL, EARLY, ONE_FILE, FIRST)}
+    many = {name: way("") for name in (FULL, EARLY, FIRST)}
+    form = SimpleNamespace(served=model, ways=lambda *given: Ways(many, single))
+    bench({"fp32": form}, encode_rows(random_texts(5), tokenizer), repeats=2, latency_rows=3)
+    alone = [name for name in calls if name]
+    assert [len(list(same)) % 3 for _, same in groupby(alone)] == [0] * len(list(groupby(alone)))
+    assert len(alone) == 3 * 4 * 3
 
 
 @pytest.fixture(scope="module")
