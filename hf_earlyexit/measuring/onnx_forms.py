@@ -50,8 +50,8 @@ class OnnxForm:
             raise UsageError("The model has no exit policy; calibrate it and call set_exit_policy first.", field="model")
         self.threads, self.int8 = threads or torch.get_num_threads(), int8
         self.plain = walk_graph(model)
-        self.whole = quantize_graph(self.plain) if int8 else self.plain
-        pieces, name = cut_pieces(self.whole, model.config), "int8" if int8 else "float32"
+        pieces = cut_pieces(quantize_graph(self.plain) if int8 else self.plain, model.config)
+        name = "int8" if int8 else "float32"
         self.served = OnnxClassifier(copy.deepcopy(model.config), pieces.__getitem__, "timed only", name, self.threads)
 
     def ways(self, batch_size: int, static_layer: int) -> Ways:
@@ -62,7 +62,7 @@ class OnnxForm:
         assert policy is not None  # looked at when it was made
         early = Scheduler(walker_for(served), policy, served.walker.best_batch_tokens)
         whole, short = self._session(last), self._session(static)
-        one = self._open(one_file(self.whole, served.config, policy))
+        one = self._open(one_file(self.plain, served.config, policy, self.int8))
         first = FIRST.format(static_layer)
         return Ways(
             many={FULL: by_length(whole, batch_size), EARLY: early.run, first: by_length(short, batch_size)},

@@ -89,7 +89,7 @@ def export_onnx(
     warn_of_other_tokenizer(inner, tokenizer)
     whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, image_processor))
     changed = None
-    pieces = cut_pieces(whole, config) if LAYERS in forms or rows is not None else {}
+    pieces = _pieces(whole, config, int8) if LAYERS in forms or rows is not None else {}
     if rows is not None:
         small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
         collecting = {"labels": labels, "tokenizer": tokenizer, "image_processor": image_processor}
@@ -99,7 +99,7 @@ def export_onnx(
         logger.warning("int8 without rows to choose thresholds on: the export has no policy and runs all layers.")
     files = pieces if LAYERS in forms else {}
     if ONE in forms:
-        files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy))
+        files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy), int8)
     if layout == TRITON:
         files = triton_files(files[ONE_FILE], config, Path(folder).resolve().name)
     with replaced_folder(folder, needs=sum(map(len, files.values()))) as new:
@@ -132,17 +132,22 @@ def in_memory(model: Wrapped, int8: bool) -> OnnxClassifier:
     """
     inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
     whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, None))
-    return OnnxClassifier(config, cut_pieces(whole, config).__getitem__, fingerprint, dtype)
+    return OnnxClassifier(config, _pieces(whole, config, int8).__getitem__, fingerprint, dtype)
+
+
+def _pieces(whole: ModelProto, config: Any, int8: bool) -> dict[str, bytes]:
+    """The files of the batched form."""
+    return cut_pieces(quantize_graph(whole) if int8 else whole, config)
 
 
 def _traced(model: TorchExitClassifier, int8: bool, picture: tuple[int, ...] | None) -> tuple[ModelProto, Any, str, str]:
-    """The graph of all layers and exits, the config of what is exported, its fingerprint and the dtype of its layers."""
+    """The float32 graph of all layers and exits, the config of the export, its fingerprint and the dtype of its layers."""
     whole = walk_graph(model) if picture is None else walk_graph(model, picture=picture)
     config = copy.deepcopy(model.config)
     config.exit_forms = None
     fingerprint, dtype = model_fingerprint(model), "float32"
     if int8:
-        whole, dtype = quantize_graph(whole), "int8"
+        dtype = "int8"
         fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
         config.exit_operating_points = config.exit_point_certificates = None
         config.exit_policy = config.exit_certificate = None
@@ -169,14 +174,16 @@ def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> Non
         )
 
 
-def one_file(whole: ModelProto, config: Any, policy: ExitPolicy) -> bytes:
+def one_file(whole: ModelProto, config: Any, policy: ExitPolicy, int8: bool = False) -> bytes:
     """The file that stops at the first exit where the policy lets a row go.
 
     Args:
         whole: from `walk_graph`.
         config: the model's.
         policy: with thresholds for its exits.
+        int8: compute the layers in 8 bits.
     """
+    whole = quantize_graph(whole, one_row=True) if int8 else whole
     joined = append(whole, policy_graph(policy, config.num_labels), PREFIX)
     inputs = {name: (kind, (1, *sizes[1:])) for name, (kind, sizes) in inputs_of(whole).items()}
     exits = [(config.exit_layers[index], answer, score, leave) for index, answer, score, leave in asked_exits(policy)]

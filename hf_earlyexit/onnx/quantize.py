@@ -14,11 +14,15 @@ ONE, MIDDLE, STEP, TINY, LAST_AXIS, FLAT = (f"int8.{name}" for name in ("one", "
 LARGEST = 127
 
 
-def quantize_graph(whole: ModelProto) -> ModelProto:
+def quantize_graph(whole: ModelProto, one_row: bool = False) -> ModelProto:
     """A copy of a flat float32 graph whose products `[..., K] x [K, N]` with a constant are computed in 8 bits.
 
     Weights have one scale per output. Inputs have one per token, found as they come: the usual one per batch would let a
     row's logits depend on its company. Heads, pooler and attention stay in float32; the pooler and heads are `Gemm`.
+
+    Args:
+        whole: from `walk_graph`.
+        one_row: for batches of one row alone; answers are the same, and a third of the nodes that round is spared.
     """
     small = ModelProto()
     small.CopyFrom(whole)
@@ -35,8 +39,9 @@ def quantize_graph(whole: ModelProto) -> ModelProto:
         matrix = numpy_helper.to_array(weights[name])
         if source not in rounded:
             rounded.add(source)
-            graph.initializer.append(numpy_helper.from_array(np.array([-1, matrix.shape[0]]), f"{source}.rows"))
-            nodes += _round_tokens(source)
+            if not one_row:
+                graph.initializer.append(numpy_helper.from_array(np.array([-1, matrix.shape[0]]), f"{source}.rows"))
+            nodes += _round_tokens(source, one_row)
         if name not in replaced:
             replaced.add(name)
             graph.initializer.extend(_round_columns(matrix, name))
@@ -55,8 +60,8 @@ def quantize_graph(whole: ModelProto) -> ModelProto:
     return small
 
 
-def _round_tokens(source: str) -> Iterator[NodeProto]:
-    """`source` `[..., K]` to 8 bits around 128, and the scale `[..., 1]` of every token."""
+def _round_tokens(source: str, one_row: bool) -> Iterator[NodeProto]:
+    """`source` `[..., K]` to 8 bits around 128, and the scale `[..., 1]` of every token; one row is `[1, T, K]`."""
 
     def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         return helper.make_node(operator, inputs, [f"{source}.{output}"], **attributes)
@@ -65,14 +70,16 @@ def _round_tokens(source: str) -> Iterator[NodeProto]:
         return [f"{source}.{name}" for name in names]
 
     middle = helper.make_tensor("middle", TensorProto.UINT8, [1], [128])
-    yield node("ReduceMax", [source, LAST_AXIS], "highest")
-    yield node("ReduceMin", [source, LAST_AXIS], "lowest")
-    yield node("Neg", named("lowest"), "depth")
-    yield node("Max", [*named("highest", "depth"), TINY], "largest")
+    yield node("Abs", [source], "sizes")
+    yield node("ReduceMax", [*named("sizes"), LAST_AXIS], "largest_size")
+    yield node("Max", [*named("largest_size"), TINY], "largest")
     yield node("Mul", [*named("largest"), STEP], "scale")
     yield node("Reshape", [*named("scale"), FLAT], "scales")
     yield node("Shape", named("scales"), "count")
     yield node("ConstantOfShape", named("count"), "middles", value=middle)
+    if one_row:  # scales are along one axis, which then has all tokens
+        yield node("QuantizeLinear", [source, *named("scales", "middles")], "int8", axis=-2)
+        return
     yield node("Reshape", [source, *named("rows")], "flat")
     yield node("QuantizeLinear", named("flat", "scales", "middles"), "rounded", axis=0)
     yield node("Shape", [source], "shape")

@@ -28,10 +28,10 @@ def traced(tiny_model):
     def make(name="single", int8=False):
         if (name, False) not in known:
             model = tiny_model(**MODELS[name])
-            known[name, False] = SimpleNamespace(model=model, whole=walk_graph(model, model.signals))
-        found = known[name, False]
-        if int8:
-            found = known.setdefault((name, True), SimpleNamespace(model=found.model, whole=quantize_graph(found.whole)))
+            plain = walk_graph(model, model.signals)
+            for is_int8, whole in ((False, plain), (True, quantize_graph(plain))):
+                known[name, is_int8] = SimpleNamespace(model=model, plain=plain, whole=whole, int8=is_int8)
+        found = known[name, int8]
         found.config = type(found.model.config)(**found.model.config.to_dict())
         pieces = cut_pieces(found.whole, found.config)
         found.onnx = OnnxClassifier(found.config, pieces.__getitem__, "fp", "int8" if int8 else "float32", threads=1)
@@ -49,7 +49,7 @@ def one_row_session():
         settings.intra_op_num_threads = 1
         for name, value in options.items():
             setattr(settings, name, value)
-        data = one_file(found.whole, found.config, policy)
+        data = one_file(found.plain, found.config, policy, found.int8)
         return ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
 
     return make
