@@ -48,7 +48,7 @@ class OnnxWalker(BatchWalker):
         threads: that one layer may use.
     """
 
-    best_batch_tokens = 256  # a core is at its full rate, and what a layer works on stays in its cache
+    best_batch_tokens = 384  # fewer take more calls, more leave the cache: 5 % at a width of 384 in 8 bits, else alike
     device = torch.device("cpu")
 
     def __init__(self, config: Any, read: Callable[[str], bytes], threads: int) -> None:
