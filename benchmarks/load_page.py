@@ -160,15 +160,22 @@ def _statuses(found: dict[str, Any]) -> str:
     return ", ".join(f"{status} {count:,} times" for status, count in found["statuses"].items())
 
 
+def _ratio(more: list[float], less: list[float]) -> str:
+    """Turn by turn: the median, and the lowest and highest."""
+    ratios = [first / second for first, second in zip(more, less, strict=True)]
+    return f"{median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f} in {len(ratios)} turns)"
+
+
 def ray_words(actors: dict[str, Any], million: dict[str, Any]) -> str:
     """What `load_ray.py` measured."""
-    one, two = (median(actors[name]) for name in ("one", "two"))
-    ratios = [second / first for first, second in zip(actors["one"], actors["two"], strict=True)]
+    one, two, plain = (median(actors[name]) for name in ("one", "two", "plain_one"))
+    ratio, plain_ratio = (_ratio(actors[f"{name}two"], actors[f"{name}one"]) for name in ("", "plain_"))
     held = " ".join(f"{value:.0f}" for value in million["mebibytes"])
     return (
         f"\n## Many rows, by Ray\n\n{actors['rows']:,} texts of SST-2 through `ee.ray.predict`, the float32 model of above: "
-        f"{one:.0f} rows/s by one process, {two:.0f} by two on two cores: {median(ratios):.2f}x ({min(ratios):.2f}-"
-        f"{max(ratios):.2f} in {len(ratios)} turns).\n\n{million['rows']:,} rows of one to eight words through a process "
+        f"{one:.0f} rows/s by one process, {two:.0f} by two on two cores: {ratio}. Plain processes that share the same "
+        f"blocks without Ray: {plain:.0f} rows/s by one, by two {plain_ratio}; that is what the second core adds here.\n\n"
+        f"{million['rows']:,} rows of one to eight words through a process "
         f"with a small model took {million['seconds']:.0f} seconds; the process held, in MiB, tenth by tenth of the run: "
         f"{held}. Made by `python benchmarks/load_ray.py`."
     )

@@ -1,9 +1,10 @@
-"""Rows through Ray Data on this machine: what a second process adds, and the memory of a million rows.
+"""Rows through Ray Data on this machine: what a second process adds, with Ray and without, and the memory of a million rows.
 
     HF_EARLYEXIT_DATA=../shared/data python benchmarks/load_ray.py
 
 Adds to results/load.json, and makes the docs' page anew where `load.py` has written there. What every process does is
-noted block by block: when, how many rows, and the memory it holds. A rate counts the rows of the blocks that began after
+noted block by block: when, how many rows, and the memory it holds. Without Ray it is plain processes that share the same
+blocks, which tells how much of a second core the machine really gives. A rate counts the rows of the blocks that began after
 all processes had begun and ended before the first had nothing left to do.
 """
 
@@ -14,6 +15,11 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -41,11 +47,15 @@ class Noted(Classify):
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         start = time.time()
         answers = super().__call__(block)
-        note = {"start": start, "end": time.time(), "rows": len(answers["exit_layer"])}
-        note["rss"] = psutil.Process().memory_info().rss
+        note = noted(start, len(answers["exit_layer"]))
         with (Path(os.environ[NOTES]) / str(os.getpid())).open("a") as file:
             file.write(json.dumps(note) + "\n")
         return answers
+
+
+def noted(start: float, rows: int) -> dict[str, float]:
+    """What this process has done since then."""
+    return {"start": start, "end": time.time(), "rows": rows, "rss": psutil.Process().memory_info().rss}
 
 
 def run(dataset: Any, folder: Path, workers: int, block: int) -> list[list[dict[str, float]]]:
@@ -65,6 +75,27 @@ def run(dataset: Any, folder: Path, workers: int, block: int) -> list[list[dict[
     return found
 
 
+@cache
+def loaded(folder: Path) -> Classify:
+    """What a plain process answers with."""
+    return Classify(str(folder), "cpu", None, {})
+
+
+def answer_plainly(folder: Path, block: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """A block in this process, which tells its number and its note."""
+    classify, start = loaded(folder), time.time()
+    return os.getpid(), noted(start, len(classify(block)["exit_layer"]))
+
+
+def run_plainly(blocks: list[dict[str, Any]], folder: Path, workers: int) -> list[list[dict[str, float]]]:
+    """As `run`, without Ray."""
+    found: dict[int, list[dict[str, float]]] = {}
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for process, note in pool.map(partial(answer_plainly, folder), blocks):
+            found.setdefault(process, []).append(note)
+    return list(found.values())
+
+
 def rows_per_second(found: list[list[dict[str, float]]]) -> float:
     """While all processes were at work."""
     start, end = max(notes[0]["start"] for notes in found), min(notes[-1]["end"] for notes in found)
@@ -73,21 +104,25 @@ def rows_per_second(found: list[list[dict[str, float]]]) -> float:
 
 
 def actors(work: Path, count: int, turns: int) -> dict[str, Any]:
-    """Rows a second of one process and of two, in turns."""
+    """Rows a second of one process and of two, with Ray and without, in turns."""
     import ray
 
     prepare(work, None, exports=False)
     texts = list(load_rows(TASKS["sst2"])["train"].select(range(count))["sentence"])
     dataset = ray.data.from_items([{"text": text} for text in texts]).repartition(count // BLOCK).materialize()
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(turns):
-        for workers, of_turns in rates.items():
-            found = run(dataset, work / MODEL, workers, BLOCK)
-            if len(found) != workers:
-                raise SystemExit(f"{len(found)} of {workers} processes got rows.")
-            of_turns.append(rows_per_second(found))
-            print(f"{workers} processes: {of_turns[-1]:.0f} rows/s", flush=True)
-    return {"rows": count, "one": rates[1], "two": rates[2]}
+    blocks = [{"text": np.array(texts[at : at + BLOCK], dtype=object)} for at in range(0, count, BLOCK)]
+    ways: dict[str, Callable[[int], list[list[dict[str, float]]]]] = {
+        "": lambda workers: run(dataset, work / MODEL, workers, BLOCK),
+        "plain_": lambda workers: run_plainly(blocks, work / MODEL, workers),
+    }
+    rates: dict[str, list[float]] = {}
+    for _, (name, answer), (number, workers) in product(range(turns), ways.items(), (("one", 1), ("two", 2))):
+        found = answer(workers)
+        if len(found) != workers:
+            raise SystemExit(f"{len(found)} of {workers} processes got rows.")
+        rates.setdefault(name + number, []).append(rows_per_second(found))
+        print(f"{name}{number}: {rates[name + number][-1]:.0f} rows/s", flush=True)
+    return {"rows": count, **rates}
 
 
 def million(work: Path, count: int) -> dict[str, Any]:

@@ -88,10 +88,12 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
     assert "The same answers" not in text
     equal = {"rows": 10000, "batches": 4321, "other_layer": 0, "other_label": 1, "at_threshold": 2}
     assert "10,000 rows of SST-2" in load_page.page(results | {"equal": equal})
-    ray = {"actors": {"rows": 8192, "one": [50.0, 60.0, 40.0], "two": [95.0, 90.0, 78.0]},
+    ray = {"actors": {"rows": 8192, "one": [50.0, 60.0, 40.0], "two": [95.0, 90.0, 78.0],
+                      "plain_one": [60.0, 40.0, 50.0], "plain_two": [90.0, 70.0, 80.0]},
            "million": {"rows": 1_000_000, "seconds": 99.6, "mebibytes": [400.2, 401.0]}}  # fmt: skip
     told = load_page.page(results | {"ray": ray})
     assert "50 rows/s by one process, 90 by two on two cores: 1.90x (1.50-1.95 in 3 turns)" in told
+    assert "without Ray: 50 rows/s by one, by two 1.60x (1.50-1.75 in 3 turns)" in told
     assert "1,000,000 rows" in told
     assert "took 100 seconds" in told
     assert "tenth by tenth of the run: 400 401." in told
