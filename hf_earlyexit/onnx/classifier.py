@@ -48,7 +48,7 @@ class OnnxWalker(BatchWalker):
         threads: that one layer may use.
     """
 
-    best_batch_tokens = 384  # fewer take more calls, more leave the cache: 5 % at a width of 384 in 8 bits, else alike
+    best_batch_tokens = 384  # fewer cost layers of width 384 in 8 bits 5 %; more gain nothing at any width measured
     device = torch.device("cpu")
 
     def __init__(self, config: Any, read: Callable[[str], bytes], threads: int) -> None:

@@ -22,7 +22,7 @@ def quantize_graph(whole: ModelProto, one_row: bool = False) -> ModelProto:
 
     Args:
         whole: from `walk_graph`.
-        one_row: for batches of one row alone; answers are the same, and a third of the nodes that round is spared.
+        one_row: for batches of one row alone; answers are the same, and each input is rounded by three nodes fewer.
     """
     small = ModelProto()
     small.CopyFrom(whole)
