@@ -1,5 +1,7 @@
 """One model in every form: with thresholds of the form, by measurement, and refused where there are none."""
 
+from itertools import groupby
+
 import pytest
 import torch
 
@@ -185,6 +187,7 @@ def test_the_fastest_is_the_one_that_takes_the_least_time(model, monkeypatch, hi
     names = {name: name for name in ("slow", "fast", "first turn")}
     assert fastest(names, hint, clock=lambda: now[0]) == "fast"
     assert {count for _, count in asked} == {16 if hint == "throughput" else 1}
+    assert all(len(list(same)) % in_a_turn == 0 for _, same in groupby(asked))  # rows of a model follow one another
     asked.clear()
     assert fastest({"slow": "slow"}, hint) == "slow"
     assert not asked
