@@ -5,10 +5,10 @@
 
 Weights are random, nothing is downloaded. First come checks: attention of rows of all lengths at once is each row's own, and
 rows leave where they do on the CPU in float32, whatever runs them (graphs, the first time and replayed; packed rows without
-graphs; `forward`), in any company, over any number of lanes, and after weights have changed. A row may leave elsewhere only
-where its score is within rounding of a threshold. Then ratios: the share of the token-layer bound over our own full engine
-at 2,048 to 65,536 tokens in flight, and the stock model. Last, where the time goes: share of the time that the device is
-busy, launches, waits. The status is 1 where a check fails.
+graphs; `forward`), in any company, over any number of lanes, and after weights have changed; a rule that remembers says the
+same replayed as before. A row may leave elsewhere only where its score is within rounding of a threshold. Then ratios: the
+share of the token-layer bound over our own full engine at 2,048 to 65,536 tokens in flight, and the stock model. Last, where
+the time goes: share of the time that the device is busy, launches, waits. The status is 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.families.attention import attend_at_once
 from hf_earlyexit.families.packed import Packed
 from hf_earlyexit.measuring.bench import environment, exits_of
+from hf_earlyexit.policies import BeemCostPolicy
 from hf_earlyexit.serving.answers import Answers
 from hf_earlyexit.serving.batching import pad_batch, sorted_batches
 from hf_earlyexit.serving.cuda_graphs import SegmentGraphs
@@ -112,7 +113,8 @@ class Check:
     def check(self, dtype: torch.dtype, shape: dict[str, int]) -> None:
         """Every road in one dtype, against the CPU in float32 and against each other."""
         rows, cpu = mixed_rows(120 if self.dry else 1500), make(shape)
-        policy = spread_out(all_exits(cpu, rows))
+        trace = all_exits(cpu, rows)
+        policy, remembering = spread_out(trace), spread_out(trace, BeemCostPolicy)
         right = Scheduler(ModelWalker(cpu), policy, 512).run(rows)
         model = make(shape).to(self.device, dtype)
         model.set_exit_policy(policy)
@@ -132,6 +134,9 @@ class Check:
         other.logits, other.exit_index, other.score = other.logits[back], other.exit_index[back], other.score[back]
         same("other company", other, first)
         same("forward, in arrival order", self._by_forward(model, rows), first)
+        before, _, by_graphs = (Scheduler(graphs, remembering, 8192).run(rows) for _ in range(3))
+        rule = partial(self._same, remembering, ROUNDING[dtype], str(dtype).removeprefix("torch."))
+        rule("a rule that remembers, replayed, against its first pass", by_graphs, before)
         with torch.no_grad():
             model.base_model.encoder.layer[0].output.dense.weight.mul_(1.5)
         changed = Scheduler(ModelWalker(model), policy, 8192).run(rows)

@@ -30,6 +30,7 @@ from hf_earlyexit.measuring.bench import bench, environment
 from hf_earlyexit.measuring.forms import MEASURED, make_forms
 from hf_earlyexit.measuring.ways import EARLY, FIRST, FULL
 from hf_earlyexit.modeling.protocol import TorchExitClassifier
+from hf_earlyexit.policies import ExitPolicy
 from hf_earlyexit.serving.batching import sorted_batches
 from hf_earlyexit.serving.rows import encode_rows
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -58,9 +59,9 @@ def all_exits(model, rows) -> ee.ExitTrace:
     return ee.ExitTrace(logits=logits, labels=torch.zeros(len(rows), dtype=torch.long), exit_layers=model.exit_layers)
 
 
-def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
+def spread_out(trace: ee.ExitTrace, rule: type[ExitPolicy] = ee.ConfidencePolicy) -> ExitPolicy:
     """Thresholds that spread rows over the exits, one a layer, as a normal around half the depth: 6 of 12, deviation 2.5."""
-    policy = ee.ConfidencePolicy.from_trace(trace)
+    policy = rule.from_trace(trace)
     scores = policy.scan(trace).scores.double()
     depth = trace.exit_layers[-1]
     wanted = np.clip(np.random.default_rng(1).normal(depth / 2, 2.5 * depth / 12, 100_000).round(), 1, depth)
@@ -69,7 +70,7 @@ def spread_out(trace: ee.ExitTrace) -> ee.ConfidencePolicy:
         share = (wanted == layer).sum() / (wanted >= layer).sum()
         thresholds.append(float(scores[left, layer - 1].quantile(1 - share)) if len(left) else 1.0)
         left = left[scores[left, layer - 1] < thresholds[-1]]
-    return policy.with_thresholds(tuple(min(max(t, 0.0), 1.0) for t in thresholds))
+    return policy.with_thresholds(tuple(min(max(t, 0.0), policy.highest_threshold) for t in thresholds))
 
 
 def shaped(name: str) -> TorchExitClassifier:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Index = Tensor | slice
 
 
 def sent(mask: Tensor) -> Callable[[], list[bool]]:
@@ -32,6 +34,17 @@ def placed(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+def index_of(rows: Sequence[int], device: torch.device) -> Index:
+    """Positions of rows, at least one, as an index on the device; a slice, which brings nothing there, of neighbours."""
+    first, behind = rows[0], rows[0] + len(rows)
+    return slice(first, behind) if list(rows) == list(range(first, behind)) else placed(torch.tensor(rows), device)
+
+
+def chosen(values: Tensor, index: Index) -> Tensor:
+    """Some rows of `[B, ...]`; a view of neighbours."""
+    return values[index] if isinstance(index, slice) else values.index_select(0, index)
 
 
 def finished(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_earlyexit.serving.graph_walker import GraphWalker
+from hf_earlyexit.serving.cuda_graphs import SegmentGraphs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -33,7 +33,7 @@ def test_a_dry_run_finds_every_road_right(gpu_check, tmp_path, capsys):
     assert gpu_check.main(["--dry_run", "--output", str(tmp_path / "gpu.json")]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert json.loads(capsys.readouterr().out) == result
-    assert (len(result["attention"]), len(result["checks"])) == (4, 8)
+    assert (len(result["attention"]), len(result["checks"])) == (4, 9)
     assert max(found["difference"] for found in result["attention"].values()) < 1e-5
     assert not any(found["elsewhere"] for found in result["checks"].values())
     assert max(found["largest difference of logits"] for found in result["checks"].values()) < 1e-4
@@ -46,8 +46,10 @@ def test_a_dry_run_finds_every_road_right(gpu_check, tmp_path, capsys):
 
 
 def test_a_road_that_is_wrong_is_named(gpu_check, monkeypatch):
-    run = GraphWalker.run
-    monkeypatch.setattr(GraphWalker, "run", lambda self, layers, hidden, *more: run(self, layers, hidden.roll(1, 0), *more))
+    run = SegmentGraphs.run
+    monkeypatch.setattr(
+        SegmentGraphs, "run", lambda self, name, segment, hidden, *more: run(self, name, segment, hidden.roll(1, 0), *more)
+    )
     check = gpu_check.Check(dry=True)
     monkeypatch.setattr(check, "measure", lambda name, shape: None)
     result = check.run()

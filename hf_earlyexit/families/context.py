@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..transfer import Index, chosen
+
 
 def filled(values: Tensor, least: int) -> Tensor:
     """`[B, ...]` with at least so many rows: the last one is repeated. 0 leaves sizes unread, as tracing wants it."""
@@ -109,22 +111,22 @@ class Context:
             return [Part(hidden, self.tokens, answering)]
         return [Part(hidden[:, :1] if answering is None else Part(hidden, None, answering).state[:, None])]
 
-    def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Context]:
+    def take(self, hidden: Tensor, rows: Sequence[int], index: Index) -> tuple[Tensor, Context]:
         """Keep some rows and cut the columns that are padding for all of them.
 
         Args:
             hidden: `[B, T, H]`.
             rows: their positions, on the host.
-            index: the same positions, on the device.
+            index: the same positions, on the device, as `index_of` gives them.
         """
-        hidden = hidden.index_select(0, index)
-        per_row = {name: each(value, lambda part: part.index_select(0, index)) for name, value in self.per_row.items()}
-        kept = {name: value.index_select(0, index) for name, value in self.kept.items()}
+        hidden = chosen(hidden, index)
+        per_row = {name: each(value, lambda part: chosen(part, index)) for name, value in self.per_row.items()}
+        kept = {name: chosen(value, index) for name, value in self.kept.items()}
         taken = replace(self, per_row=per_row, kept=kept)
         if self.tokens is None or self.lengths is None:
             return hidden, taken
         lengths = tuple(self.lengths[row] for row in rows)
-        taken = replace(taken, tokens=self.tokens.index_select(0, index), lengths=lengths)
+        taken = replace(taken, tokens=chosen(self.tokens, index), lengths=lengths)
         width = max(lengths)
         return (hidden, taken) if width == hidden.shape[1] else (hidden[:, :width], taken.trim(width))
 

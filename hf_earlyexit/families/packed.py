@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..transfer import placed
+from ..transfer import Index, chosen, placed
 from .attention import attend_at_once
 from .base import LAST, Family, Frame, is_watched, last_token
 from .context import Context, Part, each, filled, join_kept, row_lengths
@@ -46,10 +46,15 @@ class Packed(Context):
 
     @classmethod
     def of(
-        cls, lengths: tuple[int, ...], real: Tensor | None, device: torch.device, kept: dict[str, Tensor] | None = None
+        cls,
+        lengths: tuple[int, ...],
+        real: Tensor | None,
+        device: torch.device,
+        kept: dict[str, Tensor] | None = None,
+        bounds: Tensor | None = None,
     ) -> Packed:
-        """The context of rows of these lengths."""
-        bounds = placed(torch.tensor([0, *accumulate(lengths)]), device)
+        """The context of rows of these lengths; bounds that are on the device already need not be brought there."""
+        bounds = placed(torch.tensor([0, *accumulate(lengths)]), device) if bounds is None else bounds
         runs = tuple((sum(1 for _ in run), length) for length, run in groupby(lengths))
         return cls(lengths=lengths, kept=kept or {}, bounds=bounds, runs=runs, real=real, width=max(lengths))
 
@@ -68,19 +73,40 @@ class Packed(Context):
     def count(self, hidden: Tensor) -> int:
         return len(self.lengths)
 
-    def take(self, hidden: Tensor, rows: Sequence[int], index: Tensor) -> tuple[Tensor, Packed]:
-        lengths = tuple(self.lengths[row] for row in rows)
-        tokens = _tokens(self.starts.index_select(0, index), lengths)
+    def take(self, hidden: Tensor, rows: Sequence[int], index: Index) -> tuple[Tensor, Packed]:
+        lengths, bounds, tokens = tuple(self.lengths[row] for row in rows), None, self._tokens_of(rows, index)
+        if isinstance(tokens, slice) and tokens.start == 0 and self.bounds is not None:
+            bounds = self.bounds[: len(rows) + 1]
+        real = None if self.real is None else chosen(self.real, tokens)
+        kept = {name: chosen(value, index) for name, value in self.kept.items()}
+        return chosen(hidden, tokens), self._with_shared(Packed.of(lengths, real, hidden.device, kept, bounds), tokens)
 
-        def some(values: Tensor) -> Tensor:
-            return values.index_select(0, tokens)
+    def moved(self, hidden: Tensor, rows: Sequence[int], index: Tensor, bounds: Tensor) -> Packed:
+        """The context of the same rows in another order; no row is masked within.
 
-        kept = {name: value.index_select(0, index) for name, value in self.kept.items()}
-        new = Packed.of(lengths, None if self.real is None else some(self.real), hidden.device, kept)
-        if self.per_row or self.shared:
-            shared = {name: self._along(name, value, some) for name, value in self.shared.items()}
-            new = replace(new, per_row=dict.fromkeys(self.per_row, new), shared=shared, axes=self.axes)
-        return some(hidden), new
+        Args:
+            hidden: in the new order.
+            rows: where each row was, on the host.
+            index: the same on the device `[B]`.
+            bounds: in the new order, on the device `[B + 1]`.
+        """
+        kept = {name: chosen(value, index) for name, value in self.kept.items()}
+        new = Packed.of(tuple(self.lengths[row] for row in rows), None, hidden.device, kept, bounds)
+        return self._with_shared(new, self._tokens_of(rows, index)) if self.shared else new
+
+    def _tokens_of(self, rows: Sequence[int], index: Index) -> Index:
+        """Positions of all tokens of some rows."""
+        if isinstance(index, slice):
+            start = sum(self.lengths[: index.start])
+            return slice(start, start + sum(self.lengths[index]))
+        return _tokens(self.starts.index_select(0, index), tuple(self.lengths[row] for row in rows))
+
+    def _with_shared(self, new: Packed, tokens: Index) -> Packed:
+        """A context of some of the tokens, with what is shared of them."""
+        if not (self.per_row or self.shared):
+            return new
+        shared = {name: self._along(name, value, lambda part: chosen(part, tokens)) for name, value in self.shared.items()}
+        return replace(new, per_row=dict.fromkeys(self.per_row, new), shared=shared, axes=self.axes)
 
     def _along(self, name: str, value: Any, change: Any) -> Any:
         """Change a shared value along its token axis, if it has one."""

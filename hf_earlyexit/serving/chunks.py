@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..transfer import placed
-from ..walking.step import Standing, joined_rows
+from ..transfer import Index, chosen, index_of
+from ..walking.step import Moved, Standing, joined_rows, parted
 from .answers import Leaving
 from .walker import BatchWalker
 
@@ -27,6 +27,10 @@ class Passed(NamedTuple):
         """Of rows that have passed no exit yet."""
         score = torch.full((rows,), torch.nan, device=device)
         return cls(score[:, None].repeat(1, classes), -1, score)
+
+    def some(self, index: Index) -> Passed:
+        """Of some of the rows."""
+        return Passed(chosen(self.answer, index), self.exit_index, chosen(self.score, index))
 
 
 class Chunk(NamedTuple):
@@ -62,18 +66,31 @@ class Flight(NamedTuple):
     Attributes:
         chunk: behind its layers.
         judged: the rows as the exit there sees them; `None` if none is asked.
-        decided: waits for who leaves, `[B]`.
+        decided: waits for who leaves, `[B]`, in the order in which the rows were launched.
+        moved: how the device has put the rows in another order, which the host learns by who leaves; `None` if it has not.
     """
 
     chunk: Chunk
     judged: Passed | None
     decided: Callable[[], list[bool]]
+    moved: Moved | None = None
+
+    def landed(self) -> tuple[Chunk, list[bool]]:
+        """Wait for who leaves; gives the rows in the order in which they stand, and who of them does."""
+        decided, chunk = self.decided(), self.chunk
+        if self.moved is None:
+            return chunk, decided
+        leaving, staying = parted(decided)
+        rows, (hidden, context, state) = [*staying, *leaving], chunk.standing
+        standing = Standing(hidden, context.moved(hidden, rows, *self.moved), state)
+        places = [chunk.places[row] for row in rows]
+        return chunk._replace(places=places, standing=standing), [False] * len(staying) + [True] * len(leaving)
 
 
 def some_rows(chunk: Chunk, staying: Sequence[int]) -> Chunk:
     """The rows of a chunk at some positions, at least one."""
-    keep = placed(torch.tensor(staying), chunk.device)
-    passed = chunk.passed and chunk.passed._replace(answer=chunk.passed.answer[keep], score=chunk.passed.score[keep])
+    keep = index_of(staying, chunk.device)
+    passed = chunk.passed and chunk.passed.some(keep)
     return Chunk(chunk.depth, [chunk.places[row] for row in staying], chunk.standing.keep(staying, keep), passed)
 
 
@@ -101,8 +118,7 @@ def called_off(chunk: Chunk, reasons: Sequence[str | None], num_classes: int) ->
     """
     out = [row for row, reason in enumerate(reasons) if reason is not None]
     passed = chunk.passed or Passed.nothing(len(chunk.places), num_classes, chunk.device)
-    index = placed(torch.tensor(out), chunk.device)
     places, why = [chunk.places[row] for row in out], [reason for reason in reasons if reason is not None]
-    leaving = Leaving(places, passed.answer[index], passed.exit_index, passed.score[index], why)
+    leaving = Leaving(places, *passed.some(index_of(out, chunk.device)), why)
     staying = [row for row, reason in enumerate(reasons) if reason is None]
     return leaving, some_rows(chunk, staying) if staying else None

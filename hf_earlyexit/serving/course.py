@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers import Leaving
@@ -115,7 +114,7 @@ class Course:
 
     def _settle(self, flight: Flight) -> Chunk | None:
         try:
-            return self.scheduler.settle(flight, partial(self._leave, flight.chunk))
+            return self.scheduler.settle(flight, self._leave)
         except Exception as error:  # a device tells late of what it was given to do
             if self.broken is None:
                 raise

@@ -2,15 +2,15 @@
 
 A graph works on fixed addresses and shapes. So rows that stand end to end are written into buffers of the next larger
 bucket of tokens, the graph is replayed, and what it left there is copied out. Where rows begin is a value in a buffer, so
-batches of as many tokens share a graph whatever their rows are. How to capture is an argument: the rest runs on a CPU too.
+batches of as many tokens share a graph whatever their rows are; nothing is brought from the host. How to capture is an
+argument: the rest runs on a CPU too.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..transfer import placed
+from .capturing import HeldNumbers
 
 GRAPHS = 1024  # a dozen segments in some eighty buckets
 NARROWEST = 16  # tokens that the longest row of a bucket may have
@@ -27,7 +27,7 @@ _CAPTURING = Lock()  # torch: one capture in a process at a time
 
 Outputs = Sequence[Tensor]
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
-Segment = Callable[[Tensor, Tensor, int], tuple[Tensor, Outputs]]
+Segment = Callable[..., tuple[Tensor, Tensor | None, Outputs]]
 
 
 class Shape(NamedTuple):
@@ -78,20 +78,26 @@ class CudaCapture:
 
 @dataclass
 class Bucket:
-    """Buffers `[tokens, H]` and `[rows + 1]` of a segment, and how to replay it once it has been captured."""
+    """Buffers `[tokens, H]`, `[rows + 1]` and `[rows, ...]` of a segment, and how to replay it once it has been captured.
+
+    Beside them stand the numbers that it took from the host when it ran first, which the graph reads where they are.
+    """
 
     hidden: Tensor
     bounds: Tensor
+    of_rows: list[Tensor]
     replay: Callable[[], Any] | None = None
     outputs: Outputs = ()
+    numbers: HeldNumbers = field(default_factory=HeldNumbers)
 
-    def fill(self, hidden: Tensor, lengths: Sequence[int]) -> None:
-        """Write a batch to the front of the buffers; nothing is left of the one before, and further rows are empty."""
-        ends = [0, *accumulate(lengths)]
-        ends += ends[-1:] * (len(self.bounds) - len(ends))
+    def fill(self, hidden: Tensor, bounds: Tensor, of_rows: Sequence[Tensor]) -> None:
+        """Write a batch to the front of the buffers; further rows are empty, and what is known of them means nothing."""
         self.hidden[: len(hidden)] = hidden
         self.hidden[len(hidden) :].zero_()
-        self.bounds.copy_(placed(torch.tensor(ends), self.bounds.device))
+        self.bounds[: len(bounds)] = bounds
+        self.bounds[len(bounds) :].fill_(len(hidden))
+        for held, values in zip(self.of_rows, of_rows, strict=True):
+            held[: len(values)] = values
 
 
 class SegmentGraphs:
@@ -111,16 +117,27 @@ class SegmentGraphs:
         self._bounds: Tensor | None = None
         self._lock = Lock()
 
-    def run(self, name: Hashable, segment: Segment, hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Outputs]:
+    def run(
+        self,
+        name: Hashable,
+        segment: Segment,
+        hidden: Tensor,
+        bounds: Tensor,
+        lengths: Sequence[int],
+        of_rows: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Outputs]:
         """What a segment makes of a batch; to be called in inference mode.
 
         Args:
             name: of the segment; the same name must always mean the same computation.
-            segment: takes hidden states `[tokens, H]`, where rows begin and the last one ends `[rows + 1]`, and the most
-                tokens of a row; returns hidden states of the same shape, and other tensors with the rows first. It may not
-                look at any value.
+            segment: takes hidden states `[tokens, H]`, where rows begin and the last one ends `[rows + 1]`, the most tokens
+                of a row, and what else is given of the rows; returns new hidden states of the same shape, the order to put
+                their tokens in `[tokens]`, `None` for as they are, and other tensors with the rows first. It may not look at
+                any value.
             hidden: of rows that stand end to end `[T, H]`.
+            bounds: where each row begins and the last one ends, on the device `[B + 1]`.
             lengths: tokens of each of the B rows.
+            of_rows: what else the segment reads, `[B, ...]` each; always as many, of the same shapes and dtypes.
 
         Returns:
             New tensors: hidden states `[T, H]`, and the others' first B rows.
@@ -131,23 +148,27 @@ class SegmentGraphs:
         shape = Shape.for_rows(lengths)
         with self._lock:
             known = self.buckets.pop((name, shape), None)
-            held = known or Bucket(*self._buffers(shape, hidden))
+            held = known or Bucket(*self._buffers(shape, hidden), [_for_rows(shape.rows, values) for values in of_rows])
             self.buckets[name, shape] = held
             if len(self.buckets) > self.limit:
                 self.buckets.popitem(last=False)
 
             def body() -> Outputs:
-                result, outputs = segment(held.hidden, held.bounds, shape.width)
-                held.hidden.copy_(result)
+                with held.numbers:
+                    result, order, outputs = segment(held.hidden, held.bounds, shape.width, *held.of_rows)
+                if order is None:
+                    held.hidden.copy_(result)
+                else:
+                    torch.index_select(result, 0, order, out=held.hidden)
                 return outputs
 
-            held.fill(hidden, lengths)
+            held.fill(hidden, bounds, of_rows)
             if known is None:  # what comes but once is not worth a graph
                 outputs = body()
             else:
                 if held.replay is None:
                     held.replay, held.outputs = self._captured(name, body)
-                    held.fill(hidden, lengths)  # warming up has written on the buffers
+                    held.fill(hidden, bounds, of_rows)  # warming up has written on the buffers
                 held.replay()
                 outputs = held.outputs
             kept = [part[: len(lengths)].clone() for part in outputs]
@@ -159,7 +180,7 @@ class SegmentGraphs:
         except RuntimeError as error:
             raise UsageError(
                 f"A part of the model, {name}, cannot be captured as a CUDA graph: {error}. Pass cuda_graphs=False, or see "
-                "to it that its layers and exits do not look at values on the host.",
+                "to it that its layers, exits and policy do not look at values on the host.",
                 field="cuda_graphs",
             ) from error
 
@@ -171,6 +192,11 @@ class SegmentGraphs:
         if self._bounds is None or len(self._bounds) <= shape.rows:
             self._bounds = torch.empty(2 * shape.rows + 1, dtype=torch.long, device=hidden.device)
         return self._hidden[: shape.tokens], self._bounds[: shape.rows + 1]
+
+
+def _for_rows(rows: int, values: Tensor) -> Tensor:
+    """A buffer for values `[B, ...]` of so many rows; whatever reads it finds values that a row may have."""
+    return values.new_zeros(rows, *values.shape[1:])
 
 
 def bucket(count: int) -> int:

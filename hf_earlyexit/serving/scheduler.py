@@ -19,9 +19,9 @@ import torch
 
 from ..errors import EarlyExitError, UsageError
 from ..policies.base import ExitPolicy
-from ..transfer import placed, sent
+from ..transfer import index_of, sent
 from ..values import check_whole
-from ..walking.step import Standing, parted, step_to_exit
+from ..walking.step import Standing, parted
 from .answers import DEADLINE, ERROR, LAST_LAYER, LAYER_BUDGET, POLICY, Answers, Leaving
 from .batching import batch_places
 from .chunks import Chunk, Flight, Passed, some_rows
@@ -159,34 +159,33 @@ class Scheduler:
             return None
         depth = next((stop for stop in self.stops if stop > chunk.depth), chunk.depth)  # behind all layers, the exit alone
         layers, index = range(chunk.depth + 1, depth + 1), self.exit_at.get(depth)
-        standing, outcome = step_to_exit(self.walker, layers, chunk.standing, self.policy, index)
+        standing, outcome, moved = self.walker.step(layers, chunk.standing, self.policy, index)
         judged = None if outcome is None or index is None else Passed(outcome.answer, index, outcome.score)
         passed = chunk.passed if chunk.passed is None or judged is None else judged
         chunk = chunk._replace(depth=depth, standing=standing, passed=passed)
         if outcome is not None and self.policy is not None:
-            return Flight(chunk, judged, sent(outcome.leave))
+            return Flight(chunk, judged, sent(outcome.leave), moved)
         if self.ends_at is not None:  # whoever watches the clock must not run ahead of the device
             return Flight(chunk, judged, sent(torch.zeros(rows, dtype=torch.bool, device=chunk.device)))
         return Flight(chunk, judged, lambda: [False] * rows)
 
-    def settle(self, flight: Flight, let_go: Callable[[Leaving], Any]) -> Chunk | None:
-        """Let go who leaves; `None` if nobody is left."""
-        chunk, judged, decided = flight.chunk, flight.judged, flight.decided()
+    def settle(self, flight: Flight, let_go: Callable[[Chunk, Leaving], Any]) -> Chunk | None:
+        """Let go who leaves, told with the rows as they stand there; `None` if nobody is left."""
+        (chunk, decided), judged = flight.landed(), flight.judged
         if judged is None:
             return chunk
         answer, index, score = judged
         if index == self.last:
             deepest = index == len(self.walker.exit_layers) - 1  # where every policy lets everybody go
             reasons = [LAST_LAYER if deepest else POLICY if leaves else LAYER_BUDGET for leaves in decided]
-            let_go(Leaving(chunk.places, answer, index, score, reasons))
+            let_go(chunk, Leaving(chunk.places, answer, index, score, reasons))
             self.on_done(len(chunk.places))
             return None
         leaving, staying = parted(decided)
         if not leaving:
             return chunk
-        out = placed(torch.tensor(leaving), answer.device)
-        places = [chunk.places[row] for row in leaving]
-        let_go(Leaving(places, answer[out], index, score[out], [POLICY] * len(leaving)))
+        gone = judged.some(index_of(leaving, answer.device))
+        let_go(chunk, Leaving([chunk.places[row] for row in leaving], *gone, [POLICY] * len(leaving)))
         self.on_done(len(leaving))
         return some_rows(chunk, staying) if staying else None
 

@@ -14,8 +14,9 @@ from ..families.context import Context
 from ..families.packed import join as join_packed
 from ..families.prepared import prepared
 from ..modeling.protocol import TorchExitClassifier
+from ..policies.base import ExitPolicy, ExitStep
 from ..signals import ExitSignal
-from ..walking.step import Walks
+from ..walking.step import Moved, Standing, Walks, step_to_exit
 from .batching import pad_batch, padding_token
 from .rows import TokenIds, check_ids
 from .tables import PIXELS
@@ -78,6 +79,16 @@ class BatchWalker(Walks):
     ) -> ExitSignal:
         """What exit `exit_index` (0-based) tells: see `walking.step.Walker`."""
         raise NotImplementedError
+
+    def step(
+        self, layers: range, rows: Standing, policy: ExitPolicy | None, exit_index: int | None
+    ) -> tuple[Standing, ExitStep | None, Moved | None]:
+        """As `step_to_exit`, but the rows may come back in another order: those who stay, then those who leave.
+
+        Hidden states, the policy's state, answers and scores are in the new order then, and the third value tells of it; who
+        leaves is told in the old one, and so is what the context holds on the host.
+        """
+        return *step_to_exit(self, layers, rows, policy, exit_index), None
 
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one."""

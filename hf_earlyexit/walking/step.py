@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..policies.base import ExitPolicy, ExitStep
 from ..signals import ExitSignal, names_at
+from ..transfer import Index, chosen
 
 State = TypeVar("State")
 
@@ -64,15 +65,22 @@ class Standing(NamedTuple):
     context: Any
     state: Any
 
-    def keep(self, rows: Sequence[int], index: Tensor) -> Standing:
+    def keep(self, rows: Sequence[int], index: Index) -> Standing:
         """Some of the rows, in every part.
 
         Args:
             rows: their positions, at least one.
-            index: the same positions, on the device.
+            index: the same positions, on the device, as `index_of` gives them.
         """
         hidden, context = self.context.take(self.hidden, rows, index)
         return Standing(hidden, context, rows_of(self.state, index))
+
+
+class Moved(NamedTuple):
+    """How a device has put B rows in another order: where each was `[B]`, and their bounds in the new one `[B + 1]`."""
+
+    rows: Tensor
+    bounds: Tensor
 
 
 class Parted(NamedTuple):
@@ -122,9 +130,9 @@ def parted(leave: Sequence[bool]) -> Parted:
     return Parted(*([row for row, leaves in enumerate(leave) if leaves == wanted] for wanted in (True, False)))
 
 
-def rows_of(state: State, index: Tensor) -> State:
+def rows_of(state: State, index: Index) -> State:
     """What a policy remembers of some rows; nothing of nothing."""
-    return state if state is None else type(state)(*(part[index] for part in state))  # type: ignore[attr-defined]
+    return state if state is None else type(state)(*(chosen(part, index) for part in state))  # type: ignore[attr-defined]
 
 
 def joined_rows(states: Sequence[State]) -> State:

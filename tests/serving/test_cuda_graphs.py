@@ -8,27 +8,30 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
 
 import hf_earlyexit as ee
+from hf_earlyexit import transfer
 from hf_earlyexit.errors import UsageError
-from hf_earlyexit.families import FAMILIES, packed_bert
+from hf_earlyexit.families import FAMILIES, packed, packed_bert
 from hf_earlyexit.families.base import IMAGE, LAST
 from hf_earlyexit.families.packed import Packed
 from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import graph_walker, predict
+from hf_earlyexit.serving.capturing import HeldNumbers, nothing_from_the_host
 from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, Shape, bucket
-from hf_earlyexit.serving.graph_walker import GraphWalker, captures, walker_for
+from hf_earlyexit.serving.graph_walker import GraphWalker, Name, captures, is_captured, stayers_first, walker_for
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.shadow import Shadow
 from hf_earlyexit.serving.walker import ModelWalker
 from hf_earlyexit.signals import names_at
+from hf_earlyexit.walking.step import Standing
 from tests.families.calibrated import opened
 from tests.families.tiny import batch_of, new_model, rows_of
 
@@ -36,26 +39,35 @@ from .conftest import alone
 from .test_scheduler import NAMES, assert_same
 
 NEAR = 1e-5
-where = torch.ops.aten.where
-WITH_NUMBERS = (where.Scalar, where.ScalarSelf, where.ScalarOther)  # on CUDA these copy their numbers, and wait
+
+
+class NothingIsMade(TorchFunctionMode):
+    """Refuses to make a tensor of numbers, which would have to be copied to the device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.Tensor.new_tensor)
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder:
-    """Captures as CUDA does: warming up writes on the buffers, capturing computes nothing, a replay fills what it made."""
+    """Captures as CUDA does: warming up writes on the buffers, capturing computes nothing and takes nothing from the host, a
+    replay fills what it made."""
 
     def __init__(self):
-        self.captured, self.replayed = 0, 0
+        self.captured, self.replayed, self.running = 0, 0, False
 
     def __call__(self, body):
         body()
-        outputs = [None if part is None else torch.full_like(part, torch.nan) for part in body()]
+        with NothingIsMade():
+            made = body()
+        outputs = [torch.full_like(part, torch.nan if part.is_floating_point() else 1) for part in made]
         self.captured += 1
 
         def replay():
-            self.replayed += 1
+            self.replayed, self.running = self.replayed + 1, True
             for static, part in zip(outputs, body(), strict=True):
-                if static is not None:
-                    static.copy_(part)
+                static.copy_(part)
+            self.running = False
 
         return replay, outputs
 
@@ -212,6 +224,154 @@ def test_predict_streams_and_pipelines_take_the_walker_that_suits(model, tokeniz
     assert pipe(texts[0], cuda_graphs=False)[0]["exit_layer"] == int(plain.exit_layer[0])
 
 
+# --- the policy within the graph ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_steps_within_the_graph(in_forward, rows, name):
+    model, _ = in_forward(name, 150)
+    walker, stepped = graphed(model), []
+    step = type(model.exit_policy).step
+    scheduler = Scheduler(walker, model.exit_policy, 96)
+    for _ in range(3):
+        scheduler.run(rows[:150])
+
+    def noted(self, *given):
+        stepped.append(walker.graphs.capture.running)
+        return step(self, *given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(model.exit_policy), "step", noted)
+        scheduler.run(rows[:150])
+    assert len(stepped) > 10
+    assert all(stepped)
+
+
+def test_numbers_are_brought_to_the_device_once():
+    held, like = HeldNumbers(), torch.ones(2, dtype=torch.float64)
+    with held:
+        made = [
+            (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), like.new_tensor((1, 2)), torch.tensor(5, dtype=torch.int32))
+            for _ in range(2)
+        ]
+        other = torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor((1, 2)), torch.tensor(5)
+    assert all(first is second for first, second in zip(*made, strict=True))
+    assert [part.tolist() for part in (*made[0], *other)] == [[[1, 2], [3, 4]], [1, 2], 5, [[1, 2], [3, 5]], [1, 2], 5]
+    assert [part.dtype for part in made[0][1:] + other[1:]] == [torch.float64, torch.int32, torch.int64, torch.int64]
+
+
+class Looks(ee.ConfidencePolicy):
+    def update(self, state, signal, exit_index):
+        state, score, answer = super().update(state, signal, exit_index)
+        return state, score if score.max() < 2 else score - 1, answer
+
+
+class Brings(ee.ConfidencePolicy):
+    def update(self, state, signal, exit_index):
+        state, score, answer = super().update(state, signal, exit_index)
+        return state, score + torch.as_tensor([0.0], device=score.device), answer
+
+
+class Lists(ee.ConfidencePolicy):
+    def update(self, state, signal, exit_index):
+        state, score, answer = super().update(state, signal, exit_index)
+        return state, score + 0 * signal.logits[:, [0, 1]].sum(1), answer
+
+
+class Unnamed(ee.ConfidencePolicy):
+    __hash__ = None
+
+
+def test_rules_that_no_graph_can_hold_step_outside_of_them(model, rows):
+    policy, expected = model.exit_policy, twice(graphed(model), model.exit_policy, 96, rows)
+    assert is_captured(policy, model.num_labels)
+    numbers = {"thresholds": policy.thresholds, "exit_layers": policy.exit_layers}
+    for kind in (Looks, Brings, Lists, Unnamed):
+        assert not is_captured(kind(**numbers), model.num_labels)
+        got = twice(graphed(model), kind(**numbers), 96, rows)
+        assert torch.equal(got.exit_index, expected.exit_index)
+        assert torch.equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_those_who_stay_come_first_each_with_its_tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = 1 + seed % 7
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist() + [0] * (seed % 3)
+    leave, bounds = torch.rand(len(lengths), generator=generator) < 0.5, torch.tensor([0, *lengths]).cumsum(0)
+    order, ends, tokens = stayers_first(bounds, leave, sum(lengths) + 5)
+    real, kept = range(count), leave.tolist()
+    expected = [row for row in real if not kept[row]] + [row for row in real if kept[row]]
+    assert order.tolist()[:count] == expected
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert ends.tolist() == torch.tensor([lengths[row] for row in order.tolist()]).cumsum(0).tolist()
+    of_rows = [token for row in expected for token in range(int(bounds[row]), int(bounds[row + 1]))]
+    assert tokens.tolist()[: sum(lengths)] == of_rows
+    assert len(tokens) == sum(lengths) + 5
+    assert int(tokens.max()) < sum(lengths) + 5
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_what_goes_on_is_the_front_of_what_the_graph_left(family):
+    """Nothing is brought from the host but new rows; layers of ModernBERT read tensors of every token beside the states."""
+    model, brought = new_model(family), []
+    rows = rows_of(batch_of(family, rows=24))
+    policy = opened("confidence", ee.collect_trace(model, rows, labelled=False, progress=False))
+    scheduler = Scheduler(graphed(model), policy, 100_000)
+    expected = scheduler.run(rows)
+    assert len(set(expected.exit_index.tolist())) > 2
+
+    def placed(values, device):
+        brought.append(tuple(values.shape))
+        return values.to(device)
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (transfer, packed):
+            patched.setattr(module, "placed", placed)
+        begun = scheduler.begin(list(enumerate(rows)))
+        of_new_rows = len(brought)
+        got = scheduler.run(rows)
+    assert begun.places == list(range(24))
+    assert torch.equal(got.exit_index, expected.exit_index)
+    of_shared = policy.num_exits if family == "modernbert" else 0  # how long the rows are that change places
+    assert len(brought) == 2 * of_new_rows + of_shared
+
+
+def states_leak(model, policy, change=lambda: None):
+    """Whether what a policy remembers of one batch reaches the next in the same buffers."""
+    walker, fresh = graphed(model), graphed(model)
+
+    def stepped(by, lengths, seed, poison=None):
+        hidden, context = random_part(lengths, seed)
+        state = policy.init_state(len(lengths), model.num_labels, "cpu")
+        if poison is not None:
+            state = type(state)(*(part.fill_(poison) for part in state))
+        with torch.inference_mode():
+            return by.step(range(1, 3), Standing(hidden, context, state), policy, 1)
+
+    for _ in range(3):
+        stepped(walker, [16, 9, 12, 11], 0, poison=1)
+    change()
+    (_, got, _), (_, expected, _) = stepped(walker, [14, 13, 15], 1), stepped(fresh, [14, 13, 15], 1)
+    assert walker.graphs.capture.captured == 1
+    return not all(
+        torch.equal(*parts) for parts in zip((*got.state, got.score), (*expected.state, expected.score), strict=True)
+    )
+
+
+def forget_what_is_known_of_rows(self, hidden, bounds, of_rows):
+    FILL(self, hidden, bounds, self.of_rows)
+
+
+FILL = Bucket.fill
+
+
+def test_what_a_rule_remembers_of_one_batch_reaches_no_other(in_forward, monkeypatch):
+    model, _ = in_forward("reward", 150)
+    assert not states_leak(model, model.exit_policy)
+    assert states_leak(model, model.exit_policy, partial(monkeypatch.setattr, Bucket, "fill", forget_what_is_known_of_rows))
+
+
 # --- buffers and graphs -------------------------------------------------------------------------------------------------
 
 
@@ -248,9 +408,8 @@ def test_nothing_of_the_batch_before_reaches_the_next(tiny_model):
     assert not leaks(model, poison=7.0)
 
 
-def forget_the_states(self, hidden, lengths):
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    self.bounds[: len(ends)], self.bounds[len(ends) :] = ends, ends[-1]
+def forget_the_states(self, hidden, bounds, of_rows):
+    self.bounds[: len(bounds)], self.bounds[len(bounds) :] = bounds, bounds[-1]
     self.hidden[: len(hidden)] = hidden
 
 
@@ -260,9 +419,10 @@ def test_buffers_that_are_not_cleared_are_found_out(tiny_model, monkeypatch):
 
 
 def test_a_batch_stands_at_the_front_and_further_rows_are_empty():
-    held = Bucket(torch.full((48, 2), 7.0), torch.full((5,), 9))
-    held.fill(torch.ones(42, 2), [14, 13, 15])
+    held = Bucket(torch.full((48, 2), 7.0), torch.full((5,), 9), [torch.zeros(4, 2)])
+    held.fill(torch.ones(42, 2), torch.tensor([0, 14, 27, 42]), [torch.ones(3, 2)])
     assert held.bounds.tolist() == [0, 14, 27, 42, 42]
+    assert held.of_rows[0].tolist() == [[1.0, 1.0]] * 3 + [[0.0, 0.0]]
     assert held.hidden.tolist() == [[1.0, 1.0]] * 42 + [[0.0, 0.0]] * 6
 
 
@@ -359,27 +519,21 @@ def test_what_cannot_be_captured_is_told(model):
             walker.run(range(1, 3), *part, 1)
 
 
-class NothingFromTheHost(TorchDispatchMode):
-    """Refuses what copies a number or a tensor from the host inside: no graph can hold such a copy."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = tree_leaves((args, kwargs or {}))
-        host = [one for one in given if isinstance(one, torch.Tensor) and one.device.type == "cpu"]
-        if host or func is torch.ops.aten.lift_fresh.default or func in WITH_NUMBERS:
-            raise AssertionError(f"{func} copies from the host")
-        return func(*args, **(kwargs or {}))
-
-
-def segment_on_no_device(model):
-    bare = model.to("meta")  # whose tensors have no values: a look at one is an error
-    walker = GraphWalker(bare, SegmentGraphs(Recorder()))
+def segment_on_no_device(model, policy=None):
+    """A segment, and one with its policy, where tensors have no values: a look at one is an error."""
+    walker = GraphWalker(model.to("meta"), SegmentGraphs(Recorder()))
     hidden, bounds = torch.empty(40, 32, device="meta"), torch.empty(9, dtype=torch.long, device="meta")
-    with torch.inference_mode(), NothingFromTheHost():
+    with torch.inference_mode(), nothing_from_the_host():
         for layers, exit_index in ((range(1, 3), 1), (range(3, 5), 3)):
             asks = names_at(model.signals, last=exit_index == 3)
-            result, (logits, *scalars) = walker._segment(layers, exit_index, asks, hidden, bounds, 16)
-            assert (result.shape, logits.shape) == ((40, 32), (8, 3))
+            result, order, (logits, *scalars) = walker._segment(Name(layers, exit_index, asks), hidden, bounds, 16)
+            assert (result.shape, order, logits.shape) == ((40, 32), None, (8, 3))
             assert [values.shape for values in scalars] == [(8,)] * len(asks)
+            if policy is not None:
+                name, state = Name(layers, exit_index, policy.asks_at(exit_index), policy), policy.init_state(8, 3, "meta")
+                result, order, (leave, *of_rows) = walker._decided(type(state), name, hidden, bounds, 16, *(state or ()))
+                assert (result.shape, order.shape, leave.dtype) == ((40, 32), (40,), torch.bool)
+                assert {len(part) for part in of_rows} == {8}
 
 
 def test_rows_are_put_end_to_end_before_they_reach_the_device(tiny_model, rows):
