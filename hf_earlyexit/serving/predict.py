@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +118,7 @@ def predict(
         errors=errors,
         cuda_graphs=cuda_graphs,
         monitor=monitor,
+        counted=True,
     )
     count = len(rows) if hasattr(rows, "__len__") else None
     with tqdm(total=count, disable=not progress, unit="row") as bar:
@@ -173,6 +177,7 @@ def stream(
         errors=errors,
         cuda_graphs=cuda_graphs,
         monitor=monitor,
+        counted=hasattr(rows, "__len__"),
     )
     return _one_by_one(model, _answered(model, reader, reader.windows(rows, window), options))
 
@@ -186,7 +191,10 @@ def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What `predict` and `stream` were asked for, checked; `ends_at` is the deadline on the monotonic clock, in seconds."""
+    """What `predict` and `stream` were asked for, checked; `ends_at` is the deadline on the monotonic clock, in seconds.
+
+    `counted` tells that nobody waits for an answer before the next row is given.
+    """
 
     early_exit: bool | None
     operating_point: str | None
@@ -196,6 +204,7 @@ class _Options:
     errors: str
     cuda_graphs: bool
     monitor: Monitor | None
+    counted: bool
 
     def __post_init__(self) -> None:
         if not isinstance(self.errors, str) or self.errors not in ("raise", "slot"):
@@ -217,9 +226,9 @@ def _answered(
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
     """Answers window by window; `on_done` hears how many rows have been answered."""
-    walker, first, monitor, ends_at = walker_for(model, options.cuda_graphs), 0, options.monitor, options.ends_at
+    walker, monitor, ends_at = walker_for(model, options.cuda_graphs), options.monitor, options.ends_at
     budget = walker.best_batch_tokens if options.max_batch_tokens is None else options.max_batch_tokens
-    for window in windows:
+    for first, window, read in _windows_read(reader, windows, ahead=walker.reads_ahead and options.counted):
         if ends_at is not None and time.monotonic() >= ends_at:
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
@@ -227,7 +236,7 @@ def _answered(
             falls_back = monitor is not None and monitor.falls_back
             policy = None if falls_back else model.choose_policy(options.early_exit, options.operating_point, {})
             scheduler = Scheduler(walker, policy, budget, options.layer_budget, ends_at, on_done)
-            encoded = reader.encode(window, first)
+            encoded = read()
             if options.raises:
                 first_error(encoded, walker.check, first)
             same: list[bool] = []
@@ -243,7 +252,36 @@ def _answered(
                 layers = _layers(model, answers.exit_index[answers.exit_index >= 0]).tolist()
                 monitor.record(layers, () if scheduler.late() else same)  # the time chooses whom it cuts off
         yield answers
-        first += len(window)
+
+
+def _windows_read(
+    reader: RowReader, windows: Iterable[Sequence[Any]], ahead: bool
+) -> Iterator[tuple[int, Sequence[Any], Callable[[], list[Any]]]]:
+    """The number of each window's first row, the window, and what gives that which the model reads of its rows.
+
+    Args:
+        reader: of the rows.
+        windows: of rows.
+        ahead: read the rows of one window more in a thread while a window is answered.
+    """
+    first = 0
+    if not ahead:
+        for window in windows:
+            yield first, window, partial(reader.encode, window, first)
+            first += len(window)
+        return
+    waiting: deque[tuple[int, Sequence[Any], Callable[[], list[Any]]]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="hf_earlyexit reader") as pool:
+        try:
+            for window in windows:
+                waiting.append((first, window, pool.submit(reader.encode, window, first).result))
+                first += len(window)
+                if len(waiting) > 1:
+                    yield waiting.popleft()
+        except Exception:  # rows that came before what cannot be read have their answers
+            yield from waiting
+            raise
+        yield from waiting
 
 
 def monitored(

@@ -36,6 +36,7 @@ class BatchWalker(Walks):
         best_batch_tokens: padded tokens of a batch that suit it.
         best_wait: seconds that rows should wait for company at a depth while others run.
         lanes: batches that should be under way at once.
+        reads_ahead: whether the host should read rows while others are under way, as it has nothing else to do.
     """
 
     exit_layers: tuple[int, ...]
@@ -45,6 +46,7 @@ class BatchWalker(Walks):
     best_batch_tokens: int
     best_wait: float = 0.0
     lanes: int = 1
+    reads_ahead: bool = False
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""
@@ -117,6 +119,7 @@ class ModelWalker(BatchWalker):
         on_cpu = self.device.type == "cpu"
         self.best_batch_tokens = CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS
         self.best_wait = 0.0 if on_cpu else ACCELERATOR_WAIT
+        self.reads_ahead = not on_cpu
 
     def check(self, row: TokenIds, number: int) -> DataError | None:
         """What keeps the model from reading this row, if anything."""

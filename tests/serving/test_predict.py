@@ -1,11 +1,16 @@
 """Answers for many rows, in the order they came."""
 
+import threading
+
 import psutil
 import pytest
 import torch
 from datasets import Dataset
 
 import hf_earlyexit as ee
+from hf_earlyexit.serving import predict
+from hf_earlyexit.serving.scheduler import Scheduler
+from hf_earlyexit.serving.walker import ModelWalker
 
 
 def test_answers_keep_the_order_and_equal_single_rows(model, tokenizer, random_texts):
@@ -105,6 +110,79 @@ def test_a_stream_answers_in_order_and_reads_a_window_ahead(model, tokenizer, ra
     for place, answer in enumerate([first, *answers]):
         assert torch.allclose(answer.logits, whole.logits[place], atol=1e-5)
         assert (answer.exit_layer, answer.reason) == (int(whole.exit_layer[place]), whole.reason[place])
+
+
+class ReadsAhead(ModelWalker):
+    """Reads ahead as on an accelerator."""
+
+    def __init__(self, model, cuda_graphs=True):
+        super().__init__(model)
+        self.reads_ahead = True
+
+
+@pytest.fixture
+def on_accelerator(monkeypatch):
+    monkeypatch.setattr(predict, "walker_for", ReadsAhead)
+    monkeypatch.setattr(predict, "WINDOW", 8)
+
+
+def test_rows_are_read_while_others_are_answered(model, tokenizer, random_texts, on_accelerator, monkeypatch):
+    texts, seen = random_texts(40), []
+    expected = ee.predict(model, texts, tokenizer=tokenizer, cuda_graphs=False)
+    begun, going_on = threading.Event(), threading.Event()
+
+    class Tokenizer:
+        def __call__(self, rows, **options):
+            if len(seen) == 1:
+                begun.set()  # the second window, before the first is answered
+                assert going_on.wait(10)
+            seen.append(threading.current_thread() is threading.main_thread())
+            return tokenizer(rows, **options)
+
+        model_max_length = tokenizer.model_max_length
+
+    run = Scheduler.run
+
+    def waiting(self, rows, *given, **options):
+        assert begun.wait(10)
+        going_on.set()
+        return run(self, rows, *given, **options)
+
+    monkeypatch.setattr(Scheduler, "run", waiting)
+    got = ee.predict(model, texts, tokenizer=Tokenizer())
+    assert torch.equal(got.logits, expected.logits)
+    assert seen == [False] * 5
+    assert not [thread.name for thread in threading.enumerate() if "reader" in thread.name]
+
+
+def test_what_was_read_ahead_of_a_row_that_cannot_be_read_is_answered(model, tokenizer, random_texts, on_accelerator):
+    texts = random_texts(40)
+
+    class Torn(list):
+        def __iter__(self):
+            yield from texts[:20]
+            raise OSError("torn")
+
+    answers, stream = [], ee.stream(model, Torn(texts), tokenizer=tokenizer, window=8)
+    with pytest.raises(OSError, match="torn"):
+        answers.extend(stream)
+    assert len(answers) == 16
+    with pytest.raises(ee.errors.DataError, match="Row 17"):
+        ee.predict(model, [*texts[:17], 5, *texts[18:]], tokenizer=tokenizer)
+    slots = ee.predict(model, [*texts[:17], 5, *texts[18:]], tokenizer=tokenizer, errors="slot")
+    assert list(slots.errors) == [17]
+
+
+def test_whoever_waits_for_an_answer_is_not_kept_waiting(model, tokenizer, random_texts, on_accelerator):
+    given = []
+
+    def rows():
+        for text in random_texts(20):
+            given.append(text)
+            yield text
+
+    for count, _ in enumerate(ee.stream(model, rows(), tokenizer=tokenizer, window=4)):
+        assert len(given) == 4 * (count // 4 + 1)
 
 
 def test_windows_change_no_answer(model, tokenizer, random_texts, monkeypatch):
