@@ -8,14 +8,14 @@ from typing import Any
 from transformers.utils import logging
 
 from ..calibration.targets import Target
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, EarlyExitError, UsageError
 from ..modeling.fingerprint import model_fingerprint, policy_fingerprint
 from ..modeling.protocol import ExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..onnx.recalibrate import recalibrate
 from ..registry import unknown_name
 from ..serving.served import form_of, served_classifier
-from .speed import HINTS, THROUGHPUT, fastest
+from .speed import HINTS, LATENCY, THROUGHPUT, fastest
 from .table import FORMS, FP32, ONNX, SAME_NUMBERS, made, what_lacks
 
 AUTO = "auto"
@@ -52,7 +52,9 @@ def convert(
         form: "fp32" (the model itself), "bf16", "int8", "onnx" (ONNX Runtime), "onnx-int8"; or "auto" for the one that is
             the fastest here of those that the model can have and that have thresholds, by a short measurement of each; ONNX
             Runtime is among these where the hint is "latency" or it has thresholds of its own.
-        performance_hint: what "auto" measures: "throughput" for many rows at once, "latency" for one at a time.
+        performance_hint: what "auto" measures: "throughput" for many rows at once, "latency" for one at a time. With
+            "latency" a model in ONNX Runtime with a policy has one file more, for rows that come alone, which holds its
+            weights once more and stops by itself.
         rows, labels: held-back rows to choose thresholds on, as for `collect_trace`.
         tokenizer, image_processor, split, max_length, progress: as for `collect_trace`.
         target: what the new thresholds are for; by default what the model's were calibrated for.
@@ -103,7 +105,7 @@ def convert(
                 "them out.",
                 field="rows",
             )
-        return convert_to(form)
+        return _with_one_row(inner, convert_to(form), performance_hint)
     kept = inner.config.exit_forms or {}
 
     def may(name: str) -> bool:
@@ -121,7 +123,7 @@ def convert(
             if name == form_of(inner):
                 raise
             logger.warning(f"The form {name} is left out of the choice: {error}")
-    return fastest(models, performance_hint)
+    return _with_one_row(inner, fastest(models, performance_hint), performance_hint)
 
 
 def keep_thresholds(model: Wrapped, converted: Any) -> None:
@@ -146,6 +148,18 @@ def keep_thresholds(model: Wrapped, converted: Any) -> None:
             field="converted",
         )
     inner.config.exit_forms = {**(inner.config.exit_forms or {}), form: {"policy": policy, "certificate": certificate}}
+
+
+def _with_one_row(model: Any, new: Any, performance_hint: str) -> Any:
+    """A model in ONNX Runtime that answers rows that come alone by the one-file form, where that is wanted and can be."""
+    if performance_hint == LATENCY and form_of(new).startswith(ONNX) and new.exit_policy is not None:
+        from ..onnx.export import open_one_row  # needs the extra
+
+        try:
+            new.walker.one_row = open_one_row(model, new)
+        except EarlyExitError as error:
+            logger.warning(f"Rows that come alone go through the files of the layers, one after the other: {error}")
+    return new
 
 
 def _take_kept(model: ExitClassifier, new: Any) -> None:

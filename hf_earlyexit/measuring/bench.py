@@ -124,7 +124,7 @@ def _add_shares(exits: dict[str, float], few_exits: dict[str, float], many: Any,
     for key, way in (("share_of_bound", EARLY), ("share_of_bound_in_arrival_order", FORWARD)):
         if way in many:
             exits[key] = many[FULL]["seconds"] / many[way]["seconds"] / bound
-    fastest = few[FORWARD if FORWARD in few else ONE_FILE]["seconds"]
+    fastest = few[ONE_FILE if ONE_FILE in few else FORWARD]["seconds"]
     exits["share_of_bound_at_batch_1"] = alone / fastest / few_exits["token_layer_bound"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,13 +21,14 @@ from ..onnx.classifier import OnnxClassifier, open_session
 from ..onnx.export import one_file
 from ..onnx.graphs import inputs_of, subgraph
 from ..onnx.layer_files import cut_pieces
+from ..onnx.one_row import OneRow
 from ..onnx.quantize import quantize_graph
 from ..onnx.walk import logits_of, walk_graph
 from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
-from .ways import EARLY, FIRST, FULL, ONE_FILE, Run, Ways, exit_at
+from .ways import EARLY, FIRST, FORWARD, FULL, ONE_FILE, Run, Ways, exit_at
 
 
 class OnnxForm:
@@ -63,11 +65,14 @@ class OnnxForm:
         early = Scheduler(walker_for(served), policy, served.walker.best_batch_tokens)
         whole, short = self._session(last), self._session(static)
         one = self._open(one_file(self.plain, served.config, policy, self.int8))
-        first = FIRST.format(static_layer)
+        first, alone = FIRST.format(static_layer), copy.copy(served)
+        alone.walker = copy.copy(served.walker)
+        alone.walker.one_row = OneRow(lambda: one, dict(served.config.exit_policy))
         return Ways(
             many={FULL: by_length(whole, batch_size), EARLY: early.run, first: by_length(short, batch_size)},
-            single={FULL: by_length(whole, 1), EARLY: early.run, ONE_FILE: by_length(one, 1), first: by_length(short, 1)},
-        )
+            single={FULL: by_length(whole, 1), FORWARD: partial(_row_by_row, alone), EARLY: early.run,
+                    ONE_FILE: by_length(one, 1), first: by_length(short, 1)},
+        )  # fmt: skip
 
     def _session(self, exit_index: int) -> ort.InferenceSession:
         """The plain graph up to one exit."""
@@ -78,6 +83,11 @@ class OnnxForm:
 
     def _open(self, data: bytes) -> ort.InferenceSession:
         return open_session(lambda _: data, "model.onnx", self.threads)
+
+
+def _row_by_row(model: OnnxClassifier, rows: Sequence[TokenIds]) -> None:
+    for row in rows:
+        model(**pad_batch([row]))
 
 
 def by_length(session: ort.InferenceSession, batch_size: int) -> Run:

@@ -65,6 +65,7 @@ class OnnxWalker(BatchWalker):
         self._read = [{info.name for info in session.get_inputs()} for session in self._exits]  # asking takes long
         names = [info.name for info in self._exits[0].get_outputs() if info.name.startswith(SIGNAL)]
         self.signals = tuple(name.removeprefix(SIGNAL).rpartition("_")[0] for name in names)
+        self.one_row: OneRow | None = None
 
     @property
     def picture(self) -> tuple[int, ...]:
@@ -118,6 +119,13 @@ class OnnxWalker(BatchWalker):
         logits, *scalars = map(torch.from_numpy, _run(session, states, context, wanted))
         return ExitSignal(logits, dict(zip(asks, scalars, strict=True)))
 
+    def alone(self, row: Any, policy: ExitPolicy | None) -> tuple[Tensor, int, Tensor] | None:
+        """What a row leaves with by the one-file form, if that holds the policy."""
+        if policy is None or self.one_row is None or policy != self.one_row.policy:
+            return None
+        logits, layer, score = self.one_row(self.read(dict(pad_batch([row], padding_token(self.config)))))
+        return logits, self.exit_layers.index(int(layer)), score
+
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one, padded to the widest."""
         width = max(hidden.shape[1] for hidden, _ in parts)
@@ -149,13 +157,13 @@ class OnnxClassifier(OperatingPoints):
         self.config, self.fingerprint, self.dtype = config, fingerprint, getattr(torch, dtype)
         self.threads = threads or torch.get_num_threads()
         self.walker = OnnxWalker(config, read, self.threads)
-        self.one_row: OneRow | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], *, threads: int | None = None) -> Self:
         """Load the batched form of an exported folder, once each of its files has been found unchanged.
 
-        Where the folder holds the one-file form as well, a row that is called alone runs through that.
+        Where the folder holds the one-file form as well, a row that comes alone runs through that: in a call, in `predict`,
+        and in an `Engine` that has nothing else to do.
 
         Args:
             folder: what `export_onnx` wrote.
@@ -178,7 +186,7 @@ class OnnxClassifier(OperatingPoints):
 
         model = cls(config, read, manifest["fingerprint"], manifest["dtype"], threads)
         if ONE_FILE in manifest["files"] and config.exit_policy is not None:
-            model.one_row = OneRow(partial(open_session, read, ONE_FILE, model.threads), dict(config.exit_policy))
+            model.walker.one_row = OneRow(partial(open_session, read, ONE_FILE, model.threads), dict(config.exit_policy))
         return model
 
     @property
@@ -257,8 +265,8 @@ class OnnxClassifier(OperatingPoints):
         batch = self.walker.read({**given, PIXELS: pixel_values})
         plain = early_exit is None or early_exit is True
         plain = plain and operating_point is None and exit_signals is None and not len(shadowed)
-        one_row = self.one_row if plain and len(next(iter(batch.values()))) == 1 else None
-        if one_row is not None and self.config.exit_policy == one_row.policy:  # the file holds it: none need be made of it
+        one_row = self.walker.one_row if plain and len(next(iter(batch.values()))) == 1 else None
+        if one_row is not None and self.config.exit_policy == one_row.values:  # the file holds it: none need be made of it
             logits, layer, score = one_row(batch)
             check_finite(logits, [0])
             return EarlyExitClassifierOutput(logits=logits, exit_layer=layer, exit_score=score)

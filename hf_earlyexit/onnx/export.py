@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from onnx import ModelProto
 from transformers.utils import logging
 
@@ -23,12 +24,13 @@ from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
 from ..values import unexpected
 from . import FOLDER, FORMS, LAYERS, LAYOUTS, ONE, TRITON
-from .classifier import OnnxClassifier
+from .classifier import OnnxClassifier, open_session
 from .decisions import PREFIX, asked_exits, policy_graph
 from .graphs import append, inputs_of, staged
 from .inputs import picture_shape
 from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
+from .one_row import OneRow
 from .quantize import quantize_graph
 from .recalibrate import Recalibration, recalibrate
 from .triton import triton_files
@@ -133,6 +135,25 @@ def in_memory(model: Wrapped, int8: bool) -> OnnxClassifier:
     inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
     whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, None))
     return OnnxClassifier(config, _pieces(whole, config, int8).__getitem__, fingerprint, dtype)
+
+
+def open_one_row(model: Wrapped, served: OnnxClassifier) -> OneRow:
+    """The one-file form of a model without files.
+
+    Args:
+        model: a float32 classifier with exits, on the CPU. It is not changed.
+        served: its batched form, with a policy.
+
+    Raises:
+        UsageError, PolicyError: as `export_onnx`.
+    """
+    inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
+    int8, policy = served.dtype == torch.int8, served.exit_policy
+    assert policy is not None  # its caller has looked
+    whole = _traced(inner, int8, picture_shape(inner, None))[0]
+    data = one_file(whole, served.config, policy, int8)
+    session = open_session(lambda _: data, ONE_FILE, served.threads)
+    return OneRow(lambda: session, dict(served.config.exit_policy))
 
 
 def _pieces(whole: ModelProto, config: Any, int8: bool) -> dict[str, bytes]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
 import onnxruntime as ort
 import torch
 from torch import Tensor
+
+from ..policies.base import ExitPolicy
 
 OUTPUTS = ["logits", "exit_layer", "exit_score"]
 
@@ -20,13 +23,18 @@ class OneRow:
 
     Args:
         open_file: opens it.
-        policy: that the file holds, as in the config it was written with.
+        policy: that the file holds, as in the config it was written with; `values` afterwards.
     """
 
     def __init__(self, open_file: Callable[[], ort.InferenceSession], policy: dict[str, Any]) -> None:
-        self.policy = policy
+        self.values = policy
         self._open_file, self._opening = open_file, Lock()
         self._session: ort.InferenceSession | None = None
+
+    @cached_property
+    def policy(self) -> ExitPolicy:
+        """That the file holds."""
+        return ExitPolicy.from_dict(self.values)
 
     def __call__(self, row: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `[1, C]`, exit layer `[1]` and exit score `[1]` of a batch of one row, by the names of the inputs."""

@@ -239,6 +239,8 @@ class Line:
         while groups:
             group = groups.popleft()
             try:
+                if self._answered_alone(group):
+                    continue
                 return self.scheduler.begin([(future, self.inside[future]) for future in group])
             except Exception as error:
                 if len(group) == 1:
@@ -246,6 +248,18 @@ class Line:
                 else:
                     groups.extendleft([future] for future in reversed(group))
         return None
+
+    def _answered_alone(self, group: Sequence[RowFuture]) -> bool:
+        """Whether a row that nobody can share a batch with has been answered, by a quicker way for such."""
+        if len(self.inside) > 1 or self.queue or self.monitor is not None:
+            return False
+        row = self.inside[group[0]]
+        leaving = self.scheduler.alone(group[0], row)
+        if leaving is None:
+            return False
+        self.batches, self.batch_tokens = self.batches + 1, self.batch_tokens + self.scheduler.walker.length(row)
+        self._let_go(leaving)
+        return True
 
     # --- out --------------------------------------------------------------------------------------------------------
 

@@ -92,6 +92,18 @@ class BatchWalker(Walks):
         """
         return *step_to_exit(self, layers, rows, policy, exit_index), None
 
+    def alone(self, row: TokenIds, policy: ExitPolicy | None) -> tuple[Tensor, int, Tensor] | None:
+        """What a row leaves with, by a quicker way for a row that nobody shares a batch with, if there is one.
+
+        Args:
+            row: that `check` has nothing against.
+            policy: says when it leaves.
+
+        Returns:
+            Logits `[1, C]`, exit index and score `[1]`; `None` without such a way, or one for another policy.
+        """
+        return None
+
     def join(self, parts: Sequence[tuple[Tensor, Context]]) -> tuple[Tensor, Context]:
         """Batches of the same depth as one."""
         raise NotImplementedError

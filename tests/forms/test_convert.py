@@ -11,6 +11,7 @@ from hf_earlyexit.forms import convert as convert_module
 from hf_earlyexit.forms import speed, table
 from hf_earlyexit.forms.speed import fastest
 from hf_earlyexit.forms.table import FORMS, what_lacks
+from hf_earlyexit.onnx import export
 from hf_earlyexit.serving.bf16 import lacks_bf16
 from hf_earlyexit.serving.online import Engine
 
@@ -135,12 +136,11 @@ def test_only_what_a_calibration_vouches_for_is_kept(model, tiny_model):
 
 def test_auto_measures_the_forms_that_have_thresholds(model, converted, monkeypatch):
     measured = []
-    monkeypatch.setattr(convert_module, "fastest", lambda models, hint: measured.append((hint, *models)) or "chosen")
+    monkeypatch.setattr(convert_module, "fastest", lambda models, hint: measured.append((hint, *models)) or model)
     monkeypatch.setattr(convert_module, "made", lambda model, form: model)
     monkeypatch.setattr(convert_module, "_take_kept", lambda model, new: None)
     monkeypatch.setattr(convert_module, "what_lacks", lambda form, device: "a test" if form == "bf16" else None)
-    assert ee.convert(model) == "chosen"
-    assert ee.convert(model, performance_hint="latency") == "chosen"
+    assert ee.convert(model) is ee.convert(model, performance_hint="latency") is model
     monkeypatch.setattr(model.config, "exit_forms", {"int8": {}, "bf16": {}, "onnx-int8": {}})
     ee.convert(model)
     ee.convert(model, "auto", performance_hint="latency")
@@ -150,6 +150,34 @@ def test_auto_measures_the_forms_that_have_thresholds(model, converted, monkeypa
         ("throughput", "fp32", "int8", "onnx-int8"),
         ("latency", "fp32", "int8", "onnx", "onnx-int8"),
     ]
+
+
+@pytest.mark.parametrize("form", ["onnx", "onnx-int8"])
+def test_for_latency_a_row_that_comes_alone_has_a_file_of_its_own(model, converted, tokenizer, rows, form):
+    several = converted(form)
+    chosen = {} if form == "onnx" else {"rows": rows, "labels": model.labels, "tokenizer": tokenizer}
+    quick = ee.convert(model, form, performance_hint="latency", **chosen)
+    assert several.walker.one_row is None
+    asked, one_row = [], quick.walker.one_row
+    quick.walker.one_row = lambda row: asked.append(row) or one_row(row)
+    quick.walker.one_row.policy = one_row.policy
+    right = ee.predict(several, rows[:50], tokenizer=tokenizer)
+    told = [ee.predict(quick, [row], tokenizer=tokenizer) for row in rows[:50]]
+    assert len(asked) == 50
+    assert [int(one.exit_layer) for one in told] == right.exit_layer.tolist()
+    assert torch.allclose(torch.cat([one.logits for one in told]), right.logits, atol=1e-5)
+    assert len(set(right.exit_layer.tolist())) > 1
+
+
+def test_a_model_too_large_for_one_file_goes_through_the_layers_and_says_so(model, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(convert_module.logger, "warning", warnings.append)
+    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
+    assert ee.convert(model, "onnx", performance_hint="latency").walker.one_row is None
+    assert len(warnings) == 1
+    assert warnings[0].startswith(
+        "Rows that come alone go through the files of the layers, one after the other: The model takes"
+    )
 
 
 def test_auto_leaves_out_what_the_model_cannot_have_and_says_so(model, converted, monkeypatch):

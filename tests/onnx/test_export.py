@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import threading
+from collections import Counter
 
 import numpy as np
 import onnxruntime as ort
@@ -85,9 +87,9 @@ def test_the_folder_answers_as_the_model(served, loaded, folder, tokenizer, rand
 
 def test_a_row_that_comes_alone_runs_through_the_one_file(served, folder, tokenizer, random_texts, monkeypatch):
     model, texts = ee.OnnxClassifier.from_pretrained(folder), random_texts(30)
-    opened = []
-    alone = model.one_row._open_file
-    monkeypatch.setattr(model.one_row, "_open_file", lambda: opened.append(1) or alone())
+    walker, opened = model.walker, []
+    alone = walker.one_row._open_file
+    monkeypatch.setattr(walker.one_row, "_open_file", lambda: opened.append(1) or alone())
     rows = [tokenizer(text, return_tensors="np") for text in texts]
     together = [model(**row, operating_point=None, shadowed=[0]) for row in rows]  # a shadow needs the layers
     assert not opened
@@ -101,10 +103,80 @@ def test_a_row_that_comes_alone_runs_through_the_one_file(served, folder, tokeni
     assert len({int(one.exit_layer) for one in single}) > 1
     full = model(**rows[0], early_exit=False)
     assert full.exit_logits.shape[1] == 4
-    monkeypatch.setattr(model, "one_row", OneRow(None, model.one_row.policy))  # fails where it is called
+    monkeypatch.setattr(walker, "one_row", OneRow(None, walker.one_row.values))  # fails where it is called
     model.set_exit_policy(StaticPolicy.at(1, 4, exit_layers=model.exit_layers))
     assert model(**rows[0]).exit_layer.tolist() == [model.exit_layers[1]]  # another policy than the file holds
     assert model(**tokenizer(texts[:2], padding=True, return_tensors="np")).exit_layer.tolist() == [model.exit_layers[1]] * 2
+
+
+@pytest.fixture
+def counted(folder, monkeypatch):
+    """A model, and how many rows came to its one-file form and how often its first layer ran."""
+    model, counts = ee.OnnxClassifier.from_pretrained(folder), Counter()
+    run_layer, one_row = model.walker.run_layer, OneRow.__call__
+
+    def layers(layer, hidden, context):
+        counts["layers"] += layer == 1
+        return run_layer(layer, hidden, context)
+
+    def in_one(self, row):
+        counts["one file"] += 1
+        return one_row(self, row)
+
+    monkeypatch.setattr(model.walker, "run_layer", layers)
+    monkeypatch.setattr(OneRow, "__call__", in_one)
+    return model, counts
+
+
+def test_predict_takes_the_one_file_for_a_row_that_is_alone(served, counted, tokenizer, random_texts):
+    (model, counts), texts = counted, random_texts(30)
+    right = ee.predict(served, texts, tokenizer=tokenizer)
+    told = [ee.predict(model, [text], tokenizer=tokenizer) for text in texts]
+    assert counts == {"one file": 30}
+    assert [int(one.exit_layer) for one in told] == right.exit_layer.tolist()
+    assert [one.reason[0] for one in told] == right.reason
+    assert len(set(right.exit_layer.tolist())) > 1
+    assert torch.allclose(torch.cat([one.logits for one in told]), right.logits, atol=2e-5)
+    assert torch.allclose(torch.cat([one.exit_score for one in told]), right.exit_score, atol=2e-5)
+    others = ({"layer_budget": 2}, {"deadline": 1000}, {"early_exit": False}, {"operating_point": "slow"})
+    for options in ({"monitor": ee.Monitor(model, limit=0.5, shadow=1.0)}, *others):  # which the file knows nothing of
+        ee.predict(model, texts[:1], tokenizer=tokenizer, **options)
+    assert counts == {"one file": 30, "layers": 5}
+    ee.predict(model, texts[:2], tokenizer=tokenizer)
+    slots = ee.predict(model, [texts[0], 5], tokenizer=tokenizer, errors="slot")
+    assert counts == {"one file": 31, "layers": 6}
+    assert list(slots.errors) == [1]
+
+
+def test_an_engine_takes_the_one_file_for_a_row_while_there_is_nothing_else(served, counted, tokenizer, random_texts):
+    (model, counts), texts = counted, random_texts(30)
+    right = ee.predict(served, texts, tokenizer=tokenizer)
+    with ee.Engine(model, tokenizer=tokenizer) as engine:
+        told = [engine.submit(text).result() for text in texts]
+        assert counts == {"one file": 30}
+        assert engine.state.batches == engine.state.answered == 30
+        assert engine.state.batch_tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+        begun, going_on = threading.Event(), threading.Event()
+        one_row = OneRow.__call__
+
+        def waits(self, row):
+            begun.set()
+            assert going_on.wait(10)
+            return one_row(self, row)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OneRow, "__call__", waits)
+            first = engine.submit(texts[0])
+            assert begun.wait(10)
+            others = [engine.submit(text) for text in texts[1:]]
+            going_on.set()
+            told += [future.result() for future in (first, *others)]
+        assert counts["one file"] == 31  # the others came together
+        engine.submit(texts[0], deadline=1000).result()
+        engine.submit(texts[0], layer_budget=2).result()
+        assert counts["one file"] == 31
+    assert [answer.exit_layer for answer in told] == 2 * right.exit_layer.tolist()
+    assert [answer.reason for answer in told] == 2 * right.reason
 
 
 def test_a_row_that_comes_alone_costs_little_beside_the_session(folder, tokenizer):

@@ -208,6 +208,29 @@ def test_lanes_out_of_range_are_refused(model, wrong):
         Scheduler(ModelWalker(model), None, 128, lanes=wrong)
 
 
+class Quick(ModelWalker):
+    """Has a quicker way for a row that is alone, which says that it left at some exit."""
+
+    left_at = 1
+
+    def alone(self, row, policy):
+        return torch.tensor([[1.0, 2.0, 3.0]]), self.left_at, torch.tensor([0.5])
+
+
+def test_a_quicker_way_is_for_a_row_that_is_alone_and_for_all_layers(model, rows):
+    walker, told = Quick(model), []
+    for Quick.left_at, reason in ((1, "policy"), (3, "last layer")):
+        answers = Scheduler(walker, model.exit_policy, 128, on_done=told.append).run(rows[:1])
+        assert (answers.logits.tolist(), answers.score.tolist()) == ([[1.0, 2.0, 3.0]], [0.5])
+        assert (answers.exit_index.tolist(), answers.reason) == ([Quick.left_at], [reason])
+    assert sum(told) == 2
+    plain = Scheduler(ModelWalker(model), model.exit_policy, 128).run(rows[:2])
+    assert torch.equal(Scheduler(walker, model.exit_policy, 128).run(rows[:2]).logits, plain.logits)
+    for options in ({"layer_budget": 3}, {"ends_at": 1e18}):
+        own = Scheduler(ModelWalker(model), model.exit_policy, 128, **options).run(rows[:1])
+        assert torch.equal(Scheduler(walker, model.exit_policy, 128, **options).run(rows[:1]).logits, own.logits)
+
+
 def test_all_leave_at_the_first_layer_and_none_leaves(tiny_model, rows, lanes):
     model = tiny_model()
     first = Scheduler(ModelWalker(model), ee.policies.StaticPolicy.at(0, 4), 128, lanes=lanes).run(rows[:50])
