@@ -17,10 +17,16 @@ CONTESTANTS = {  # name: precision, kind, words
     "pipeline": (FLOAT, RIVAL, "stock `pipeline` in a FastAPI route"),
     "torch-batcher": (FLOAT, RIVAL, "full model in torch, dynamic batches"),
     "onnx-batcher": (FLOAT, RIVAL, "full model in ONNX Runtime, dynamic batches"),
+    "onnx-ray": (FLOAT, RIVAL, "full model in ONNX Runtime, Ray Serve"),
+    "onnx-litserve": (FLOAT, RIVAL, "full model in ONNX Runtime, LitServe"),
+    "torch-infinity": (FLOAT, RIVAL, "full model in torch, infinity"),
     "torch-engine-full": (FLOAT, OURS_FULL, "`serve` with no policy, in full"),
     "torch-engine": (FLOAT, EARLY, "`serve`"),
     "onnx-engine": (FLOAT, EARLY, "`serve` on ONNX files"),
     "int8-batcher": (INT8, RIVAL, "full model in ONNX Runtime, dynamic batches"),
+    "int8-ray": (INT8, RIVAL, "full model in ONNX Runtime, Ray Serve"),
+    "int8-litserve": (INT8, RIVAL, "full model in ONNX Runtime, LitServe"),
+    "int8-infinity": (INT8, RIVAL, "full model in ONNX Runtime, infinity"),
     "int8-engine-full": (INT8, OURS_FULL, "`serve` on ONNX files with no policy, in full"),
     "int8-engine": (INT8, EARLY, "`serve` on ONNX files"),
 }
@@ -31,10 +37,10 @@ HEADER = """# Results of serving under load
 Made by `python benchmarks/load.py` from `benchmarks/results/load.json`; no figure is typed by hand.
 
 Texts of SST-2 arrive one to a request, at random (Poisson), at shares of what the best full-depth rival of the same
-precision can do. Every server is one process whose model has one thread, behind the same FastAPI and uvicorn. A latency
-counts from the moment of arrival. Dynamic batches hold up to 32 rows, the first of which waits at most 5 ms for others, as
-in Triton or Ray Serve, but in a few lines of Python, so without what those cost. `serve` is all of `hf-earlyexit serve`, its
-metrics and limits included.
+precision can do. A server's model has one thread; where no other server is named, it is one process behind FastAPI and
+uvicorn. A latency counts from the moment of arrival. Dynamic batches hold up to 32 rows, the first of which waits at most
+5 ms for others, as in Triton or Ray Serve; where no server is named, they are a few lines of Python, so without what those
+cost. `serve` is all of `hf-earlyexit serve`, its metrics and limits included.
 """
 
 
@@ -120,6 +126,7 @@ def page(results: dict[str, Any]) -> str:
         f"the median is shown; {where['machine']}, {where['cpu']}, {where['cores']} cores shared by clients and servers "
         f"(load average {busy} before and after). {versions}.\n",
     ]
+    lines += processes_words(servers) + left_out_words(results.get("left_out", {}))
     lines += equal_table(servers) + capacity_table(servers, results["clients"]) + arrivals_table(servers)
     if "equal" in results:
         equal = results["equal"]
@@ -134,6 +141,19 @@ def page(results: dict[str, Any]) -> str:
     if "hold" in results:
         lines.append(hold_words(**results["hold"]))
     return "\n".join(lines) + "\n"
+
+
+def processes_words(servers: dict[str, Any]) -> list[str]:
+    """Which servers are more than one process."""
+    many = {name: one["processes"] for name, one in servers.items() if one.get("processes", 1) > 1}
+    told = "; ".join(f"{CONTESTANTS[name][2]} ({CONTESTANTS[name][0]}): {count} processes" for name, count in many.items())
+    return [f"{told}. They share the cores with the clients, and their CPU is that of all of them.\n"] if many else []
+
+
+def left_out_words(why: dict[str, str]) -> list[str]:
+    """Who could not take part."""
+    told = "; ".join(f"{CONTESTANTS[name][2]} ({CONTESTANTS[name][0]}): {reason}" for name, reason in why.items())
+    return [f"Left out: {told}.\n"] if why else []
 
 
 def hold_words(forks: dict, fates: dict, futures: dict, hang: dict, overload: dict, stop: dict) -> str:

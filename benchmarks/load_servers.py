@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from load_page import CONTESTANTS, FLOAT, INT8
+from load_rivals import MOST, QUEUE, STOCK, WAIT, serve_litserve, serve_ray
 from onnx import TensorProto
+from onnx.helper import make_node
 from pydantic import BaseModel
 from speed import all_exits, spread_out
 from tasks import BACKBONE, DATA, TASKS, load_rows
@@ -32,7 +36,6 @@ from hf_earlyexit.server.app import make_app
 from hf_earlyexit.serving.rows import encode_rows
 
 __all__ = ["compare", "environment", "prepare"]
-MOST, WAIT, QUEUE = 32, 0.005, 512  # of a dynamic batch: rows, and seconds of the first; rows that may wait
 MODEL, POLICY = "model", "policy.json"  # of the work folder; ONNX files are in folders "onnx" and "int8"
 FORMS = {FLOAT: "onnx", INT8: "int8"}
 
@@ -60,16 +63,30 @@ def prepare(work: Path, folder: Path | None, exports: bool) -> tuple[list[str], 
     if exports:
         plain, last = walk_graph(model), logits_of(len(model.exit_layers) - 1)
         plain = subgraph(plain, inputs_of(plain), {last: (TensorProto.FLOAT, ("batch", "classes"))})
+        plain.graph.node.append(make_node("Identity", [last], ["logits"]))  # as others call it
+        plain.graph.output[0].name = "logits"
         for precision, name in FORMS.items():
             small = precision == INT8
             ee.export_onnx(model, work / name, forms=["layers"], int8=small, tokenizer=tokenizer)
             (work / f"{name}.onnx").write_bytes(_in_8_bits(plain) if small else plain.SerializeToString())
+        write_stock(work, tokenizer)
         models[INT8] = ee.OnnxClassifier.from_pretrained(work / FORMS[INT8], threads=1)
         policy = spread_out(all_exits(models[INT8], rows))
         models[INT8].set_exit_policy(policy)
         (work / POLICY).write_text(json.dumps(policy.to_dict()))
     layers = {name: ee.predict(one, texts, tokenizer=tokenizer).exit_layer for name, one in models.items()}
     return texts, {name: float(values.double().mean()) for name, values in layers.items()}
+
+
+def write_stock(work: Path, tokenizer: Any) -> None:
+    """The full model as an older transformers loads it, and as ONNX in 8 bits."""
+    model = stock(work)
+    model.config.id2label = {label: str(label) for label in range(model.config.num_labels)}
+    model.config.label2id = {name: label for label, name in model.config.id2label.items()}
+    del model.config.auto_map  # to classes of this library
+    model.save_pretrained(work / STOCK)
+    tokenizer.save_pretrained(work / STOCK)
+    shutil.copy(work / f"{FORMS[INT8]}.onnx", work / STOCK / "model_quantized.onnx")
 
 
 class Body(BaseModel):
@@ -178,14 +195,19 @@ def engine_app(work: Path, form: str, full: bool) -> FastAPI:
     return make_app(ee.Engine(model, tokenizer=tokenizer, max_queue=QUEUE), parts={"tokenizer": tokenizer})
 
 
-def application(name: str, work: Path) -> FastAPI:
-    """One of `CONTESTANTS`."""
-    if name == "pipeline":
-        return pipeline_app(work)
-    form, kind = name.split("-", 1)
-    if kind == "batcher":
-        return batcher_app(torch_batches(work) if form == "torch" else onnx_batches(work, form))
-    return engine_app(work, form, full=kind == "engine-full")
+def serve(name: str, work: Path, port: int) -> None:
+    """One of `CONTESTANTS`, until it is told to stop."""
+    form, _, kind = name.partition("-")
+    load = partial(torch_batches, work) if form == "torch" else partial(onnx_batches, work, form)
+    if kind == "ray":
+        return serve_ray(load, port)
+    if kind == "litserve":
+        return serve_litserve(load, port)
+    if kind == "":
+        app = pipeline_app(work)
+    else:
+        app = batcher_app(load()) if kind == "batcher" else engine_app(work, form, full=kind == "engine-full")
+    return uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
 
 
 def compare(work: Path, count: int) -> dict[str, int]:
@@ -224,4 +246,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    uvicorn.run(application(args.name, args.work), host="127.0.0.1", port=args.port, access_log=False, log_level="warning")
+    serve(args.name, args.work, args.port)

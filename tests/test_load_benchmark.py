@@ -1,13 +1,25 @@
 """What the page of serving under load makes of measured cells."""
 
+import asyncio
 import importlib
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+TWO = """
+import subprocess, sys
+code = "import time\\nwhile time.process_time() < 0.3: pass\\nprint(flush=True); time.sleep(60)"
+subprocess.run([sys.executable, "-c", code])
+"""  # a process that waits for another, which computes for 0.3 seconds
 
 
 @pytest.fixture
@@ -110,10 +122,47 @@ def test_the_page_takes_ratios_turn_by_turn_over_the_best_rival_of_each(load_pag
         "200 21 times, 429 3,530 times, where one client alone had 300 answered; a refusal took 3 ms (p50), 13 (p95). "
         "The next request was answered by 200." in told
     )
+    assert "Left out" not in text
+    assert "processes" not in text.split("## ")[0].replace("one process", "")
+    servers["pipeline"]["processes"], servers["torch-engine"]["processes"] = 7, 1
+    told = load_page.page(results | {"left_out": {"int8-ray": "not installed"}})
+    assert "stock `pipeline` in a FastAPI route (float32): 7 processes. They share the cores" in told
+    assert "Left out: full model in ONNX Runtime, Ray Serve (8 bits): not installed." in told
     for name in ("pipeline", "torch-batcher"):
         servers[name]["arrivals"] = [cells[:1] for cells in servers[name]["arrivals"]]
     equal = [line for line in load_page.page(results).splitlines() if line.startswith("| float32 | 100 ")]
     assert [line.split("|")[-2].strip() for line in equal] == ["-"]  # over rivals that might do more there is no ratio
+
+
+def test_only_servers_that_are_there_take_part(load_page, monkeypatch):
+    load_rivals = importlib.import_module("load_rivals")
+    monkeypatch.setattr(load_rivals, "find_spec", lambda name: None)
+    out = [name for name in load_page.CONTESTANTS if load_rivals.left_out(name, None) == "not installed"]
+    assert out == [name for name in load_page.CONTESTANTS if name.endswith(("-ray", "-litserve", "-infinity"))]
+    assert len(out) == 6
+    monkeypatch.setattr(load_rivals, "find_spec", lambda name: "here")
+    assert not any(load_rivals.left_out(name, Path("python")) for name in load_page.CONTESTANTS)
+
+
+def test_a_server_is_all_of_its_processes(load_page):
+    load = importlib.import_module("load")
+    server = object.__new__(load.Server)
+    with subprocess.Popen([sys.executable, "-c", TWO], stdout=subprocess.PIPE) as server.process:
+        server.process.stdout.readline()  # it has computed
+        first, second = server.tree()
+        assert server.cpu_seconds() >= 0.3 > sum(first.cpu_times()[:2])
+        server.signal(signal.SIGSTOP)
+
+        async def at_work():
+            async with server.awake():
+                return {process.status() for process in server.tree()}
+
+        assert "stopped" not in asyncio.run(at_work())
+        while {process.status() for process in (first, second)} != {"stopped"}:
+            time.sleep(0.01)
+        server.stop()
+    assert server.process.returncode == -signal.SIGTERM
+    second.wait(30)
 
 
 def test_the_page_is_that_of_the_results(load_page):
