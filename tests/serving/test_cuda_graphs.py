@@ -4,6 +4,7 @@ The captures here repeat the very function on the very buffers, on the CPU; only
 """
 
 import gc
+import itertools
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,24 @@ def test_the_full_model_a_layer_budget_and_a_deadline(model, rows):
             assert torch.equal(got.exit_index, expected.exit_index)
             assert torch.allclose(got.logits, expected.logits, atol=NEAR)
     assert twice(walker, None, 256, rows, ends_at=0.0).reason == ["deadline"] * len(rows)
+
+
+def test_at_a_deadline_rows_that_changed_places_keep_their_own_answers(model, rows, monkeypatch):
+    """The clock ticks at every launch and strikes midway, when some have left at every exit."""
+    walker, ticks = graphed(model), itertools.count()
+    with torch.inference_mode():
+        expected = torch.cat([model(torch.tensor([row["input_ids"]]), early_exit=False).exit_logits for row in rows])
+    sure = expected.softmax(-1).amax(-1)
+    policy = ee.ConfidencePolicy(thresholds=sure[:, :3].quantile(0.6, dim=0).tolist())
+    twice(walker, policy, 256, rows, ends_at=1e18)
+    monkeypatch.setattr(Scheduler, "late", lambda self: next(ticks) > 100)
+    got = Scheduler(walker, policy, 256, ends_at=1e18).run(rows)
+    late = [place for place, reason in enumerate(got.reason) if reason == "deadline" and got.exit_index[place] >= 0]
+    assert len({int(got.exit_index[place]) for place in late}) > 1
+    assert got.reason.count("policy") > 50
+    answered = (got.exit_index >= 0).nonzero().flatten()
+    assert torch.allclose(got.logits[answered], expected[answered, got.exit_index[answered]], atol=NEAR)
+    assert torch.allclose(got.score[answered], sure[answered, got.exit_index[answered]], atol=NEAR)
 
 
 @pytest.mark.parametrize("layer_budget", [None, 2])
