@@ -42,8 +42,8 @@ class LeaverRule(NamedTuple):
             exit_index: 0-based.
         """
         if self.bound is None:
-            spare = self.sigmas * np.sqrt(squares) if self.sigmas else 0.0
-            fine = total + spare <= self.slack * count + 1e-9
+            spent = total + self.sigmas * np.sqrt(squares) if self.sigmas else total
+            fine = spent <= self.slack * count + 1e-9
         else:
             rate = total / np.maximum(count, 1)
             spare = self.sigmas * np.sqrt(rate * (1 - rate).clip(0) / np.maximum(count, 1)) if self.sigmas else 0.0
@@ -79,8 +79,9 @@ class _Exit:
     """
 
     def __init__(self, score: Array, errors: Array, lowest: float) -> None:
-        self.order = np.argsort(-score)
-        self.score = np.ascontiguousarray(score)[self.order]
+        score = np.ascontiguousarray(score)
+        self.order = falling(score)
+        self.score = score[self.order]
         self.rank = np.empty(len(score), dtype=np.int32)
         self.rank[self.order] = np.arange(len(score), dtype=np.int32)
         self.may_end = np.append(self.score[1:] < self.score[:-1], True)[: len(score)]  # equal scores leave together
@@ -97,6 +98,7 @@ class _Exit:
     def _add_up(self) -> None:
         self.ends = self.sums.cumsum(1)  # sums up to the end of each block, and up to its start
         self.starts = self.ends - self.sums
+        self.lowest_total = self.starts[1] + self.gains  # within each block
 
     def change(self, come: Rows, gone: Rows) -> tuple[Rows, Rows]:
         """Count some rows as having reached the exit, and others no longer; gives their places in the order."""
@@ -128,8 +130,8 @@ class _Exit:
             here = left[self.order[part]] >= index
             sums = self.starts[:, block, None] + np.concatenate([here[None], self.values[:, part] * here]).cumsum(1)
             fine = rule.holds(sums[0], sums[1], sums[2], index) & self.may_end[part]
-            if fine.any():
-                place = len(fine) - 1 - int(fine[::-1].argmax())
+            if len(ends := fine.nonzero()[0]):
+                place = int(ends[-1])
                 number, rows = int(sums[0, place]), here.nonzero()[0]
                 leaving = int(rows.searchsorted(place, side="right"))  # of this block
                 last, following = (
@@ -148,7 +150,7 @@ class _Exit:
         if not self.ends[0, -1]:
             return []
         at_best = rule if rule.bound is None else rule._replace(sigmas=0.0)
-        possible = at_best.holds(self.ends[0], self.starts[1] + self.gains, self.starts[2], index) & self.has_end
+        possible = at_best.holds(self.ends[0], self.lowest_total, self.starts[2], index) & self.has_end
         blocks: list[int] = possible.nonzero()[0][::-1].tolist()
         return blocks
 
@@ -178,8 +180,8 @@ class ExitByExit:
 
     def __init__(self, scores: Array, errors: Array, lowest: float, counts: bool) -> None:
         self.lowest, self.counts, self.last = lowest, counts, scores.shape[1] - 1
-        errors = summable(errors)
-        self.exits = [_Exit(scores[:, index], errors[:, index], lowest) for index in range(self.last)]
+        step, exits = step_of(errors), range(self.last)
+        self.exits = [_Exit(scores[:, index], rounded(errors[:, index], step), lowest) for index in exits]
         self.cuts = [-1] * self.last  # how far each exit's order leaves
         self.left = np.full(len(scores), self.last, dtype=np.int16)
         self.sums = np.zeros((self.last, 3))
@@ -213,19 +215,45 @@ class ExitByExit:
         return thresholds
 
 
+def falling(values: Array) -> Rows:
+    """The order in which values fall; of numbers that float32 holds, such as scores, in a fourth of the time of `argsort`.
+
+    NumPy sorts 16 bits by counting: first by the lower half of each number, then by the upper half, which keeps equals in
+    their order. Bits of positive floats rise with them, those of negative ones fall.
+    """
+    rising = -values
+    with np.errstate(over="ignore"):
+        narrow = rising.astype(np.float32)
+    if not np.array_equal(narrow, rising):
+        return np.argsort(rising)
+    bits = narrow.view(np.uint32)
+    bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    order = np.argsort(bits.astype(np.uint16), kind="stable")
+    return order[np.argsort((bits >> 16).astype(np.uint16)[order], kind="stable")]
+
+
 def summable(values: Array) -> Array:
     """Values rounded so little that it does not matter, so that any sum of them is exact in whatever order it is taken.
 
     Whole numbers stay as they are, as long as their sums are below 2**52.
     """
-    most = float(np.abs(values).max(initial=0.0)) * len(values)
-    if most == 0:
+    return rounded(values, step_of(values))
+
+
+def step_of(values: Array) -> float:
+    """What `summable` rounds to multiples of; 0 to leave values as they are."""
+    most = float(max(values.max(initial=0.0), -values.min(initial=0.0))) * len(values)
+    return 2.0 ** (math.ceil(math.log2(most)) - 52) if most else 0.0
+
+
+def rounded(values: Array, step: float) -> Array:
+    """Values as multiples of a step."""
+    if not step:
         return values
-    step = 2.0 ** (math.ceil(math.log2(most)) - 52)
-    rounded: Array = values / step
-    np.rint(rounded, out=rounded)
-    rounded *= step
-    return rounded
+    multiples: Array = values / step
+    np.rint(multiples, out=multiples)
+    multiples *= step
+    return multiples
 
 
 def thresholds_by_rule(

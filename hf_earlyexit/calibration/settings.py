@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy
+from ..policies.looking import LookingPolicy, Looks
 from ..policies.scanning import LearningRows, Scan
 from ..problem_types import row_quality
 from ..trace import ExitTrace, SomeRows, dead_exits
@@ -87,7 +88,8 @@ class Pool:
 
     def __init__(self, trace: ExitTrace, metric: Metric) -> None:
         self.trace, self.metric = trace, metric
-        self._policy: ExitPolicy | None = None
+        self._scanned: tuple[Any, ...] | None = None  # the policy's numbers
+        self._looks: Looks | None = None
         self._quality: Tensor | None = None
 
     def rows(self, places: Tensor) -> LearningRows:
@@ -105,9 +107,17 @@ class Pool:
 
     def scan(self, policy: ExitPolicy) -> Scan:
         """Scores and answers of all rows; thresholds do not matter to them."""
-        if self._policy != (bare := policy.with_thresholds(None)):
-            self._policy, self._scan, self._quality = bare, bare.scan(self.trace), None
+        if self._scanned != (numbers := policy.all_but("thresholds")):
+            self._scanned, self._scan, self._quality = numbers, self._new_scan(policy), None
         return self._scan
+
+    def _new_scan(self, policy: ExitPolicy) -> Scan:
+        """What `policy.scan` gives; policies that differ in what they learned look at the rows once."""
+        if not isinstance(policy, LookingPolicy):
+            return policy.scan(self.trace)
+        if self._looks is None or self._looks.sight != policy.sight:
+            self._looks = Looks.of(policy, self.trace)
+        return self._looks.scan(policy)
 
     def row_quality(self, policy: ExitPolicy) -> Tensor:
         """Quality of the policy's answer at each exit `[N, E]`, whatever the metric."""

@@ -184,6 +184,10 @@ class ExitPolicy(ABC):
             thresholds = tuple(None if i in self.muted else thresholds for i in range(len(self.thresholds)))
         return dataclasses.replace(self, thresholds=tuple(thresholds))
 
+    def all_but(self, *names: str) -> tuple[Any, ...]:
+        """The class and every field but some: equal in policies that differ in nothing else."""
+        return type(self), *(getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in names)
+
     # --- as plain numbers -----------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,14 +15,15 @@ from ..problem_types import SINGLE_LABEL, largest
 from ..signals import ExitSignal
 from ..values import check_real
 from .agreement import Chain
-from .base import ExitPolicy, register_policy
+from .base import register_policy
+from .looking import LookingPolicy, Seen
 from .measures import log_odds, probability
 from .scanning import LearningRows
 
 
 @register_policy("beem-calibrated")
 @dataclass(frozen=True, kw_only=True)
-class CalibratedBeemPolicy(ExitPolicy):
+class CalibratedBeemPolicy(LookingPolicy):
     """Leave when the estimated probability that leaving does no harm reaches the threshold, in `[0, 1]`.
 
     Harm means that the last exit would be right where this one is wrong. An exit's vote is the log-odds of no harm, a
@@ -45,6 +46,7 @@ class CalibratedBeemPolicy(ExitPolicy):
     citation: ClassVar[tuple[str, ...]] = (BEEM,)
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, ...]] = ("slopes", "offsets")
     highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
@@ -67,13 +69,17 @@ class CalibratedBeemPolicy(ExitPolicy):
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> Chain:
         return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
-    def update(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Tensor, Tensor]:
+    def look(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Seen]:
         logits = signal.logits.float()
-        offsets, predicted = logits.new_tensor(self.offsets[exit_index]), largest(logits)
-        vote = offsets[predicted] + self.slopes[exit_index] * log_odds(logits, predicted)
+        predicted = largest(logits)
+        return state, (predicted, log_odds(logits, predicted))
+
+    def judge(self, state: Chain, seen: Seen, exit_index: int) -> tuple[Chain, Tensor]:
+        predicted, lead = seen
+        vote = lead.new_tensor(self.offsets[exit_index])[predicted] + self.slopes[exit_index] * lead
         agrees = state.agrees(predicted, self.problem_type)
         running = torch.where(agrees, (1 - self.memory) * vote + self.memory * state.total, vote)
-        return state.follow(predicted, running), probability(running), signal.logits
+        return state.follow(predicted, running), probability(running)
 
     @classmethod
     def learn(cls, trace: LearningRows, ridge: float = 1.0, **options: Any) -> dict[str, Any]:

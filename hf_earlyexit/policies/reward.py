@@ -15,7 +15,8 @@ from ..errors import PolicyError
 from ..problem_types import SINGLE_LABEL, largest, row_quality
 from ..signals import ExitSignal
 from ..values import check_real, check_whole
-from .base import ExitPolicy, register_policy
+from .base import register_policy
+from .looking import LookingPolicy, Seen
 from .measures import certainty, log_odds, probability
 from .scanning import LearningRows
 
@@ -53,7 +54,7 @@ class History(NamedTuple):
 
 @register_policy("reward")
 @dataclass(frozen=True, kw_only=True)
-class RewardPolicy(ExitPolicy):
+class RewardPolicy(LookingPolicy):
     """Leave when the history of answers promises more than going on; the score is in `[0, 1]`.
 
     One small network, the same at every exit, reads how sure the exit is, how its answer fared at the exits before, and
@@ -75,6 +76,7 @@ class RewardPolicy(ExitPolicy):
     citation: ClassVar[tuple[str, ...]] = (CONSISTENTEE,)
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, ...]] = ("weights",)
     highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
@@ -92,11 +94,12 @@ class RewardPolicy(ExitPolicy):
     def init_state(self, batch_size: int, num_classes: int, device: torch.device | str) -> History:
         return History.empty(batch_size, num_classes, device)
 
-    def update(self, state: History, signal: ExitSignal, exit_index: int) -> tuple[History, Tensor, Tensor]:
+    def look(self, state: History, signal: ExitSignal, exit_index: int) -> tuple[History, Seen]:
         depth = (exit_index + 1) / self.num_exits
-        state, features = _look(state, signal.logits, depth)
-        leave_logits = _network(features, torch.tensor(self.weights, device=signal.logits.device))
-        return state, probability(leave_logits), signal.logits
+        return _look(state, signal.logits, depth)
+
+    def judge(self, state: History, seen: Seen, exit_index: int) -> tuple[History, Tensor]:
+        return state, probability(_network(seen, torch.tensor(self.weights, device=seen[0].device)))
 
     @classmethod
     def learn(cls, trace: LearningRows, members: int = 1, **options: Any) -> dict[str, Any]:
@@ -119,7 +122,7 @@ class RewardPolicy(ExitPolicy):
         }
 
 
-def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[Tensor]]:
+def _look(state: History, logits: Tensor, depth: float) -> tuple[History, Seen]:
     """The history with one more exit, and what the network sees of each row, `[B]` each and around 0."""
     log_probs = logits.float().log_softmax(-1).clamp_min(FLOOR)
     predicted = largest(log_probs)
@@ -137,7 +140,7 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
 
     answer_log_prob = of_answer(log_probs)
     risen = torch.where(state.seen == 0, torch.zeros_like(answer_log_prob), answer_log_prob - of_answer(state.previous))
-    return now, [
+    return now, (
         answer_log_prob + 0.5,
         log_odds(log_probs, predicted) / 2 - 1,
         certainty(log_probs) - 0.5,
@@ -146,17 +149,16 @@ def _look(state: History, logits: Tensor, depth: float) -> tuple[History, list[T
         of_answer(now.votes) / now.seen - 0.5,
         (of_answer(now.lowest) + 1) / 2,
         torch.full_like(answer_log_prob, 2 * depth - 1),
-    ]
+    )
 
 
 def _network(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Leave logits in the shape of the features. Element by element: matrix products depend on the size of the batch."""
-    *inner, bias, outer = weights[:-1].view(FEATURES + 2, -1)
-    hidden = bias[:, None]
+    *inner, hidden, outer = weights[:-1].view(FEATURES + 2, -1, 1)
     for feature, row in zip(features, inner, strict=True):
-        hidden = hidden + row[:, None] * feature  # [width, B]: many rows side by side
+        hidden = (row * feature).add_(hidden)  # [width, B]: many rows side by side
     leave_logits = weights[-1]
-    for unit in (hidden.relu() * outer[:, None]).unbind():
+    for unit in hidden.relu_().mul_(outer).unbind():
         leave_logits = leave_logits + unit
     return leave_logits
 
@@ -204,12 +206,12 @@ def _taught(trace: LearningRows, kept: list[int], member: int) -> Tensor:
         *_, bias, outer = rows = learned[:-2].view(FEATURES + 2, WIDTH)
         hidden = torch.addmm(bias[:, None], rows[:FEATURES].T, seen).relu_()  # [WIDTH, (K - 1) * N]
         leave = (outer @ hidden + learned[-2]).view(len(looks), 1, -1)
-        gates = learned[-1].exp() * (leave + dearer)
-        by_gate = share * _slopes(gates, toll)
+        gates = (leave + dearer).mul_(learned[-1].exp())
+        by_gate = _slopes(gates, toll).mul_(share)
         by_leave = learned[-1].exp() * by_gate.sum(1).flatten()
-        by_hidden = outer[:, None] * by_leave * (hidden > 0)
+        by_hidden = (outer[:, None] * by_leave).mul_(hidden.sign())
         by_rows = torch.cat([seen @ by_hidden.T, by_hidden.sum(1)[None], (hidden @ by_leave)[None]])
-        slope = torch.cat([by_rows.flatten(), by_leave.sum()[None], (by_gate * gates).sum()[None]])
+        slope = torch.cat([by_rows.flatten(), by_leave.sum()[None], by_gate.mul_(gates).sum()[None]])
         slope[:-1] += 2 * RIDGE / NUM_WEIGHTS * learned[:-1]
         mean.lerp_(slope, 0.1)
         square.lerp_(slope * slope, 0.001)
@@ -225,10 +227,10 @@ def _slopes(gates: Tensor, toll: Tensor) -> Tensor:
     expected of the exits behind it, and only who gets there pays.
     """
     leave = gates.sigmoid()
-    stay, slopes, going_on = 1 - leave, torch.empty_like(gates), toll[-1]
-    for index in reversed(range(len(gates))):
-        slopes[index] = toll[index] - going_on
-        going_on = torch.addcmul(going_on, leave[index], slopes[index])
-    slopes *= leave * stay
+    stay, slopes, going_on = 1 - leave, torch.empty_like(gates), toll[-1].clone()
+    for going, paid, slope in reversed([*zip(leave, toll[:-1], slopes, strict=True)]):
+        torch.sub(paid, going_on, out=slope)
+        going_on.addcmul_(going, slope)
+    slopes.mul_(leave.mul_(stay))
     slopes[1:] *= stay[:-1].cumprod(0)
     return slopes

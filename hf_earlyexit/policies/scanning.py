@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,13 +66,12 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
     shape = len(signals[0].logits), len(signals)
     scores: Tensor | None = None  # filled in place: parts that are kept would leave holes that fit nothing
     answers: Tensor | None = None
-    for first in range(0, max(shape[0], 1), SCANNED):
-        part, state = slice(first, first + SCANNED), None
+    for part in slices(shape[0]):
+        state = None
         for exit_index, signal in enumerate(signals):
             if exit_index in policy.muted:
                 continue
-            logits = signal.logits[part].contiguous()  # once, for all that the policy does with them
-            here = ExitSignal(logits, {name: values[part] for name, values in signal.scalars.items()})
+            here = rows_of(signal, part)
             if state is None:
                 state = policy.init_state(*here.logits.shape, here.logits.device)
             state, score, answer = policy.update(state, here, exit_index)
@@ -84,9 +83,24 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
                     every = torch.stack([signal.logits for signal in signals], 1)
                     answers = every.to(torch.promote_types(every.dtype, answer.dtype))
                 answers[part, exit_index] = answer
-    if answers is None:
-        answers = getattr(trace, "logits", None)
-    if answers is None:
-        answers = torch.stack([signal.logits for signal in signals], 1)
     assert scores is not None  # the last exit is never muted
-    return Scan(scores, answers)
+    return Scan(scores, own_answers(trace) if answers is None else answers)
+
+
+def slices(count: int) -> Iterator[slice]:
+    """Rows that are scanned together; of no rows an empty slice, which tells shapes and dtypes."""
+    for first in range(0, max(count, 1), SCANNED):
+        yield slice(first, first + SCANNED)
+
+
+def rows_of(signal: ExitSignal, part: slice) -> ExitSignal:
+    """What an exit tells about some rows, their logits side by side: once, for all that a policy does with them."""
+    return ExitSignal(signal.logits[part].contiguous(), {name: values[part] for name, values in signal.scalars.items()})
+
+
+def own_answers(trace: SignalSource) -> Tensor:
+    """Each exit's own answer `[N, E, C]`, not copied where the trace has them in one piece."""
+    logits: Tensor | None = getattr(trace, "logits", None)
+    if logits is None:
+        return torch.stack([trace.signal(exit_index).logits for exit_index in range(trace.num_exits)], 1)
+    return logits

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_earlyexit.calibration import exit_by_exit
-from hf_earlyexit.calibration.exit_by_exit import LeaverRule, per_exit_curve, summable, thresholds_by_rule
+from hf_earlyexit.calibration.exit_by_exit import LeaverRule, falling, per_exit_curve, summable, thresholds_by_rule
 from hf_earlyexit.calibration.search import exits_taken
 from tests.calibration.test_search import SEEDS, SIZES, case, naive_exit
 
@@ -156,3 +156,28 @@ def test_a_series_of_rules_looks_at_few_rows_again():
     with mock.patch.object(exit_by_exit._Exit, "change", changing):
         assert len({leaving.left.tobytes() for _, leaving in thresholds_by_rule(scores, errors, rules, 0.0, False)}) > 40
     assert sum(counted) < 0.1 * 60 * 5 * 4000
+
+
+@pytest.mark.parametrize("kind", ["float32", "few", "whole", "fine", "huge"])
+def test_values_fall_in_their_order(kind):
+    draw = np.random.default_rng(0)
+    values = draw.standard_normal(3000).astype(np.float32).astype(np.float64)
+    if kind == "few":
+        values = np.round(values)
+    elif kind == "whole":
+        values = draw.integers(0, 100_000, 3000).astype(np.float64)
+    elif kind == "fine":
+        values = 1 + 1e-12 * draw.random(3000)  # float32 holds them all as 1
+    elif kind == "huge":
+        values = 1e300 * values
+    values[::7] = -np.inf
+    values[3::11] = 0.0
+    values[5::13] = -0.0
+    order = falling(values)
+    assert sorted(order.tolist()) == list(range(3000))
+    assert (np.diff(values[order[np.isfinite(values[order])]]) <= 0).all()
+    assert np.isneginf(values[order[np.isfinite(values).sum() :]]).all()
+
+
+def test_no_values_have_an_order():
+    assert falling(np.empty(0)).shape == (0,)
