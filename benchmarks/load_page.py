@@ -40,7 +40,8 @@ Texts of SST-2 arrive one to a request, at random (Poisson), at shares of what t
 precision can do. A server's model has one thread; where no other server is named, it is one process behind FastAPI and
 uvicorn. A latency counts from the moment of arrival. Dynamic batches hold up to 32 rows, the first of which waits at most
 5 ms for others, as in Triton or Ray Serve; where no server is named, they are a few lines of Python, so without what those
-cost. `serve` is all of `hf-earlyexit serve`, its metrics and limits included.
+cost. `serve` is all of `hf-earlyexit serve`, its metrics and limits included; on ONNX files as with `--performance_hint
+latency`, so a row that nobody shares a batch with runs through the one file.
 """
 
 

@@ -30,6 +30,7 @@ import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.measuring.onnx_forms import _in_8_bits, by_length
 from hf_earlyexit.onnx.classifier import open_session
+from hf_earlyexit.onnx.export import open_one_row
 from hf_earlyexit.onnx.graphs import inputs_of, subgraph
 from hf_earlyexit.onnx.walk import logits_of, walk_graph
 from hf_earlyexit.server.app import make_app
@@ -182,15 +183,15 @@ def onnx_batches(work: Path, name: str) -> Callable[[list[str]], list[int]]:
 
 
 def engine_app(work: Path, form: str, full: bool) -> FastAPI:
-    """The engine, as `hf-earlyexit serve` puts it behind HTTP."""
-    if form == "torch":
-        model: Any = ee.EarlyExitBertForSequenceClassification.from_pretrained(work / MODEL).eval()
-    else:
-        model = ee.OnnxClassifier.from_pretrained(work / form, threads=1)
+    """The engine, as `hf-earlyexit serve` puts it behind HTTP; with ONNX Runtime as for `--performance_hint latency`."""
+    in_torch: Any = ee.EarlyExitBertForSequenceClassification.from_pretrained(work / MODEL).eval()
+    model = in_torch if form == "torch" else ee.OnnxClassifier.from_pretrained(work / form, threads=1)
     if form == FORMS[INT8]:
         model.set_exit_policy(ee.policies.ExitPolicy.from_dict(json.loads((work / POLICY).read_text())))
     if full:
         model.set_exit_policy(None)
+    elif form != "torch":
+        model.walker.one_row = open_one_row(in_torch, model)
     tokenizer = AutoTokenizer.from_pretrained(work / MODEL)
     return make_app(ee.Engine(model, tokenizer=tokenizer, max_queue=QUEUE), parts={"tokenizer": tokenizer})
 
