@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..signals import ExitSignal, SignalSource
 from .base import ExitPolicy
-from .scanning import Scan, own_answers, rows_of, slices
+from .scanning import Scan, own_answers, parts_in_turn, slices
 
 Seen = tuple[Tensor, ...]  # what a rule sees at one exit, one number a row in each
 
@@ -64,19 +64,15 @@ class Looks(NamedTuple):
         """Let a policy look at all rows of a trace."""
         signals = [trace.signal(exit_index) for exit_index in range(trace.num_exits)]
         kept: list[Seen] = [()] * len(signals)
-        for part in slices(count := len(signals[0].logits)):
-            state = None
-            for exit_index, signal in enumerate(signals):
-                if exit_index in policy.muted:
-                    continue
-                here = rows_of(signal, part)
-                if state is None:
-                    state = policy.init_state(len(here.logits), here.logits.shape[1], here.logits.device)
-                state, seen = policy.look(state, here, exit_index)
-                if not kept[exit_index]:
-                    kept[exit_index] = tuple(values.new_empty(count) for values in seen)
-                for whole, values in zip(kept[exit_index], seen, strict=True):
-                    whole[part] = values
+        state = None
+        for part, exit_index, here, is_first in parts_in_turn(policy, signals):
+            if is_first:
+                state = policy.init_state(len(here.logits), here.logits.shape[1], here.logits.device)
+            state, seen = policy.look(state, here, exit_index)
+            if not kept[exit_index]:
+                kept[exit_index] = tuple(values.new_empty(len(signals[0].logits)) for values in seen)
+            for whole, values in zip(kept[exit_index], seen, strict=True):
+                whole[part] = values
         return cls(policy.sight, kept, trace)
 
     def scan(self, policy: LookingPolicy) -> Scan:

@@ -66,23 +66,19 @@ def scan(policy: Any, trace: SignalSource) -> Scan:
     shape = len(signals[0].logits), len(signals)
     scores: Tensor | None = None  # filled in place: parts that are kept would leave holes that fit nothing
     answers: Tensor | None = None
-    for part in slices(shape[0]):
-        state = None
-        for exit_index, signal in enumerate(signals):
-            if exit_index in policy.muted:
-                continue
-            here = rows_of(signal, part)
-            if state is None:
-                state = policy.init_state(*here.logits.shape, here.logits.device)
-            state, score, answer = policy.update(state, here, exit_index)
-            if scores is None:
-                scores = score.new_full(shape, -math.inf)
-            scores[part, exit_index] = score
-            if answer is not here.logits:
-                if answers is None:
-                    every = torch.stack([signal.logits for signal in signals], 1)
-                    answers = every.to(torch.promote_types(every.dtype, answer.dtype))
-                answers[part, exit_index] = answer
+    state = None
+    for part, exit_index, here, is_first in parts_in_turn(policy, signals):
+        if is_first:
+            state = policy.init_state(*here.logits.shape, here.logits.device)
+        state, score, answer = policy.update(state, here, exit_index)
+        if scores is None:
+            scores = score.new_full(shape, -math.inf)
+        scores[part, exit_index] = score
+        if answer is not here.logits:
+            if answers is None:
+                every = torch.stack([signal.logits for signal in signals], 1)
+                answers = every.to(torch.promote_types(every.dtype, answer.dtype))
+            answers[part, exit_index] = answer
     assert scores is not None  # the last exit is never muted
     return Scan(scores, own_answers(trace) if answers is None else answers)
 
@@ -93,9 +89,23 @@ def slices(count: int) -> Iterator[slice]:
         yield slice(first, first + SCANNED)
 
 
-def rows_of(signal: ExitSignal, part: slice) -> ExitSignal:
-    """What an exit tells about some rows, their logits side by side: once, for all that a policy does with them."""
-    return ExitSignal(signal.logits[part].contiguous(), {name: values[part] for name, values in signal.scalars.items()})
+def parts_in_turn(policy: Any, signals: Sequence[ExitSignal]) -> Iterator[tuple[slice, int, ExitSignal, bool]]:
+    """Rows that are scanned together, exit by exit.
+
+    Args:
+        policy: whose muted exits are left out.
+        signals: what every exit tells of all rows.
+
+    Yields:
+        The rows, the exit, what it tells about them, and whether it is the first that they come to. Their logits are side by
+        side: once, for all that a policy does with them.
+    """
+    kept = [exit_index for exit_index in range(len(signals)) if exit_index not in policy.muted]
+    for part in slices(len(signals[0].logits)):
+        for exit_index in kept:
+            logits, scalars = signals[exit_index]
+            here = ExitSignal(logits[part].contiguous(), {name: values[part] for name, values in scalars.items()})
+            yield part, exit_index, here, exit_index == kept[0]
 
 
 def own_answers(trace: SignalSource) -> Tensor:
