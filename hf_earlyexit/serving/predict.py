@@ -271,17 +271,20 @@ def _windows_read(
             first += len(window)
         return
     waiting: deque[tuple[int, Sequence[Any], Callable[[], list[Any]]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="hf_earlyexit reader") as pool:
-        try:
-            for window in windows:
-                waiting.append((first, window, pool.submit(reader.encode, window, first).result))
-                first += len(window)
-                if len(waiting) > 1:
-                    yield waiting.popleft()
-        except Exception:  # rows that came before what cannot be read have their answers
-            yield from waiting
-            raise
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hf_earlyexit reader")
+    try:
+        for window in windows:
+            waiting.append((first, window, pool.submit(reader.encode, window, first).result))
+            first += len(window)
+            if len(waiting) > 1:
+                yield waiting.popleft()
+    except Exception:  # rows that came before what cannot be read have their answers
         yield from waiting
+        raise
+    else:
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)  # what nobody has asked for, as after a deadline, is not waited for
 
 
 def monitored(

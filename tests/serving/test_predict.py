@@ -1,6 +1,7 @@
 """Answers for many rows, in the order they came."""
 
 import threading
+import time
 
 import psutil
 import pytest
@@ -171,6 +172,24 @@ def test_what_was_read_ahead_of_a_row_that_cannot_be_read_is_answered(model, tok
         ee.predict(model, [*texts[:17], 5, *texts[18:]], tokenizer=tokenizer)
     slots = ee.predict(model, [*texts[:17], 5, *texts[18:]], tokenizer=tokenizer, errors="slot")
     assert list(slots.errors) == [17]
+
+
+def test_after_a_deadline_no_further_rows_are_read(model, tokenizer, random_texts, on_accelerator, monkeypatch):
+    read = []
+
+    class Tokenizer:
+        model_max_length = tokenizer.model_max_length
+
+        def __call__(self, rows, **options):
+            read.extend(rows)
+            time.sleep(0.02)
+            return tokenizer(rows, **options)
+
+    monkeypatch.setattr(predict, "WINDOW_WITH_DEADLINE", 4)
+    answers = ee.predict(model, random_texts(400), tokenizer=Tokenizer(), deadline=0)
+    assert set(answers.reason) == {"deadline"}
+    assert len(answers.reason) == 400
+    assert len(read) < 100
 
 
 def test_whoever_waits_for_an_answer_is_not_kept_waiting(model, tokenizer, random_texts, on_accelerator):
