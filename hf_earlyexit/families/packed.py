@@ -92,14 +92,16 @@ class Packed(Context):
         """
         kept = {name: chosen(value, index) for name, value in self.kept.items()}
         new = Packed.of(tuple(self.lengths[row] for row in rows), None, hidden.device, kept, bounds)
-        return self._with_shared(new, self._tokens_of(rows, index)) if self.shared else new
+        if not self.shared:
+            return new
+        return self._with_shared(new, _tokens(chosen(self.starts, index), bounds.diff(), len(hidden)))
 
     def _tokens_of(self, rows: Sequence[int], index: Index) -> Index:
         """Positions of all tokens of some rows."""
         if isinstance(index, slice):
             start = sum(self.lengths[: index.start])
             return slice(start, start + sum(self.lengths[index]))
-        return _tokens(self.starts.index_select(0, index), tuple(self.lengths[row] for row in rows))
+        return _tokens_of_lengths(chosen(self.starts, index), tuple(self.lengths[row] for row in rows))
 
     def _with_shared(self, new: Packed, tokens: Index) -> Packed:
         """A context of some of the tokens, with what is shared of them."""
@@ -209,7 +211,7 @@ def pack(
     if min(lengths) == width:
         tokens, real = None, real.flatten()
     else:
-        tokens = _tokens(starts, lengths)
+        tokens = _tokens_of_lengths(starts, lengths)
         real = real.flatten()[tokens]
     kept = {name: placed(place, device) for name, place in kept.items()}
     within = None if bool(real.all()) else placed(real, device)  # a row may be masked within
@@ -239,11 +241,15 @@ def _together(values: list[Any], axes: tuple[int, ...]) -> Any:
     return torch.cat(values, axes[0])
 
 
-def _tokens(starts: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _tokens_of_lengths(starts: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Positions of all tokens of rows that begin at `starts`."""
-    size = placed(torch.tensor(lengths), starts.device)
+    return _tokens(starts, placed(torch.tensor(lengths), starts.device), sum(lengths))
+
+
+def _tokens(starts: Tensor, size: Tensor, total: int) -> Tensor:
+    """The same of rows whose lengths are on the device `[B]`, and so many in all."""
     shift = starts - size.cumsum(0) + size
-    return shift.repeat_interleave(size, output_size=sum(lengths)) + torch.arange(sum(lengths), device=starts.device)
+    return shift.repeat_interleave(size, output_size=total) + torch.arange(total, device=starts.device)
 
 
 def begin_packed(family: Family, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Packed, Tensor | None]:

@@ -352,8 +352,7 @@ def test_what_goes_on_is_the_front_of_what_the_graph_left(family):
         got = scheduler.run(rows)
     assert begun.places == list(range(24))
     assert torch.equal(got.exit_index, expected.exit_index)
-    of_shared = policy.num_exits if family == "modernbert" else 0  # how long the rows are that change places
-    assert len(brought) == 2 * of_new_rows + of_shared
+    assert len(brought) == 2 * of_new_rows
 
 
 def states_leak(model, policy, change=lambda: None):
