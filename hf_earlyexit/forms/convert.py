@@ -48,7 +48,7 @@ def convert(
     there are neither, a model with a policy is refused.
 
     Args:
-        model: a float32 classifier with exits. It is not changed.
+        model: a float32 classifier with exits. It is not changed. One in another form has that form only.
         form: "fp32" (the model itself), "bf16", "int8", "onnx" (ONNX Runtime), "onnx-int8"; or "auto" for the one that is
             the fastest here of those that the model can have and that have thresholds, by a short measurement of each; ONNX
             Runtime is among these where the hint is "latency" or it has thresholds of its own.
@@ -80,6 +80,15 @@ def convert(
     if not isinstance(performance_hint, str) or performance_hint not in HINTS:
         raise unknown_name("performance hint", performance_hint, HINTS)
     inner = served_classifier(unwrapped_without_adapters(model, "another form"))
+    own = form_of(inner)
+    if own != FP32 and form in (AUTO, own) and rows is None:
+        return inner
+    if own != FP32 and form == FP32:
+        raise UsageError(
+            f"The model is in {own}, and float32 is not to be had of it: take the model it was made from.",
+            field="form",
+            value=form,
+        )
     collecting = {"labels": labels, "split": split, "max_length": max_length, "progress": progress}
     parts = {
         name: part for name, part in (("tokenizer", tokenizer), ("image_processor", image_processor)) if part is not None
@@ -109,7 +118,7 @@ def convert(
     kept = inner.config.exit_forms or {}
 
     def may(name: str) -> bool:
-        if what_lacks(name, inner.device) is not None or form_of(inner) not in (FP32, name):
+        if what_lacks(name, inner.device) is not None:
             return False
         if name.startswith(ONNX) and name not in kept and performance_hint == THROUGHPUT:
             return False  # an export takes longer than it saves
@@ -120,7 +129,7 @@ def convert(
         try:
             models[name] = convert_to(name)
         except (_FormError, CheckpointError) as error:
-            if name == form_of(inner):
+            if name == FP32:
                 raise
             logger.warning(f"The form {name} is left out of the choice: {error}")
     return _with_one_row(inner, fastest(models, performance_hint), performance_hint)

@@ -88,6 +88,15 @@ def test_thresholds_of_other_numbers_are_not_taken_silently(model, converted):
         ee.convert(converted("int8"), "bf16")
 
 
+@pytest.mark.parametrize("form", ["int8", "onnx", "onnx-int8"])
+def test_a_model_in_another_form_has_that_form_only(converted, form):
+    one = converted(form)
+    for hint in ("throughput", "latency"):
+        assert ee.convert(one, form, performance_hint=hint) is ee.convert(one, performance_hint=hint) is one
+    with pytest.raises(UsageError, match=f"The model is in {form}, and float32 is not to be had of it"):
+        ee.convert(one, "fp32")
+
+
 def test_a_model_without_thresholds_needs_none(tiny_model, tokenizer):
     small = ee.convert(tiny_model(), "int8")
     assert small.exit_policy is None
