@@ -10,9 +10,7 @@ Places = Tensor | None  # of rows `[n]`; `None` for all of them, in their order
 
 def some(values: Tensor, places: Places) -> Tensor:
     """What those rows have of values `[N, ...]`; that of all rows is not copied."""
-    return (
-        values if places is None else values.index_select(0, places)
-    )  # an index takes longer
+    return values if places is None else values.index_select(0, places)  # an index takes longer
 
 
 def left_with(values: Tensor, places: Places, exits: Tensor) -> Tensor:
