@@ -355,6 +355,23 @@ def test_what_goes_on_is_the_front_of_what_the_graph_left(family):
     assert len(brought) == 2 * of_new_rows
 
 
+def test_rows_that_changed_places_can_go_on_without_graphs():
+    """As they must among rows with masked tokens: what layers of ModernBERT read of every token has changed places, too."""
+    model = new_model("modernbert")
+    rows = rows_of(batch_of("modernbert", rows=24))
+    policy = opened("confidence", ee.collect_trace(model, rows, labelled=False, progress=False))
+    walker, plain = graphed(model), ModelWalker(model)
+    scheduler = Scheduler(walker, policy, 100_000)
+    with torch.inference_mode():
+        chunk, decided = scheduler.launch(scheduler.begin(list(enumerate(rows))), [].append).landed()
+        hidden, context, _ = chunk.standing
+        assert chunk.places != list(range(24))
+        assert decided == sorted(decided)
+        layers = range(chunk.depth + 1, chunk.depth + 2)
+        by_graph, without = (by.run(layers, hidden, context, None)[0] for by in (walker, plain))
+    assert torch.allclose(by_graph, without, atol=NEAR)
+
+
 def states_leak(model, policy, change=lambda: None):
     """Whether what a policy remembers of one batch reaches the next in the same buffers."""
     walker, fresh = graphed(model), graphed(model)
