@@ -12,7 +12,7 @@ from .base import LAST, TEXT_INPUTS, Family, Frame, Framed
 from .checks import check_text
 from .context import Context, Part
 from .masks import MASK, backwards, framed, positions
-from .packed import PackedView
+from .packed_stock import PackedView
 from .text import NO_SEGMENTS, ROTARY, rotary_call
 
 NO_GRAPH = "which token answers is found from token ids, which the exported exits do not see."

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from .base import Family, is_watched
 from .context import Context
-from .packed import Packed, begin_packed, is_stock
+from .packed import Packed
+from .packed_stock import begin_packed, is_stock
 
 
 class PackedBertLayer:

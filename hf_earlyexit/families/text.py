@@ -13,8 +13,8 @@ from .base import TEXT_INPUTS, Family, Frame, Framed
 from .checks import check_text
 from .context import Context, Part
 from .masks import MASK, both_ways, framed, one_mask, positions
-from .packed import PackedView
 from .packed_bert import PackedBertLayer
+from .packed_stock import PackedView
 
 EMBEDDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 NO_SEGMENTS = tuple(name for name in TEXT_INPUTS if name != "token_type_ids")
