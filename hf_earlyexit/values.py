@@ -143,8 +143,9 @@ def parse_json(text: str | bytes, name: Any, finite: bool = True) -> dict[str, A
 
 
 def json_sum(values: Any) -> str:
-    """SHA-256 of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of JSON values, whatever the order of their keys; a file holds numbers as keys, such as labels, as words."""
+    stored = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def _whole(digits: str) -> int | float:

@@ -216,6 +216,8 @@ def test_a_file_that_is_too_large_is_not_parsed(monkeypatch):
 
 def test_the_sum_is_of_values_not_of_their_order():
     assert json_sum({"a": 1, "b": [2]}) == json_sum({"b": [2], "a": 1}) != json_sum({"a": 1, "b": [3]})
+    labels = {"id2label": {number: str(number) for number in range(12)}}
+    assert json_sum(labels) == json_sum(json.loads(json.dumps(labels)))  # "10" is before "2", and 2 before 10
 
 
 def test_values_are_shown_short():

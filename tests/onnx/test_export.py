@@ -17,7 +17,7 @@ from hf_earlyexit.calibration import Certified, parse_target
 from hf_earlyexit.cli.main import main
 from hf_earlyexit.errors import CheckpointError, DataError, PolicyError, UsageError
 from hf_earlyexit.onnx import export
-from hf_earlyexit.onnx.manifest import MANIFEST
+from hf_earlyexit.onnx.manifest import MANIFEST, read_manifest, write_manifest
 from hf_earlyexit.onnx.one_row import OneRow
 from hf_earlyexit.policies import StaticPolicy
 from tests.onnx.conftest import feeds
@@ -254,6 +254,13 @@ def test_a_changed_manifest_is_refused(folder, tmp_path):
     (copy / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="has no manifest"):
         ee.OnnxClassifier.from_pretrained(copy)
+
+
+def test_a_manifest_of_many_labels_is_read_as_it_was_written(tmp_path):
+    config = ee.EarlyExitBertConfig(num_labels=12).to_dict()
+    values = {"config": config, "dtype": "float32", "static": False, "fingerprint": "f"}
+    write_manifest(tmp_path, values)
+    assert read_manifest(tmp_path)["config"]["id2label"]["11"] == "LABEL_11"
 
 
 def test_files_name_no_place_of_this_machine(folder):
