@@ -89,7 +89,23 @@ def many_rows(found: dict, title: str) -> Iterator[str]:
         yield f"| {name} | {way['rows_per_second']:.1f} | {spread(way['speed_up'])} |"
 
 
-SECTIONS = {"hold": decisions, "batch-1": one_row, "export": thresholds}
+def scales(found: dict) -> Iterator[str]:
+    first = next(iter(found.values()))
+    yield (
+        f"**Fixed scales.** Exits on all-mpnet-base-v2 (12 x 768), `confidence` for a drop of {first['drop']:g}, chosen on "
+        f"{first['held_back']} held-back rows; rows that fix scales are of the training set. Figures are of report rows; "
+        "*agreement* is how often the last exit says what it says in float32. Made by `python benchmarks/onnx_scales.py`.\n"
+    )
+    yield from table("task", "rows", "rounded by", "all layers", "early", "mean layers", "agreement")
+    for task, one in found.items():
+        for way, w in one["ways"].items():
+            yield (
+                f"| {task} | {one['report']} | {'not: float32' if way == 'float32' else way} | {w['full']:.4f} | "
+                f"{w['early']:.4f} | {w['mean_layers']:.2f} | {w['agreement']:.4f} |"
+            )
+
+
+SECTIONS = {"hold": decisions, "batch-1": one_row, "export": thresholds, "scales": scales}
 MANY = {
     "throughput": "The SST-2 model (12 x 384)",
     "shape minilm": "MiniLM's shape (12 x 384, random weights), mixed lengths",

@@ -87,7 +87,7 @@ def shape_run(name: str, count: int, repeats: int, latency_rows: int, names: lis
     model = shaped(name)
     rows = mixed_rows(count)
     model.set_exit_policy(spread_out(all_exits(model, rows)))
-    forms = make_forms(model, names)
+    forms = make_forms(model, rows, names)
     for form in forms.models.values():
         served = getattr(form, "served", form)
         served.set_exit_policy(spread_out(all_exits(served, rows)))

@@ -23,7 +23,10 @@ class BenchArguments(FileArguments, DeviceArguments):
     static_layer: int | None = field(default=None, metadata={"help": "where the static model stops; the mean exit layer"})
     forms: list[str] | None = field(
         default=None,
-        metadata={"help": "number formats and engines: some of fp32, bf16, fp16, int8, onnx, onnx-int8; all that run here"},
+        metadata={
+            "help": "number formats and engines: some of fp32, bf16, fp16, int8, onnx, onnx-int8, onnx-int8-static; all "
+            "that run here"
+        },
     )
     repeats: int = field(default=3, metadata={"help": "turns after one to warm up"})
     latency_rows: int = field(default=50, metadata={"help": "rows that are run one by one"})
@@ -46,10 +49,11 @@ def run(args: BenchArguments) -> CommandResult:
     source = incoming(args, args.input, args.split, reads_images(model))
     texts = [source.text(row) for row in source.rows]
     chosen = random.Random(args.seed).sample(texts, min(args.rows, len(texts)))
-    forms = make_forms(model, args.forms)
+    rows = reader_for(model, **reading_parts(args.model, model)).encode_all(chosen)[:]
+    forms = make_forms(model, rows, args.forms)
     result = bench(
         forms.models,
-        reader_for(model, **reading_parts(args.model, model)).encode_all(chosen)[:],
+        rows,
         batch_size=args.batch_size,
         static_layer=args.static_layer,
         repeats=args.repeats,

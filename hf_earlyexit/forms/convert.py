@@ -75,12 +75,12 @@ def convert(
         >>> ee.convert(model, "int8").form
         'int8'
     """
-    if not isinstance(form, str) or form not in (AUTO, *FORMS):
-        raise unknown_name("form", form, (AUTO, *FORMS))
     if not isinstance(performance_hint, str) or performance_hint not in HINTS:
         raise unknown_name("performance hint", performance_hint, HINTS)
     inner = served_classifier(unwrapped_without_adapters(model, "another form"))
     own = form_of(inner)
+    if not isinstance(form, str) or form not in (AUTO, own, *FORMS):
+        raise unknown_name("form", form, (AUTO, *FORMS))
     if own != FP32 and form in (AUTO, own) and rows is None:
         return inner
     if own != FP32 and form == FP32:

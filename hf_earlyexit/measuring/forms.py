@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +11,14 @@ import torch
 from ..errors import EarlyExitError, UsageError
 from ..forms import table
 from ..modeling.protocol import TorchExitClassifier
+from ..onnx import ONNX_STATIC
 from ..serving.bf16 import narrowed, to_bf16
 from ..serving.copies import copied
 from .ways import Ways, torch_ways
 
 FP16 = "fp16"
-MEASURED = ("fp32", "bf16", FP16, "int8", "onnx", "onnx-int8")
+SCALE_ROWS = 256  # that fix scales
+MEASURED = ("fp32", "bf16", FP16, "int8", "onnx", "onnx-int8", ONNX_STATIC)
 
 
 class Forms(NamedTuple):
@@ -32,11 +33,12 @@ class Forms(NamedTuple):
     left_out: dict[str, str]
 
 
-def make_forms(model: TorchExitClassifier, names: Sequence[str] | None = None) -> Forms:
+def make_forms(model: TorchExitClassifier, rows: Sequence[Any], names: Sequence[str] | None = None) -> Forms:
     """One model in several forms, all with its policy: good enough to time them. To serve a form, calibrate it.
 
     Args:
         model: a float32 classifier with exits and a policy. It is not changed.
+        rows: encoded; the first of them fix scales, where a form has fixed ones.
         names: of the forms; by default all that this machine runs at more than a crawl.
 
     Raises:
@@ -52,7 +54,7 @@ def make_forms(model: TorchExitClassifier, names: Sequence[str] | None = None) -
         lacking = what_lacks(name, model.device)
         if lacking is None:
             try:
-                models[name] = _MAKE[name](model)
+                models[name] = _MAKE[name](model, rows[:SCALE_ROWS])
                 continue
             except EarlyExitError as error:
                 if names is not None:
@@ -67,7 +69,7 @@ def make_forms(model: TorchExitClassifier, names: Sequence[str] | None = None) -
 def what_lacks(name: str, device: torch.device) -> str | None:
     """What a form would need here, if anything."""
     if name != FP16:
-        return table.what_lacks(name, device)
+        return table.what_lacks(table.ONNX_INT8 if name == ONNX_STATIC else name, device)
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return "this processor has no instructions for float16"
     return None
@@ -97,20 +99,21 @@ def _int8(model: TorchExitClassifier) -> Any:
     return small
 
 
-def _onnx(int8: bool) -> Callable[[Any], Any]:
-    def make(model: TorchExitClassifier) -> Any:
+def _onnx(int8: bool, static: bool = False) -> Callable[[Any, Any], Any]:
+    def make(model: TorchExitClassifier, rows: Any) -> Any:
         from .onnx_forms import OnnxForm  # needs the extra
 
-        return OnnxForm(model, int8)
+        return OnnxForm(model, int8, scale_rows=rows if static else None)
 
     return make
 
 
-_MAKE: dict[str, Callable[[Any], Any]] = {
-    table.FP32: lambda model: model,
-    table.BF16: partial(HalfForm, dtype=torch.bfloat16),
-    FP16: partial(HalfForm, dtype=torch.float16),
-    table.INT8: _int8,
+_MAKE: dict[str, Callable[[Any, Any], Any]] = {
+    table.FP32: lambda model, rows: model,
+    table.BF16: lambda model, rows: HalfForm(model, torch.bfloat16),
+    FP16: lambda model, rows: HalfForm(model, torch.float16),
+    table.INT8: lambda model, rows: _int8(model),
     table.ONNX: _onnx(False),
     table.ONNX_INT8: _onnx(True),
+    ONNX_STATIC: _onnx(True, static=True),
 }

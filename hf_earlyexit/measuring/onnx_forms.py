@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -19,13 +20,16 @@ from ..errors import UsageError
 from ..modeling.protocol import TorchExitClassifier
 from ..onnx.classifier import OnnxClassifier, open_session
 from ..onnx.export import one_file
+from ..onnx.fixed_scales import batches_of, find_roundings
 from ..onnx.graphs import inputs_of, subgraph
+from ..onnx.inputs import picture_shape
 from ..onnx.layer_files import cut_pieces
 from ..onnx.one_row import OneRow
 from ..onnx.quantize import quantize_graph
 from ..onnx.walk import logits_of, walk_graph
 from ..serving.batching import pad_batch
 from ..serving.graph_walker import walker_for
+from ..serving.reader import reader_for
 from ..serving.rows import TokenIds
 from ..serving.scheduler import Scheduler
 from .ways import EARLY, FIRST, FORWARD, FULL, ONE_FILE, Run, Ways, exit_at
@@ -35,26 +39,39 @@ class OnnxForm:
     """One torch model in ONNX Runtime, in one number format.
 
     In full and cut off it is what `torch.onnx.export` and, in 8 bits, ONNX Runtime's own `quantize_dynamic` give: one graph
-    that answers batches of rows of similar length. With early exit it is what `export_onnx` writes: a file for each layer,
-    and one file that stops by itself.
+    that answers batches of rows of similar length; with fixed scales it is made as our own export is. With early exit it is
+    what `export_onnx` writes: a file for each layer, and one file that stops by itself.
 
     Args:
         model: a float32 classifier with exits and a policy, on the CPU. It is not changed.
         int8: in 8 bits. The policy stays as it is: good enough to time it, not to serve it.
         threads: that one session may use; as many as torch uses by default.
+        scale_rows: with `int8`, encoded rows that fix the scales; see `export_onnx`.
 
     Raises:
         UsageError: for a model that cannot be exported, or that has no policy.
     """
 
-    def __init__(self, model: TorchExitClassifier, int8: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self, model: TorchExitClassifier, int8: bool = False, threads: int | None = None, scale_rows: Any = None
+    ) -> None:
         if model.exit_policy is None:
             raise UsageError("The model has no exit policy; calibrate it and call set_exit_policy first.", field="model")
         self.threads, self.int8 = threads or torch.get_num_threads(), int8
         self.plain = walk_graph(model)
-        pieces = cut_pieces(quantize_graph(self.plain) if int8 else self.plain, model.config)
-        name = "int8" if int8 else "float32"
-        self.served = OnnxClassifier(copy.deepcopy(model.config), pieces.__getitem__, "timed only", name, self.threads)
+        self.roundings = None
+        if scale_rows is not None:
+            batches = batches_of(model, scale_rows, reader_for(model), picture_shape(model, None))
+            self.roundings = find_roundings(self.plain, batches)
+        whole = quantize_graph(self.plain, roundings=self.roundings) if int8 else self.plain
+        self.served = OnnxClassifier(
+            copy.deepcopy(model.config),
+            cut_pieces(whole, model.config).__getitem__,
+            "timed only",
+            "int8" if int8 else "float32",
+            self.threads,
+            static=scale_rows is not None,
+        )
 
     def ways(self, batch_size: int, static_layer: int) -> Ways:
         """In full, cut off after `static_layer`, and with early exit; batches are of `batch_size` rows, sorted by length."""
@@ -64,7 +81,7 @@ class OnnxForm:
         assert policy is not None  # looked at when it was made
         early = Scheduler(walker_for(served), policy, served.walker.best_batch_tokens)
         whole, short = self._session(last), self._session(static)
-        one = self._open(one_file(self.plain, served.config, policy, self.int8))
+        one = self._open(one_file(self.plain, served.config, policy, self.int8, self.roundings))
         first, alone = FIRST.format(static_layer), copy.copy(served)
         alone.walker = copy.copy(served.walker)
         alone.walker.one_row = OneRow(lambda: one, dict(served.config.exit_policy))
@@ -79,6 +96,8 @@ class OnnxForm:
         graph = subgraph(
             self.plain, inputs_of(self.plain), {logits_of(exit_index): (TensorProto.FLOAT, ("batch", "classes"))}
         )
+        if self.roundings is not None:
+            return self._open(quantize_graph(graph, roundings=self.roundings).SerializeToString())
         return self._open(_in_8_bits(graph) if self.int8 else graph.SerializeToString())
 
     def _open(self, data: bytes) -> ort.InferenceSession:

@@ -2,3 +2,4 @@
 
 ONE, LAYERS = FORMS = ("one-file", "layers")  # what is written
 FOLDER, TRITON = LAYOUTS = ("folder", "triton")  # for whom
+ONNX_STATIC = "onnx-int8-static"  # how answers by fixed scales name their form

@@ -32,6 +32,7 @@ from ..serving.tables import PIXELS
 from ..serving.walker import BatchWalker
 from ..signals import SIGNALS, ExitSignal, known_signals, names_at
 from ..walking.loop import run_all, run_early
+from . import ONNX_STATIC
 from .inputs import check_picture, picture_batch, text_batch
 from .layer_files import BEGIN, exit_file, layer_file
 from .manifest import AGAIN, MANIFEST, ONE_FILE, read_manifest
@@ -153,8 +154,16 @@ class OnnxClassifier(OperatingPoints):
     training = False
     device = torch.device("cpu")
 
-    def __init__(self, config: Any, read: Callable[[str], bytes], fingerprint: str, dtype: str, threads: int | None = None):
-        self.config, self.fingerprint, self.dtype = config, fingerprint, getattr(torch, dtype)
+    def __init__(
+        self,
+        config: Any,
+        read: Callable[[str], bytes],
+        fingerprint: str,
+        dtype: str,
+        threads: int | None = None,
+        static: bool = False,
+    ) -> None:
+        self.config, self.fingerprint, self.dtype, self.static = config, fingerprint, getattr(torch, dtype), static
         self.threads = threads or torch.get_num_threads()
         self.walker = OnnxWalker(config, read, self.threads)
 
@@ -184,7 +193,7 @@ class OnnxClassifier(OperatingPoints):
         def read(name: str) -> bytes:
             return (Path(folder) / name).read_bytes()
 
-        model = cls(config, read, manifest["fingerprint"], manifest["dtype"], threads)
+        model = cls(config, read, manifest["fingerprint"], manifest["dtype"], threads, manifest["static"])
         if ONE_FILE in manifest["files"] and config.exit_policy is not None:
             model.walker.one_row = OneRow(partial(open_session, read, ONE_FILE, model.threads), dict(config.exit_policy))
         return model
@@ -202,7 +211,7 @@ class OnnxClassifier(OperatingPoints):
     @property
     def form(self) -> str:
         """Of its answers: see `convert`."""
-        return "onnx-int8" if self.dtype == torch.int8 else "onnx"
+        return ONNX_STATIC if self.static else "onnx-int8" if self.dtype == torch.int8 else "onnx"
 
     @property
     def signals(self) -> tuple[str, ...]:

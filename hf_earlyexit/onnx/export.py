@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,21 @@ from ..modeling.fingerprint import model_fingerprint
 from ..modeling.protocol import ExitModel, TorchExitClassifier, Wrapped
 from ..modeling.wrapped import unwrapped_without_adapters
 from ..policies import ExitPolicy
+from ..serving.reader import reader_for
 from ..values import unexpected
 from . import FOLDER, FORMS, LAYERS, LAYOUTS, ONE, TRITON
 from .classifier import OnnxClassifier, open_session
 from .decisions import PREFIX, asked_exits, policy_graph
-from .graphs import append, inputs_of, staged
+from .fixed_scales import batches_of, digest, find_roundings
+from .graphs import append, inputs_of, serialized, staged
 from .inputs import picture_shape
 from .layer_files import cut_pieces
 from .manifest import ONE_FILE, write_manifest
 from .one_row import OneRow
-from .quantize import quantize_graph
+from .quantize import Rounding, quantize_graph
 from .recalibrate import Recalibration, recalibrate
 from .triton import triton_files
 from .walk import walk_graph
-
-LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +50,7 @@ def export_onnx(
     int8: bool = False,
     rows: Any = None,
     labels: Sequence[Any] | None = None,
+    scale_rows: Any = None,
     tokenizer: Any = None,
     image_processor: Any = None,
     target: str | Target | None = None,
@@ -69,6 +70,10 @@ def export_onnx(
         int8: compute the layers in 8 bits. Their logits differ, so thresholds are chosen anew on `rows`; operating points
             are left out.
         rows, labels: held-back rows, as for `collect_trace`; with `int8` only.
+        scale_rows: with `int8`, rows of the usual kind without a look at labels, best a thousand of the training set: what
+            products read is then rounded by fixed scales, which fit these rows (static quantization), in fewer steps. By
+            default every token is rounded by its own largest value. They should not be among `rows`, whose values would
+            fit better than those of rows to come.
         tokenizer: needed for texts; saved into the folder.
         image_processor: needed for pictures; saved into the folder. The export takes pictures of the one size that it
             makes; without it, of the size in the model's config.
@@ -80,6 +85,7 @@ def export_onnx(
 
     Raises:
         UsageError: for arguments that contradict each other, or a model without what the form needs.
+        DataError: for rows that the model cannot read.
         PolicyError: for a policy that cannot be traced.
         CheckpointError: if the folder cannot be written.
     """
@@ -87,13 +93,18 @@ def export_onnx(
         raise unexpected("layout", layout, " or ".join(LAYOUTS))
     forms = (ONE,) if layout == TRITON else forms
     inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
-    _check(inner, forms, int8, rows)
+    _check(inner, forms, int8, rows, scale_rows)
     warn_of_other_tokenizer(inner, tokenizer)
-    whole, config, fingerprint, dtype = _traced(inner, int8, picture_shape(inner, image_processor))
-    changed = None
-    pieces = _pieces(whole, config, int8) if LAYERS in forms or rows is not None else {}
+    picture = picture_shape(inner, image_processor)
+    whole, config, fingerprint, dtype = _traced(inner, int8, picture)
+    changed = roundings = None
+    if scale_rows is not None:
+        reader = reader_for(inner, tokenizer, max_length, image_processor)
+        roundings = find_roundings(whole, batches_of(inner, scale_rows, reader, picture))
+        fingerprint = _sum(fingerprint, digest(roundings))
+    pieces = _pieces(whole, config, int8, roundings) if LAYERS in forms or rows is not None else {}
     if rows is not None:
-        small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype)
+        small = OnnxClassifier(config, pieces.__getitem__, fingerprint, dtype, static=roundings is not None)
         collecting = {"labels": labels, "tokenizer": tokenizer, "image_processor": image_processor}
         collecting |= {"split": split, "max_length": max_length}
         changed = recalibrate(inner, small, rows, target, **collecting, progress=progress)
@@ -101,7 +112,7 @@ def export_onnx(
         logger.warning("int8 without rows to choose thresholds on: the export has no policy and runs all layers.")
     files = pieces if LAYERS in forms else {}
     if ONE in forms:
-        files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy), int8)
+        files[ONE_FILE] = one_file(whole, config, ExitPolicy.from_dict(config.exit_policy), int8, roundings)
     if layout == TRITON:
         files = triton_files(files[ONE_FILE], config, Path(folder).resolve().name)
     with replaced_folder(folder, needs=sum(map(len, files.values()))) as new:
@@ -114,6 +125,7 @@ def export_onnx(
         settings = {
             "config": config.to_dict(),
             "dtype": dtype,
+            "static": roundings is not None,
             "fingerprint": fingerprint,
             "forms": list(forms),
             "layout": layout,
@@ -145,8 +157,11 @@ def open_one_row(model: Wrapped, served: OnnxClassifier) -> OneRow:
         served: its batched form, with a policy.
 
     Raises:
-        UsageError, PolicyError: as `export_onnx`.
+        UsageError: for one with fixed scales, which its export alone knows; and as `export_onnx`.
+        PolicyError: as `export_onnx`.
     """
+    if served.static:
+        raise UsageError("The model has fixed scales, which its export alone knows: export both forms.", field="served")
     inner: TorchExitClassifier = unwrapped_without_adapters(model, "ONNX")
     int8, policy = served.dtype == torch.int8, served.exit_policy
     assert policy is not None  # its caller has looked
@@ -156,9 +171,9 @@ def open_one_row(model: Wrapped, served: OnnxClassifier) -> OneRow:
     return OneRow(lambda: session, dict(served.config.exit_policy))
 
 
-def _pieces(whole: ModelProto, config: Any, int8: bool) -> dict[str, bytes]:
+def _pieces(whole: ModelProto, config: Any, int8: bool, roundings: Mapping[str, Rounding] | None = None) -> dict[str, bytes]:
     """The files of the batched form."""
-    return cut_pieces(quantize_graph(whole) if int8 else whole, config)
+    return cut_pieces(quantize_graph(whole, roundings=roundings) if int8 else whole, config)
 
 
 def _traced(model: TorchExitClassifier, int8: bool, picture: tuple[int, ...] | None) -> tuple[ModelProto, Any, str, str]:
@@ -169,18 +184,25 @@ def _traced(model: TorchExitClassifier, int8: bool, picture: tuple[int, ...] | N
     fingerprint, dtype = model_fingerprint(model), "float32"
     if int8:
         dtype = "int8"
-        fingerprint = hashlib.sha256(f"{fingerprint} int8".encode()).hexdigest()[:16]
+        fingerprint = _sum(fingerprint, "int8")
         config.exit_operating_points = config.exit_point_certificates = None
         config.exit_policy = config.exit_certificate = None
     drop_promises_of_other_dtypes(config, dtype)
     return whole, config, fingerprint, dtype
 
 
-def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> None:
+def _sum(fingerprint: str, change: str) -> str:
+    """The fingerprint of numbers that were changed in a way that has a name."""
+    return hashlib.sha256(f"{fingerprint} {change}".encode()).hexdigest()[:16]
+
+
+def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any, scale_rows: Any) -> None:
     if not forms or not set(forms) <= set(FORMS):
         raise unexpected("forms", forms, f"some of {', '.join(FORMS)}")
     if rows is not None and not int8:
         raise UsageError("rows are for int8, whose thresholds are chosen anew; float32 keeps the model's.", field="rows")
+    if scale_rows is not None and not int8:
+        raise UsageError("scale_rows are for int8; float32 rounds nothing.", field="scale_rows")
     if ONE in forms and model.exit_policy is None:
         raise UsageError(
             "The model has no exit policy, which the one-file form holds: calibrate it and call set_exit_policy first, "
@@ -195,7 +217,13 @@ def _check(model: ExitModel, forms: Sequence[str], int8: bool, rows: Any) -> Non
         )
 
 
-def one_file(whole: ModelProto, config: Any, policy: ExitPolicy, int8: bool = False) -> bytes:
+def one_file(
+    whole: ModelProto,
+    config: Any,
+    policy: ExitPolicy,
+    int8: bool = False,
+    roundings: Mapping[str, Rounding] | None = None,
+) -> bytes:
     """The file that stops at the first exit where the policy lets a row go.
 
     Args:
@@ -203,16 +231,13 @@ def one_file(whole: ModelProto, config: Any, policy: ExitPolicy, int8: bool = Fa
         config: the model's.
         policy: with thresholds for its exits.
         int8: compute the layers in 8 bits.
+        roundings: by fixed scales; see `quantize_graph`.
     """
-    whole = quantize_graph(whole, one_row=True) if int8 else whole
+    whole = quantize_graph(whole, one_row=True, roundings=roundings) if int8 else whole
     joined = append(whole, policy_graph(policy, config.num_labels), PREFIX)
     inputs = {name: (kind, (1, *sizes[1:])) for name, (kind, sizes) in inputs_of(whole).items()}
     exits = [(config.exit_layers[index], answer, score, leave) for index, answer, score, leave in asked_exits(policy)]
     graph = staged(joined, inputs, exits)
-    if (size := graph.ByteSize()) > LARGEST_FILE:
-        raise UsageError(
-            f"The model takes {size:,} bytes; one ONNX file holds {LARGEST_FILE:,}. Export forms=['layers'], or int8.",
-            field="forms",
-        )
+    data = serialized(graph, "export forms=['layers'], or int8")
     onnx.checker.check_model(graph)
-    return bytes(graph.SerializeToString())
+    return data

@@ -10,10 +10,28 @@ from typing import NamedTuple
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
+from ..errors import UsageError
+
 ANSWERS = {"logits": TensorProto.FLOAT, "exit_layer": TensorProto.INT64, "exit_score": TensorProto.FLOAT}
 GONE = "gone"  # whether the row has left
 Shapes = Mapping[str, tuple[int, tuple[int | str, ...]]]
 LARGE = 1024  # bytes of a weight that is put in place at the end
+LARGEST_FILE = 2**31 - 1  # bytes; ONNX's own limit
+
+
+def serialized(graph: ModelProto, cure: str) -> bytes:
+    """The bytes of a graph.
+
+    Args:
+        graph: whole.
+        cure: what to do if it is too large, in words.
+
+    Raises:
+        UsageError: for more bytes than one file holds.
+    """
+    if (size := graph.ByteSize()) > LARGEST_FILE:
+        raise UsageError(f"The model takes {size:,} bytes; one ONNX file holds {LARGEST_FILE:,}: {cure}.", field="forms")
+    return bytes(graph.SerializeToString())
 
 
 def subgraph(whole: ModelProto, inputs: Shapes, outputs: Shapes) -> ModelProto:

@@ -16,7 +16,7 @@ from ..values import json_sum, shown
 MANIFEST, ONE_FILE = "manifest.json", "model.onnx"
 FORMAT = "hf_earlyexit.onnx/1"
 PACKAGES = ("hf_earlyexit", "onnx", "onnxruntime", "torch", "transformers")
-NEEDED = {"config": dict, "dtype": str, "fingerprint": str, "files": dict}
+NEEDED = {"config": dict, "dtype": str, "static": bool, "fingerprint": str, "files": dict}
 DTYPES = ("float32", "int8")
 AGAIN = "Export the model again, or copy the folder again."
 

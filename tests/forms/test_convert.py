@@ -11,7 +11,7 @@ from hf_earlyexit.forms import convert as convert_module
 from hf_earlyexit.forms import speed, table
 from hf_earlyexit.forms.speed import fastest
 from hf_earlyexit.forms.table import FORMS, what_lacks
-from hf_earlyexit.onnx import export
+from hf_earlyexit.onnx import graphs
 from hf_earlyexit.serving.bf16 import lacks_bf16
 from hf_earlyexit.serving.online import Engine
 
@@ -181,7 +181,7 @@ def test_for_latency_a_row_that_comes_alone_has_a_file_of_its_own(model, convert
 def test_a_model_too_large_for_one_file_goes_through_the_layers_and_says_so(model, monkeypatch):
     warnings = []
     monkeypatch.setattr(convert_module.logger, "warning", warnings.append)
-    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(graphs, "LARGEST_FILE", 1000)
     assert ee.convert(model, "onnx", performance_hint="latency").walker.one_row is None
     assert len(warnings) == 1
     assert warnings[0].startswith(

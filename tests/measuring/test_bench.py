@@ -138,14 +138,14 @@ def test_a_static_layer_without_an_exit_is_refused(onnx_forms, tiny_model):
 
 def test_forms_that_run_here_are_made_and_others_are_named(model, monkeypatch):
     monkeypatch.setattr(forms_module, "what_lacks", lambda name, device: "it is a test" if name == "bf16" else None)
-    monkeypatch.setattr(forms_module, "_MAKE", {name: lambda model: model for name in MEASURED})
-    made = make_forms(model)
+    monkeypatch.setattr(forms_module, "_MAKE", {name: lambda model, rows: model for name in MEASURED})
+    made = make_forms(model, [])
     assert set(made.models) == set(MEASURED) - {"bf16"}
     assert made.left_out == {"bf16": "it is a test"}
     with pytest.raises(UsageError, match="'bf16' does not run here: it is a test"):
-        make_forms(model, ["fp32", "bf16"])
+        make_forms(model, [], ["fp32", "bf16"])
     with pytest.raises(UsageError, match=r"forms holds 'int9'; expected some of fp32, bf16"):
-        make_forms(model, ["int9"])
+        make_forms(model, [], ["int9"])
 
 
 def test_what_a_form_lacks(monkeypatch):

@@ -401,11 +401,19 @@ def test_the_command_exports_and_predicts(served, labelled, tmp_path, tokenizer,
     assert "pass held-back rows" in capsys.readouterr().err
     assert main([*words, "--dataset", str(tmp_path / "data"), "--target", "layer-budget:3"]) == 0
     assert "int8, new thresholds" in capsys.readouterr().out
+    assert main([*words, "--scale_split", "train"]) == 2
+    assert "pass --dataset" in capsys.readouterr().err
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     assert main(["predict", str(tmp_path / "int8"), "--input", str(tmp_path / "texts.txt")]) == 0
     told = [json.loads(line)["exit_layer"] for line in capsys.readouterr().out.splitlines()]
     small = ee.OnnxClassifier.from_pretrained(tmp_path / "int8")
     assert told == ee.predict(small, texts, tokenizer=tokenizer).exit_layer.tolist()
+    Dataset.from_dict({"text": random_texts(50, seed=9)}).to_csv(str(tmp_path / "data" / "train.csv"))
+    words[3] = str(tmp_path / "static")
+    data = ["--dataset", str(tmp_path / "data"), "--scale_split", "train[:40]", "--target", "layer-budget:3"]
+    assert main([*words, *data]) == 0
+    assert "int8 by fixed scales" in capsys.readouterr().out
+    assert ee.OnnxClassifier.from_pretrained(tmp_path / "static").form == "onnx-int8-static"
     assert main(["export", "openvino", "a", "b"]) == 2
     assert "expected onnx" in capsys.readouterr().err
 

@@ -10,13 +10,17 @@ import torch
 
 import hf_earlyexit as ee
 from hf_earlyexit.families import FAMILIES
+from hf_earlyexit.families.base import IMAGE
 from hf_earlyexit.onnx.classifier import OnnxClassifier
 from hf_earlyexit.onnx.export import one_file
+from hf_earlyexit.onnx.fixed_scales import batches_of, find_roundings
 from hf_earlyexit.onnx.layer_files import cut_pieces
 from hf_earlyexit.onnx.manifest import ONE_FILE
 from hf_earlyexit.onnx.quantize import quantize_graph
 from hf_earlyexit.onnx.walk import walk_graph
 from hf_earlyexit.policies import POLICIES
+from hf_earlyexit.serving.reader import reader_for
+from hf_earlyexit.serving.tables import PIXELS
 from tests.families.calibrated import calibrated, same, served
 from tests.families.tiny import IMAGES
 
@@ -81,13 +85,22 @@ def test_files_of_another_rule_and_of_another_model_are_told_apart(name, exporte
     assert not same(served(family.onnx, family.rows[1:] + family.rows[:1], "beem-c"), expected)
 
 
+def fixed(family):
+    """Scales from rows that the tests do not look at."""
+    shape = None if family.model.family.task != IMAGE else tuple(family.rows[0][PIXELS].shape)
+    batches = batches_of(family.model, family.rows[200:250], reader_for(family.model), shape)
+    return find_roundings(family.whole, batches)
+
+
+@pytest.mark.parametrize("rounding", ["by token", "fixed"])
 @pytest.mark.parametrize("name", TRACED)
-def test_rows_of_layers_in_8_bits_do_not_see_each_other(name, exported):
+def test_rows_of_layers_in_8_bits_do_not_see_each_other(name, rounding, exported):
     family = exported(name)
-    rows, policy, small = family.rows[:200], family.policies["beem-c"], quantize_graph(family.whole)
+    rows, policy, roundings = family.rows[:200], family.policies["beem-c"], None if rounding == "by token" else fixed(family)
+    small = quantize_graph(family.whole, roundings=roundings)
     model = OnnxClassifier(family.model.config, cut_pieces(small, family.model.config).__getitem__, "", "int8", threads=1)
     together = served(model, rows, "beem-c")
-    alone = one_by_one(one_file(family.whole, model.config, policy, int8=True), rows)
+    alone = one_by_one(one_file(family.whole, model.config, policy, int8=True, roundings=roundings), rows)
     assert same(together, alone)
     assert same(served(model, rows[::-1], "beem-c"), tuple(part.flip(0) for part in alone))
     assert not same(together, tuple(part[:200] for part in family.expected["beem-c"]))
