@@ -85,6 +85,10 @@ class TracedTokens:
         """None is kept."""
         self._no_logits()
 
+    def told(self, of_logits: Any, exit_index: int) -> NoReturn:
+        """No logits are kept that could be asked."""
+        self._no_logits()
+
     def _no_logits(self) -> NoReturn:
         raise CalibrationError(
             "This policy learns from the logits of many rows, one number per class; for a whole vocabulary that is too "

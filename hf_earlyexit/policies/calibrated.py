@@ -18,7 +18,14 @@ from .agreement import Chain
 from .base import register_policy
 from .looking import LookingPolicy, Seen
 from .measures import log_odds, probability
-from .scanning import LearningRows
+from .scanning import LearningRows, OfLogits
+
+
+def _answer_and_lead(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that each row predicts, and its log-odds against the second, `[N]` each."""
+    logits = logits.float()
+    predicted = largest(logits)
+    return predicted, log_odds(logits, predicted)
 
 
 @register_policy("beem-calibrated")
@@ -47,6 +54,7 @@ class CalibratedBeemPolicy(LookingPolicy):
     problem_types: ClassVar[frozenset[str]] = frozenset({SINGLE_LABEL})
     learns: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("slopes", "offsets")
+    of_logits: ClassVar[OfLogits | None] = staticmethod(_answer_and_lead)
     highest_score: ClassVar[float] = 1.0
 
     def validate(self) -> None:
@@ -70,9 +78,7 @@ class CalibratedBeemPolicy(LookingPolicy):
         return Chain.empty(batch_size, num_classes, device, self.problem_type)
 
     def look(self, state: Chain, signal: ExitSignal, exit_index: int) -> tuple[Chain, Seen]:
-        logits = signal.logits.float()
-        predicted = largest(logits)
-        return state, (predicted, log_odds(logits, predicted))
+        return state, _answer_and_lead(signal.logits)
 
     def judge(self, state: Chain, seen: Seen, exit_index: int) -> tuple[Chain, Tensor]:
         predicted, lead = seen
@@ -93,18 +99,23 @@ class CalibratedBeemPolicy(LookingPolicy):
         check_real(1e-6, error=PolicyError, ridge=ridge)
         right = trace.quality > 0
         harmless = ~(right[:, -1:] & ~right)
-        lines = [_fit_line(trace.signal(index).logits, harmless[:, index], ridge) for index in range(trace.num_exits)]
+        classes, lines = trace.signal(0).logits.shape[-1], []
+        for index in range(trace.num_exits):
+            predicted, lead = trace.told(_answer_and_lead, index)
+            lines.append(_fit_line(predicted, lead, harmless[:, index], classes, ridge))
         return {"slopes": tuple(slope for slope, _ in lines), "offsets": tuple(offsets for _, offsets in lines), **options}
 
 
-def _fit_line(logits: Tensor, harmless: Tensor, ridge: float) -> tuple[float, tuple[float, ...]]:
-    """Slope and offsets of one exit from logits `[N, C]` and whether leaving was harmless `[N]`, by Newton's method.
+def _fit_line(
+    predicted: Tensor, lead: Tensor, harmless: Tensor, num_classes: int, ridge: float
+) -> tuple[float, tuple[float, ...]]:
+    """Slope and offsets of one exit from what `_answer_and_lead` gives and whether leaving was harmless `[N]`, by Newton's
+    method.
 
     One harmful row is made up at the mean of all rows, so that an exit that never harmed is still not taken for certain. The
     class that a row predicts is one feature among C, so sums are taken class by class and no table of features is made.
     """
-    num_classes, predicted = logits.shape[-1], largest(logits)
-    lead = log_odds(logits.float(), predicted).double()
+    lead = lead.double()
 
     def by_class(values: Tensor) -> Tensor:
         return torch.bincount(predicted, values, num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..signals import ExitSignal, SignalSource
 from .base import ExitPolicy
-from .scanning import Scan, own_answers, parts_in_turn, slices
+from .scanning import OfLogits, Scan, own_answers, parts_in_turn, slices
 
 Seen = tuple[Tensor, ...]  # what a rule sees at one exit, one number a row in each
 
@@ -23,6 +24,7 @@ class LookingPolicy(ExitPolicy):
     """
 
     learned: ClassVar[tuple[str, ...]]  # the fields that `look` does not read
+    of_logits: ClassVar[OfLogits | None] = None  # what `look` sees, where that is of the exit's own logits alone
 
     @abstractmethod
     def look(self, state: Any, signal: ExitSignal, exit_index: int) -> tuple[Any, Seen]:
@@ -60,9 +62,20 @@ class Looks(NamedTuple):
     trace: SignalSource
 
     @classmethod
-    def of(cls, policy: LookingPolicy, trace: SignalSource) -> Looks:
-        """Let a policy look at all rows of a trace."""
+    def of(cls, policy: LookingPolicy, trace: SignalSource, told: Callable[..., Seen] | None = None) -> Looks:
+        """Let a policy look at all rows of a trace.
+
+        Args:
+            policy: whatever its learned numbers are.
+            trace: the rows.
+            told: as `LearningRows.told`, where somebody may have asked before.
+        """
         signals = [trace.signal(exit_index) for exit_index in range(trace.num_exits)]
+        of_logits, muted = type(policy).of_logits, policy.muted
+        if of_logits is not None and told is not None:
+            return cls(
+                policy.sight, [() if index in muted else told(of_logits, index) for index in range(len(signals))], trace
+            )
         kept: list[Seen] = [()] * len(signals)
         state = None
         for part, exit_index, here, is_first in parts_in_turn(policy, signals):

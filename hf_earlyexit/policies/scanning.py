@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..signals import ExitSignal, SignalSource
 
 SCANNED = 4096  # rows at a time, so that what is made of them stays small
+OfLogits = Callable[[Tensor], tuple[Tensor, ...]]  # of `[N, C]`, values `[N]`
 
 
 class LearningRows(SignalSource, Protocol):
@@ -51,6 +52,9 @@ class LearningRows(SignalSource, Protocol):
 
     def select(self, rows: Tensor | Sequence[int]) -> LearningRows:
         """Some of the rows, in the given order."""
+
+    def told(self, of_logits: OfLogits, exit_index: int) -> tuple[Tensor, ...]:
+        """What a function makes of each row's logits at an exit; it looks at every row by itself."""
 
 
 class Scan(NamedTuple):
@@ -106,6 +110,12 @@ def parts_in_turn(policy: Any, signals: Sequence[ExitSignal]) -> Iterator[tuple[
             logits, scalars = signals[exit_index]
             here = ExitSignal(logits[part].contiguous(), {name: values[part] for name, values in scalars.items()})
             yield part, exit_index, here, exit_index == kept[0]
+
+
+def told_by_parts(of_logits: OfLogits, logits: Tensor) -> tuple[Tensor, ...]:
+    """What a function makes of the logits of all rows at an exit, so many at a time that they stay in the cache."""
+    parts = [of_logits(logits[part].contiguous()) for part in slices(len(logits))]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 def own_answers(trace: SignalSource) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_earlyexit.calibration import MaxDrop, calibrate
+from hf_earlyexit.calibration import MaxDrop, calibrate, settings
 from hf_earlyexit.calibration.quality import find_metric
 from hf_earlyexit.calibration.settings import Pool
 from hf_earlyexit.policies import POLICIES, scanning
@@ -19,7 +19,7 @@ NAMES = ["beem-calibrated", "reward"]
 def looked(monkeypatch):
     """The policies that looked at a trace."""
     looking, of = [], Looks.of
-    monkeypatch.setattr(Looks, "of", lambda policy, trace: looking.append(policy) or of(policy, trace))
+    monkeypatch.setattr(Looks, "of", lambda policy, *args: looking.append(policy) or of(policy, *args))
     return looking
 
 
@@ -55,3 +55,24 @@ def test_policies_of_other_exits_look_for_themselves(name, looked):
 def test_folds_look_at_the_rows_once(name, looked):
     calibrate(learned_trace(600), name, MaxDrop(0.01), keep_weak_exits=True, folds=4)
     assert len(looked) == 1
+
+
+def test_who_learns_and_who_looks_ask_each_exit_once(monkeypatch):
+    asked, ask = [], settings.told_by_parts
+    monkeypatch.setattr(settings, "told_by_parts", lambda *args: asked.append(args) or ask(*args))
+    trace = learned_trace(600)
+    calibrate(trace, "beem-calibrated", MaxDrop(0.01), keep_weak_exits=True, folds=4)
+    assert len(asked) == trace.num_exits
+
+
+def test_what_is_told_of_some_rows_is_theirs(monkeypatch):
+    monkeypatch.setattr(scanning, "SCANNED", 64)
+    trace, places = learned_trace(200), torch.tensor([150, 3, 70])
+
+    def of_logits(logits):
+        return logits.amax(-1), logits.argmax(-1)
+
+    rows, copied = pool_of(trace).rows(places), trace.select(places)
+    for exit_index in range(trace.num_exits):
+        for found, right in zip(rows.told(of_logits, exit_index), copied.told(of_logits, exit_index), strict=True):
+            assert torch.equal(found, right)
