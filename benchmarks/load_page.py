@@ -41,7 +41,8 @@ precision can do. A server's model has one thread; where no other server is name
 uvicorn. A latency counts from the moment of arrival. Dynamic batches hold up to 32 rows, the first of which waits at most
 5 ms for others, as in Triton or Ray Serve; where no server is named, they are a few lines of Python, so without what those
 cost. `serve` is all of `hf-earlyexit serve`, its metrics and limits included; on ONNX files as with `--performance_hint
-latency`, so a row that nobody shares a batch with runs through the one file.
+latency`, so a row that nobody shares a batch with runs through the one file. In 8 bits `serve` rounds by
+[fixed scales](how-to/onnx.md#fixed-scales), the full model as ONNX Runtime's own `quantize_dynamic` makes it.
 """
 
 

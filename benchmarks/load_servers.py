@@ -30,20 +30,26 @@ import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.measuring.onnx_forms import _in_8_bits, by_length
 from hf_earlyexit.onnx.classifier import open_session
-from hf_earlyexit.onnx.export import open_one_row
+from hf_earlyexit.onnx.export import one_file, open_one_row
+from hf_earlyexit.onnx.fixed_scales import batches_of, find_roundings
 from hf_earlyexit.onnx.graphs import inputs_of, subgraph
+from hf_earlyexit.onnx.one_row import OneRow
 from hf_earlyexit.onnx.walk import logits_of, walk_graph
 from hf_earlyexit.server.app import make_app
+from hf_earlyexit.serving.reader import reader_for
 from hf_earlyexit.serving.rows import encode_rows
 
 __all__ = ["compare", "environment", "prepare"]
 MODEL, POLICY = "model", "policy.json"  # of the work folder; ONNX files are in folders "onnx" and "int8"
+ONE_ROW = "int8-one-row.onnx"  # an export holds one with its own thresholds; those here are for a chosen mean layer
+SCALE_ROWS = 1000
 FORMS = {FLOAT: "onnx", INT8: "int8"}
 
 
 def prepare(work: Path, folder: Path | None, exports: bool) -> tuple[list[str], dict[str, float]]:
     """Write what the servers load; gives the texts that are asked, and the layer they leave after by precision."""
-    texts = list(load_rows(TASKS["sst2"])["report"]["sentence"])
+    splits = load_rows(TASKS["sst2"])
+    texts = list(splits["report"]["sentence"])
     torch.manual_seed(0)
     torch.set_num_threads(1)
     source = folder or DATA / BACKBONE
@@ -62,19 +68,23 @@ def prepare(work: Path, folder: Path | None, exports: bool) -> tuple[list[str], 
     ee.save(model, work / MODEL, tokenizer=tokenizer)
     models: dict[str, Any] = {FLOAT: model}
     if exports:
-        plain, last = walk_graph(model), logits_of(len(model.exit_layers) - 1)
-        plain = subgraph(plain, inputs_of(plain), {last: (TensorProto.FLOAT, ("batch", "classes"))})
+        whole, last = walk_graph(model), logits_of(len(model.exit_layers) - 1)
+        plain = subgraph(whole, inputs_of(whole), {last: (TensorProto.FLOAT, ("batch", "classes"))})
         plain.graph.node.append(make_node("Identity", [last], ["logits"]))  # as others call it
         plain.graph.output[0].name = "logits"
+        scale_rows = splits["train"].shuffle(seed=0).select(range(SCALE_ROWS))["sentence"]
         for precision, name in FORMS.items():
             small = precision == INT8
-            ee.export_onnx(model, work / name, forms=["layers"], int8=small, tokenizer=tokenizer)
+            scales = scale_rows if small else None
+            ee.export_onnx(model, work / name, forms=["layers"], int8=small, scale_rows=scales, tokenizer=tokenizer)
             (work / f"{name}.onnx").write_bytes(_in_8_bits(plain) if small else plain.SerializeToString())
         write_stock(work, tokenizer)
         models[INT8] = ee.OnnxClassifier.from_pretrained(work / FORMS[INT8], threads=1)
         policy = spread_out(all_exits(models[INT8], rows))
         models[INT8].set_exit_policy(policy)
         (work / POLICY).write_text(json.dumps(policy.to_dict()))
+        roundings = find_roundings(whole, batches_of(model, scale_rows, reader_for(model, tokenizer), None))
+        (work / ONE_ROW).write_bytes(one_file(whole, model.config, policy, int8=True, roundings=roundings))
     layers = {name: ee.predict(one, texts, tokenizer=tokenizer).exit_layer for name, one in models.items()}
     return texts, {name: float(values.double().mean()) for name, values in layers.items()}
 
@@ -187,10 +197,12 @@ def engine_app(work: Path, form: str, full: bool) -> FastAPI:
     in_torch: Any = ee.EarlyExitBertForSequenceClassification.from_pretrained(work / MODEL).eval()
     model = in_torch if form == "torch" else ee.OnnxClassifier.from_pretrained(work / form, threads=1)
     if form == FORMS[INT8]:
-        model.set_exit_policy(ee.policies.ExitPolicy.from_dict(json.loads((work / POLICY).read_text())))
+        policy = json.loads((work / POLICY).read_text())
+        model.set_exit_policy(ee.policies.ExitPolicy.from_dict(policy))
+        model.walker.one_row = OneRow(lambda: open_session(lambda name: (work / name).read_bytes(), ONE_ROW, 1), policy)
     if full:
         model.set_exit_policy(None)
-    elif form != "torch":
+    elif form == FORMS[FLOAT]:
         model.walker.one_row = open_one_row(in_torch, model)
     tokenizer = AutoTokenizer.from_pretrained(work / MODEL)
     return make_app(ee.Engine(model, tokenizer=tokenizer, max_queue=QUEUE), parts={"tokenizer": tokenizer})

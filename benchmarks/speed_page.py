@@ -46,7 +46,8 @@ answers = ee.predict(small, rows, tokenizer=tokenizer)
 ```
 
 A copy cannot be saved: make it again after loading. Every token is rounded by its own values, so a row's answer and exit
-do not depend on its company.
+do not depend on its company. An export to ONNX in 8 bits can be saved, and is faster by
+[fixed scales](onnx.md#fixed-scales).
 
 ## What was measured
 
