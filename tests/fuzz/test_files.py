@@ -247,7 +247,7 @@ def exported(saved, tmp_path_factory):
     (folder / BEGIN).write_bytes(b"no graph")
     config = Door.from_pretrained(saved).config
     values = {"config": json.loads(json.dumps(config.to_dict(), default=str)), "dtype": "float32", "fingerprint": "0" * 16}
-    write_manifest(folder, {**values, "forms": ["layers"], "calibration": None})
+    write_manifest(folder, {**values, "static": False, "forms": ["layers"], "calibration": None})
     return folder
 
 
