@@ -109,7 +109,7 @@ class ExitTrace:
         scalars = {name: values[:, exit_index] for name, values in self.scalars.items() if exit_index < values.shape[1]}
         return ExitSignal(self.logits[:, exit_index], scalars)
 
-    def told(self, of_logits: Callable[[Tensor], tuple[Tensor, ...]], exit_index: int) -> tuple[Tensor, ...]:
+    def row_values(self, of_logits: Callable[[Tensor], tuple[Tensor, ...]], exit_index: int) -> tuple[Tensor, ...]:
         """What a function makes of each row's logits at an exit `[N, C]`; it looks at every row by itself."""
         return of_logits(self.logits[:, exit_index])
 
@@ -161,13 +161,13 @@ class SomeRows:
         trace: all rows.
         places: of those that teach `[n]`.
         quality: of each exit on all rows `[N, E]`.
-        told: as `ExitTrace.told`, of all rows, for whom it may have been asked before.
+        row_values: as `ExitTrace.row_values`, of all rows, where they may be known already.
     """
 
     def __init__(
-        self, trace: ExitTrace, places: Tensor, quality: Tensor, told: Callable[..., tuple[Tensor, ...]] | None = None
+        self, trace: ExitTrace, places: Tensor, quality: Tensor, row_values: Callable[..., tuple[Tensor, ...]] | None = None
     ) -> None:
-        self.trace, self.places, self._told = trace, places, told or trace.told
+        self.trace, self.places, self._row_values = trace, places, row_values or trace.row_values
         self.problem_type, self.exit_layers, self.costs = trace.problem_type, trace.exit_layers, trace.costs
         self.num_rows, self.num_exits = len(places), trace.num_exits
         self.labels, self.quality = trace.labels[places], quality[places]
@@ -184,9 +184,9 @@ class SomeRows:
         logits = of_all.logits.index_select(0, self.places)  # in half the time of an index, where exits lie side by side
         return ExitSignal(logits, {name: values[self.places] for name, values in of_all.scalars.items()})
 
-    def told(self, of_logits: Callable[[Tensor], tuple[Tensor, ...]], exit_index: int) -> tuple[Tensor, ...]:
-        """See `ExitTrace.told`."""
-        return tuple(values.index_select(0, self.places) for values in self._told(of_logits, exit_index))
+    def row_values(self, of_logits: Callable[[Tensor], tuple[Tensor, ...]], exit_index: int) -> tuple[Tensor, ...]:
+        """See `ExitTrace.row_values`."""
+        return tuple(values.index_select(0, self.places) for values in self._row_values(of_logits, exit_index))
 
     def select(self, rows: Tensor | Sequence[int]) -> ExitTrace:
         """Some of these, in the given order."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CalibrationError, UsageError
 from ..policies.base import POLICIES, ExitPolicy
 from ..policies.looking import LookingPolicy, Looks
-from ..policies.scanning import LearningRows, OfLogits, Scan, told_by_parts
+from ..policies.scanning import LearningRows, OfLogits, Scan, values_by_parts
 from ..problem_types import row_quality
 from ..trace import ExitTrace, SomeRows, dead_exits
 from ..values import unexpected
@@ -90,19 +90,19 @@ class Pool:
         self.trace, self.metric = trace, metric
         self._scanned: tuple[Any, ...] | None = None  # the policy's numbers
         self._looks: Looks | None = None
-        self._told: dict[Any, tuple[Tensor, ...]] = {}
+        self._row_values: dict[Any, tuple[Tensor, ...]] = {}
         self._quality: Tensor | None = None
 
     def rows(self, places: Tensor) -> LearningRows:
         """Some of the rows, for a policy to learn from."""
-        return SomeRows(self.trace, places, self.full_quality, self.told)
+        return SomeRows(self.trace, places, self.full_quality, self.row_values)
 
-    def told(self, of_logits: OfLogits, exit_index: int) -> tuple[Tensor, ...]:
-        """See `ExitTrace.told`; of all rows, once."""
+    def row_values(self, of_logits: OfLogits, exit_index: int) -> tuple[Tensor, ...]:
+        """See `ExitTrace.row_values`; of all rows, once."""
         key = of_logits, exit_index
-        if key not in self._told:
-            self._told[key] = told_by_parts(of_logits, self.trace.signal(exit_index).logits)
-        return self._told[key]
+        if key not in self._row_values:
+            self._row_values[key] = values_by_parts(of_logits, self.trace.signal(exit_index).logits)
+        return self._row_values[key]
 
     @cached_property
     def full_quality(self) -> Tensor:
@@ -124,7 +124,7 @@ class Pool:
         if not isinstance(policy, LookingPolicy):
             return policy.scan(self.trace)
         if self._looks is None or self._looks.sight != policy.sight:
-            self._looks = Looks.of(policy, self.trace, self.told)
+            self._looks = Looks.of(policy, self.trace, self.row_values)
         return self._looks.scan(policy)
 
     def row_quality(self, policy: ExitPolicy) -> Tensor:

@@ -85,8 +85,8 @@ class TracedTokens:
         """None is kept."""
         self._no_logits()
 
-    def told(self, of_logits: Any, exit_index: int) -> NoReturn:
-        """No logits are kept that could be asked."""
+    def row_values(self, of_logits: Any, exit_index: int) -> NoReturn:
+        """No logits are kept to compute them from."""
         self._no_logits()
 
     def _no_logits(self) -> NoReturn:

@@ -101,7 +101,7 @@ class CalibratedBeemPolicy(LookingPolicy):
         harmless = ~(right[:, -1:] & ~right)
         classes, lines = trace.signal(0).logits.shape[-1], []
         for index in range(trace.num_exits):
-            predicted, lead = trace.told(_answer_and_lead, index)
+            predicted, lead = trace.row_values(_answer_and_lead, index)
             lines.append(_fit_line(predicted, lead, harmless[:, index], classes, ridge))
         return {"slopes": tuple(slope for slope, _ in lines), "offsets": tuple(offsets for _, offsets in lines), **options}
 

@@ -62,19 +62,21 @@ class Looks(NamedTuple):
     trace: SignalSource
 
     @classmethod
-    def of(cls, policy: LookingPolicy, trace: SignalSource, told: Callable[..., Seen] | None = None) -> Looks:
+    def of(cls, policy: LookingPolicy, trace: SignalSource, row_values: Callable[..., Seen] | None = None) -> Looks:
         """Let a policy look at all rows of a trace.
 
         Args:
             policy: whatever its learned numbers are.
             trace: the rows.
-            told: as `LearningRows.told`, where somebody may have asked before.
+            row_values: as `LearningRows.row_values`, where they may be known already.
         """
         signals = [trace.signal(exit_index) for exit_index in range(trace.num_exits)]
         of_logits, muted = type(policy).of_logits, policy.muted
-        if of_logits is not None and told is not None:
+        if of_logits is not None and row_values is not None:
             return cls(
-                policy.sight, [() if index in muted else told(of_logits, index) for index in range(len(signals))], trace
+                policy.sight,
+                [() if index in muted else row_values(of_logits, index) for index in range(len(signals))],
+                trace,
             )
         kept: list[Seen] = [()] * len(signals)
         state = None

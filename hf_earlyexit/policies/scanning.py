@@ -53,7 +53,7 @@ class LearningRows(SignalSource, Protocol):
     def select(self, rows: Tensor | Sequence[int]) -> LearningRows:
         """Some of the rows, in the given order."""
 
-    def told(self, of_logits: OfLogits, exit_index: int) -> tuple[Tensor, ...]:
+    def row_values(self, of_logits: OfLogits, exit_index: int) -> tuple[Tensor, ...]:
         """What a function makes of each row's logits at an exit; it looks at every row by itself."""
 
 
@@ -112,7 +112,7 @@ def parts_in_turn(policy: Any, signals: Sequence[ExitSignal]) -> Iterator[tuple[
             yield part, exit_index, here, exit_index == kept[0]
 
 
-def told_by_parts(of_logits: OfLogits, logits: Tensor) -> tuple[Tensor, ...]:
+def values_by_parts(of_logits: OfLogits, logits: Tensor) -> tuple[Tensor, ...]:
     """What a function makes of the logits of all rows at an exit, so many at a time that they stay in the cache."""
     parts = [of_logits(logits[part].contiguous()) for part in slices(len(logits))]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))

@@ -58,15 +58,15 @@ def test_folds_look_at_the_rows_once(name, looked):
 
 
 def test_who_learns_and_who_looks_ask_each_exit_once(monkeypatch):
-    asked, ask = [], settings.told_by_parts
-    monkeypatch.setattr(settings, "told_by_parts", lambda *args: asked.append(args) or ask(*args))
+    asked, ask = [], settings.values_by_parts
+    monkeypatch.setattr(settings, "values_by_parts", lambda *args: asked.append(args) or ask(*args))
     monkeypatch.setattr(POLICIES.get("beem-calibrated"), "look", None)  # nobody asks once more
     trace = learned_trace(600)
     calibrate(trace, "beem-calibrated", MaxDrop(0.01), keep_weak_exits=True, folds=4)
     assert len(asked) == trace.num_exits
 
 
-def test_what_is_told_of_some_rows_is_theirs(monkeypatch):
+def test_values_of_some_rows_are_theirs(monkeypatch):
     monkeypatch.setattr(scanning, "SCANNED", 64)
     trace, places = learned_trace(200), torch.tensor([150, 3, 70])
 
@@ -75,5 +75,7 @@ def test_what_is_told_of_some_rows_is_theirs(monkeypatch):
 
     rows, copied = pool_of(trace).rows(places), trace.select(places)
     for exit_index in range(trace.num_exits):
-        for found, right in zip(rows.told(of_logits, exit_index), copied.told(of_logits, exit_index), strict=True):
+        for found, right in zip(
+            rows.row_values(of_logits, exit_index), copied.row_values(of_logits, exit_index), strict=True
+        ):
             assert torch.equal(found, right)
