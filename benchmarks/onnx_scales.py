@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_scales.py build/base-size/*-joint
 
-For each folder that `base_size.py` left: both exports in 8 bits, with thresholds chosen anew on the same held-back rows, and
-what they do on the report rows. Scales are found on training rows. Results go to benchmarks/results/onnx.json.
+For each folder that `base_size.py` left: an export in 8 bits by each way of rounding, with thresholds chosen anew on the
+same held-back rows, and what it does on the report rows. Scales are found on training rows. Results go to
+benchmarks/results/onnx.json.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def measured(folder: Path, held_back: int) -> dict:
     train = splits["train"].shuffle(seed=SEED)
     exact = ee.ExitTrace.load(folder / "report.safetensors")
     full = exact.logits[:, -1].argmax(-1)
-    told = {"float32": told_by(exact, model.exit_policy, full)}
+    figures = {"float32": figures_of(exact, model.exit_policy, full)}
     for way, count in WAYS.items():
         scale_rows = train.select(range(count)) if count else None
         with TemporaryDirectory() as out:
@@ -53,12 +54,12 @@ def measured(folder: Path, held_back: int) -> dict:
             )
             small = ee.OnnxClassifier.from_pretrained(out, threads=1)
         report = ee.collect_trace(small, splits["report"], tokenizer=tokenizer, max_batch_tokens=384, progress=False)
-        told[way] = told_by(report, made.result.policy, full)
-        print(name, way, told[way], flush=True)
-    return {"held_back": held_back, "report": exact.num_rows, "drop": DROP, "ways": told}
+        figures[way] = figures_of(report, made.result.policy, full)
+        print(name, way, figures[way], flush=True)
+    return {"held_back": held_back, "report": exact.num_rows, "drop": DROP, "ways": figures}
 
 
-def told_by(trace: ee.ExitTrace, policy: ee.policies.ExitPolicy, full: torch.Tensor) -> dict[str, float]:
+def figures_of(trace: ee.ExitTrace, policy: ee.policies.ExitPolicy, full: torch.Tensor) -> dict[str, float]:
     """What a policy does on a trace, and how often the last exit says what it says in float32."""
     done = ee.replay(policy, trace)
     agreed = float((trace.logits[:, -1].argmax(-1) == full).double().mean())

@@ -57,7 +57,7 @@ time of one thread. The machine was shared and busy, and each table comes from f
 runs the same rows through our own batches, sorted by length. *early exit, arrival order* is `model(**batch)`, *early exit*
 is `predict`. *onnx* and *onnx-int8* are what everybody can export: in full and cut off one graph in ONNX Runtime, in batches
 of 32 rows of similar length, quantised by its own tool; with early exit our export of it, *one file* the one that stops by
-itself, for one row at a time. *onnx-int8-static* is by [fixed scales](onnx.md#eight-bits), in full and cut off too. All
+itself, for one row at a time. *onnx-int8-static* is by [fixed scales](onnx.md#fixed-scales), in full and cut off too. All
 speed-ups are over the first row of a table. The *token-layer bound* is the speed-up if
 time were tokens times layers; the share of it is that of *early exit* over *full*, and at batch 1 over the model row by row,
 unpadded.

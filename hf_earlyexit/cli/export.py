@@ -2,7 +2,7 @@
 
     hf-earlyexit export onnx bert-with-exits bert-onnx
     hf-earlyexit export onnx bert-with-exits bert-int8 --int8 true --dataset reviews --split validation
-    hf-earlyexit export onnx bert-with-exits bert-int8 --int8 true --dataset reviews --scale_split "train[:256]"
+    hf-earlyexit export onnx bert-with-exits bert-int8 --int8 true --dataset reviews --scale_split "train[:1000]"
     hf-earlyexit export onnx bert-with-exits models/bert --layout triton
 
 int8 logits differ from those that the thresholds were chosen on, so it needs held-back rows to choose them anew on. With

@@ -22,7 +22,7 @@ from .inputs import picture_batch, text_batch
 from .quantize import Rounding, products
 
 TO_WEIGHTS = 0.8  # how much of a channel's size its weights take over: 0 none of it, 1 all
-LEAST = 0.3  # of the mean size of all channels: none is taken to be smaller, whatever it said on these rows
+LEAST = 0.3  # of the mean size of all channels: none is taken to be smaller, whatever its values on these rows
 UNITS = 255
 BATCH_TOKENS = 512
 

@@ -25,16 +25,16 @@ WEIGHT, BIAS = DRAW.normal(size=(WIDTH, OUT)).astype(np.float32), DRAW.normal(si
 
 @pytest.fixture
 def graph():
-    """A product and the sum with its bias, both told, of rows with a mask that it does not read."""
+    """A product and the sum with its bias, both outputs, of rows with a mask that it does not read."""
     nodes = [
         helper.make_node("MatMul", ["hidden", "weight"], ["product"]),
         helper.make_node("Add", ["bias", "product"], ["sum"]),
     ]
     given = [helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["batch", "length", WIDTH])]
     given.append(helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "length"]))
-    told = [helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", "length", OUT])]
+    outputs = [helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", "length", OUT])]
     weights = [numpy_helper.from_array(WEIGHT, "weight"), numpy_helper.from_array(BIAS, "bias")]
-    whole = helper.make_graph(nodes, "walk", given, told, weights)
+    whole = helper.make_graph(nodes, "walk", given, outputs, weights)
     return helper.make_model(whole, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
@@ -110,9 +110,9 @@ def test_values_that_were_seen_fit_and_one_large_channel_costs_the_others_little
 
 def test_a_channel_that_was_still_can_speak(graph, hidden):
     (rounding,) = find_roundings(graph, [batch(hidden)]).values()
-    said = np.abs(hidden).max((0, 1)).mean() / 4
-    assert 0 < said / rounding.steps[5] + rounding.zero < 255
-    assert 0 < -said / rounding.steps[5] + rounding.zero < 255
+    size = np.abs(hidden).max((0, 1)).mean() / 4
+    assert 0 < size / rounding.steps[5] + rounding.zero < 255
+    assert 0 < -size / rounding.steps[5] + rounding.zero < 255
 
 
 def test_padding_fixes_no_scale(graph, hidden):
