@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -13,8 +12,10 @@ from ..errors import UsageError
 from ..modeling.finite import check_finite
 from ..problem_types import MULTI_LABEL, REGRESSION
 from ..serving.monitor import Monitor, check_monitor
-from ..serving.predict import monitored, stream
+from ..serving.predict import monitored, stream_windows
+from ..serving.reader import reader_for
 from ..serving.served import form_of
+from ..serving.tables import windows
 from ..values import check_flags, check_whole
 from .options import unknown_option
 
@@ -153,12 +154,15 @@ class ThroughEngine:
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> Iterator[Any]:
-        counted = isinstance(inputs, Sized)
+        counted, reader = isinstance(inputs, Sized), reader_for(self.model)
         rows = (inputs[place] for place in range(len(inputs))) if counted else inputs
-        window = forward_params.pop("window", self.window if counted else 1)
-        encoded = self._encoded(iter(rows), window, preprocess_params)
+        read = windows(iter(rows), forward_params.pop("window", self.window if counted else 1))
+
+        def encode(window: Sequence[Any], first: int) -> list[Any]:
+            return reader.encode(list(self.encoded_rows(list(window), first, preprocess_params)), first)
+
         options = {"function_to_apply": self._function(), **postprocess_params}
-        for answer in stream(self.model, encoded, window=window, **forward_params):
+        for answer in stream_windows(self.model, read, encode, counted=counted, **forward_params):
             score = None if math.isnan(answer.exit_score) else [answer.exit_score]
             outputs = {"logits": answer.logits[None], "exit_layer": [answer.exit_layer], "exit_score": score}
             yield self.postprocess(outputs, **options)
@@ -169,13 +173,6 @@ class ThroughEngine:
         if config.problem_type == REGRESSION:
             return functions.NONE
         return functions.SIGMOID if config.problem_type == MULTI_LABEL or config.num_labels == 1 else functions.SOFTMAX
-
-    def _encoded(self, rows: Iterator[Any], window: int, options: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """What the engine reads of every row; so many rows are read as the engine reads at once."""
-        first = 0
-        while some := list(islice(rows, window)):
-            yield from self.encoded_rows(some, first, options)
-            first += len(some)
 
     def postprocess(self, model_outputs: Any, **kwargs: Any) -> Any:
         answer = super().postprocess(model_outputs, **kwargs)  # type: ignore[misc]

@@ -22,13 +22,15 @@ from ..values import check_flags, check_whole, is_real, unexpected
 from .answers import Answer, Answers
 from .graph_walker import walker_for
 from .monitor import Monitor, check_monitor, require_classes
-from .reader import PICTURES, RowReader, first_error, reader_for
+from .reader import PICTURES, first_error, reader_for
 from .scheduler import Scheduler
 from .served import form_of, served_classifier
 from .shadow import Shadow
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 PICTURES_WITH_DEADLINE = 8  # one takes as long as many texts
+
+Encode = Callable[[Sequence[Any], int], list[Any]]
 
 
 class Predictions(NamedTuple):
@@ -122,7 +124,7 @@ def predict(
     )
     count = len(rows) if hasattr(rows, "__len__") else None
     with tqdm(total=count, disable=not progress, unit="row") as bar:
-        done = list(_answered(model, reader, reader.windows(rows, size), options, bar.update))
+        done = list(_answered(model, reader.windows(rows, size), reader.encode, options, bar.update))
     done = done or [Answers.blank(0, model.num_labels)]
     starts = [0]
     for part in done:
@@ -179,7 +181,42 @@ def stream(
         monitor=monitor,
         counted=hasattr(rows, "__len__"),
     )
-    return _one_by_one(model, _answered(model, reader, reader.windows(rows, window), options))
+    return _one_by_one(model, _answered(model, reader.windows(rows, window), reader.encode, options))
+
+
+def stream_windows(
+    model: ExitClassifier,
+    windows: Iterable[Sequence[Any]],
+    encode: Encode,
+    *,
+    counted: bool,
+    early_exit: bool | None = None,
+    operating_point: str | None = None,
+    cuda_graphs: bool = True,
+    monitor: Monitor | None = None,
+) -> Iterator[Answer]:
+    """Classify windows of rows that somebody else knows how to read; as `stream` does beyond that.
+
+    Args:
+        model, early_exit, operating_point, cuda_graphs, monitor: as in `stream`.
+        windows: rows that are read before the first of them is answered.
+        encode: gives what the model reads of the rows of a window, whose first row has this number.
+        counted: nobody waits for an answer before the next row is given, so a window may be read while another is answered.
+
+    Yields:
+        An answer for each row.
+    """
+    options = _Options(
+        early_exit=early_exit,
+        operating_point=operating_point,
+        max_batch_tokens=None,
+        layer_budget=None,
+        errors="raise",
+        cuda_graphs=cuda_graphs,
+        monitor=monitor,
+        counted=counted,
+    )
+    return _one_by_one(model, _answered(model, windows, encode, options))
 
 
 def _one_by_one(model: ExitModel, parts: Iterator[Answers]) -> Iterator[Answer]:
@@ -220,15 +257,15 @@ class _Options:
 
 def _answered(
     model: ExitClassifier,
-    reader: RowReader,
     windows: Iterable[Sequence[Any]],
+    encode: Encode,
     options: _Options,
     on_done: Callable[[int], Any] = lambda rows: None,
 ) -> Iterator[Answers]:
     """Answers window by window; `on_done` hears how many rows have been answered."""
     walker, monitor, ends_at = walker_for(model, options.cuda_graphs), options.monitor, options.ends_at
     budget = walker.best_batch_tokens if options.max_batch_tokens is None else options.max_batch_tokens
-    for first, window, read in _windows_read(reader, windows, ahead=walker.reads_ahead and options.counted):
+    for first, window, read in _windows_read(windows, encode, ahead=walker.reads_ahead and options.counted):
         if ends_at is not None and time.monotonic() >= ends_at:
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
@@ -255,26 +292,26 @@ def _answered(
 
 
 def _windows_read(
-    reader: RowReader, windows: Iterable[Sequence[Any]], ahead: bool
+    windows: Iterable[Sequence[Any]], encode: Encode, ahead: bool
 ) -> Iterator[tuple[int, Sequence[Any], Callable[[], list[Any]]]]:
     """The number of each window's first row, the window, and what gives that which the model reads of its rows.
 
     Args:
-        reader: of the rows.
         windows: of rows.
+        encode: gives what the model reads of the rows of a window, whose first row has this number.
         ahead: read the rows of one window more in a thread while a window is answered.
     """
     first = 0
     if not ahead:
         for window in windows:
-            yield first, window, partial(reader.encode, window, first)
+            yield first, window, partial(encode, window, first)
             first += len(window)
         return
     waiting: deque[tuple[int, Sequence[Any], Callable[[], list[Any]]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="hf_earlyexit reader")
     try:
         for window in windows:
-            waiting.append((first, window, pool.submit(reader.encode, window, first).result))
+            waiting.append((first, window, pool.submit(encode, window, first).result))
             first += len(window)
             if len(waiting) > 1:
                 yield waiting.popleft()

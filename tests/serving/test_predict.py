@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import wraps
 
 import psutil
 import pytest
@@ -9,6 +10,7 @@ import torch
 from datasets import Dataset
 
 import hf_earlyexit as ee
+import hf_earlyexit.pipelines.texts  # has its window from `predict`, before a test makes that smaller
 from hf_earlyexit.serving import predict
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
@@ -127,20 +129,29 @@ def on_accelerator(monkeypatch):
     monkeypatch.setattr(predict, "WINDOW", 8)
 
 
-def test_rows_are_read_while_others_are_answered(model, tokenizer, random_texts, on_accelerator, monkeypatch):
+def by_predict(model, texts, tokenizer):
+    return ee.predict(model, texts, tokenizer=tokenizer).exit_layer.tolist()
+
+
+def by_pipeline(model, texts, tokenizer):
+    pipe = ee.pipeline(model=model, tokenizer=tokenizer, window=8)
+    return [answer["exit_layer"] for answer in pipe(texts)]
+
+
+@pytest.mark.parametrize("call", [by_predict, by_pipeline])
+def test_rows_are_read_while_others_are_answered(model, tokenizer, random_texts, on_accelerator, monkeypatch, call):
     texts, seen = random_texts(40), []
     expected = ee.predict(model, texts, tokenizer=tokenizer, cuda_graphs=False)
     begun, going_on = threading.Event(), threading.Event()
+    tokenize = type(tokenizer).__call__
 
-    class Tokenizer:
-        def __call__(self, rows, **options):
-            if len(seen) == 1:
-                begun.set()  # the second window, before the first is answered
-                assert going_on.wait(10)
-            seen.append(threading.current_thread() is threading.main_thread())
-            return tokenizer(rows, **options)
-
-        model_max_length = tokenizer.model_max_length
+    @wraps(tokenize)
+    def noted(*given, **options):
+        if len(seen) == 1:
+            begun.set()  # the second window, before the first is answered
+            assert going_on.wait(10)
+        seen.append(threading.current_thread() is threading.main_thread())
+        return tokenize(*given, **options)
 
     run = Scheduler.run
 
@@ -149,11 +160,17 @@ def test_rows_are_read_while_others_are_answered(model, tokenizer, random_texts,
         going_on.set()
         return run(self, rows, *given, **options)
 
+    monkeypatch.setattr(type(tokenizer), "__call__", noted)
     monkeypatch.setattr(Scheduler, "run", waiting)
-    got = ee.predict(model, texts, tokenizer=Tokenizer())
-    assert torch.equal(got.logits, expected.logits)
+    assert call(model, texts, tokenizer) == expected.exit_layer.tolist()
     assert seen == [False] * 5
     assert not [thread.name for thread in threading.enumerate() if "reader" in thread.name]
+
+
+def test_a_generator_in_a_pipeline_is_not_read_ahead(model, tokenizer, random_texts, on_accelerator):
+    pipe, read = ee.pipeline(model=model, tokenizer=tokenizer), []
+    next(pipe(text for text in random_texts(9) if not read.append(text)))
+    assert len(read) <= 2  # the stock pipeline looks at the first to know its kind
 
 
 def test_what_was_read_ahead_of_a_row_that_cannot_be_read_is_answered(model, tokenizer, random_texts, on_accelerator):
