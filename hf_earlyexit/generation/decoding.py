@@ -228,7 +228,7 @@ def decode_token(walker: DecoderWalker, hidden: Tensor, context: TokenContext, r
     for layers, index in stretches(walker, policy.wants):
         layer = layers[-1]
         asked = index if layer < last or walker.policy_answers else None  # at the last, others answer without the policy
-        (hidden, _, state), outcome = step_to_exit(walker, layers, Standing(hidden, context, state), policy, asked)
+        (hidden, _, state, _), outcome = step_to_exit(walker, layers, Standing(hidden, context, state), policy, asked)
         answer = None if outcome is None else outcome.answer
         parts = parted([True] * len(rows) if outcome is None else outcome.leave.tolist())  # the one wait for the device
         if not parts.leaving:

@@ -81,8 +81,8 @@ class Flight(NamedTuple):
         if self.moved is None:
             return chunk, decided
         leaving, staying = parted(decided)
-        rows, (hidden, context, state) = [*staying, *leaving], chunk.standing
-        standing = Standing(hidden, context.moved(hidden, rows, *self.moved), state)
+        rows, standing = [*staying, *leaving], chunk.standing
+        standing = standing._replace(context=standing.context.moved(standing.hidden, rows, *self.moved))
         places = [chunk.places[row] for row in rows]
         return chunk._replace(places=places, standing=standing), [False] * len(staying) + [True] * len(leaving)
 

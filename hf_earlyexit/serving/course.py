@@ -143,7 +143,7 @@ class Course:
         now = time.monotonic()
         if not pile:
             self.since[chunk.depth] = now
-        pile.append(chunk)
+        pile.append(chunk._replace(standing=chunk.standing.on_their_own()))
         widest = max(part.width for part in pile)  # 1 where rows stand end to end
         together = widest * sum(part.standing.hidden.shape[0] for part in pile)
         if 2 * together < most:

@@ -4,6 +4,9 @@ A graph works on fixed addresses and shapes. So rows that stand end to end are w
 bucket of tokens, the graph is replayed, and what it left there is copied out. Where rows begin is a value in a buffer, so
 batches of as many tokens share a graph whatever their rows are; nothing is brought from the host. How to capture is an
 argument: the rest runs on a CPU too.
+
+A batch that goes on from graph to graph is not copied: its states stay in the memory where the graph has left them, which
+is lent to it until nobody refers to them any more. Each of these memories has graphs of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -20,7 +24,8 @@ from torch import Tensor
 from ..errors import UsageError
 from .capturing import HeldNumbers
 
-GRAPHS = 1024  # a dozen segments in some eighty buckets
+GRAPHS = 2048  # a dozen segments in some eighty buckets, for each of two batches that take turns
+LENT = 2  # memories for batches that go on where they stand
 NARROWEST = 16  # tokens that the longest row of a bucket may have
 WARM_UPS = 3  # libraries choose their kernels and take their memory in the first calls, which no graph may hold
 _CAPTURING = Lock()  # torch: one capture in a process at a time
@@ -42,6 +47,30 @@ class Shape(NamedTuple):
         """The smallest that is worth a graph; rows cost little, so there are few sizes of them."""
         rows, width = (1 << (count - 1).bit_length() for count in (len(lengths), max(*lengths, NARROWEST)))
         return cls(bucket(sum(lengths)), rows, width)
+
+
+class Guest:
+    """Whoever has a memory lent; it is free again when nobody refers to the guest.
+
+    Attributes:
+        memory: number of the memory.
+        steps: that the states there have gone on.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.steps = memory, 0
+
+
+class StayAt(NamedTuple):
+    """The states of a guest behind some steps: see `walking.step.Stay`."""
+
+    guest: Guest
+    steps: int
+
+    def check(self) -> None:
+        """Raise a `RuntimeError` if the states have gone on."""
+        if self.guest.steps != self.steps:
+            raise RuntimeError("These hidden states have gone on in the memory of a graph; they cannot be used again.")
 
 
 class CudaCapture:
@@ -92,7 +121,8 @@ class Bucket:
 
     def fill(self, hidden: Tensor, bounds: Tensor, of_rows: Sequence[Tensor]) -> None:
         """Write a batch to the front of the buffers; further rows are empty, and what is known of them means nothing."""
-        self.hidden[: len(hidden)] = hidden
+        if hidden.data_ptr() != self.hidden.data_ptr():
+            self.hidden[: len(hidden)] = hidden
         self.hidden[len(hidden) :].zero_()
         self.bounds[: len(bounds)] = bounds
         self.bounds[len(bounds) :].fill_(len(hidden))
@@ -113,7 +143,8 @@ class SegmentGraphs:
     def __init__(self, capture: Capture, limit: int = GRAPHS) -> None:
         self.capture, self.limit = capture, limit
         self.buckets: OrderedDict[Hashable, Bucket] = OrderedDict()
-        self._hidden: Tensor | None = None
+        self._memories: list[Tensor | None] = [None] * (LENT + 1)  # the last one is lent to nobody
+        self._guests: list[ReferenceType[Guest] | None] = [None] * LENT
         self._bounds: Tensor | None = None
         self._lock = Lock()
 
@@ -125,7 +156,9 @@ class SegmentGraphs:
         bounds: Tensor,
         lengths: Sequence[int],
         of_rows: Sequence[Tensor] = (),
-    ) -> tuple[Tensor, Outputs]:
+        stay: StayAt | None = None,
+        lend: bool = False,
+    ) -> tuple[Tensor, Outputs, StayAt | None]:
         """What a segment makes of a batch; to be called in inference mode.
 
         Args:
@@ -138,18 +171,25 @@ class SegmentGraphs:
             bounds: where each row begins and the last one ends, on the device `[B + 1]`.
             lengths: tokens of each of the B rows.
             of_rows: what else the segment reads, `[B, ...]` each; always as many, of the same shapes and dtypes.
+            stay: where `hidden` stands, if it was left there by a call before.
+            lend: leave the new states where they are, if a memory is free or `stay` has one.
 
         Returns:
-            New tensors: hidden states `[T, H]`, and the others' first B rows.
+            Hidden states `[T, H]`, the others' first B rows in new tensors, and where the states stand; `None` where they
+            are in a new tensor.
 
         Raises:
             UsageError: if the segment cannot be captured.
         """
         shape = Shape.for_rows(lengths)
         with self._lock:
-            known = self.buckets.pop((name, shape), None)
-            held = known or Bucket(*self._buffers(shape, hidden), [_for_rows(shape.rows, values) for values in of_rows])
-            self.buckets[name, shape] = held
+            guest = self._guest(stay) if lend else None
+            memory = LENT if guest is None else guest.memory
+            known = self.buckets.pop((name, shape, memory), None)
+            held = known or Bucket(
+                *self._buffers(shape, hidden, memory), [_for_rows(shape.rows, values) for values in of_rows]
+            )
+            self.buckets[name, shape, memory] = held
             if len(self.buckets) > self.limit:
                 self.buckets.popitem(last=False)
 
@@ -163,16 +203,33 @@ class SegmentGraphs:
                 return outputs
 
             held.fill(hidden, bounds, of_rows)
-            if known is None:  # what comes but once is not worth a graph
+            if known is not None and held.replay is None:
+                given = hidden if guest is None else hidden.clone()
+                try:
+                    held.replay, held.outputs = self._captured(name, body)
+                finally:
+                    held.fill(given, bounds, of_rows)  # warming up has written on the buffers
+            if held.replay is None:  # what comes but once is not worth a graph
                 outputs = body()
             else:
-                if held.replay is None:
-                    held.replay, held.outputs = self._captured(name, body)
-                    held.fill(hidden, bounds, of_rows)  # warming up has written on the buffers
                 held.replay()
                 outputs = held.outputs
+            result = held.hidden[: len(hidden)]
+            if guest is not None:
+                guest.steps += 1
             kept = [part[: len(lengths)].clone() for part in outputs]
-            return held.hidden[: len(hidden)].clone(), kept
+            return (result.clone(), kept, None) if guest is None else (result, kept, StayAt(guest, guest.steps))
+
+    def _guest(self, stay: StayAt | None) -> Guest | None:
+        """Who has a memory lent already, or gets one now; `None` if all are taken."""
+        if stay is not None:
+            return stay.guest
+        for memory, known in enumerate(self._guests):
+            if known is None or known() is None:
+                guest = Guest(memory)
+                self._guests[memory] = ref(guest)
+                return guest
+        return None
 
     def _captured(self, name: Hashable, body: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
         try:
@@ -184,14 +241,15 @@ class SegmentGraphs:
                 field="cuda_graphs",
             ) from error
 
-    def _buffers(self, shape: Shape, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of one memory for all buckets: whatever they hold is used up before the next one is filled."""
-        if self._hidden is None or len(self._hidden) < shape.tokens:
-            size = max(shape.tokens, 0 if self._hidden is None else 2 * len(self._hidden))
-            self._hidden = hidden.new_empty(size, hidden.shape[-1])
+    def _buffers(self, shape: Shape, hidden: Tensor, memory: int) -> tuple[Tensor, Tensor]:
+        """Views of one memory for all buckets of its number, and of one for their bounds, which are used up in a call."""
+        room = self._memories[memory]
+        if room is None or len(room) < shape.tokens:
+            size = max(shape.tokens, 0 if room is None else 2 * len(room))
+            self._memories[memory] = room = hidden.new_empty(size, hidden.shape[-1])
         if self._bounds is None or len(self._bounds) <= shape.rows:
             self._bounds = torch.empty(2 * shape.rows + 1, dtype=torch.long, device=hidden.device)
-        return self._hidden[: shape.tokens], self._bounds[: shape.rows + 1]
+        return room[: shape.tokens], self._bounds[: shape.rows + 1]
 
 
 def _for_rows(rows: int, values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..policies.base import ExitPolicy, ExitStep
 from ..signals import ExitSignal
 from ..walking.step import Moved, Standing
 from .capturing import nothing_from_the_host
-from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs
+from .cuda_graphs import CudaCapture, Outputs, SegmentGraphs, StayAt
 from .walker import BatchWalker, ModelWalker
 
 _KNOWN: WeakKeyDictionary[Any, dict[Any, SegmentGraphs]] = WeakKeyDictionary()  # by model, then stream and parts
@@ -89,28 +89,39 @@ class GraphWalker(ModelWalker):
         if context.real is not None:  # tokens that nobody may look at stand among the others
             return super().run(layers, hidden, context, exit_index, asks)
         name = Name(layers, exit_index, tuple(asks))
-        hidden, given = self._by_graph(name, self._segment, hidden, context)
+        hidden, given, _ = self._by_graph(name, self._segment, hidden, context)
         return hidden, ExitSignal(given[0], dict(zip(asks, given[1:], strict=True))) if given else None
 
     def step(
         self, layers: range, rows: Standing, policy: ExitPolicy | None, exit_index: int | None
     ) -> tuple[Standing, ExitStep | None, Moved | None]:
-        hidden, context, state = rows
+        hidden, context, state, stay = rows
+        if stay is not None:
+            stay.check()
         graph = bool(layers) and context.real is None
         if policy is None or exit_index is None or not graph or not is_captured(policy, self.num_classes):
             return super().step(layers, rows, policy, exit_index)
         name = Name(layers, exit_index, policy.asks_at(exit_index), policy)
         kind, parts = type(state), () if state is None else tuple(state)
-        hidden, given = self._by_graph(name, partial(self._decided, kind), hidden, context, parts)
+        hidden, given, stay = self._by_graph(
+            name, partial(self._decided, kind), hidden, context, parts, cast(StayAt | None, stay), lend=True
+        )
         leave, order, ends, score, answer, *after = given
         step = ExitStep(kind(*after) if after else None, score, answer, leave)
-        return Standing(hidden, context, step.state), step, Moved(order, functional.pad(ends, (1, 0)))
+        return Standing(hidden, context, step.state, stay), step, Moved(order, functional.pad(ends, (1, 0)))
 
     def _by_graph(
-        self, name: Name, segment: Callable[..., Any], hidden: Tensor, context: Packed, of_rows: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Outputs]:
+        self,
+        name: Name,
+        segment: Callable[..., Any],
+        hidden: Tensor,
+        context: Packed,
+        of_rows: Sequence[Tensor] = (),
+        stay: StayAt | None = None,
+        lend: bool = False,
+    ) -> tuple[Tensor, Outputs, StayAt | None]:
         assert context.bounds is not None
-        return self.graphs.run(name, partial(segment, name), hidden, context.bounds, context.lengths, of_rows)
+        return self.graphs.run(name, partial(segment, name), hidden, context.bounds, context.lengths, of_rows, stay, lend)
 
     def _segment(self, name: Name, hidden: Tensor, bounds: Tensor, width: int) -> tuple[Tensor, None, Outputs]:
         """Layers and the exit behind them."""

@@ -58,12 +58,27 @@ class Walks:
         return hidden, None if exit_index is None else self.exit_signal(exit_index, hidden, context, asks, before)
 
 
+class Stay(Protocol):
+    """Hidden states stand in memory that is lent to them: nobody else gets it as long as somebody refers to this."""
+
+    def check(self) -> None:
+        """Make sure that the states are still those of these rows, and have not gone on.
+
+        Raises:
+            RuntimeError: if they have.
+        """
+
+
 class Standing(NamedTuple):
-    """B rows between two layers: hidden states, what the layers need beside them, and what the policy remembers."""
+    """B rows between two layers: hidden states, what the layers need beside them, and what the policy remembers.
+
+    Where the hidden states stand in memory that is lent, `stay` tells; they are good as long as it is.
+    """
 
     hidden: Tensor
     context: Any
     state: Any
+    stay: Stay | None = None
 
     def keep(self, rows: Sequence[int], index: Index) -> Standing:
         """Some of the rows, in every part.
@@ -73,7 +88,17 @@ class Standing(NamedTuple):
             index: the same positions, on the device, as `index_of` gives them.
         """
         hidden, context = self.context.take(self.hidden, rows, index)
-        return Standing(hidden, context, rows_of(self.state, index))
+        some = Standing(hidden, context, rows_of(self.state, index), self.stay)
+        if isinstance(index, slice) and index.start == 0:
+            return some  # the front of a memory may go on there; others must not write on what is behind it
+        return some.on_their_own()
+
+    def on_their_own(self) -> Standing:
+        """The same in memory of their own, so that what is lent can be given to others."""
+        if self.stay is None:
+            return self
+        self.stay.check()
+        return self._replace(hidden=self.hidden.clone(), stay=None)
 
 
 class Moved(NamedTuple):
@@ -117,10 +142,12 @@ def step_to_exit(
     asks = () if policy is None or exit_index is None else policy.asks_at(exit_index)
     hidden, signal = walker.run(layers, rows.hidden, rows.context, exit_index, asks)
     if signal is None or exit_index is None:
-        return rows._replace(hidden=hidden), None
+        return rows._replace(hidden=hidden, stay=None), None
     if policy is None:
         score = torch.full(signal.logits.shape[:1], torch.nan, device=signal.logits.device)
-        return rows._replace(hidden=hidden), ExitStep(rows.state, score, signal.logits, torch.zeros_like(score).bool())
+        return rows._replace(hidden=hidden, stay=None), ExitStep(
+            rows.state, score, signal.logits, torch.zeros_like(score).bool()
+        )
     outcome = policy.step(rows.state, signal, exit_index)
     return Standing(hidden, rows.context, outcome.state), outcome
 

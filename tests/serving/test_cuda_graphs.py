@@ -25,7 +25,10 @@ from hf_earlyexit.modeling.gates import GATES
 from hf_earlyexit.modeling.heads import HEADS
 from hf_earlyexit.policies import POLICIES
 from hf_earlyexit.serving import graph_walker, predict
+from hf_earlyexit.serving.answers import Answers
 from hf_earlyexit.serving.capturing import HeldNumbers, nothing_from_the_host
+from hf_earlyexit.serving.chunks import some_rows
+from hf_earlyexit.serving.course import Course
 from hf_earlyexit.serving.cuda_graphs import Bucket, SegmentGraphs, Shape, bucket
 from hf_earlyexit.serving.graph_walker import GraphWalker, Name, captures, is_captured, stayers_first, walker_for
 from hf_earlyexit.serving.scheduler import Scheduler
@@ -364,12 +367,161 @@ def test_rows_that_changed_places_can_go_on_without_graphs():
     scheduler = Scheduler(walker, policy, 100_000)
     with torch.inference_mode():
         chunk, decided = scheduler.launch(scheduler.begin(list(enumerate(rows))), [].append).landed()
-        hidden, context, _ = chunk.standing
+        hidden, context, *_ = chunk.standing
         assert chunk.places != list(range(24))
         assert decided == sorted(decided)
         layers = range(chunk.depth + 1, chunk.depth + 2)
         by_graph, without = (by.run(layers, hidden, context, None)[0] for by in (walker, plain))
     assert torch.allclose(by_graph, without, atol=NEAR)
+
+
+# --- a batch that goes on -----------------------------------------------------------------------------------------------
+
+
+def memory_of(chunk):
+    return chunk.standing.hidden.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def patient(model):
+    """A policy of which nobody leaves before the last exit."""
+    return model.exit_policy.with_thresholds((1.0,) * 3)
+
+
+@pytest.fixture
+def begun(model, patient, rows):
+    """A scheduler of graphs and what makes chunks of rows before the first layer."""
+    scheduler = Scheduler(graphed(model), patient, 100_000)
+    with torch.inference_mode():
+        yield scheduler, lambda first: scheduler.begin(list(enumerate(rows[first : first + 8], first)))
+
+
+def launched(scheduler, chunk):
+    after, decided = scheduler.launch(chunk, [].append).landed()
+    assert not any(decided)
+    return after
+
+
+def test_a_batch_that_goes_on_is_not_copied(begun):
+    scheduler, begin = begun
+    for _ in range(3):  # as it comes, captured, replayed
+        chunk = begin(0)
+        fresh, memories = memory_of(chunk), set()
+        while chunk.depth < 3:
+            chunk = launched(scheduler, chunk)
+            memories.add(memory_of(chunk))
+        assert len(memories) == 1
+        assert memories.isdisjoint({fresh})
+        assert memories <= {held.hidden.untyped_storage().data_ptr() for held in scheduler.walker.graphs.buckets.values()}
+
+
+def test_no_memory_is_lent_to_two_and_it_is_lent_again_when_nobody_refers_to_it(begun):
+    scheduler, begin = begun
+    chunks = [launched(scheduler, begin(first)) for first in (0, 8, 16, 24)]
+    before = [chunk.standing.hidden.clone() for chunk in chunks]
+    lent = [chunk.standing.stay is not None for chunk in chunks]
+    assert lent == [True, True, False, False]
+    assert len(set(map(memory_of, chunks))) == 4
+    later = [launched(scheduler, chunk) for chunk in reversed(chunks)][::-1]
+    alone = Scheduler(ModelWalker(scheduler.walker.model), scheduler.policy, 100_000)
+    for chunk, states, after in zip(chunks, before, later, strict=True):
+        first = launched(alone, begin(chunk.places[0]))
+        assert torch.allclose(states, first.standing.hidden, atol=NEAR)
+        assert torch.allclose(after.standing.hidden, launched(alone, first).standing.hidden, atol=NEAR)
+    first, second = memory_of(chunks[0]), memory_of(chunks[1])
+    del chunk, chunks[1], later[1]
+    assert memory_of(launched(scheduler, begin(8))) == second != first
+
+
+def test_who_waits_or_is_followed_has_a_memory_of_its_own(model, rows):
+    """A chunk that stays is the front of what was lent; whatever else is taken of it is copied."""
+    scheduler = Scheduler(graphed(model), model.exit_policy, 100_000)
+    with torch.inference_mode():
+        flight = scheduler.launch(scheduler.begin(list(enumerate(rows[:40]))), [].append)
+        chunk, leave = flight.landed()
+        count = leave.count(False)
+        assert 0 < count < 40
+        staying, leaving = some_rows(chunk, range(count)), some_rows(chunk, range(count, 40))
+        assert memory_of(staying) == memory_of(chunk)
+        assert leaving.standing.stay is None
+        course = Course(scheduler, lambda: None, [].append)
+        course.enter(staying)
+        (waiting,) = course.waiting[1]
+    assert waiting.standing.stay is None
+    assert len({memory_of(chunk), memory_of(leaving), memory_of(waiting)}) == 3
+    assert torch.equal(waiting.standing.hidden, staying.standing.hidden)
+
+
+def test_states_that_have_gone_on_are_not_used_again(begun):
+    scheduler, begin = begun
+    chunk = launched(scheduler, begin(0))
+    launched(scheduler, chunk)
+    with pytest.raises(RuntimeError, match="have gone on in the memory of a graph"):
+        launched(scheduler, chunk)
+    for rows in ([1, 2], [3, 1]):
+        with pytest.raises(RuntimeError, match="have gone on"):
+            some_rows(chunk, rows)
+
+
+def test_a_capture_that_fails_leaves_the_states_of_a_batch_that_goes_on(begun):
+    scheduler, begin = begun
+    graphs, capture = scheduler.walker.graphs, scheduler.walker.graphs.capture
+    launched(scheduler, launched(scheduler, begin(0)))
+    chunk = launched(scheduler, begin(0))
+    before = chunk.standing.hidden.clone()
+
+    def refuse(body):
+        body()
+        raise RuntimeError("out of memory")
+
+    graphs.capture = refuse
+    with pytest.raises(UsageError, match="out of memory"):
+        launched(scheduler, chunk)
+    assert torch.equal(chunk.standing.hidden, before)
+    graphs.capture = capture
+    assert torch.allclose(launched(scheduler, chunk).standing.hidden, walked(scheduler, begin(0), 2), atol=NEAR)
+
+
+def walked(scheduler, chunk, steps):
+    """The states of a chunk some steps on, without graphs."""
+    plain = Scheduler(ModelWalker(scheduler.walker.model), scheduler.policy, 100_000)
+    for _ in range(steps):
+        chunk = launched(plain, chunk)
+    return chunk.standing.hidden
+
+
+def test_a_row_at_fault_takes_nobody_with_it(model, rows, monkeypatch):
+    """Its batch has gone on from layer to layer when it fails: the others go on from there one by one."""
+    walker = graphed(model)
+    third, call = walker.layers[2], packed_bert.PackedBertLayer.__call__
+    plain = Scheduler(ModelWalker(model), model.exit_policy, 256).run(rows)
+    length = len(rows[int((plain.exit_index >= 2).nonzero()[0])]["input_ids"])
+    bad = {place for place, row in enumerate(rows) if len(row["input_ids"]) == length}
+
+    def failing(self, hidden, context):
+        if self is third and (context.bounds.diff() == length).any():
+            raise RuntimeError("this row breaks the layer")
+        return call(self, hidden, context)
+
+    monkeypatch.setattr(packed_bert.PackedBertLayer, "__call__", failing)
+    scheduler = Scheduler(walker, model.exit_policy, 256)
+    for _ in range(2):
+        answers, broken = answered_but_for_the_broken(scheduler, rows)
+        assert broken == {place for place in bad if plain.exit_index[place] >= 2} != set()
+        others = [place for place in range(len(rows)) if place not in broken]
+        assert torch.equal(answers.exit_index[others], plain.exit_index[others])
+        assert torch.allclose(answers.logits[others], plain.logits[others], atol=NEAR)
+
+
+@torch.inference_mode()
+def answered_but_for_the_broken(scheduler, rows):
+    answers, broken, gone = Answers.blank(len(rows), scheduler.walker.num_classes), set(), []
+    new_rows = scheduler._let_in(list(enumerate(rows)))
+    course = Course(scheduler, lambda: next(new_rows, None), gone.append, broken=lambda places, error: broken.update(places))
+    while course.step():
+        pass
+    answers.write(gone)
+    return answers, broken
 
 
 def states_leak(model, policy, change=lambda: None):
@@ -504,7 +656,7 @@ def test_graphs_are_bounded_and_the_least_used_goes_first(model):
         for tokens in (1, 2, 3, 1, 4, 1, 2):
             walker.run(range(1, 2), *random_part([tokens], 0), 0)
             assert len(walker.graphs.buckets) <= 3
-    assert [shape.tokens for _, shape in walker.graphs.buckets] == [4, 1, 2]
+    assert [shape.tokens for _, shape, _ in walker.graphs.buckets] == [4, 1, 2]
     assert walker.graphs.capture.captured == 1  # only 1 came again before it was dropped
 
 
