@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from speed import PAGE, RESULTS, all_exits, mixed_rows, spread_out
-from speed_page import SHAPES, page
+from speed import all_exits, mixed_rows, spread_out
+from speed_page import SHAPES, add_results
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_earlyexit as ee
@@ -246,10 +246,7 @@ def main() -> None:
         "environment": environment(),
     }
     print(json.dumps(found, indent=1))
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results.setdefault("costs", {})[args.shape] = found
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    add_results({"costs": {args.shape: found}})
 
 
 if __name__ == "__main__":

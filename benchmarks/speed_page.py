@@ -1,10 +1,15 @@
-"""The docs' page of the speed results."""
+"""The results of the speed benchmarks, and the docs' page of them."""
 
 from __future__ import annotations
 
-from hf_earlyexit.measuring.bench import advice, as_table
-from hf_earlyexit.measuring.ways import EARLY, FULL, ONE_FILE
+import json
+from pathlib import Path
 
+from hf_earlyexit.measuring.bench import advice, as_table
+from hf_earlyexit.measuring.ways import EARLY, FIRST, FULL, ONE_FILE
+
+ROOT = Path(__file__).parent
+RESULTS, PAGE = ROOT / "results" / "speed.json", ROOT.parent / "docs" / "how-to" / "speed.md"
 SHAPES = {
     "minilm": {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12},
     "bert": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
@@ -14,8 +19,9 @@ TITLES = {
     "bert": "BERT-base shape (12 x 768), exits at 6 of 12",
     "modernbert": "ModernBERT-base shape (22 x 768), exits at 11 of 22",
 }
-ONNX_INT8 = "onnx-int8"
-OWN_8_BITS = ("int8", ONNX_INT8, "onnx-int8-static")
+EXPORTS = ONNX_INT8, STATIC = ("onnx-int8", "onnx-int8-static")
+OWN_8_BITS = ("int8", *EXPORTS)
+BY_NAME = ("trained", "costs", "profile")  # parts that several runs fill, each a model or shape of its own
 SHARES = {"fp32": 0.97, "bf16": 0.9, "int8": 0.92}  # of the token-layer bound, wanted
 
 HEADER = """# Speed
@@ -63,8 +69,13 @@ time were tokens times layers; the share of it is that of *early exit* over *ful
 unpadded.
 
 At batch 1 a way answers its rows one after another before it is another's turn, so that its weights stay in the processor's
-caches as where nothing else is served. In tables that say *with cold caches* each row came after those of all other ways,
-which costs the quickest most.
+caches as where nothing else is served.
+
+Trained models are those of [base size](../results-base-size.md), each against the shallowest part of itself that is as
+accurate, in the same runtime and number format; held-back rows chose the rule, the thresholds and the part, and report rows
+chose nothing. Accuracy of *onnx-int8* is of our export in every way; its *full* and *first* layers are timed as ONNX
+Runtime's own tool makes them. The other tables are of shapes with random weights, whose thresholds let rows leave at half
+the depth.
 
 Rows stand end to end inside, so neither *full* nor *early exit* computes padding; what keeps early exit from its bound is
 the embedding of every row, the tests at the exits, Python, and layers that are called with another number of tokens each
@@ -72,30 +83,21 @@ time; the profiles below tell them apart. The fewer rows, the more the last half
 """
 
 
+def add_results(found: dict[str, dict]) -> None:
+    """Write what a run has found beside what other runs have found until now, and make the page anew."""
+    results = json.loads(RESULTS.read_text())
+    results |= {part: results.get(part, {}) | one if part in BY_NAME else one for part, one in found.items()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
 def page(results: dict) -> str:
     lines = [HEADER]
-    for part, found in results.items():
-        if part in ("scheduler", "costs", "rivals", "profile"):
-            continue
-        lines += [f"### {TITLES.get(part, part)}", ""]
-        rows, environment = found["rows"], found["environment"]
-        turns = f", {found['turns']} turns" if "turns" in found else ""  # not told of runs before forms were measured
-        alone = f"{found['latency_rows']} of them" if "latency_rows" in found else "with cold caches"
-        lines += [f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean{turns}; at batch 1 {alone}.", ""]
-        lines += [as_table(found), ""]
-        columns = ["model", "mean exit layer", "layer speed-up", "token-layer bound", "share reached", "arrival order",
-                   "at batch 1"]  # fmt: skip
-        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for name, e in found["exits"].items():
-            arrival = f"{e['share_of_bound_in_arrival_order']:.2f}" if "share_of_bound_in_arrival_order" in e else "-"
-            lines.append(f"| {name} | {e['mean_layer']:.2f} | {e['layer_speed_up']:.2f}x | {e['token_layer_bound']:.2f}x "
-                         f"| {e['share_of_bound']:.2f} | {arrival} | {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
-        lines.append("")
-        for name, ways in found.get("accuracy", {}).items():
-            lines.append(f"Accuracy, {name}: " + ", ".join(f"{way} {100 * a:.2f} %" for way, a in ways.items()) + ".  ")
-        lines += ["", advice(found), "", *goals(part, found), ""]
-        versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-        lines += [f"{environment['machine']}, {environment['cpu']}, {environment['threads']} thread; {versions}.", ""]
+    for name, found in results.get("trained", {}).items():
+        lines += [f"### {name}: against a shallower model", "", *trained(found), ""]
+    for shape, title in TITLES.items():
+        if shape in results:
+            lines += [f"### {title}", "", *shaped(shape, results[shape]), ""]
     if "scheduler" in results:
         lines += [
             "### Many rows",
@@ -106,8 +108,6 @@ def page(results: dict) -> str:
         lines += ["| rows | microseconds a row |", "|---|---|"]
         lines += [f"| {g['rows']:,} | {g['microseconds_per_row']:.0f} |" for g in results["scheduler"]["growth"]]
         lines.append("")
-    for name, found in results.get("rivals", {}).items():
-        lines += rivals(name, found)
     for shape, found in results.get("profile", {}).items():
         lines += [f"### Where the time goes, {TITLES[shape].partition(',')[0]}", "", *profile(found), ""]
     for shape, found in results.get("costs", {}).items():
@@ -115,61 +115,93 @@ def page(results: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def rivals(name: str, found: dict) -> list[str]:
-    """Early exit against a shallower model, at equal accuracy on held-back rows."""
-    ways, tried = found["ways"], found["tried"]
-    static, last = next(way for way in ways if way.startswith("first ")), found["held_back_last_exit"]
-    as_good = sorted((told["mean_layer"], rule) for rule, told in tried.items() if told["accuracy"] >= last)
+def shaped(shape: str, found: dict) -> list[str]:
+    """All ways of a model of a shape."""
+    columns = ["model", "mean exit layer", "layer speed-up", "token-layer bound", "share reached", "arrival order",
+               "at batch 1"]  # fmt: skip
+    lines = [rows_of(found), "", as_table(found), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, e in found["exits"].items():
+        arrival = f"{e['share_of_bound_in_arrival_order']:.2f}" if "share_of_bound_in_arrival_order" in e else "-"
+        lines.append(f"| {name} | {e['mean_layer']:.2f} | {e['layer_speed_up']:.2f}x | {e['token_layer_bound']:.2f}x "
+                     f"| {e['share_of_bound']:.2f} | {arrival} | {e['share_of_bound_at_batch_1']:.2f} |")  # fmt: skip
+    return [*lines, "", advice(found), "", *goals(shape, found), "", machine(found)]
+
+
+def rows_of(found: dict) -> str:
+    rows, alone = found["rows"], found["latency_rows"]
+    return (
+        f"{rows['count']} rows of {rows['mean_tokens']:.1f} tokens in the mean, {found['turns']} turns; at batch 1 {alone} "
+        "of them."
+    )
+
+
+def machine(found: dict) -> str:
+    environment = found["environment"]
+    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    return f"{environment['machine']}, {environment['cpu']}, {environment['threads']} thread; {versions}."
+
+
+def trained(found: dict) -> list[str]:
+    """A trained model against the first part of it that is as accurate, in one runtime."""
+    timed, layer, forms = found["timed"], found["layer"], found["forms"]
+    chosen, first = forms[STATIC]["held_back"], FIRST.format(layer)
     lines = [
-        f"### {name}: against a shallower model, both in int8",
+        f"On {chosen['rows']:,} held-back rows the last exit has {100 * chosen['last_exit']:.2f} %. The first exit as "
+        f"accurate there is after layer {layer} ({100 * chosen['shallower']:.2f} %). The rule with the fewest layers among "
+        f"{chosen['as_accurate']} of {chosen['tried']} that are as accurate, every fifth of the rows answered by thresholds "
+        f"from the others, is *{chosen['rule']}; {chosen['target']}* ({100 * chosen['accuracy']:.2f} % at "
+        f"{chosen['mean_layers']:.2f} layers), by fixed scales. Accuracy is of all {found['report_rows']:,} report rows, "
+        f"time of {timed['rows']['count']:,} of them, {timed['rows']['mean_tokens']:.1f} tokens in the mean, "
+        f"{timed['turns']} turns; at batch 1 of {timed['latency_rows']}.",
         "",
-        f"Both are chosen on {found['held_back']:,} held-back rows to be as accurate there as the last exit "
-        f"({100 * last:.2f} %). The shallower model is this one, cut off at the first such exit "
-        f"({100 * found['held_back_shallower']:.2f} %). The rule is the one with the fewest layers among {len(as_good)} "
-        f"such of {len(tried)}, where every fifth of the rows is answered by thresholds from the others: "
-        f"*{found['rule']}*, {100 * tried[found['rule']]['accuracy']:.2f} % at {as_good[0][0]:.2f} layers. Figures are of "
-        f"{found['rows']} report rows, which chose nothing here; [results](../results.md) says what the forms of the rules "
-        "had seen before. Same engine, same chunks.",
-        "",
-        "| way | accuracy | over the shallower model (standard error) | mean layer | speed-up over full (middle half) |",
-        "|---|---|---|---|---|",
+        f"| model | way | accuracy | over the {first} (standard error) | mean layers | rows/s | speed-up (middle half) "
+        "| batch 1: p50, p95 ms |",
+        "|---" * 8 + "|",
     ]
-    for way, told in ways.items():
-        low, middle, high = told["speed_up"]
-        apart, error = told["over_shallower"]
-        lines.append(f"| {way} | {100 * told['accuracy']:.2f} % | {100 * apart:+.2f} ({100 * error:.2f}) "
-                     f"| {told['mean_layer']:.2f} | {middle:.2f}x ({low:.2f}-{high:.2f}) |")  # fmt: skip
-    low, middle, high = found["early_exit_over_shallower"]
-    told = f"Early exit is {middle:.2f} ({low:.2f}-{high:.2f}) times as fast as the {static}; the goal is above 1."
-    return [*lines, "", told, ""]
+    for name, form in forms.items():
+        many, single = timed["throughput"][name], timed["latency"][name]
+        for way, told in form["report"].items():
+            apart, error = told["over_shallower"]
+            alone = single[ONE_FILE if way == EARLY else way]
+            lines.append(
+                f"| {name} | {way} | {100 * told['accuracy']:.2f} % | {100 * apart:+.2f} ({100 * error:.2f}) "
+                f"| {told['mean_layers']:.2f} | {many[way]['rows_per_second']:.1f} | {many[way]['speed_up']:.2f}x "
+                f"({many[way]['low']:.2f}-{many[way]['high']:.2f}) | {alone['p50_ms']:.1f}, {alone['p95_ms']:.1f} |"
+            )
+    return [*lines, "", *(over_shallower(name, timed, first) for name in forms), "", machine(timed)]
 
 
-def goals(part: str, found: dict) -> list[str]:
+def over_shallower(name: str, timed: dict, first: str) -> str:
+    many, single = timed["throughput"][name], timed["latency"][name]
+    ratio = many[first]["seconds"] / many[EARLY]["seconds"]
+    alone = single[first]["seconds"] / single[ONE_FILE]["seconds"]
+    half = single[first]["p50_ms"] / single[ONE_FILE]["p50_ms"]
+    return (
+        f"- {name}: early exit is {ratio:.2f} times as fast as the {first} for many rows, and {alone:.2f} times row by row "
+        f"({half:.2f} at the median); the goal is above 1."
+    )
+
+
+def goals(shape: str, found: dict) -> list[str]:
     """What was aimed at beside what was reached."""
     ways, exits, single = found["throughput"], found["exits"], found["latency"]
-    if part in TITLES:
-        reached = [(f"{name}: share of the token-layer bound", exits[name]["share_of_bound"], goal)
-                   for name, goal in SHARES.items() if name in exits]  # fmt: skip
-        if part in SHAPES:
-            reached += [
-                ("fp32 early exit over the stock model in arrival order", ways["fp32"][EARLY]["speed_up"], 5.5),
-                ("int8 early exit over the stock fp32 model in arrival order", ways["int8"][EARLY]["speed_up"], 10),
-                ("fp32: the share in arrival order, batches of 32", exits["fp32"]["share_of_bound_in_arrival_order"], 0.90),
-                ("fp32: the share row by row, over the stock model", exits["fp32"]["share_of_bound_at_batch_1"], 0.95),
-            ]
-        if ONNX_INT8 in ways:
-            full, alone = ways[ONNX_INT8][FULL]["speed_up"], single[ONNX_INT8][FULL]["p50_ms"]
-            for name in filter(ways.__contains__, OWN_8_BITS):
-                many = ways[name][EARLY]["speed_up"] / full
-                reached.append((f"{name}: early exit over ONNX Runtime's 8 bits in full, many rows", many, 1.9))
-            for name in filter(ways.__contains__, OWN_8_BITS[1:]):
-                one_file = alone / single[name][ONE_FILE]["p50_ms"]
-                reached.append((f"{name}: one file over ONNX Runtime's 8 bits in full, p50 at batch 1", one_file, 1.85))
-    else:
-        small = ways["int8"]
-        static = next(way for way in small if way.startswith("first "))
-        over = small[static]["seconds"] / small[EARLY]["seconds"]
-        reached = [(f"int8 early exit over an int8 model of the {static}, as accurate on held-back rows", over, 1.0)]
+    reached = [(f"{name}: share of the token-layer bound", exits[name]["share_of_bound"], goal)
+               for name, goal in SHARES.items() if name in exits]  # fmt: skip
+    if shape in SHAPES:
+        reached += [
+            ("fp32 early exit over the stock model in arrival order", ways["fp32"][EARLY]["speed_up"], 5.5),
+            ("int8 early exit over the stock fp32 model in arrival order", ways["int8"][EARLY]["speed_up"], 10),
+            ("fp32: the share in arrival order, batches of 32", exits["fp32"]["share_of_bound_in_arrival_order"], 0.90),
+            ("fp32: the share row by row, over the stock model", exits["fp32"]["share_of_bound_at_batch_1"], 0.95),
+        ]
+    if ONNX_INT8 in ways:
+        full, alone = ways[ONNX_INT8][FULL]["speed_up"], single[ONNX_INT8][FULL]["p50_ms"]
+        for name in filter(ways.__contains__, OWN_8_BITS):
+            many = ways[name][EARLY]["speed_up"] / full
+            reached.append((f"{name}: early exit over ONNX Runtime's 8 bits in full, many rows", many, 1.9))
+        for name in filter(ways.__contains__, EXPORTS):
+            one_file = alone / single[name][ONE_FILE]["p50_ms"]
+            reached.append((f"{name}: one file over ONNX Runtime's 8 bits in full, p50 at batch 1", one_file, 1.85))
     lines = ["| figure | reached | goal |", "|---|---|---|"]
     return [*lines, *(f"| {name} | {value:.2f} | >= {goal:g} |" for name, value, goal in reached)]
 

@@ -8,7 +8,6 @@ adds it to benchmarks/results/speed.json and makes docs/how-to/speed.md anew. Ti
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import Counter
@@ -17,9 +16,9 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from speed import PAGE, RESULTS, all_exits, mixed_rows, spread_out
+from speed import all_exits, mixed_rows, spread_out
 from speed_costs import make
-from speed_page import SHAPES, page
+from speed_page import SHAPES, add_results
 
 import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
@@ -123,11 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    profiled = profile(args.shape, args.rows, args.repeats)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: other runs may have written meanwhile
-    results["profile"] = results.get("profile", {}) | {args.shape: profiled}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    add_results({"profile": {args.shape: profile(args.shape, args.rows, args.repeats)}})
 
 
 if __name__ == "__main__":
