@@ -52,8 +52,8 @@ _HOMES = {
 }
 """What everyday use needs; the rest is in the rooms, such as `hf_earlyexit.policies.PatiencePolicy`."""
 
-ROOMS = ("calibration", "captions", "errors", "evaluation", "generation", "hub", "losses", "policies", "reports", "signals",
-         "training")  # fmt: skip
+ROOMS = ("calibration", "captions", "errors", "evaluation", "generation", "hub", "losses", "measuring", "policies",
+         "reports", "signals", "training")  # fmt: skip
 
 __all__ = ["__version__", *_HOMES]
 

@@ -23,6 +23,11 @@ class Timing(NamedTuple):
     high: float
 
 
+def clock_for(device: torch.device) -> Callable[[], float]:
+    """Seconds that other work hardly changes: on a CPU with one thread the processor's, else the wall clock's."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def seconds_in_turns(
     runs: Mapping[Name, Sequence[Callable[[], Any]]],
     turns: int,

@@ -1,5 +1,6 @@
 """Speeds are ratios of one run."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,10 @@ def test_or_all_jobs_of_one_name_and_then_of_another():
 def test_a_timing_is_of_whole_turns():
     seconds, reference = torch.tensor([[1.0, 1.0], [1.0, 3.0]]), torch.tensor([[4.0, 4.0], [4.0, 4.0]])
     assert timing.timing_of(seconds.double(), reference.double()) == (3.0, 3.0, 2.5, 3.5)
+
+
+@pytest.mark.parametrize(("device", "threads", "clock"), [("cpu", 1, "process_time"), ("cpu", 2, "perf_counter"),
+                                                          ("cuda", 1, "perf_counter")])  # fmt: skip
+def test_the_clock_is_the_processors_where_one_thread_works(device, threads, clock, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert timing.clock_for(torch.device(device)) is getattr(time, clock)

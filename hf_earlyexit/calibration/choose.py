@@ -23,7 +23,7 @@ from .quality import Metric, default_metric, find_metric
 from .quality_metrics import Accuracy
 from .replay import Outcome, replay_scanned
 from .result import CalibrationResult
-from .settings import Pool, Recipe, Setting, as_thresholds, check_options, choose_setting
+from .settings import Pool, Recipe, Setting, as_thresholds, between, check_options, choose_setting
 from .stored import SEEDS
 from .targets import Target, parse_target
 
@@ -43,6 +43,7 @@ def calibrate(
     groups: ArrayLike | None = None,
     lists: ArrayLike | None = None,
     learned_from: ExitTrace | None = None,
+    every: int = 1,
     seed: int = 0,
 ) -> CalibrationResult:
     """Choose a policy's thresholds so that a target is met on the rows of a trace.
@@ -73,6 +74,8 @@ def calibrate(
             judged by `metric`, which is then "ndcg", "ndcg:10", "mrr" or a function of a list's scores and labels, with
             the target's `bound`. Rows are ranked by their value, or by how far label 1 is ahead of label 0.
         learned_from: the rows that a ready policy learned its numbers from; a trace that holds any is refused.
+        every: ask an exit only every so many layers, counted from the last; the exits between are closed and muted. Each
+            exit that is asked costs time: `measuring.space_exits` finds the number that is the fastest on a machine.
         seed: of the split between learning rows and threshold rows, and of the folds.
 
     Returns:
@@ -89,8 +92,16 @@ def calibrate(
     if folds is not None:
         check_whole(folds=folds)
     check_whole(-SEEDS, SEEDS - 1, seed=seed)
+    check_whole(1, every=every)
     target = parse_target(target) if isinstance(target, str) else target
     _check(trace, target)
+    if trace.num_exits > 1 and len(between(trace.exit_layers, every)) == trace.num_exits - 1:
+        raise CalibrationError(
+            f"every is {every}, and no exit but the last stands {every} layers or a multiple before the last: the exits are "
+            f"after layers {', '.join(map(str, trace.exit_layers))}.",
+            field="every",
+            value=every,
+        )
     if not is_real(learning_share, 0, 1) or learning_share in (0, 1):
         raise CalibrationError(
             f"learning_share is {shown(learning_share)}; expected a share between 0 and 1.",
@@ -123,6 +134,7 @@ def calibrate(
         min_leavers=min_leavers,
         learning_share=learning_share,
         seed=seed,
+        every=every,
     )
     if isinstance(target, Certified):
         setting, promise = certify_setting(recipe, target, trace, groups, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class Recipe:
     min_leavers: int
     learning_share: float
     seed: int
+    every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +257,18 @@ def learns(policy: str | ExitPolicy) -> bool:
 
 def make_policy(recipe: Recipe, rows: LearningRows, weak: tuple[int, ...]) -> ExitPolicy:
     """The policy with every exit closed; one that learns does so from all of these rows."""
-    policy = recipe.policy
+    policy, left_out = recipe.policy, {*weak, *between(rows.exit_layers, recipe.every)}
     if isinstance(policy, ExitPolicy):
         _check_fits(policy, rows)
-        muted = tuple(sorted({*policy.muted, *weak}))
+        muted = tuple(sorted({*policy.muted, *left_out}))
         return replace(policy, thresholds=(None,) * (rows.num_exits - 1), muted=muted, exit_layers=rows.exit_layers)
-    options = {**recipe.options, "muted": tuple(sorted({*recipe.options.get("muted", ()), *weak}))}
+    options = {**recipe.options, "muted": tuple(sorted({*recipe.options.get("muted", ()), *left_out}))}
     return POLICIES.get(policy).from_trace(rows, **options)
+
+
+def between(exit_layers: Sequence[int], every: int) -> tuple[int, ...]:
+    """Exits (0-based) that are left out where only every so many layers one is asked, counted from the last."""
+    return tuple(index for index, layer in enumerate(exit_layers) if (exit_layers[-1] - layer) % every)
 
 
 def split_places(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

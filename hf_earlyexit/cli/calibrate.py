@@ -3,6 +3,7 @@
     hf-earlyexit calibrate --model bert-with-exits --policy confidence --target max-drop:0.01
     hf-earlyexit calibrate --model bert-with-exits --target speed-up:2 --operating_point fast
     hf-earlyexit calibrate --model bert-with-exits --dataset data --form int8
+    hf-earlyexit calibrate --model bert-with-exits --target max-drop:0.01 --every auto --performance_hint latency
     hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --target max-drop:0.05
     hf-earlyexit calibrate --model llama-with-exits --dataset prompts.txt --lossless true
     hf-earlyexit calibrate --model captioner --dataset photos --lossless true
@@ -39,6 +40,7 @@ METRIC_WORDS = (
     "spearman; by default accuracy, f1-macro where classes are uneven, mse for values"
 )
 MAX_DROP = "max-drop:0"
+AUTO = "auto"
 
 
 @dataclass
@@ -64,6 +66,13 @@ class CalibrateArguments(RowArguments, CertifiedArguments, TextArguments, Device
         metadata={"help": "bf16, int8 or onnx-int8: choose thresholds for that form, kept beside those of the model"},
     )
     keep_weak_exits: bool = field(default=False, metadata={"help": "do not close exits no better than a constant answer"})
+    every: str | None = field(
+        default=None,
+        metadata={"help": "layers from exit to exit; auto takes the number that is the fastest here, by a measurement"},
+    )
+    performance_hint: str = field(
+        default="throughput", metadata={"help": "what --every auto measures: throughput or latency"}
+    )
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
     proposals: int | None = field(
         default=None, metadata={"help": "settings that a model which writes tries, each on all rows; 12 by default"}
@@ -109,17 +118,22 @@ def run(args: CalibrateArguments) -> CommandResult:
         raise UsageError(f"{folder} has no {TRACE_FILE}; name rows with --dataset and --split.", field="dataset")
     if args.unlabelled and trace.labelled:
         raise UsageError(f"--unlabelled is for rows of --dataset; those of {TRACE_FILE} have labels.", field="unlabelled")
-    result = calibrate(
-        trace,
-        args.policy,
-        args.target or MAX_DROP,
-        metric=args.metric,
-        per_exit=args.per_exit,
-        options=options,
-        keep_weak_exits=args.keep_weak_exits,
-        seed=args.seed,
+    wishes = {
+        "metric": args.metric,
+        "per_exit": args.per_exit,
+        "options": options,
+        "keep_weak_exits": args.keep_weak_exits,
+        "seed": args.seed,
         **certified,
-    )
+    }
+    policy, target = args.policy, args.target or MAX_DROP
+    if args.every == AUTO:
+        from ..measuring.spacing import space_exits
+
+        spacing = space_exits(served, trace, policy, target, performance_hint=args.performance_hint, **wishes)
+        result = spacing.result
+    else:
+        result = calibrate(trace, policy, target, every=_layers(args.every), **wishes)
     if args.form is not None:
         from ..forms.convert import keep_thresholds
 
@@ -128,6 +142,14 @@ def run(args: CalibrateArguments) -> CommandResult:
         save_calibrated(model, folder)
         return CommandResult({"model": str(folder), "form": args.form, **result.to_dict()}, f"{args.form}: {result}")
     return keep(args, model, result)
+
+
+def _layers(every: str | None) -> int:
+    """Layers from exit to exit that a flag names."""
+    try:
+        return 1 if every is None else int(every)
+    except ValueError as error:
+        raise UsageError(f"every is {every!r}; expected a whole number of layers, or {AUTO}.", field="every") from error
 
 
 def keep(args: CalibrateArguments, model: TorchExitModel, result: CalibrationResult) -> CommandResult:

@@ -33,18 +33,18 @@ def fastest(models: Mapping[str, Model], hint: str, clock: Callable[[], float] |
         return next(iter(models.values()))
     runs = {}
     for name, model in models.items():
-        rows = _rows(model)
+        rows = made_up_rows(model, ROWS)
         batches = [rows] if hint == THROUGHPUT else [[row] for row in rows[:4]]
         runs[name] = [partial(predict, model, batch, early_exit=False) for batch in batches]
     seconds = seconds_in_turns(runs, TURNS, together=True, clock=clock)
     return models[min(seconds, key=lambda name: float(seconds[name].sum(1).min()))]
 
 
-def _rows(model: ExitClassifier) -> list[dict[str, Any]]:
+def made_up_rows(model: ExitClassifier, count: int) -> list[dict[str, Any]]:
     """Rows of the usual size: token ids, or pixel values."""
     config = model.config
     if reads_images(model):
-        return [{PIXELS: torch.zeros(picture_of(config))} for _ in range(ROWS)]
+        return [{PIXELS: torch.zeros(picture_of(config))} for _ in range(count)]
     most = model.family.longest(config)
     ids = [token for token in range(config.vocab_size) if token != padding_token(config)][:ROWS] or [0]
-    return [{"input_ids": [ids[row % len(ids)]] * min(TOKENS, most)} for row in range(ROWS)]
+    return [{"input_ids": [ids[row % len(ids)]] * min(TOKENS, most)} for row in range(count)]

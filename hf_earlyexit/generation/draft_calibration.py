@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from ..families.decoders import cache_name
 from ..modeling.protocol import TorchExitWriter
 from ..policies.base import POLICIES, ExitPolicy, ExitStep
 from ..serving.batching import evaluating
-from ..timing import seconds_in_turns
+from ..timing import clock_for, seconds_in_turns
 from ..values import check_flags, check_whole, is_whole
 from .checks import LOSSLESS, check_lossless, generation_settings
 from .decoding import ExitRun
@@ -311,7 +310,7 @@ def measure_costs(model: TorchExitWriter, policy: ExitPolicy, texts: Sequence[Fu
 
 def _seconds(parts: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     """The median time of each part, all in turns; the first round warms up."""
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_for(device)
     seconds = seconds_in_turns({index: [part] for index, part in enumerate(parts)}, ROUNDS, clock=clock)
     return [float(times.quantile(0.5)) for times in seconds.values()]
 

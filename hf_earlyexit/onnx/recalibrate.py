@@ -103,6 +103,7 @@ def recalibrate(
 
 
 def _own_choices(policy: ExitPolicy, trace: ExitTrace) -> dict[str, Any]:
-    """Fields that a person chose, not those that the policy learned."""
+    """Fields that a person chose, exits that were left out among them; not those that the policy learned."""
     frame = {field.name for field in dataclasses.fields(ExitPolicy)} | set(type(policy).learn(trace))
-    return {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name not in frame}
+    own = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name not in frame}
+    return {**own, "muted": policy.muted}

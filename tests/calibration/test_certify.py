@@ -655,6 +655,7 @@ def test_rows_that_are_left_out_leave_no_trace_in_a_choice(policy, metric):
         min_leavers=1,
         learning_share=0.3,
         seed=0,
+        every=1,
     )
     made = [choose(recipe, Pool(part, recipe.metric), torch.arange(100, 400)).policy for part in (trace, odd)]
     assert made[0] == made[1]

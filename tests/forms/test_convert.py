@@ -220,7 +220,7 @@ def test_the_fastest_is_the_one_that_takes_the_least_time(model, monkeypatch, hi
         now[0] += {"slow": 3, "fast": 1, "first turn": 2 if asked.count((one, len(batch))) > in_a_turn else 0}[one]
 
     monkeypatch.setattr(speed, "predict", answer)
-    monkeypatch.setattr(speed, "_rows", lambda one: [{}] * 16)
+    monkeypatch.setattr(speed, "made_up_rows", lambda one, count: [{}] * count)
     names = {name: name for name in ("slow", "fast", "first turn")}
     assert fastest(names, hint, clock=lambda: now[0]) == "fast"
     assert {count for _, count in asked} == {16 if hint == "throughput" else 1}
@@ -234,7 +234,7 @@ def test_made_up_rows_are_read_by_texts_and_pictures(model, converted):
     assert fastest({"fp32": model, "onnx": converted("onnx")}, "throughput") in (model, converted("onnx"))
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     pictures = ee.EarlyExitViTForImageClassification(ee.EarlyExitViTConfig(image_size=16, patch_size=8, **shape)).eval()
-    assert len(ee.predict(pictures, speed._rows(pictures)).logits) == speed.ROWS
+    assert len(ee.predict(pictures, speed.made_up_rows(pictures, speed.ROWS)).logits) == speed.ROWS
 
 
 def test_a_form_that_does_not_run_here_is_refused_with_what_it_lacks(model, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_earlyexit as ee
+from hf_earlyexit import timing
 from hf_earlyexit.errors import CalibrationError, UsageError
 from hf_earlyexit.families.decoders import CACHE_NAMES
 from hf_earlyexit.generation.draft_calibration import LAYER_CALLS
@@ -198,7 +199,7 @@ def test_one_slow_round_does_not_count(monkeypatch):
         now[0] += seconds * (20 if burst else 1)
 
     for clock in ("process_time", "perf_counter"):
-        monkeypatch.setattr(draft_calibration.time, clock, lambda: now[0])
+        monkeypatch.setattr(timing.time, clock, lambda: now[0])
     parts = [lambda: part("a", 1.0), lambda: part("b", 5.0)]
     assert draft_calibration._seconds(parts, torch.device("cpu")) == pytest.approx([1.0, 5.0])
     assert {*calls[:2]} == {*calls[2:4]} == {"a", "b"}
