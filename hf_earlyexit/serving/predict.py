@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +19,7 @@ from ..values import check_flags, check_whole, is_real, unexpected
 from .answers import Answer, Answers
 from .graph_walker import walker_for
 from .monitor import Monitor, check_monitor, require_classes
+from .read_ahead import Encode, windows_read
 from .reader import PICTURES, first_error, reader_for
 from .scheduler import Scheduler
 from .served import form_of, served_classifier
@@ -29,8 +27,6 @@ from .shadow import Shadow
 
 WINDOW, WINDOW_WITH_DEADLINE = 4096, 256  # rows; tokenizing a window must not take longer than a layer
 PICTURES_WITH_DEADLINE = 8  # one takes as long as many texts
-
-Encode = Callable[[Sequence[Any], int], list[Any]]
 
 
 class Predictions(NamedTuple):
@@ -265,7 +261,7 @@ def _answered(
     """Answers window by window; `on_done` hears how many rows have been answered."""
     walker, monitor, ends_at = walker_for(model, options.cuda_graphs), options.monitor, options.ends_at
     budget = walker.best_batch_tokens if options.max_batch_tokens is None else options.max_batch_tokens
-    for first, window, read in _windows_read(windows, encode, ahead=walker.reads_ahead and options.counted):
+    for first, window, read in windows_read(windows, encode, ahead=walker.reads_ahead and options.counted):
         if ends_at is not None and time.monotonic() >= ends_at:
             on_done(len(window))
             answers = Answers.blank(len(window), walker.num_classes)
@@ -289,39 +285,6 @@ def _answered(
                 layers = _layers(model, answers.exit_index[answers.exit_index >= 0]).tolist()
                 monitor.record(layers, () if scheduler.late() else same)  # the time chooses whom it cuts off
         yield answers
-
-
-def _windows_read(
-    windows: Iterable[Sequence[Any]], encode: Encode, ahead: bool
-) -> Iterator[tuple[int, Sequence[Any], Callable[[], list[Any]]]]:
-    """The number of each window's first row, the window, and what gives that which the model reads of its rows.
-
-    Args:
-        windows: of rows.
-        encode: gives what the model reads of the rows of a window, whose first row has this number.
-        ahead: read the rows of one window more in a thread while a window is answered.
-    """
-    first = 0
-    if not ahead:
-        for window in windows:
-            yield first, window, partial(encode, window, first)
-            first += len(window)
-        return
-    waiting: deque[tuple[int, Sequence[Any], Callable[[], list[Any]]]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="hf_earlyexit reader")
-    try:
-        for window in windows:
-            waiting.append((first, window, pool.submit(encode, window, first).result))
-            first += len(window)
-            if len(waiting) > 1:
-                yield waiting.popleft()
-    except Exception:  # rows that came before what cannot be read have their answers
-        yield from waiting
-        raise
-    else:
-        yield from waiting
-    finally:
-        pool.shutdown(cancel_futures=True)  # what nobody has asked for, as after a deadline, is not waited for
 
 
 def monitored(
