@@ -223,7 +223,16 @@ def profile(found: dict) -> list[str]:
         told = [of[key]["parts"].get(part) for key in ways]
         lines.append(f"| {part} | {' | '.join('-' if one is None else f'{one:.2f}' for one in told)} |")
     sizes = " | ".join(f"{of[key]['tokens_of_a_call']:.0f}" for key in ways)
-    return [*lines, f"| tokens of a layer call | {sizes} |"]
+    shares = " | ".join(f"{of[key]['share_of_peak']:.2f}" for key in ways)
+    peaks = ", ".join(f"{told['full']['peak']:.0f} in {name}" for name, told in found["models"].items())
+    return [
+        *lines,
+        f"| tokens of a layer call | {sizes} |",
+        f"| share of the core's peak, products with weights over the time of layers | {shares} |",
+        "",
+        "The peak is what the same kernels reach on wide square matrices in the same run, in 10^9 operations a second: "
+        f"{peaks}. Norms, attention, rounding and GELU count as time and not as work.",
+    ]
 
 
 def costs(found: dict) -> list[str]:

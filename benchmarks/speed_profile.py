@@ -23,17 +23,22 @@ from speed_page import SHAPES, add_results
 import hf_earlyexit as ee
 from hf_earlyexit.measuring.bench import environment
 from hf_earlyexit.serving import chunks, course, scheduler
+from hf_earlyexit.serving.bf16 import to_bf16
+from hf_earlyexit.serving.int8 import PLAIN
 from hf_earlyexit.serving.scheduler import Scheduler
 from hf_earlyexit.serving.walker import ModelWalker
+from hf_earlyexit.timing import seconds_in_turns
 
 TOKENS = 512
+SIZES = (512, 1024, 2048)  # rows of the products that tell the peak
+WIDE = 2048
 
 
 class Clock:
-    """Seconds by name, and every layer call: depth, context, tokens."""
+    """Seconds by name, every layer call (depth, context, tokens), and in which numbers states stand."""
 
     def __init__(self) -> None:
-        self.seconds, self.calls = Counter(), []
+        self.seconds, self.calls, self.dtype = Counter(), [], torch.float32
 
     def timed(self, name, call, *args):
         start = time.thread_time()
@@ -54,6 +59,7 @@ class TimedWalker(ModelWalker):
 
     def run_layer(self, layer, hidden, context):
         self.clock.calls.append((layer, context, len(hidden)))
+        self.clock.dtype = hidden.dtype
         return self.clock.timed("layers", super().run_layer, layer, hidden, context)
 
     def exit_signal(self, *args):
@@ -66,12 +72,12 @@ def rows_moved_on(clock: Clock):
     timed = partial(partial, clock.timed, "dropping and joining rows")
     with (
         patch.object(scheduler, "some_rows", timed(chunks.some_rows)),
-        patch.object(course, "joined", timed(chunks.joined)),
+        patch.object(course, "join_chunks", timed(chunks.join_chunks)),
     ):
         yield
 
 
-def once(model, rows, policy) -> tuple[dict, list]:
+def once(model, rows, policy) -> tuple[dict, Clock]:
     """Microseconds of a token in a layer, by part; all parts make up the whole."""
     clock = Clock()
     start = time.thread_time()
@@ -80,38 +86,67 @@ def once(model, rows, policy) -> tuple[dict, list]:
     total, work = time.thread_time() - start, sum(tokens for *_, tokens in clock.calls)
     parts = {name: 1e6 * seconds / work for name, seconds in clock.seconds.items()}
     parts["the rest, the policy among it"] = 1e6 * (total - sum(clock.seconds.values())) / work
-    return {"parts": parts, "tokens_of_a_call": work / len(clock.calls)}, clock.calls
+    return {"parts": parts, "tokens_of_a_call": work / len(clock.calls)}, clock
 
 
-def again(walker: ModelWalker, calls: list) -> float:
+def again(walker: ModelWalker, calls: list, dtype: torch.dtype) -> float:
     """Microseconds of a token in the same layer calls, and nothing between them."""
-    hidden = torch.randn(max(tokens for *_, tokens in calls), walker.base.config.hidden_size)
+    hidden = torch.randn(max(tokens for *_, tokens in calls), walker.base.config.hidden_size, dtype=dtype)
     start = time.thread_time()
     for layer, context, tokens in calls:
         walker.run_layer(layer, hidden[:tokens], context)
     return 1e6 * (time.thread_time() - start) / sum(tokens for *_, tokens in calls)
 
 
+def peak(name: str) -> float:
+    """The most operations a second that products of wide matrices reach, in 10^9; the best of several sizes and turns."""
+    weights = torch.randn(WIDE, WIDE)
+    if name == "int8":
+        packed = torch.ops.onednn.qlinear_prepack(weights.mul(20).round().clamp(-127, 127).to(torch.int8), None)
+        scale, zeros = torch.ones(WIDE), torch.zeros(WIDE, dtype=torch.int32)
+        inputs = {count: torch.randint(0, 255, (count, WIDE), dtype=torch.uint8) for count in SIZES}
+
+        def multiply(count: int) -> None:
+            torch.ops.onednn.qlinear_pointwise(inputs[count], 1.0, 0, packed, scale, zeros, *PLAIN)
+
+    else:
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        linear = torch.nn.Linear(WIDE, WIDE).to(dtype)
+        inputs = {count: torch.randn(count, WIDE, dtype=dtype) for count in SIZES}
+
+        def multiply(count: int) -> None:
+            linear(inputs[count])
+
+    seconds = seconds_in_turns({count: [partial(multiply, count)] for count in SIZES}, 9, clock=time.thread_time)
+    return max(2e-9 * count * WIDE**2 / float(times.min()) for count, times in seconds.items())
+
+
+def operations(shape: dict[str, int]) -> int:
+    """Of the products with weights, for one token in one layer."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    return 2 * (4 * hidden**2 + 2 * hidden * inner)
+
+
 @torch.inference_mode()
 def profile(shape: str, count: int, repeats: int) -> dict:
     model, rows, models = make(SHAPES[shape]), mixed_rows(count), {}
-    for name, one in {"fp32": model, "int8": ee.quantize_int8(model)}.items():
+    for name, one in {"fp32": model, "bf16": to_bf16(model), "int8": ee.quantize_int8(model)}.items():
         policies, walker = {"full": None, "early exit": spread_out(all_exits(one, rows))}, ModelWalker(one)
-        turns = {way: [] for way in policies}
+        turns, most = {way: [] for way in policies}, peak(name)
         for turn in range(1 + repeats):
             for way, policy in policies.items():
-                timed, calls = once(one, rows, policy)
-                timed["parts"]["layers alone, in the same order"] = again(walker, calls)
-                timed["parts"]["layers alone, by size"] = again(walker, sorted(calls, key=lambda call: call[2]))
+                timed, clock = once(one, rows, policy)
+                by_size = sorted(clock.calls, key=lambda call: call[2])
+                timed["parts"]["layers alone, in the same order"] = again(walker, clock.calls, clock.dtype)
+                timed["parts"]["layers alone, by size"] = again(walker, by_size, clock.dtype)
                 turns[way] += [timed] if turn else []
-        models[name] = {
-            way: {
-                "tokens_of_a_call": tolds[0]["tokens_of_a_call"],
-                "parts": {part: statistics.median(t["parts"][part] for t in tolds if part in t["parts"])
-                          for part in dict.fromkeys(part for t in tolds for part in t["parts"])},
-            }
-            for way, tolds in turns.items()
-        }  # fmt: skip
+        models[name] = {}
+        for way, tolds in turns.items():
+            names = dict.fromkeys(part for told in tolds for part in told["parts"])
+            parts = {part: statistics.median(t["parts"][part] for t in tolds if part in t["parts"]) for part in names}
+            reached = 1e-3 * operations(SHAPES[shape]) / parts["layers"]
+            models[name][way] = {"tokens_of_a_call": tolds[0]["tokens_of_a_call"], "parts": parts, "peak": most,
+                                 "share_of_peak": reached / most}  # fmt: skip
     return {"rows": count, "turns": repeats, "models": models, "environment": environment()}
 
 
