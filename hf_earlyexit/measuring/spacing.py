@@ -91,7 +91,7 @@ def space_exits(
     Args:
         model: that will serve; nothing is written on it.
         trace: of that model, on held-back rows.
-        policy, options: as for `calibrate`.
+        policy, options: as for `calibrate`, but for `every`.
         target: what the thresholds are for; one that says how much quality may be lost.
         performance_hint: "throughput" for many rows at once, "latency" for one at a time.
         clock: seconds; by default the processor's on a CPU with one thread, else the wall clock's.
@@ -101,7 +101,8 @@ def space_exits(
 
     Raises:
         UsageError: for a target that fixes layers, for a promise, which holds for one choice of exits only (`calibrate` with
-            `every` makes it), for a model with fewer than two exits, and where layers cannot be told from noise.
+            `every` makes it), for a model with fewer than two exits or another trace, for `every`, which is looked for, and
+            where layers cannot be told from noise.
         UnknownNameError: for another hint.
         CalibrationError: as `calibrate`.
     """
@@ -115,9 +116,17 @@ def space_exits(
             field="target",
             value=target,
         )
+    if "every" in options:
+        raise UsageError("every is what is looked for; pass it to calibrate, or leave it out.", field="every")
     served: Any = served_classifier(model)
     if len(served.exit_layers) < 2:
         raise UsageError("The model has one exit; expected at least two to space.", field="model")
+    if trace.exit_layers != served.exit_layers:
+        raise UsageError(
+            f"The trace has exits after layers {trace.exit_layers}, the model after {served.exit_layers}; collect a trace "
+            "of this model.",
+            field="trace",
+        )
     quick = {**options, "folds": 0}
     closest, *others = spacings(trace.exit_layers)
     first = calibrate(trace, policy, wish, **quick)

@@ -51,6 +51,16 @@ def test_a_ready_policy_and_a_promise_leave_exits_out_too():
     assert promised.policy.may_leave
 
 
+def test_weak_exits_stay_closed_among_those_that_are_left():
+    trace = learned_trace(300, exits=6, seed=3)
+    blind = trace.logits.clone()
+    blind[:, 1] = 0.1
+    trace = dataclasses.replace(trace, logits=blind)
+    assert calibrate(trace, "confidence").policy.muted == (1,)
+    assert calibrate(trace, "confidence", every=2).policy.muted == (0, 1, 2, 4)
+    assert calibrate(trace, "confidence", every=2, keep_weak_exits=True).policy.muted == (0, 2, 4)
+
+
 def test_exits_are_counted_from_the_last():
     trace = dataclasses.replace(learned_trace(300, exits=4), exit_layers=(2, 5, 8, 12))
     assert calibrate(trace, "confidence", every=4).policy.muted == (0, 1)

@@ -159,5 +159,11 @@ def test_what_cannot_be_spaced_is_refused(model, tiny_model, trace):
         space_exits(model, trace, performance_hint="speed")
     with pytest.raises(UsageError, match="one exit; expected at least two"):
         space_exits(tiny_model(num_hidden_layers=LAYERS, exit_layers=[LAYERS]), trace)
+    with pytest.raises(
+        UsageError, match=r"trace has exits after layers \(1, 2, 3, 4\), the model after \(1, 2, 3, 4, 5, 6\)"
+    ):
+        space_exits(model, learned_trace(100))
+    with pytest.raises(UsageError, match="every is what is looked for"):
+        space_exits(model, trace, every=2)
     with pytest.raises(CalibrationError, match="No row leaves early for MaxDrop"):
         space_exits(model, trace, options={"muted": tuple(range(LAYERS - 1))})
