@@ -282,6 +282,15 @@ def test_numbers_are_brought_to_the_device_once():
     assert [part.dtype for part in made[0][1:] + other[1:]] == [torch.float64, torch.int32, torch.int64, torch.int64]
 
 
+def test_rules_that_differ_in_a_number_have_graphs_of_their_own(model, rows):
+    walker, plain, kept = graphed(model), ModelWalker(model), []
+    for policy in (model.exit_policy, model.exit_policy.with_thresholds((0.6, 0.5, 0.4))):
+        expected = Scheduler(plain, policy, 96).run(rows[:100])
+        assert_same(twice(walker, policy, 96, rows[:100]), expected, policy)
+        kept.append(expected.exit_index)
+    assert not torch.equal(*kept)
+
+
 class Looks(ee.ConfidencePolicy):
     def update(self, state, signal, exit_index):
         state, score, answer = super().update(state, signal, exit_index)
