@@ -102,6 +102,7 @@ def _recipe(policy: Any, rule: tuple[Any, bool], seed: int) -> Recipe:
         min_leavers=10,
         learning_share=LEARNING_SHARE,
         seed=seed,
+        every=1,
     )
 
 

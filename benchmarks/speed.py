@@ -1,8 +1,8 @@
 """Measure what early exit brings in time, and write the results and the docs' page.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape minilm
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape bert
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape modernbert --forms fp32 int8 onnx-int8 onnx-int8-static
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape minilm --rows 1500 --latency-rows 200
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape bert --forms fp32 int8 onnx-int8 onnx-int8-static
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape modernbert --forms int8 onnx-int8 onnx-int8-static
 
 Each run adds its part to benchmarks/results/speed.json and makes docs/how-to/speed.md anew. Shapes have random weights and
 mixed lengths (log-normal, median 28 tokens); their thresholds are set so that rows leave at half the depth in the mean.
