@@ -16,7 +16,7 @@ their thresholds are chosen by texts that they really write.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,8 @@ class CalibrateArguments(RowArguments, CertifiedArguments, TextArguments, Device
         default=None,
         metadata={"help": "layers from exit to exit; auto takes the number that is the fastest here, by a measurement"},
     )
-    performance_hint: str = field(
-        default="throughput", metadata={"help": "what --every auto measures: throughput or latency"}
+    performance_hint: str | None = field(
+        default=None, metadata={"help": "what --every auto measures: throughput, the default, or latency"}
     )
     seed: int = field(default=0, metadata={"help": "of the rows a policy learns its own numbers from"})
     proposals: int | None = field(
@@ -126,12 +126,14 @@ def run(args: CalibrateArguments) -> CommandResult:
         "seed": args.seed,
         **certified,
     }
-    policy, target = args.policy, args.target or MAX_DROP
+    policy, target, hint = args.policy, args.target or MAX_DROP, args.performance_hint
     if args.every == AUTO:
         from ..measuring.spacing import space_exits
 
-        spacing = space_exits(served, trace, policy, target, performance_hint=args.performance_hint, **wishes)
-        result = spacing.result
+        spacing = space_exits(served, trace, policy, target, performance_hint=hint or "throughput", **wishes)
+        result = replace(spacing.result, notes=(*spacing.result.notes, spacing.why))
+    elif hint is not None:
+        raise UsageError(f"performance_hint is {hint!r}; it is for --every {AUTO}. Leave it out.", field="performance_hint")
     else:
         result = calibrate(trace, policy, target, every=_layers(args.every), **wishes)
     if args.form is not None:

@@ -12,7 +12,17 @@ from .command_result import CommandResult
 from .rows import certified_columns
 from .texts import WritingTask, writing_task_of
 
-CLASSIFIERS_ONLY = ("metric", "unlabelled", "per_exit", "form", "keep_weak_exits", "every", "label_names", "list_column")
+CLASSIFIERS_ONLY = (
+    "metric",
+    "unlabelled",
+    "per_exit",
+    "form",
+    "keep_weak_exits",
+    "every",
+    "performance_hint",
+    "label_names",
+    "list_column",
+)
 
 
 def calibrate_writer(args: CalibrateArguments, model: TorchExitWriter, options: dict[str, Any]) -> CommandResult:

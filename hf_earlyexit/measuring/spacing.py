@@ -71,6 +71,12 @@ class Spacing:
     costs: StepCosts
     tried: tuple[SpacingTrial, ...]
 
+    @property
+    def why(self) -> str:
+        """The choice in a sentence."""
+        layer, asking = 1e6 * self.costs.layer, 1e6 * self.costs.exit
+        return f"an exit every {self.every} layers: a layer takes {layer:.0f} us of a row here, an exit {asking:.0f} us"
+
 
 def space_exits(
     model: Wrapped,

@@ -35,12 +35,12 @@ def test_a_number_of_layers(folder):
 
 
 @pytest.mark.parametrize("hint", ["throughput", "latency"])
-def test_the_fastest_number_is_measured_as_it_was_asked_for(folder, hint, monkeypatch):
+def test_the_fastest_number_is_measured_as_it_was_asked_for(folder, hint, monkeypatch, capsys):
     asked = []
 
     def costs(model, policy, performance_hint, clock):
         asked.append((performance_hint, type(model).__name__))
-        return spacing.StepCosts(0.0, 1e-9, 1.0)
+        return spacing.StepCosts(0.0, 2e-6, 1.0)
 
     monkeypatch.setattr(spacing, "measure_step_costs", costs)
     assert main(["calibrate", folder, *WORDS, "--every", "auto", "--performance_hint", hint]) == 0
@@ -49,6 +49,10 @@ def test_the_fastest_number_is_measured_as_it_was_asked_for(folder, hint, monkey
     found = spacing.space_exits(ee.from_pretrained(folder), trace, target="max-drop:0.3", keep_weak_exits=True)
     assert found.every > 1
     assert muted(folder) == list(found.result.policy.muted)
+    assert (
+        f"an exit every {found.every} layers: a layer takes 2 us of a row here, an exit 1000000 us"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_is_neither_is_refused(folder, capsys):
@@ -56,6 +60,8 @@ def test_what_is_neither_is_refused(folder, capsys):
         (["--every", "often"], "every is 'often'; expected a whole number of layers, or auto"),
         (["--every", "0"], "every is 0; expected a whole number"),
         (["--every", "auto", "--performance_hint", "speed"], "performance hint"),
+        (["--every", "2", "--performance_hint", "latency"], "it is for --every auto"),
+        (["--performance_hint", "latency"], "it is for --every auto"),
     ):
         assert main(["calibrate", folder, *WORDS, *words]) != 0
         assert message in capsys.readouterr().err
