@@ -1,6 +1,6 @@
 """Measure what early exit brings in time, and write the results and the docs' page.
 
-    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape minilm --rows 1500 --latency-rows 200
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --shape minilm
     OMP_NUM_THREADS=1 python benchmarks/speed.py --shape bert --forms fp32 int8 onnx-int8 onnx-int8-static
     OMP_NUM_THREADS=1 python benchmarks/speed.py --shape modernbert --forms int8 onnx-int8 onnx-int8-static
 
@@ -105,9 +105,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=TITLES)
     parser.add_argument("--forms", nargs="+", choices=MEASURED, help="with --shape: some of the forms; all by default")
     parser.add_argument("--scheduler", action="store_true", help="cost of 1,000 to 100,000 rows")
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--latency-rows", type=int, default=24)
+    parser.add_argument("--latency-rows", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict] = {}

@@ -187,7 +187,7 @@ def goals(shape: str, found: dict) -> list[str]:
     ways, exits, single = found["throughput"], found["exits"], found["latency"]
     reached = [(f"{name}: share of the token-layer bound", exits[name]["share_of_bound"], goal)
                for name, goal in SHARES.items() if name in exits]  # fmt: skip
-    if shape in SHAPES:
+    if shape in SHAPES and {"fp32", "int8"} <= ways.keys():
         reached += [
             ("fp32 early exit over the stock model in arrival order", ways["fp32"][EARLY]["speed_up"], 5.5),
             ("int8 early exit over the stock fp32 model in arrival order", ways["int8"][EARLY]["speed_up"], 10),
